@@ -1,0 +1,1 @@
+"""The border to people and services: arguments, output, exit codes, signals."""

@@ -1,0 +1,1 @@
+"""Bytes on disk and the values they stand for; ``docs/format.md`` is the specification."""

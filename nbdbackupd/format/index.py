@@ -1,0 +1,139 @@
+"""The index beside each stream: fixed-size records, sorted by guest offset, mmap-able.
+
+Layout, little endian:
+
+* header, 32 bytes: magic ``NBDXIDX1``, u32 version (1), u32 flags (bit 0: blocks are lz4 frames,
+  bit 1: raw image instead of a stream), u64 disk size, u64 record count;
+* records, 64 bytes each: u64 guest offset, u64 length, u64 position of the payload in the
+  stream file, u32 stored length, u32 kind (0 data, 1 zero), 32 bytes SHA-256 of the guest bytes
+  (all zero bits for kind zero, whose position and stored length are 0).
+
+Ranges are half open, ascending and do not overlap; a data record is at most ``MAX_BLOCK`` long.
+"""
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import NamedTuple
+
+from nbdbackupd.errors import IntegrityError, UnsupportedVersionError
+
+MAGIC = b"NBDXIDX1"
+VERSION = 1
+FLAG_LZ4 = 1
+FLAG_RAW = 2
+MAX_BLOCK = 1 << 20
+HEADER = struct.Struct("<8sIIQQ")
+RECORD = struct.Struct("<QQQII32s")
+NO_DIGEST = bytes(32)
+
+
+class Kind(IntEnum):
+    """What a record or segment holds."""
+
+    DATA = 0
+    ZERO = 1
+
+
+class Record(NamedTuple):
+    """One block: guest range ``[offset, offset + length)`` and where its payload lies."""
+
+    offset: int
+    length: int
+    position: int
+    stored: int
+    kind: int
+    digest: bytes
+
+    @property
+    def end(self) -> int:
+        """First guest byte after the block."""
+        return self.offset + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class IndexHeader:
+    """What the header says: virtual size of the disk in bytes, number of records, flags."""
+
+    disk_size: int
+    count: int
+    compressed: bool
+    raw: bool
+
+    def pack(self) -> bytes:
+        """The 32 bytes of the header."""
+        flags = FLAG_LZ4 * self.compressed + FLAG_RAW * self.raw
+        return HEADER.pack(MAGIC, VERSION, flags, self.disk_size, self.count)
+
+
+class Index:
+    """A read-only view of an index file; a context manager that owns the mapping.
+
+    Iterating and ``record(i)`` read from the mapping, so memory stays flat for any size.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Map the file and check header and size.
+
+        Raises IntegrityError or UnsupportedVersionError, and OSError if it can't be opened.
+        """
+        self.path = path
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < HEADER.size:
+                raise IntegrityError("index is too short", file=path, size=size)
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            self.header = self._parse_header(size)
+        except BaseException:
+            self._map.close()
+            raise
+
+    def _parse_header(self, size: int) -> IndexHeader:
+        magic, version, flags, disk_size, count = HEADER.unpack_from(self._map)
+        if magic != MAGIC:
+            raise IntegrityError("not an index file", file=self.path, offset=0)
+        if version != VERSION or flags & ~(FLAG_LZ4 | FLAG_RAW):
+            raise UnsupportedVersionError(
+                "index was written by a newer program", file=self.path, version=version
+            )
+        if size != HEADER.size + count * RECORD.size:
+            raise IntegrityError(
+                "index has the wrong size", file=self.path, records=count, size=size
+            )
+        return IndexHeader(disk_size, count, bool(flags & FLAG_LZ4), bool(flags & FLAG_RAW))
+
+    def __enter__(self) -> "Index":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._map.close()
+
+    def __len__(self) -> int:
+        return self.header.count
+
+    def __iter__(self) -> Iterator[Record]:
+        """All records, ascending; each is checked against its neighbour and the disk's size.
+
+        Raises IntegrityError at the first record that can't be.
+        """
+        end = 0
+        for number in range(self.header.count):
+            record = self.record(number)
+            if record.offset < end or record.length == 0 or record.end > self.header.disk_size:
+                raise IntegrityError("index records out of order", file=self.path, record=number)
+            if record.kind == Kind.DATA:
+                if record.length > MAX_BLOCK:
+                    raise IntegrityError("index block too long", file=self.path, record=number)
+            elif record.kind != Kind.ZERO or record.stored:
+                raise IntegrityError("bad kind in index", file=self.path, record=number)
+            end = record.end
+            yield record
+
+    def record(self, number: int) -> Record:
+        """Record ``number``, 0-based, unchecked."""
+        return Record._make(RECORD.unpack_from(self._map, HEADER.size + number * RECORD.size))

@@ -1,0 +1,299 @@
+"""Restore points and the chains they form.
+
+A set holds one chain: a full, the increments and differentials that hang on it, and copies
+beside it. Order comes from parent links alone (never from file names, sequence numbers or
+times), and each link carries the digest of the parent's manifest.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from nbdbackupd.errors import ChainBrokenError, NoFullError, RepositoryError
+
+
+class Level(StrEnum):
+    """What a run saves; ``AUTO`` exists only in requests, never in stored data."""
+
+    AUTO = "auto"
+    FULL = "full"
+    INC = "inc"
+    DIFF = "diff"
+    COPY = "copy"
+
+
+class DiskMode(StrEnum):
+    """How one disk was read in a point: whole, or only what changed since the parent."""
+
+    FULL = "full"
+    DELTA = "delta"
+
+
+class Consistency(StrEnum):
+    """State of the guest at the instant of the point, best first."""
+
+    FILESYSTEM = "filesystem"
+    PAUSED = "paused"
+    CRASH = "crash"
+
+
+class Layout(StrEnum):
+    """How a disk's blocks lie in its file: framed stream, or raw image (guest offset = place)."""
+
+    STREAM = "stream"
+    RAW = "raw"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLayer:
+    """One image of a disk's backing chain, top first; what tells it from another image.
+
+    ``device`` and ``inode`` are 0 where the image is not a file on this host.
+    """
+
+    path: str
+    format: str
+    device: int = 0
+    inode: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of the set that is not a stream: name relative to the set, bytes, SHA-256 (hex).
+
+    ``role`` is one of: domain-xml, domain-xml-live, checkpoint-xml, image-info, loader, nvram,
+    kernel, initrd, tpm-state, guest-info, disk-index.
+    ``origin`` is the path on the hypervisor that it was copied from, or empty.
+    """
+
+    name: str
+    role: str
+    size: int
+    sha256: str
+    origin: str = ""
+    disk: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiskPoint:
+    """One disk in one restore point. All sizes in bytes.
+
+    ``size`` is the virtual size at that instant; ``file_size`` and ``adler32`` describe the
+    stream file; ``data_bytes`` and ``zero_bytes`` are guest bytes that it holds as data and as
+    explicit zeroes. ``reason`` says why a disk was read in full within an increment.
+    """
+
+    target: str
+    mode: DiskMode
+    size: int
+    format: str
+    source: str
+    file: str
+    file_size: int
+    adler32: int
+    index: StoredFile
+    data_bytes: int
+    zero_bytes: int
+    compressed: bool = False
+    layout: Layout = Layout.STREAM
+    reason: str = ""
+    serial: str = ""
+    layers: tuple[ImageLayer, ...] = ()
+    bitmap: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedDisk:
+    """A disk of the domain that the point does not hold, and why."""
+
+    target: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RestorePoint:
+    """The result of one run: all of its disks at one instant.
+
+    ``created`` is RFC 3339 UTC. ``parent`` and ``parent_digest`` (SHA-256 of the parent's
+    manifest file, hex) are empty for a full and a copy. ``checkpoint`` is the libvirt checkpoint
+    that this point made (empty for diff and copy), ``base_checkpoint`` the one that its deltas
+    start from.
+    """
+
+    id: str
+    sequence: int
+    chain: str
+    level: Level
+    created: str
+    domain: str
+    uuid: str
+    disks: tuple[DiskPoint, ...]
+    consistency: Consistency
+    parent: str = ""
+    parent_digest: str = ""
+    checkpoint: str = ""
+    base_checkpoint: str = ""
+    skipped: tuple[SkippedDisk, ...] = ()
+    files: tuple[StoredFile, ...] = ()
+    warnings: tuple[str, ...] = ()
+    autostart: bool = False
+    program: str = ""
+    digest: str = field(default="", compare=False)
+
+    def disk(self, target: str) -> DiskPoint:
+        """The disk of that target name.
+
+        Raises RepositoryError if the point does not hold it.
+        """
+        for disk in self.disks:
+            if disk.target == target:
+                return disk
+        held = ", ".join(disk.target for disk in self.disks)
+        raise RepositoryError(f"restore point {self.id} holds no disk {target}, only: {held}")
+
+    @property
+    def makes_base(self) -> bool:
+        """Whether a later increment or differential may start from this point."""
+        return bool(self.checkpoint) and self.level in (Level.FULL, Level.INC)
+
+
+@dataclass(frozen=True, slots=True)
+class BackupSet:
+    """All points of a set, oldest first (a parent always before its children)."""
+
+    points: tuple[RestorePoint, ...]
+
+    @classmethod
+    def from_points(cls, points: Iterable[RestorePoint]) -> "BackupSet":
+        """Prove that the points form one chain and put them in order.
+
+        Sequence numbers come from inside the manifests, are unique and must agree with the
+        links; they decide only between points that no link orders (a copy, a differential).
+
+        Raises ChainBrokenError: a missing parent, a parent of other digest or chain, two points
+        of one id, two fulls, or two increments on one parent.
+        """
+        found = list(points)
+        by_id = {point.id: point for point in found}
+        if len(by_id) != len(found):
+            raise ChainBrokenError("two restore points carry the same id")
+        if len({point.sequence for point in found}) != len(found):
+            raise ChainBrokenError("two restore points carry the same sequence number")
+        for point in found:
+            _check_link(point, by_id)
+        _check_shape(found)
+        return cls(tuple(sorted(found, key=lambda point: point.sequence)))
+
+    @property
+    def head(self) -> RestorePoint | None:
+        """The newest point that the next increment starts from, or None without a full."""
+        bases = [point for point in self.points if point.makes_base]
+        return bases[-1] if bases else None
+
+    @property
+    def full(self) -> RestorePoint | None:
+        """The chain's full."""
+        for point in self.points:
+            if point.level is Level.FULL:
+                return point
+        return None
+
+    @property
+    def next_sequence(self) -> int:
+        """The number of the next point."""
+        return max((point.sequence for point in self.points), default=0) + 1
+
+    def by_id(self, ident: str) -> RestorePoint:
+        """The point of that id, or of an unambiguous beginning of it, or ``latest``.
+
+        Raises RepositoryError if there is none or more than one.
+        """
+        if ident == "latest" and self.points:
+            return self.newest
+        exact = [point for point in self.points if point.id == ident]
+        found = exact or [point for point in self.points if point.id.startswith(ident)]
+        if len(found) != 1:
+            problem = "no restore point" if not found else "more than one restore point"
+            raise RepositoryError(f"{problem} with id {ident!r}; 'nbdbackupctl list' shows them")
+        return found[0]
+
+    @property
+    def newest(self) -> RestorePoint:
+        """The point that was made last.
+
+        Raises RepositoryError on an empty set.
+        """
+        if not self.points:
+            raise RepositoryError("the set holds no restore point")
+        return self.points[-1]
+
+    def path(self, point: RestorePoint, target: str) -> tuple[RestorePoint, ...]:
+        """The points that one disk of ``point`` is made of, newest first, its full last.
+
+        Raises ChainBrokenError if the links end before a full read of that disk.
+        """
+        by_id = {each.id: each for each in self.points}
+        path = [point]
+        while path[-1].disk(target).mode is not DiskMode.FULL:
+            parent = by_id.get(path[-1].parent)
+            if parent is None or all(disk.target != target for disk in parent.disks):
+                raise ChainBrokenError(
+                    f"disk {target}: restore point {path[-1].id} is a delta and its parent "
+                    f"{path[-1].parent or '(none)'} does not hold the disk"
+                )
+            path.append(parent)
+        return tuple(path)
+
+
+def _check_link(point: RestorePoint, by_id: dict[str, RestorePoint]) -> None:
+    if point.level in (Level.FULL, Level.COPY):
+        if point.parent:
+            raise ChainBrokenError(f"{point.level} point {point.id} names a parent")
+        return
+    parent = by_id.get(point.parent)
+    if parent is None:
+        raise ChainBrokenError(
+            f"restore point {point.id} needs its parent {point.parent or '(none)'}, "
+            f"whose manifest is missing"
+        )
+    if not parent.makes_base or parent.chain != point.chain:
+        raise ChainBrokenError(f"restore point {point.id} hangs on {parent.id}, which is no base")
+    if parent.sequence >= point.sequence:
+        raise ChainBrokenError(f"restore point {point.id} is older than its parent {parent.id}")
+    if parent.digest != point.parent_digest:
+        raise ChainBrokenError(
+            f"restore point {point.id} was made on another manifest of {parent.id} "
+            f"than the one that is there"
+        )
+    if parent.checkpoint != point.base_checkpoint:
+        raise ChainBrokenError(
+            f"restore point {point.id} starts from checkpoint {point.base_checkpoint}, "
+            f"its parent made {parent.checkpoint}"
+        )
+
+
+def _check_shape(points: list[RestorePoint]) -> None:
+    fulls = [point.id for point in points if point.level is Level.FULL]
+    if len(fulls) > 1:
+        raise ChainBrokenError(f"the set holds more than one full: {', '.join(fulls)}")
+    parents = [point.parent for point in points if point.level is Level.INC]
+    for parent in parents:
+        if parents.count(parent) > 1:
+            raise ChainBrokenError(f"two increments hang on restore point {parent}")
+
+
+def effective_level(wanted: Level, known: BackupSet) -> Level:
+    """The level that a request means for this set.
+
+    Raises NoFullError for an increment without a full, RepositoryError for a second full.
+    """
+    if wanted is Level.AUTO:
+        return Level.FULL if known.head is None else Level.INC
+    if wanted in (Level.INC, Level.DIFF) and known.head is None:
+        raise NoFullError(f"level {wanted} needs a full first: use '-l full' or '-l auto'")
+    if wanted is Level.FULL and known.full is not None:
+        raise RepositoryError(
+            f"the set already holds a full ({known.full.id}): "
+            f"give another directory with -o, or use '-l inc'"
+        )
+    return wanted

@@ -1,0 +1,1 @@
+"""The only importer of libnbd: extents, the copy pipeline, writing restored images."""

@@ -1,0 +1,1 @@
+"""One verb each: a typed request in, a typed report out."""

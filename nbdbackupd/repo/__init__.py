@@ -1,0 +1,1 @@
+"""Backup sets on disk: layout, drafts, publishing, locks."""
