@@ -1,0 +1,291 @@
+"""The stream file of one disk in one point: virtnbdbackup's format, version 2.
+
+Frames are a kind of four letters, a start and a length as 16 hexadecimal digits each, and CR LF::
+
+    meta START LENGTH CRLF <LENGTH bytes of JSON> CRLF
+    data START LENGTH CRLF <payload> CRLF        payload: LENGTH bytes, or one lz4 frame
+    zero START LENGTH CRLF
+    stop 0 0 CRLF
+    <JSON list of the payload sizes> CRLF comp 0 LENGTH CRLF       only in compressed streams
+
+``START`` and ``LENGTH`` are guest bytes, ascending, half open. The last frame's ``LENGTH`` is the
+number of bytes of the list. This module holds the codec and the reader; ``writer`` writes.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, NamedTuple, TypeVar
+
+from nbdbackupd.errors import FormatError, IntegrityError, UnsupportedVersionError
+
+VERSION: Final = 2
+TERMINATOR: Final = b"\r\n"
+HEADER_LENGTH: Final = 4 + 1 + 16 + 1 + 16 + 2
+META, DATA, ZERO, STOP, COMP = b"meta", b"data", b"zero", b"stop", b"comp"
+KINDS: Final = frozenset({META, DATA, ZERO, STOP, COMP})
+MAX_META: Final = 1 << 20
+MAX_SIZES: Final = 1 << 30
+HEX_DIGITS: Final = frozenset(b"0123456789abcdef")
+
+
+class Frame(NamedTuple):
+    """One frame: kind, guest range, place of its header and of its payload in the file.
+
+    ``stored`` is the number of payload bytes at ``position`` (0 for zero and stop).
+    """
+
+    kind: bytes
+    start: int
+    length: int
+    header: int
+    position: int
+    stored: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamMeta:
+    """The first frame's JSON: the peer's keys; ``extra`` holds ours beside them."""
+
+    virtual_size: int
+    data_size: int
+    date: str
+    disk_name: str
+    disk_format: str
+    checkpoint: str
+    compressed: int
+    parent_checkpoint: str
+    incremental: bool
+    stream_version: int = VERSION
+    extra: tuple[tuple[str, str], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys and values in the order in which virtnbdbackup writes them."""
+        return {
+            "virtualSize": self.virtual_size,
+            "dataSize": self.data_size,
+            "date": self.date,
+            "diskName": self.disk_name,
+            "diskFormat": self.disk_format,
+            "checkpointName": self.checkpoint,
+            "compressed": self.compressed or False,
+            "compressionMethod": "lz4",
+            "parentCheckpoint": self.parent_checkpoint,
+            "incremental": self.incremental,
+            "streamVersion": self.stream_version,
+            **dict(self.extra),
+        }
+
+
+def pack_header(kind: bytes, start: int, length: int) -> bytes:
+    """The 40 bytes of a frame header."""
+    return b"%s %016x %016x\r\n" % (kind, start, length)
+
+
+def parse_header(raw: bytes, position: int) -> tuple[bytes, int, int]:
+    """Kind, start and length of a header.
+
+    Raises IntegrityError with the position in the file if the bytes are no header.
+    """
+    digits = raw[5:21] + raw[22:38]
+    well_formed = (
+        len(raw) == HEADER_LENGTH
+        and raw[4:5] == raw[21:22] == b" "
+        and raw[38:] == TERMINATOR
+        and HEX_DIGITS.issuperset(digits)
+    )
+    if not well_formed or raw[:4] not in KINDS:
+        raise IntegrityError("not a frame header", offset=position, found=raw[:8].hex())
+    return raw[:4], int(raw[5:21], 16), int(raw[22:38], 16)
+
+
+def parse_meta(payload: bytes) -> StreamMeta:
+    """The JSON of the meta frame, each value checked.
+
+    Raises FormatError if it is not what version 1 or 2 writes, UnsupportedVersionError if newer.
+    """
+    try:
+        document = json.loads(payload)
+    except ValueError as err:
+        raise FormatError(f"meta frame is not JSON: {err}") from err
+    if not isinstance(document, dict):
+        raise FormatError("meta frame is not a JSON object")
+    version = _typed(document, "streamVersion", int, 1)
+    if version not in (1, VERSION):
+        raise UnsupportedVersionError("stream was written by a newer program", version=version)
+    compressed = document.get("compressed", 0)
+    if not isinstance(compressed, int):
+        raise FormatError("meta frame: 'compressed' is neither a number nor false")
+    known = StreamMeta(
+        virtual_size=_typed(document, "virtualSize", int),
+        data_size=_typed(document, "dataSize", int),
+        date=_typed(document, "date", str),
+        disk_name=_typed(document, "diskName", str),
+        disk_format=_typed(document, "diskFormat", str),
+        checkpoint=_typed(document, "checkpointName", str, ""),
+        compressed=int(compressed),
+        parent_checkpoint=_typed(document, "parentCheckpoint", str, ""),
+        incremental=_typed(document, "incremental", bool, default=False),
+        stream_version=version,
+    )
+    if known.virtual_size < 0 or known.data_size < 0:
+        raise FormatError("meta frame: negative size")
+    return known
+
+
+T = TypeVar("T")
+
+
+def _typed(document: dict[str, Any], key: str, kind: type[T], default: T | None = None) -> T:
+    value = document.get(key, default)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise FormatError(f"meta frame: {key!r} is missing or no {kind.__name__}")
+    return value
+
+
+class StreamReader:
+    """A stream file opened for reading; a context manager.
+
+    ``meta`` is the parsed first frame; ``sizes`` the payload sizes of a compressed stream, else
+    None. Nothing that the file says is trusted: every place is checked against the file's size.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the file, read its meta frame and, if compressed, its list of sizes.
+
+        Raises FormatError (IntegrityError, UnsupportedVersionError) and OSError.
+        """
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self.size = os.fstat(self._fd).st_size
+            kind, _, length = self._header(0)
+            if kind != META or length > MAX_META:
+                raise IntegrityError("stream does not begin with a meta frame", file=path, offset=0)
+            self.meta = parse_meta(self.read(HEADER_LENGTH, length))
+            self._first = self._after(HEADER_LENGTH, length)
+            self.sizes = self._load_sizes() if self.meta.compressed else None
+        except BaseException as err:
+            os.close(self._fd)
+            if isinstance(err, FormatError):
+                err.fields.setdefault("file", path)
+            raise
+
+    def __enter__(self) -> "StreamReader":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._fd)
+
+    def fileno(self) -> int:
+        """The descriptor, for positioned reads by others."""
+        return self._fd
+
+    def read(self, position: int, length: int) -> bytes:
+        """Exactly ``length`` bytes of the file.
+
+        Raises IntegrityError if the file ends before.
+        """
+        if position + length > self.size:
+            raise IntegrityError(
+                "stream ends too early", file=self.path, offset=position, missing=length
+            )
+        parts = []
+        while length:
+            part = os.pread(self._fd, length, position)
+            if not part:
+                raise IntegrityError("stream ends too early", file=self.path, offset=position)
+            parts.append(part)
+            position += len(part)
+            length -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def frames(self) -> Iterator[Frame]:
+        """Data and zero frames in file order, then the stop frame; the trailer is checked.
+
+        Ranges must ascend within the virtual size; the file must end where the format ends.
+        Raises IntegrityError with file and offset at the first byte that is wrong.
+        """
+        place, end, number = self._first, 0, 0
+        while True:
+            kind, start, length = self._header(place)
+            if kind == STOP:
+                yield Frame(kind, start, length, place, place + HEADER_LENGTH, 0)
+                self._check_end(place + HEADER_LENGTH, number)
+                return
+            if kind not in (DATA, ZERO) or length == 0:
+                raise IntegrityError("unexpected frame", file=self.path, offset=place)
+            if start < end or start + length > self.meta.virtual_size:
+                raise IntegrityError("frame out of order", file=self.path, offset=place)
+            end = start + length
+            payload = place + HEADER_LENGTH
+            if kind == ZERO:
+                yield Frame(kind, start, length, place, payload, 0)
+                place = payload
+                continue
+            stored = self._stored(number, length, place)
+            number += 1
+            following = self._after(payload, stored)
+            yield Frame(kind, start, length, place, payload, stored)
+            place = following
+
+    def _stored(self, number: int, length: int, place: int) -> int:
+        if self.sizes is None:
+            return length
+        if number >= len(self.sizes):
+            raise IntegrityError("more blocks than sizes", file=self.path, offset=place)
+        return self.sizes[number]
+
+    def _header(self, place: int) -> tuple[bytes, int, int]:
+        try:
+            return parse_header(self.read(place, HEADER_LENGTH), place)
+        except IntegrityError as err:
+            err.fields.setdefault("file", self.path)
+            raise
+
+    def _after(self, payload: int, length: int) -> int:
+        end = payload + length
+        if self.read(end, len(TERMINATOR)) != TERMINATOR:
+            raise IntegrityError("bad frame terminator", file=self.path, offset=end)
+        return end + len(TERMINATOR)
+
+    def _load_sizes(self) -> list[int]:
+        place = self.size - HEADER_LENGTH
+        if place < self._first:
+            raise IntegrityError("stream ends too early", file=self.path, offset=self.size)
+        kind, _, length = self._header(place)
+        begin = place - len(TERMINATOR) - length
+        if kind != COMP or length > MAX_SIZES or begin < self._first:
+            raise IntegrityError("compressed stream without sizes", file=self.path, offset=place)
+        self._after(begin, length)
+        try:
+            sizes = json.loads(self.read(begin, length))
+        except ValueError as err:
+            raise IntegrityError(f"sizes: {err}", file=self.path, offset=begin) from err
+        if not isinstance(sizes, list) or not all(type(size) is int and size > 0 for size in sizes):
+            raise IntegrityError("sizes are no list of numbers", file=self.path, offset=begin)
+        self._sizes_at = begin
+        return sizes
+
+    def _check_end(self, place: int, blocks: int) -> None:
+        if self.sizes is not None:
+            if blocks != len(self.sizes):
+                raise IntegrityError("fewer blocks than sizes", file=self.path, offset=place)
+            if place != self._sizes_at:
+                raise IntegrityError("bytes before the sizes", file=self.path, offset=place)
+        elif place != self.size:
+            raise IntegrityError("bytes after the stop frame", file=self.path, offset=place)
+
+
+def read_meta(path: Path) -> StreamMeta:
+    """The meta frame of a stream file; errors as ``StreamReader``."""
+    with StreamReader(path) as reader:
+        return reader.meta
