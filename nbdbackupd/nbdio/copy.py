@@ -1,0 +1,330 @@
+"""The copy pipeline: from an export through worker threads into a sink.
+
+::
+
+    plan -> readers (one per connection, requests in flight) -> workers -> order -> sink
+
+* Each **reader** thread owns one NBD connection and keeps ``depth`` reads in flight into buffers
+  of one arena that is allocated once: fresh buffers would cost a page fault per page.
+* **Workers** hash and compress (``Sink.prepare``); these C calls run without Python's lock.
+* Blocks get their places in guest order (``Sink.place``, under one lock) and are written by
+  whichever worker placed them (``Sink.write``), a positioned write each.
+
+The number of buffers bounds the memory. A block gets its ticket when it already has its buffer,
+so the oldest ticket is always in flight and the order stage can't starve. The first error stops
+all threads and is raised by ``copy``; so is what the cancel callback raises.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Final, Generic, Protocol, TypeVar
+
+import nbd
+
+from nbdbackupd.errors import NbdError
+from nbdbackupd.model import extents
+from nbdbackupd.model.extents import Segment
+from nbdbackupd.nbdio.arena import Arena
+from nbdbackupd.nbdio.client import Connection, Endpoint, Patience, errno_name
+from nbdbackupd.nbdio.extents import ExtentReader
+
+B = TypeVar("B")
+TICK: Final = 0.1
+"""Seconds between two looks at the cancel callback and at the stop flag."""
+
+
+class Sink(Protocol[B]):
+    """Where blocks go; see ``format.writer`` for who may call what from where."""
+
+    def prepare(self, offset: int, view: memoryview) -> B:
+        """Digest guest bytes; ``view`` stays valid until ``write`` returned."""
+
+    def zero(self, offset: int, length: int) -> B:
+        """A block of zeroes."""
+
+    def place(self, block: B) -> None:
+        """Give it its place; called in guest order."""
+
+    def write(self, block: B) -> None:
+        """Write it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuning:
+    """Sizes of the pipeline. Memory is about ``buffers * block`` bytes.
+
+    ``connections`` is an upper bound: one is used where the server has no multi-conn.
+    """
+
+    workers: int = 2
+    connections: int = 2
+    depth: int = 8
+    block: int = 512 << 10
+
+    @property
+    def buffers(self) -> int:
+        """Enough for all requests in flight and for what the workers hold."""
+        return self.connections * self.depth + 4 * self.workers
+
+    def arena(self) -> Arena:
+        """The buffers for a run; to be used for all of its disks, see ``nbdio.arena``."""
+        return Arena(self.buffers, self.block)
+
+
+def copy(
+    endpoint: Endpoint,
+    sink: Sink[B],
+    *,
+    tuning: Tuning,
+    arena: Arena,
+    patience: Patience,
+    progress: Callable[[int], None],
+    plan: Iterator[Segment] | None = None,
+) -> None:
+    """Copy what the plan says of one export into ``sink``, in guest order.
+
+    ``plan`` replaces our own block status queries. ``progress`` gets the number of guest bytes
+    dealt with since its last call, from any thread, never two at once.
+
+    Raises NbdError and whatever the sink or ``patience.cancelled`` raise.
+    """
+    pipeline = _Pipeline(sink, tuning, arena, patience, progress)
+    contexts = () if plan is not None else endpoint.contexts
+    with Connection(endpoint, contexts=contexts, patience=pipeline.patience) as control:
+        if plan is None:
+            plan = ExtentReader(control, bitmap=endpoint.bitmap).plan()
+        several = control.can_multi_conn()
+        pipeline.run(endpoint, plan, tuning.connections if several else 1)
+
+
+class _Stopped(Exception):  # noqa: N818 - never leaves this module
+    """Another thread failed; this one just ends."""
+
+
+class _Pipeline(Generic[B]):
+    """The shared state of one copy; see the module's picture."""
+
+    def __init__(
+        self,
+        sink: Sink[B],
+        tuning: Tuning,
+        arena: Arena,
+        patience: Patience,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._sink = sink
+        self._tuning = tuning
+        self._arena = arena
+        self._outer = patience
+        self._progress = progress
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+        self.patience = replace(patience, cancelled=self._check)
+        self._plan: Iterator[Segment] = iter(())
+        self._plan_lock = threading.Lock()
+        self._tickets = 0
+        self._work: queue.SimpleQueue[tuple[int, Segment, int] | None] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._order_lock = threading.Lock()
+        self._ready: dict[int, tuple[B, Segment, int]] = {}
+        self._next = 0
+
+    def run(self, endpoint: Endpoint, plan: Iterator[Segment], connections: int) -> None:
+        """Start all threads, wait for them, raise the first error."""
+        tuning = self._tuning
+        self._plan = extents.split(plan, self._arena.block)
+        for number in range(self._arena.count):
+            self._free.put(number)
+        readers = [self._thread(f"read-{n}", self._read, endpoint) for n in range(connections)]
+        workers = [self._thread(f"work-{n}", self._work_off) for n in range(tuning.workers)]
+        self._join(readers)
+        for _ in workers:
+            self._work.put(None)
+        self._join(workers)
+        if self._failure is not None:
+            raise self._failure
+
+    def _thread(self, name: str, target: Callable[..., None], *args: object) -> threading.Thread:
+        thread = threading.Thread(name=name, target=self._guarded, args=(target, *args))
+        thread.start()
+        return thread
+
+    def _guarded(self, target: Callable[..., None], *args: object) -> None:
+        """A thread's body: keep the first error, stop the others."""
+        try:
+            target(*args)
+        except _Stopped:
+            pass
+        except BaseException as err:  # noqa: BLE001 - raised again by run()
+            self._fail(err)
+
+    def _fail(self, err: BaseException) -> None:
+        if self._failure is None:
+            self._failure = err
+        self._stop.set()
+
+    def _check(self) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+
+    def _join(self, threads: list[threading.Thread]) -> None:
+        """Wait for threads; look at the outer cancel callback meanwhile (it raises)."""
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(TICK)
+                if self._failure is None:
+                    try:
+                        self._outer.cancelled()
+                    except BaseException as err:  # noqa: BLE001 - raised again by run()
+                        self._fail(err)
+
+    # readers
+
+    def _read(self, endpoint: Endpoint) -> None:
+        """Keep reads in flight on one connection until the plan is used up."""
+        with Connection(endpoint, patience=self.patience) as connection:
+            reader = _Reader(connection, self._arena, self._work.put)
+            exhausted = False
+            while not exhausted or reader.in_flight:
+                self._check()
+                while not exhausted and reader.in_flight < self._tuning.depth:
+                    slot = self._slot(wait=not reader.in_flight)
+                    if slot is None:
+                        break
+                    exhausted = not self._submit_next(reader, slot)
+                if reader.in_flight:
+                    reader.step()
+
+    def _slot(self, *, wait: bool) -> int | None:
+        """A free buffer; None if there is none now and the caller has something to poll for."""
+        while True:
+            try:
+                return self._free.get(block=wait, timeout=TICK)
+            except queue.Empty:
+                if not wait:
+                    return None
+            self._check()
+
+    def _submit_next(self, reader: "_Reader", slot: int) -> bool:
+        """Hand the next piece of the plan to ``reader``; False if there is none.
+
+        Zero segments need no buffer and go straight to the workers.
+        """
+        with self._plan_lock:
+            self._check()
+            while (segment := next(self._plan, None)) is not None:
+                ticket = self._tickets
+                self._tickets += 1
+                if segment.zero:
+                    self._work.put((ticket, segment, -1))
+                    continue
+                break
+        if segment is None:
+            self._free.put(slot)
+            return False
+        reader.submit(ticket, segment, slot)
+        return True
+
+    # workers
+
+    def _work_off(self) -> None:
+        """Prepare blocks until the sentinel; place and write what is due."""
+        while True:
+            try:
+                item = self._work.get(timeout=TICK)
+            except queue.Empty:
+                self._check()
+                continue
+            if item is None:
+                return
+            self._check()
+            ticket, segment, slot = item
+            if segment.zero:
+                block = self._sink.zero(segment.offset, segment.length)
+            else:
+                block = self._sink.prepare(
+                    segment.offset, self._arena.view(slot, segment.length)
+                )
+            for due in self._place(ticket, (block, segment, slot)):
+                self._sink.write(due[0])
+                if due[2] >= 0:
+                    self._free.put(due[2])
+
+    def _place(self, ticket: int, item: tuple[B, Segment, int]) -> list[tuple[B, Segment, int]]:
+        """Note a finished block; place all that are now in unbroken order and return them."""
+        due = []
+        with self._order_lock:
+            self._ready[ticket] = item
+            while self._next in self._ready:
+                ready = self._ready.pop(self._next)
+                self._sink.place(ready[0])
+                self._progress(ready[1].length)
+                due.append(ready)
+                self._next += 1
+        return due
+
+
+class _Reader:
+    """The requests in flight on one connection."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        arena: Arena,
+        deliver: Callable[[tuple[int, Segment, int]], None],
+    ) -> None:
+        self._connection = connection
+        self._arena = arena
+        self._deliver = deliver
+        self._failure: NbdError | None = None
+        self._deadline = time.monotonic()
+        self.in_flight = 0
+
+    def submit(self, ticket: int, segment: Segment, slot: int) -> None:
+        """Begin to read a segment into a buffer."""
+        buffer = self._arena.buffer(slot, segment.length)
+
+        def completed(error: "nbd.CInt") -> int:
+            # libnbd prints what a callback raises and goes on: record, never raise
+            self.in_flight -= 1
+            if error.value:
+                self._failure = self._failure or NbdError(
+                    f"read failed: {errno_name(error.value)}",
+                    offset=segment.offset, length=segment.length, **self._connection.where,
+                )  # fmt: skip
+            else:
+                self._deliver((ticket, segment, slot))
+            return 1
+
+        if not self.in_flight:
+            self._touch()
+        self.in_flight += 1
+        try:
+            self._connection.handle.aio_pread(buffer, segment.offset, completed)
+        except nbd.Error as err:
+            raise self._connection.translate("can't read", err) from err
+
+    def step(self) -> None:
+        """Wait for something to happen on the connection.
+
+        Raises NbdError after a failed read, on a dead connection, or after too long a silence.
+        """
+        before = self.in_flight
+        moved = self._connection.poll()
+        if self._failure is not None:
+            raise self._failure
+        if self.in_flight < before:
+            self._touch()
+        elif not moved and self._connection.handle.aio_is_dead():
+            raise NbdError("the NBD server went away", **self._connection.where)
+        elif time.monotonic() > self._deadline:
+            seconds = self._connection.patience.seconds
+            raise NbdError(
+                f"the NBD server answered no read for {seconds:g} s", **self._connection.where
+            )
+
+    def _touch(self) -> None:
+        self._deadline = time.monotonic() + self._connection.patience.seconds
