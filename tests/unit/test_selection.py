@@ -1,0 +1,138 @@
+"""Which disks are saved, which are left out, which are refused."""
+
+from collections.abc import Collection
+
+import pytest
+
+from nbdbackupd.errors import NotSupportedError, UsageError
+from nbdbackupd.model.chain import Level
+from nbdbackupd.model.domain import Disk, Domain
+from nbdbackupd.model.selection import How, ImageFacts, Selection, select_disks
+
+
+def qcow2(target: str) -> Disk:
+    return Disk(target=target, format="qcow2", source=f"/i/{target}")
+
+
+DOMAIN = Domain(
+    name="vm1",
+    uuid="u",
+    disks=(
+        qcow2("vda"),
+        qcow2("vdb"),
+        Disk(target="vdr", source="/i/r.raw"),
+        Disk(target="sda", device="cdrom", source="/i/cd.iso"),
+        Disk(target="fda", device="floppy"),
+        Disk(target="sdl", device="lun", type="block", source="/dev/sdq"),
+    ),
+)
+
+
+def only(*disks: Disk) -> Domain:
+    return Domain(name="vm1", uuid="u", disks=disks)
+
+
+def select(
+    domain: Domain = DOMAIN,
+    *,
+    level: Level = Level.INC,
+    include: Collection[str] = (),
+    exclude: Collection[str] = (),
+    raw: bool = False,
+    facts: dict[str, ImageFacts] | None = None,
+) -> Selection:
+    return select_disks(domain, facts or {}, level=level, include=include, exclude=exclude, raw=raw)
+
+
+def test_default_takes_what_can_be_tracked_and_lists_the_rest() -> None:
+    found = select()
+    assert [(disk.target, disk.how) for disk in found.chosen] == [
+        ("vda", How.BITMAP),
+        ("vdb", How.BITMAP),
+    ]
+    reasons = {skip.target: skip.reason for skip in found.skipped}
+    assert list(reasons) == ["vdr", "sda", "fda", "sdl"]
+    assert "--raw" in reasons["vdr"]
+    assert "CD-ROM" in reasons["sda"]
+    assert "floppy" in reasons["fda"]
+    assert "LUN" in reasons["sdl"]
+
+
+@pytest.mark.parametrize("level", [Level.FULL, Level.INC, Level.DIFF, Level.COPY])
+def test_raw_is_read_in_full_when_asked(level: Level) -> None:
+    found = select(raw=True, level=level)
+    assert {disk.target: disk.how for disk in found.chosen}["vdr"] is How.FULL_ONLY
+
+
+def test_include_and_exclude() -> None:
+    found = select(include=["vda", "vdb"], exclude=[])
+    assert {skip.target: skip.reason for skip in found.skipped}["sda"].startswith("not among")
+    found = select(exclude=["vda", "sda"])
+    assert [disk.target for disk in found.chosen] == ["vdb"]
+    assert {skip.target for skip in found.skipped} == {"vda", "vdr", "sda", "fda", "sdl"}
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "said"),
+    [
+        (["vdz"], [], "no disk vdz"),
+        ([], ["vd"], "no disk vd"),
+        (["vda"], ["vda"], "both"),
+        (["sda"], [], "CD-ROM"),
+        (["vda", "sdl"], [], "LUN"),
+        (["vdr"], [], "--raw"),
+    ],
+)
+def test_contradictions(include: list[str], exclude: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        select(include=include, exclude=exclude)
+
+
+def test_nothing_left() -> None:
+    with pytest.raises(NotSupportedError, match="no disk to save"):
+        select(exclude=["vda", "vdb"])
+    with pytest.raises(NotSupportedError, match="no disks"):
+        select(only())
+
+
+@pytest.mark.parametrize("level", [Level.FULL, Level.INC, Level.DIFF])
+def test_old_qcow2_and_other_formats_need_a_copy(level: Level) -> None:
+    old = {"vda": ImageFacts(format="qcow2", compat="0.10")}
+    with pytest.raises(NotSupportedError, match=r"version 2.*-x vda.*-l copy"):
+        select(level=level, facts=old)
+    vmdk = only(Disk(target="vda", format="vmdk", source="/i/a"), qcow2("vdb"))
+    with pytest.raises(NotSupportedError, match="format vmdk"):
+        select(vmdk, level=level)
+    assert [disk.target for disk in select(vmdk, level=level, exclude=["vda"]).chosen] == ["vdb"]
+
+
+def test_copy_takes_what_holds_no_bitmaps() -> None:
+    domain = only(qcow2("vda"), Disk(target="vdb", format="vmdk", source="/i/b"))
+    old = {"vda": ImageFacts(format="qcow2", compat="0.10")}
+    found = select(domain, level=Level.COPY, facts=old)
+    assert [disk.how for disk in found.chosen] == [How.FULL_ONLY, How.FULL_ONLY]
+
+
+def test_format_is_what_the_guest_sees_not_what_the_image_claims() -> None:
+    # a guest may write a qcow2 header to its raw disk
+    domain = only(qcow2("vda"), Disk(target="vdb", format="raw", source="/i/b"))
+    facts = {"vdb": ImageFacts(format="qcow2", compat="1.1")}
+    assert [skip.target for skip in select(domain, facts=facts).skipped] == ["vdb"]
+
+
+def test_disks_that_libvirt_tracks_no_changes_of() -> None:
+    domain = only(
+        qcow2("vda"),
+        Disk(target="vdb", format="qcow2", source="/i/b", readonly=True),
+        Disk(target="vdc", format="qcow2", source="/i/c", transient=True),
+        Disk(target="vdd", format="qcow2", source="/i/d", data_file="/i/d.raw"),
+        Disk(target="vde", type="vhostuser", source="/s"),
+        Disk(target="vdf", format="qcow2"),
+    )
+    found = select(domain)
+    assert {disk.target: disk.how for disk in found.chosen} == {
+        "vda": How.BITMAP,
+        "vdb": How.FULL_ONLY,
+        "vdd": How.BITMAP,
+    }
+    assert [skip.target for skip in found.skipped] == ["vdc", "vde", "vdf"]
