@@ -1,0 +1,242 @@
+"""Files that survive a power cut, and locks that survive their holder.
+
+The primitives raise ``OSError``; ``translate_os_errors`` turns it into the typed errors at the
+border of a package.
+"""
+
+import errno
+import fcntl
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from nbdbackupd.errors import BusyError, NoSpaceError, RepositoryError
+
+TEMPORARY_PREFIX: Final = ".nbdbackup-tmp-"
+"""How unfinished files of ``write_atomic`` begin; a killed writer leaves one behind."""
+
+LOCK_POLL_SECONDS: Final = 0.1
+MAX_HOLDER: Final = 256
+
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_ADVICE: Final = {
+    errno.EROFS: "the file system is mounted read-only",
+    errno.EIO: "the storage reports errors, see the kernel's log",
+    errno.EACCES: "check owner and mode",
+    errno.EPERM: "check owner and mode",
+    errno.ENOENT: "it does not exist",
+    errno.ENOTDIR: "it is no directory",
+    errno.ESTALE: "the network file system lost it",
+}
+
+
+@contextmanager
+def translate_os_errors(action: str, path: Path | str) -> Iterator[None]:
+    """Turn an ``OSError`` of the block into a typed error that says what was done and where.
+
+    Raises NoSpaceError for ENOSPC, EDQUOT and EFBIG, RepositoryError for every other OSError.
+    """
+    try:
+        yield
+    except OSError as err:
+        place = os.fspath(err.filename) if isinstance(err.filename, str | Path) else path
+        reason = err.strerror or type(err).__name__
+        if err.errno in _FULL:
+            message = f"can't {action} {place}: {reason}; free space on the target and run again"
+            raise NoSpaceError(message) from err
+        advice = _ADVICE.get(err.errno or 0)
+        message = f"can't {action} {place}: {reason}" + (f"; {advice}" if advice else "")
+        raise RepositoryError(message) from err
+
+
+def fsync_file(file: Path | int) -> None:
+    """Wait until a file's data and metadata are on the device.
+
+    ``file`` is a path or an open descriptor. NFS reports late write errors here, as OSError.
+    """
+    if isinstance(file, int):
+        os.fsync(file)
+        return
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on the device.
+
+    File systems that know no such thing (some FUSE and SMB mounts answer EINVAL) are let pass:
+    there is nothing better to ask of them.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as err:
+        if err.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
+
+
+def create_exclusive(path: Path, mode: int = 0o600) -> int:
+    """Create a file that must not exist and return its descriptor, open for reading and writing.
+
+    The mode holds whatever the umask is. Raises FileExistsError.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    try:
+        os.fchmod(fd, mode)
+    except BaseException:
+        os.close(fd)
+        path.unlink()
+        raise
+    return fd
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write every byte at the descriptor's position, however many calls it takes."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Replace or create a file: readers and a power cut see the old content or all of the new.
+
+    Durable on return. Raises OSError; the temporary file is removed then.
+    """
+    # A random name of fixed length: the final name may already be as long as names can be.
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
+    fd = create_exclusive(temporary, mode)
+    try:
+        try:
+            write_all(fd, data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)  # noqa: PTH105 - one name for renames, which tests replace
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def make_directory(path: Path, mode: int = 0o700) -> None:
+    """Create a directory and its missing parents, durably; one that exists is left as it is."""
+    if path.is_dir():
+        return
+    if path.parent != path:
+        make_directory(path.parent, mode)
+    with suppress(FileExistsError):
+        path.mkdir(mode)
+        fsync_directory(path.parent)
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(path))
+
+
+class Lock:
+    """An exclusive lock of the kernel on a file; a context manager.
+
+    The kernel drops the lock when its holder dies, so no lock is ever stale. The file stays:
+    removing it would let two processes hold locks on two files of one name.
+    """
+
+    def __init__(self, path: Path, *, owner: str, wait_seconds: float = 0) -> None:
+        """Name the file and what the lock is for; ``with`` acquires it.
+
+        ``owner`` is what others are told who find it locked ("backup of vm1"). The directory
+        must exist.
+        """
+        self.path = path
+        self._owner = owner
+        self._wait_seconds = wait_seconds
+        self._fd = -1
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this object holds the lock now."""
+        return self._fd >= 0
+
+    def __enter__(self) -> Self:
+        """Acquire the lock.
+
+        Raises BusyError that names the holder when ``wait_seconds`` have passed, OSError if the
+        file can't be made.
+        """
+        deadline = time.monotonic() + self._wait_seconds
+        while not self._try():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise BusyError(self._busy_message())
+            time.sleep(min(LOCK_POLL_SECONDS, left))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            try:
+                with suppress(OSError):
+                    os.ftruncate(fd, 0)
+            finally:
+                os.close(fd)
+
+    def _try(self) -> bool:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(self.path, flags, 0o644)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            if not self._is_current(fd):
+                return False
+            self._fd, fd = fd, -1
+        finally:
+            if fd >= 0:
+                os.close(fd)
+        # Only a courtesy to others: a full disk must not keep prune from locking and freeing it.
+        with suppress(OSError):
+            os.ftruncate(self._fd, 0)
+            text = f"{os.getpid()} {self._owner}".encode(errors="backslashreplace")
+            os.pwrite(self._fd, text[:MAX_HOLDER], 0)
+        return True
+
+    def _is_current(self, fd: int) -> bool:
+        """Whether the locked file is still the one of that name (an administrator may remove)."""
+        mine = os.fstat(fd)
+        try:
+            named = os.lstat(self.path)
+        except FileNotFoundError:
+            return False
+        return stat.S_ISREG(named.st_mode) and os.path.samestat(mine, named)
+
+    def _busy_message(self) -> str:
+        waited = f" after {self._wait_seconds:g} s" if self._wait_seconds > 0 else ""
+        return f"{self.path} is locked{waited} by {holder(self.path)}; try later, or use --wait"
+
+
+def holder(path: Path) -> str:
+    """Who holds a lock, as "process 123 (backup of vm1)", for messages."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_HOLDER).decode(errors="backslashreplace")
+    except OSError:
+        text = ""
+    pid, _, what = text.partition(" ")
+    if not pid.isascii() or not pid.isdigit():
+        return "another process"
+    clean = "".join(char if char.isprintable() else "?" for char in what)
+    return f"process {pid} ({clean})"

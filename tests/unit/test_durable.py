@@ -1,0 +1,170 @@
+"""Durable files and locks."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nbdbackupd import durable
+from nbdbackupd.errors import BusyError, NoSpaceError, RepositoryError
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from nbdbackupd import durable
+with durable.Lock(Path(sys.argv[1]), owner="backup of vm1"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(path: Path) -> subprocess.Popen[str]:
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, os.fspath(path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "held\n"
+    return child
+
+
+def end(child: subprocess.Popen[str]) -> None:
+    child.kill()
+    child.wait(10)
+    assert child.stdout is not None
+    child.stdout.close()
+
+
+def test_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    child = hold(path)
+    try:
+        with (
+            pytest.raises(BusyError, match=rf"process {child.pid} \(backup of vm1\)"),
+            durable.Lock(path, owner="me"),
+        ):
+            pass
+    finally:
+        end(child)
+    lock = durable.Lock(path, owner="me")
+    states = [lock.is_held]
+    with lock:
+        states.append(lock.is_held)
+    states.append(lock.is_held)
+    assert states == [False, True, False]
+    assert path.exists()
+
+
+def test_lock_waits_up_to_its_deadline(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    child = hold(path)
+    try:
+        begin = time.monotonic()
+        with pytest.raises(BusyError, match=r"after 0\.3 s"):
+            durable.Lock(path, owner="me", wait_seconds=0.3).__enter__()
+        assert 0.3 <= time.monotonic() - begin < 5
+        timer = threading.Timer(0.3, child.send_signal, [signal.SIGKILL])
+        timer.start()
+        with durable.Lock(path, owner="me", wait_seconds=30) as lock:
+            assert lock.is_held
+        timer.join()
+    finally:
+        end(child)
+
+
+def test_removed_lock_file_is_no_hole(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    with durable.Lock(path, owner="first"):
+        path.unlink()
+        with (
+            durable.Lock(path, owner="second"),
+            pytest.raises(BusyError, match="second"),
+            durable.Lock(path, owner="third"),
+        ):
+            pass
+
+
+def test_lock_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic"), durable.Lock(tmp_path / ".lock", owner="me"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"12\n\x1b[31m x", b"abc def"])
+def test_holder_of_a_garbled_file_is_printable(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "lock").write_bytes(content)
+    assert durable.holder(tmp_path / "lock").isprintable()
+    assert durable.holder(tmp_path / "absent") == "another process"
+
+
+def test_write_atomic_replaces_with_exact_mode(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 255)
+    durable.write_atomic(path, b"old")
+    old_mask = os.umask(0o077)
+    try:
+        durable.write_atomic(path, b"new", mode=0o644)
+    finally:
+        os.umask(old_mask)
+    assert path.read_bytes() == b"new"
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_failed_write_leaves_old_content_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    durable.write_atomic(path, b"old")
+
+    def full(_fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        durable.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_create_exclusive_refuses_existing(tmp_path: Path) -> None:
+    os.close(durable.create_exclusive(tmp_path / "a", 0o640))
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+    with pytest.raises(FileExistsError):
+        durable.create_exclusive(tmp_path / "a")
+
+
+def test_make_directory(tmp_path: Path) -> None:
+    durable.make_directory(tmp_path / "a" / "b")
+    durable.make_directory(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="directory"):
+        durable.make_directory(tmp_path / "file" / "c")
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "words"),
+    [
+        (errno.ENOSPC, NoSpaceError, "free space"),
+        (errno.EDQUOT, NoSpaceError, "free space"),
+        (errno.EROFS, RepositoryError, "read-only"),
+        (errno.EIO, RepositoryError, "kernel's log"),
+        (errno.EACCES, RepositoryError, "owner and mode"),
+        (errno.ELOOP, RepositoryError, "symbolic"),
+    ],
+)
+def test_os_errors_are_typed(code: int, kind: type[RepositoryError], words: str) -> None:
+    with pytest.raises(kind, match=words) as caught, durable.translate_os_errors("write", "/x/y"):
+        raise OSError(code, os.strerror(code))
+    assert type(caught.value) is kind
+    assert "can't write /x/y" in str(caught.value)
+    assert "\n" not in str(caught.value)
