@@ -1,0 +1,1 @@
+"""Tests of nbdbackupd and the lab they run in."""

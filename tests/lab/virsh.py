@@ -1,0 +1,38 @@
+"""Short libvirt calls by ``virsh``, so that no connection outlives a call.
+
+With the embedded driver only one process at a time can hold a root; a second one is refused
+with "Failed to acquire pid file".  The lab therefore waits its turn, up to a deadline.
+"""
+
+import time
+from pathlib import Path
+
+from tests.lab.command import DEFAULT_TIMEOUT_SECONDS, LabError, run
+from tests.lab.process import POLL_SECONDS
+
+ROOT_IS_HELD = "Failed to acquire pid file"
+
+
+class Virsh:
+    """``virsh`` bound to one connection URI."""
+
+    def __init__(self, uri: str) -> None:
+        """Bind to ``uri``; nothing is opened yet."""
+        self.uri = uri
+
+    def __call__(self, *words: str | Path, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> str:
+        """Run one virsh command and return its output; raises ``LabError``."""
+        deadline = time.monotonic() + timeout_seconds
+        # libvirt logs its version and every warning to stderr unless told otherwise
+        quiet = {"LIBVIRT_DEBUG": "error"}
+        while True:
+            try:
+                return run(
+                    ["virsh", "--quiet", "--connect", self.uri, *words],
+                    timeout_seconds=timeout_seconds,
+                    env=quiet,
+                )
+            except LabError as err:
+                if ROOT_IS_HELD not in str(err) or time.monotonic() > deadline:
+                    raise
+            time.sleep(POLL_SECONDS)
