@@ -1,0 +1,355 @@
+"""The manifest: one restore point as a JSON file, version 1.
+
+The bytes are canonical: keys sorted, indented by one, ASCII with JSON escapes, a final line feed.
+The member ``digest`` is the SHA-256 (hex) of the same document without that member, in the same
+form, so a flipped bit in the newest manifest is found, too; each older one is also vouched for by
+its children, which carry the SHA-256 of all of its bytes in ``parent_digest``.
+
+Nothing that a manifest says is trusted: every member must be there, of its type and in its range,
+no other member may be, and names can't lead out of the set.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Final, TypeVar
+
+from nbdbackupd.errors import FormatError, IntegrityError, UnsupportedVersionError
+from nbdbackupd.model.chain import (
+    Consistency,
+    DiskMode,
+    DiskPoint,
+    ImageLayer,
+    Layout,
+    Level,
+    RestorePoint,
+    SkippedDisk,
+    StoredFile,
+)
+
+VERSION: Final = 1
+MAX_SIZE: Final = 16 << 20
+"""A manifest of more bytes is refused unread."""
+
+MAX_NUMBER: Final = (1 << 63) - 1
+MAX_NAME: Final = 255
+CHECKPOINTS: Final = "checkpoints/"
+"""The one directory that a stored file's name may begin with."""
+
+_HEX: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|\+00:00)", re.ASCII)
+
+_UNSOUND: Final = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
+
+E = TypeVar("E", bound=StrEnum)
+T = TypeVar("T")
+
+
+def pack(point: RestorePoint) -> bytes:
+    """The bytes of a point's manifest; ``point.digest`` is not part of them.
+
+    Raises FormatError if the point holds what ``parse`` would refuse: nothing is ever written
+    that can't be read.
+    """
+    document = _document(point)
+    document["digest"] = _digest(document)
+    data = _canonical(document)
+    if replace(parse(data), digest="") != replace(point, digest=""):
+        raise FormatError(f"restore point {point.id} can't be written: it would read otherwise")
+    return data
+
+
+def parse(data: bytes, file: object = "") -> RestorePoint:
+    """The point that a manifest describes; its ``digest`` is the SHA-256 of ``data``.
+
+    ``file`` names the place in errors. Raises UnsupportedVersionError for a newer version,
+    IntegrityError if the bytes are not those that were written, FormatError with the dotted path
+    of the member that is wrong.
+    """
+    try:
+        document = _load(data)
+        point = _parse_point(_Node(document, ""))
+    except FormatError as err:
+        if file:
+            err.fields.setdefault("file", file)
+        raise
+    return replace(point, digest=hashlib.sha256(data).hexdigest())
+
+
+def _document(point: RestorePoint) -> dict[str, Any]:
+    document: dict[str, Any] = _plain(point)
+    del document["digest"]
+    document["version"] = VERSION
+    return document
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dicts, tuples as lists, enumerations as their text."""
+    if isinstance(value, StrEnum):
+        return value.value
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    if hasattr(value, "__dataclass_fields__"):
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+    return value
+
+
+def _canonical(document: Any) -> bytes:
+    # ASCII: a path that is no UTF-8 (a surrogate escape) survives, whatever the locale.
+    return json.dumps(document, sort_keys=True, indent=1).encode("ascii") + b"\n"
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in document.items() if key != "digest"}
+    return hashlib.sha256(_canonical(rest)).hexdigest()
+
+
+def _load(data: bytes) -> dict[str, Any]:
+    if len(data) > MAX_SIZE:
+        raise FormatError(f"manifest is larger than {MAX_SIZE} bytes", size=len(data))
+    try:
+        document = json.loads(data, parse_constant=_refuse_constant)
+        sound = data == _canonical(document)
+    except (ValueError, RecursionError) as err:
+        raise IntegrityError(f"manifest is not JSON, it is damaged: {err}") from err
+    if not isinstance(document, dict):
+        raise FormatError("manifest is not a JSON object")
+    version = document.get("version")
+    if type(version) is not int or version < 1:
+        raise FormatError("version: missing or no positive number")
+    if version != VERSION:
+        raise UnsupportedVersionError(
+            f"manifest has version {_short(version)}, this program reads {VERSION}: "
+            f"use a newer program"
+        )
+    # Other bytes of the same meaning (a key that comes twice, spaces) are damage, too.
+    if not sound or document.get("digest") != _digest(document):
+        raise IntegrityError("manifest is damaged: its digest does not match its content")
+    return document
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON number")
+
+
+class _Node:
+    """A JSON object with its dotted path; getters check type and range and note what was read."""
+
+    def __init__(self, value: object, path: str) -> None:
+        if not isinstance(value, dict):
+            raise FormatError(f"{path or 'manifest'}: not a JSON object")
+        self._members: dict[str, Any] = value
+        self._path = path
+        self._left = set(value)
+
+    def wrong(self, key: str, problem: str) -> FormatError:
+        """An error that names the member."""
+        return FormatError(f"{self._name(key)}: {problem}")
+
+    def _name(self, key: str) -> str:
+        return f"{self._path}.{key}" if self._path else key
+
+    def get(self, key: str, kind: type[T]) -> T:
+        """The member's value, exactly of that type (a bool is no int)."""
+        if key not in self._members:
+            raise self.wrong(key, "missing")
+        value = self._members[key]
+        if type(value) is not kind:
+            raise self.wrong(key, f"expected {kind.__name__}, found {type(value).__name__}")
+        self._left.discard(key)
+        return value
+
+    def number(self, key: str, maximum: int = MAX_NUMBER, minimum: int = 0) -> int:
+        value = self.get(key, int)
+        if not minimum <= value <= maximum:
+            raise self.wrong(key, f"{_short(value)} is out of range")
+        return value
+
+    def text(self, key: str, *, empty: bool = True) -> str:
+        value = self.get(key, str)
+        if not value and not empty:
+            raise self.wrong(key, "empty")
+        self._check_text(key, value)
+        return value
+
+    def _check_text(self, key: str, value: str) -> None:
+        # Of the surrogates only those that stand for a byte of a path (PEP 383) are of use.
+        if _UNSOUND.search(value):
+            raise self.wrong(key, "holds characters that stand for nothing")
+
+    def name(self, key: str, *, empty: bool = False) -> str:
+        """Text that may become one component of a file name."""
+        value = self.text(key, empty=empty)
+        if "/" in value or value in (".", ".."):
+            raise self.wrong(key, f"{_short(value)} is no name")
+        return value
+
+    def file(self, key: str) -> str:
+        """A file of the set: one component, not hidden, or such a one in ``checkpoints/``."""
+        value = self.text(key, empty=False)
+        base = value.removeprefix(CHECKPOINTS)
+        size = len(base.encode(errors="surrogateescape"))
+        if not base or "/" in base or base.startswith(".") or size > MAX_NAME:
+            raise self.wrong(key, f"{_short(value)} is no name of a file of the set")
+        return value
+
+    def digest(self, key: str, *, empty: bool = False) -> str:
+        value = self.get(key, str)
+        if not _HEX.fullmatch(value) and (value or not empty):
+            raise self.wrong(key, "not a SHA-256 in hexadecimal")
+        return value
+
+    def choice(self, key: str, kind: type[E], *refused: E) -> E:
+        value = self.get(key, str)
+        allowed = [each for each in kind if each not in refused]
+        for each in allowed:
+            if each.value == value:
+                return each
+        raise self.wrong(key, f"{_short(value)} is none of {', '.join(allowed)}")
+
+    def node(self, key: str) -> "_Node":
+        return _Node(self.get(key, dict), self._name(key))
+
+    def each(self, key: str, build: Callable[["_Node"], T]) -> tuple[T, ...]:
+        """A list of objects, each built by ``build``."""
+        values = self.get(key, list)
+        return tuple(
+            build(_Node(value, f"{self._name(key)}[{number}]"))
+            for number, value in enumerate(values)
+        )
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A list of texts."""
+        values = self.get(key, list)
+        for number, value in enumerate(values):
+            if type(value) is not str:
+                raise self.wrong(f"{key}[{number}]", f"expected str, found {type(value).__name__}")
+            self._check_text(f"{key}[{number}]", value)
+        return tuple(values)
+
+    def done(self) -> None:
+        """Refuse members that nobody asked for: what they mean is not known here."""
+        if self._left:
+            raise self.wrong(min(self._left), "unknown member")
+
+
+def _short(value: object) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) <= MAX_NUMBER else "number"
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def _parse_point(node: _Node) -> RestorePoint:
+    node.number("version")
+    node.digest("digest")
+    point = RestorePoint(
+        id=node.name("id"),
+        sequence=node.number("sequence", minimum=1),
+        chain=node.name("chain"),
+        level=node.choice("level", Level, Level.AUTO),
+        created=_time(node, "created"),
+        domain=node.name("domain"),
+        uuid=node.name("uuid"),
+        disks=node.each("disks", _parse_disk),
+        consistency=node.choice("consistency", Consistency),
+        parent=node.name("parent", empty=True),
+        parent_digest=node.digest("parent_digest", empty=True),
+        checkpoint=node.name("checkpoint", empty=True),
+        base_checkpoint=node.name("base_checkpoint", empty=True),
+        skipped=node.each("skipped", _parse_skipped),
+        files=node.each("files", _parse_file),
+        warnings=node.texts("warnings"),
+        autostart=node.get("autostart", bool),
+        program=node.text("program"),
+    )
+    node.done()
+    targets = [disk.target for disk in point.disks]
+    if len(set(targets)) != len(targets):
+        raise node.wrong("disks", "one target comes twice")
+    file_names(point)  # refuses one name for two files
+    return point
+
+
+def file_names(point: RestorePoint) -> dict[str, int]:
+    """The files that a point's manifest vouches for: name in the set → size in bytes.
+
+    Raises FormatError if two of them carry one name.
+    """
+    found: dict[str, int] = {}
+    streams = [(disk.file, disk.file_size) for disk in point.disks]
+    stored = [*(disk.index for disk in point.disks), *point.files]
+    for name, size in [*streams, *((each.name, each.size) for each in stored)]:
+        if name in found:
+            raise FormatError(f"restore point {point.id}: file {name} comes twice")
+        found[name] = size
+    return found
+
+
+def _time(node: _Node, key: str) -> str:
+    value = node.get(key, str)
+    try:
+        if not _TIME.fullmatch(value):
+            raise ValueError(value)
+        datetime.fromisoformat(value)
+    except ValueError:
+        raise node.wrong(key, f"{_short(value)} is no time in UTC (RFC 3339)") from None
+    return value
+
+
+def _parse_disk(node: _Node) -> DiskPoint:
+    disk = DiskPoint(
+        target=node.name("target"),
+        mode=node.choice("mode", DiskMode),
+        size=node.number("size"),
+        format=node.text("format"),
+        source=node.text("source"),
+        file=node.file("file"),
+        file_size=node.number("file_size"),
+        adler32=node.number("adler32", maximum=0xFFFFFFFF),
+        index=_parse_file(node.node("index")),
+        data_bytes=node.number("data_bytes"),
+        zero_bytes=node.number("zero_bytes"),
+        compressed=node.get("compressed", bool),
+        layout=node.choice("layout", Layout),
+        reason=node.text("reason"),
+        serial=node.text("serial"),
+        layers=node.each("layers", _parse_layer),
+        bitmap=node.text("bitmap"),
+    )
+    node.done()
+    if disk.data_bytes + disk.zero_bytes > disk.size:
+        raise node.wrong("data_bytes", "more bytes than the disk has")
+    return disk
+
+
+def _parse_layer(node: _Node) -> ImageLayer:
+    layer = ImageLayer(
+        path=node.text("path"),
+        format=node.text("format"),
+        device=node.number("device", maximum=(1 << 64) - 1),
+        inode=node.number("inode", maximum=(1 << 64) - 1),
+    )
+    node.done()
+    return layer
+
+
+def _parse_skipped(node: _Node) -> SkippedDisk:
+    skipped = SkippedDisk(target=node.text("target", empty=False), reason=node.text("reason"))
+    node.done()
+    return skipped
+
+
+def _parse_file(node: _Node) -> StoredFile:
+    stored = StoredFile(
+        name=node.file("name"),
+        role=node.text("role", empty=False),
+        size=node.number("size"),
+        sha256=node.digest("sha256"),
+        origin=node.text("origin"),
+        disk=node.text("disk"),
+    )
+    node.done()
+    return stored
