@@ -83,7 +83,7 @@ class _BlockWriter:
         self._records: io.BufferedWriter | None = None
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            self._records = index.open("xb", buffering=1 << 18)
+            self._records = io.BufferedWriter(io.FileIO(index, "xb"), 1 << 18)
             self._records.write(bytes(HEADER.size))
         except BaseException:
             self.close()

@@ -81,13 +81,13 @@ def copy(
     tuning: Tuning,
     arena: Arena,
     patience: Patience,
-    progress: Callable[[int], None],
+    progress: Callable[[Segment], None],
     plan: Iterator[Segment] | None = None,
 ) -> None:
     """Copy what the plan says of one export into ``sink``, in guest order.
 
-    ``plan`` replaces our own block status queries. ``progress`` gets the number of guest bytes
-    dealt with since its last call, from any thread, never two at once.
+    ``plan`` replaces our own block status queries. ``progress`` gets each piece of the plan
+    that found its place, in guest order, from any thread, never two at once.
 
     Raises NbdError and whatever the sink or ``patience.cancelled`` raise.
     """
@@ -113,7 +113,7 @@ class _Pipeline(Generic[B]):
         tuning: Tuning,
         arena: Arena,
         patience: Patience,
-        progress: Callable[[int], None],
+        progress: Callable[[Segment], None],
     ) -> None:
         self._sink = sink
         self._tuning = tuning
@@ -261,7 +261,7 @@ class _Pipeline(Generic[B]):
             while self._next in self._ready:
                 ready = self._ready.pop(self._next)
                 self._sink.place(ready[0])
-                self._progress(ready[1].length)
+                self._progress(ready[1])
                 due.append(ready)
                 self._next += 1
         return due

@@ -1,0 +1,127 @@
+"""What all verbs share: connection settings, directories, output."""
+
+import json
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbdbackupd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nbdbackupd.app.arguments import Arguments
+    from nbdbackupd.app.progress import Progress
+    from nbdbackupd.virt.connection import Connection
+
+DEFAULT_URI = "qemu:///system"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """Settings from the global options and the environment."""
+
+    uri: str
+    user: str
+    password_file: Path | None
+    json: bool
+    progress_style: str
+    runtime_dir: Path
+    scratch_dir: Path
+
+    @classmethod
+    def from_args(cls, args: "Arguments") -> "Context":
+        """Read the global options, set the log up."""
+        _setup_log(args)
+        runtime = getattr(args, "runtime_dir", None) or default_runtime_dir(os.environ)
+        return cls(
+            uri=getattr(args, "connect", "") or DEFAULT_URI,
+            user=getattr(args, "user", "") or "",
+            password_file=getattr(args, "password_file", None),
+            json=getattr(args, "json", False),
+            progress_style=getattr(args, "progress", "auto"),
+            runtime_dir=runtime,
+            scratch_dir=getattr(args, "scratch_dir", None) or default_scratch_dir(os.environ),
+        )
+
+    @contextmanager
+    def connection(self) -> "Iterator[Connection]":
+        """Open the libvirt connection of the global options.
+
+        Raises ConfigError if the password file can't be read, DomainError if libvirt can't be
+        reached.
+        """
+        from nbdbackupd import log
+        from nbdbackupd.virt import connection
+
+        password = self._password()
+        with log.hidden(password), connection.open_connection(
+            self.uri, user=self.user, password=password
+        ) as opened:
+            yield opened
+
+    @contextmanager
+    def progress(self) -> "Iterator[Progress]":
+        """A progress display on stderr; quiet where nobody watches."""
+        from nbdbackupd.app import progress
+
+        with ExitStack() as stack:
+            style = progress.choose_style(self.progress_style, sys.stderr)
+            yield stack.enter_context(progress.Progress(sys.stderr, style))
+
+    def show(self, document: Mapping[str, Any], text: str) -> None:
+        """Print a report: JSON if that was asked for, else text."""
+        if self.json:
+            print(json.dumps(document, indent=2))
+        elif text:
+            print(text)
+
+    def _password(self) -> str:
+        if self.password_file is None:
+            return ""
+        try:
+            return self.password_file.read_text().rstrip("\n")
+        except (OSError, UnicodeDecodeError) as err:
+            raise ConfigError(f"can't read the password file {self.password_file}: {err}") from err
+
+
+def now() -> datetime:
+    """The time of the run, UTC."""
+    return datetime.now(UTC)
+
+
+def new_run_id(moment: datetime) -> str:
+    """``20260131T235959-1a2b3c4d``: sorts by time, never the same twice."""
+    return f"{moment:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
+
+
+def default_runtime_dir(environ: Mapping[str, str]) -> Path:
+    """``/run/nbdbackup`` for root, below the user's runtime directory for others."""
+    if os.geteuid() == 0:
+        return Path("/run/nbdbackup")
+    base = environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
+    return Path(base, "nbdbackup")
+
+
+def default_scratch_dir(environ: Mapping[str, str]) -> Path:
+    """``/var/lib/nbdbackup/scratch`` for root, below the user's state directory for others."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/nbdbackup/scratch")
+    base = environ.get("XDG_STATE_HOME") or Path(environ.get("HOME", "/"), ".local/state")
+    return Path(base, "nbdbackup/scratch")
+
+
+def _setup_log(args: "Arguments") -> None:
+    from nbdbackupd import log
+
+    level = logging.WARNING
+    if getattr(args, "verbose", 0):
+        level = logging.DEBUG if args.verbose > 1 else logging.INFO
+    elif getattr(args, "quiet", False):
+        level = logging.ERROR
+    log.setup(level, sys.stderr, os.environ.get("JOURNAL_STREAM", ""))

@@ -1,0 +1,70 @@
+"""``nbdbackupctl``: arguments in, one verb run, text or JSON and an exit code out.
+
+Only this package reads the command line and the environment, prints, and decides exit codes.
+Everything heavy is imported by the verb that needs it, so that ``--version`` is quick.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from nbdbackupd.app import arguments
+from nbdbackupd.app.context import Context
+from nbdbackupd.errors import Interrupted, NbdbackupError
+
+JSON_VERSION = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code; argparse's own exits pass through."""
+    args = arguments.build_parser().parse_args(argv)
+    context = Context.from_args(args)
+    try:
+        code = _run(args, context)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the reader of our output left (``| head``): nothing more to tell it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    return code
+
+
+def _run(args: "arguments.Arguments", context: Context) -> int:
+    try:
+        code: int = args.run(args, context)
+    except NbdbackupError as err:
+        return _report(context, err, err.exit_code)
+    except Interrupted as stop:
+        return _report(context, stop, stop.exit_code)
+    except KeyboardInterrupt:
+        return _report(context, Interrupted(2), 130)
+    except OSError as err:
+        return _report(context, err, 50)
+    except Exception as err:  # noqa: BLE001 - the one place where bugs end
+        traceback.print_exc()
+        return _report(context, err, 1)
+    return code
+
+
+def _report(context: Context, err: BaseException, code: int) -> int:
+    """One line on stderr, and the same as JSON on stdout if JSON was asked for."""
+    text = " ".join(str(err).split()) or type(err).__name__
+    print(f"nbdbackupctl: {text}", file=sys.stderr)
+    if context.json:
+        fields = {
+            name: value if isinstance(value, int) else str(value)
+            for name, value in getattr(err, "fields", {}).items()
+        }
+        document = {
+            "version": JSON_VERSION,
+            "error": {
+                "kind": type(err).__name__,
+                "message": getattr(err, "message", text),
+                "exit_code": code,
+                "fields": fields,
+            },
+        }
+        print(json.dumps(document, indent=2))
+    return code

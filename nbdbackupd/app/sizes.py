@@ -1,0 +1,40 @@
+"""Bytes and times as people write and read them."""
+
+import re
+from typing import Final
+
+UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+PATTERN: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """``512M``, ``1.5GiB``, ``4096`` as bytes (units are powers of 1024).
+
+    Raises ValueError for anything else.
+    """
+    found = PATTERN.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(f"not a size: {text!r} (examples: 4096, 512M, 1.5GiB)")
+    return int(float(found[1]) * UNITS[found[2].lower()])
+
+
+def human_size(size: int) -> str:
+    """``1.5 GiB``: three significant digits at most."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    if unit == "B":
+        return f"{size} B"
+    return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+
+
+def human_time(seconds: float) -> str:
+    """``3.2 s``, ``4:05``, ``1:02:03``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"

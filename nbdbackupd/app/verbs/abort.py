@@ -1,0 +1,41 @@
+"""``nbdbackupctl abort``."""
+
+import argparse
+from typing import Any
+
+from nbdbackupd.app.arguments import Arguments
+from nbdbackupd.app.context import Context
+
+DESCRIPTION = """\
+End the backup job that a dead run of ours left behind, with its scratch files. A job of another
+program is named and left alone, unless --any is given.
+"""
+
+
+def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "abort", help="end a leftover backup job", description=DESCRIPTION,
+        parents=[shared], allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
+    parser.add_argument("--any", action="store_true", help="also a job that is not ours")
+    parser.set_defaults(run=run)
+
+
+def run(args: Arguments, context: Context) -> int:
+    """Carry the verb out."""
+    from nbdbackupd.ops import abort
+
+    with context.connection() as connection:
+        report = abort.run(
+            abort.AbortRequest(
+                domain=args.domain,
+                runtime_dir=context.runtime_dir.absolute(),
+                scratch_dir=context.scratch_dir.absolute(),
+                any=args.any,
+            ),
+            connection,
+        )
+    context.show(report.to_json(), report.message)
+    return 0

@@ -1,0 +1,40 @@
+"""``nbdbackupctl estimate``."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from nbdbackupd.app.arguments import Arguments
+from nbdbackupd.app.context import Context
+from nbdbackupd.app.sizes import human_size
+
+DESCRIPTION = "Tell what the next increment into a set would save, disk by disk; saves nothing."
+
+
+def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "estimate", help="tell what an increment would save", description=DESCRIPTION,
+        parents=[shared], allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", type=Path, required=True, help="directory of the set"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: Arguments, context: Context) -> int:
+    """Carry the verb out."""
+    from nbdbackupd.ops import estimate
+
+    request = estimate.EstimateRequest(domain=args.domain, directory=args.output.absolute())
+    with context.connection() as connection:
+        report = estimate.run(request, connection)
+    lines = []
+    for disk in report.disks:
+        why = f"  whole: {disk.reason}" if disk.reason else ""
+        lines.append(f"{disk.target:<6} {human_size(disk.bytes):>10}{why}")
+    lines.append(f"{'total':<6} {human_size(report.total):>10}")
+    context.show(report.to_json(), "\n".join(lines))
+    return 0

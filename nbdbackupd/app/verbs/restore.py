@@ -1,0 +1,119 @@
+"""``nbdbackupctl restore``."""
+
+import argparse
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbdbackupd.app import signals
+from nbdbackupd.app.arguments import Arguments, names, positive
+from nbdbackupd.app.context import Context
+from nbdbackupd.app.sizes import human_size, human_time
+from nbdbackupd.errors import UsageError
+
+if TYPE_CHECKING:
+    from nbdbackupd.ops.restore import RestoreReport
+
+DESCRIPTION = """\
+Bring the disks of a restore point back as images, with the domain's XML beside them. Needs
+nothing but the backup set. Existing images are not touched without --force; an image that is not
+complete carries the suffix '.incomplete'.
+"""
+
+
+def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "restore", help="bring disks back", description=DESCRIPTION,
+        parents=[shared], allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument(
+        "source", metavar="SOURCE", type=Path, nargs="?", help="directory of the set"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", type=Path, required=True, help="directory for the images"
+    )
+    parser.add_argument(
+        "-d", "--disk", metavar="DISKS", type=names, default=(),
+        help="only these disks (vda,vdb)",
+    )  # fmt: skip
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--point", metavar="ID", help="the point (default: the newest)")
+    which.add_argument(
+        "--until", metavar="CHECKPOINT", help="the point that made this checkpoint"
+    )
+    which.add_argument(
+        "--at", metavar="TIME", type=moment,
+        help="the newest point that is not younger than this time (2026-01-31T23:59:59Z, or "
+        "local time: '2026-01-31 23:59')",
+    )  # fmt: skip
+    which.add_argument(
+        "--sequence", metavar="FILES", type=names, default=(),
+        help="these stream files of one disk by hand, oldest first, commas between them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format", choices=("qcow2", "raw"), help="image format (default: as the original)"
+    )
+    parser.add_argument(
+        "--preallocate", action="store_true", help="allocate the whole image (default: sparse)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace existing files")
+    parser.add_argument(
+        "-w", "--workers", metavar="N", type=positive, default=min(8, os.cpu_count() or 2),
+        help="threads that read and hash (default: one for each processor, at most 8)",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def moment(text: str) -> datetime:
+    """RFC 3339, or local time without a zone, for argparse."""
+    try:
+        parsed = datetime.fromisoformat(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(
+            f"not a time: {text!r} (examples: 2026-01-31T23:59:59Z, '2026-01-31 23:59')"
+        ) from err
+    return parsed.astimezone(UTC)
+
+
+def run(args: Arguments, context: Context) -> int:
+    """Carry the verb out."""
+    from nbdbackupd.ops import restore
+
+    if (args.source is None) == (not args.sequence):
+        raise UsageError("restore takes either a SOURCE directory or --sequence FILES")
+    request = restore.RestoreRequest(
+        source=args.source.absolute() if args.source else None,
+        output=args.output.absolute(),
+        disks=args.disk,
+        point=args.point or "",
+        until=args.until or "",
+        at=args.at,
+        sequence=tuple(Path(name).absolute() for name in args.sequence),
+        format=args.format,
+        preallocate=args.preallocate,
+        force=args.force,
+        workers=args.workers,
+    )
+    with signals.listen() as cancel, context.progress() as progress:
+
+        def show(label: str, done: int, total: int) -> None:
+            progress.disk(label, done, total, done)
+
+        report = restore.run(request, progress=show, cancelled=cancel.check)
+    context.show(report.to_json(), render(report))
+    return 3 if report.warnings else 0
+
+
+def render(report: "RestoreReport") -> str:
+    """The report for people."""
+    lines = [f"restored {report.domain or 'disk'} as of {report.created} (point {report.point})"]
+    for disk in report.disks:
+        lines.append(
+            f"  {disk.target:<6} {disk.path}  {disk.format}, {human_size(disk.size)}, "
+            f"{human_size(disk.data_bytes)} written, {human_time(disk.seconds)}"
+        )
+    if report.config is not None:
+        lines.append(f"  config {report.config}")
+    return "\n".join(lines)

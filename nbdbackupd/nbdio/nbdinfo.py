@@ -1,0 +1,49 @@
+"""A second opinion on extents: libnbd's ``nbdinfo`` tool instead of our own queries.
+
+It asks for one meta context at a time and prints the whole disk at once, so memory grows with the
+number of extents; it is here to cross-check ``nbdio.extents``.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote
+
+from nbdbackupd import proc
+from nbdbackupd.errors import NbdError
+from nbdbackupd.model import extents
+from nbdbackupd.model.extents import Extent, Segment
+from nbdbackupd.nbdio.client import ALLOCATION, DIRTY_PREFIX, Endpoint
+
+SECONDS = 600.0
+
+
+def plan(endpoint: Endpoint) -> Iterator[Segment]:
+    """What to read of the export, as ``ExtentReader.plan``.
+
+    Raises ProcessError if nbdinfo is missing or fails, NbdError if it answers nonsense.
+    """
+    allocation = _extents(endpoint, ALLOCATION)
+    if not endpoint.bitmap:
+        return extents.plan_full(allocation)
+    dirty = _extents(endpoint, DIRTY_PREFIX + endpoint.bitmap)
+    return extents.merge(extents.plan_delta(dirty, allocation))
+
+
+def _extents(endpoint: Endpoint, context: str) -> list[Extent]:
+    uri = f"nbd+unix:///{quote(endpoint.export)}?socket={quote(str(endpoint.socket))}"
+    text = proc.output(["nbdinfo", "--json", f"--map={context}", uri], timeout=SECONDS)
+    try:
+        entries: list[dict[str, Any]] = json.loads(text)
+        found = [
+            Extent(int(entry["offset"]), int(entry["length"]), int(entry["type"]))
+            for entry in entries
+        ]
+    except (ValueError, KeyError, TypeError) as err:
+        raise NbdError(f"nbdinfo gave no list of extents for {context}: {err}") from err
+    end = 0
+    for extent in found:
+        if extent.offset != end or extent.length <= 0:
+            raise NbdError(f"nbdinfo left a gap in {context}", offset=end)
+        end = extent.end
+    return found

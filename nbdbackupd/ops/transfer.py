@@ -1,0 +1,90 @@
+"""Copying one disk of a snapshot into the files of a draft."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdbackupd.errors import SourceError
+from nbdbackupd.format.stream import StreamMeta
+from nbdbackupd.format.writer import RawWriter, StreamWriter, Written
+from nbdbackupd.model.chain import Layout
+from nbdbackupd.model.extents import Segment
+from nbdbackupd.nbdio import copy, nbdinfo
+from nbdbackupd.nbdio.arena import Arena
+from nbdbackupd.nbdio.client import Connection, Endpoint, Patience
+from nbdbackupd.source import Export
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transfer:
+    """What is the same for all disks of a run. ``level`` is the lz4 level or None."""
+
+    tuning: copy.Tuning
+    arena: Arena
+    patience: Patience
+    level: int | None
+    layout: Layout
+    by_nbdinfo: bool
+    progress: Callable[[str, int, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A disk that was copied: what the files hold, seconds that it took."""
+
+    written: Written
+    seconds: float
+
+
+def copy_disk(
+    transfer: Transfer, export: Export, meta: StreamMeta, file: Path, index: Path
+) -> Copied:
+    """Copy one export into ``file`` and ``index``, both new and durable afterwards.
+
+    ``transfer.progress`` gets the disk, the guest position reached, the disk's size and the
+    number of data bytes so far.
+
+    Raises NbdError, SourceError if the export has another size than the disk, OSError of the
+    target, and what ``transfer.patience.cancelled`` raises.
+    """
+    begun = time.monotonic()
+    endpoint = Endpoint(socket=export.socket, export=export.name, bitmap=export.bitmap)
+    with Connection(endpoint, patience=transfer.patience) as connection:
+        size = connection.size
+    if size != export.size:
+        raise SourceError(
+            f"disk {export.target} changed its size during the start of the backup",
+            expected=export.size, found=size,
+        )  # fmt: skip
+    data = 0
+
+    def progress(segment: Segment) -> None:
+        nonlocal data
+        data += 0 if segment.zero else segment.length
+        transfer.progress(export.target, segment.end, size, data)
+
+    with ExitStack() as stack:
+        writer = _writer(transfer, meta, file, index)
+        stack.callback(writer.close)
+        copy.copy(
+            endpoint,
+            writer,
+            tuning=transfer.tuning,
+            arena=transfer.arena,
+            patience=transfer.patience,
+            progress=progress,
+            plan=nbdinfo.plan(endpoint) if transfer.by_nbdinfo else None,
+        )
+        written = writer.finish()
+    transfer.progress(export.target, size, size, data)
+    return Copied(written, time.monotonic() - begun)
+
+
+def _writer(
+    transfer: Transfer, meta: StreamMeta, file: Path, index: Path
+) -> StreamWriter | RawWriter:
+    if transfer.layout is Layout.RAW:
+        return RawWriter(file, index, disk_size=meta.virtual_size)
+    return StreamWriter(file, index, meta=meta, level=transfer.level)
