@@ -1,0 +1,138 @@
+"""One disk out of many points: for each guest byte, which point's block holds it.
+
+A chain is never replayed. The blocks of a disk's full and of all that came after it are merged
+while they are read, newest point first, so that each guest byte is read and written once. All
+ranges are half open and in bytes.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+
+class Block(Protocol):
+    """A run of guest bytes that a point holds, as data or as zeroes."""
+
+    @property
+    def offset(self) -> int:
+        """First guest byte."""
+
+    @property
+    def length(self) -> int:
+        """Number of guest bytes, at least 1."""
+
+
+R = TypeVar("R", bound=Block)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer(Generic[R]):
+    """One point's blocks of the disk: ascending, without overlap; ``size`` of the disk then."""
+
+    size: int
+    blocks: Iterable[R]
+
+
+class Piece(NamedTuple, Generic[R]):
+    """``length`` guest bytes from ``offset`` on, and the block that holds them.
+
+    ``layer`` counts from 0, the newest. A range that no point holds reads as zeroes: ``block``
+    is None and ``layer`` is -1.
+    """
+
+    offset: int
+    length: int
+    layer: int
+    block: R | None
+
+    @property
+    def end(self) -> int:
+        """First guest byte after the piece."""
+        return self.offset + self.length
+
+
+class _Cursor(Generic[R]):
+    """The place in one layer: the block at or after the merge's position, if any is left."""
+
+    def __init__(self, layer: Layer[R], limit: int) -> None:
+        self._blocks = iter(layer.blocks)
+        self._limit = limit
+        self.block: R | None = None
+        self.start = self.end = 0
+        self.advance(0)
+
+    def advance(self, position: int) -> None:
+        """Drop blocks that end at or before ``position``."""
+        while self.end <= position:
+            self.block = next(self._blocks, None)
+            if self.block is None or self.block.offset >= self._limit:
+                # Beyond everything: such a cursor is never chosen and never moves again.
+                self.block = None
+                self.start = self.end = 1 << 64
+                return
+            self.start = self.block.offset
+            self.end = min(self.start + self.block.length, self._limit)
+
+
+def limits(sizes: Sequence[int]) -> list[int]:
+    """How far each layer can be seen, newest first: what a shrunk disk lost does not come back."""
+    seen: list[int] = []
+    for size in sizes:
+        seen.append(min(size, seen[-1]) if seen else size)
+    return seen
+
+
+def pieces(layers: Sequence[Layer[R]]) -> Iterator[Piece[R]]:
+    """Cover ``[0, layers[0].size)`` with pieces, ascending, the newest layer winning.
+
+    ``layers`` is newest first. A block that newer ones cover in part comes as several pieces.
+    Only one block of each layer is held at a time.
+    """
+    size = layers[0].size
+    seen = limits([layer.size for layer in layers])
+    cursors = [_Cursor(layer, limit) for layer, limit in zip(layers, seen, strict=True)]
+    position = 0
+    while position < size:
+        end = size
+        chosen, block = -1, None
+        for number, cursor in enumerate(cursors):
+            if cursor.end <= position:
+                cursor.advance(position)
+            if cursor.start <= position:
+                end = min(end, cursor.end)
+                chosen, block = number, cursor.block
+                break
+            end = min(end, cursor.start)
+        yield Piece(position, end - position, chosen, block)
+        position = end
+
+
+class Part(NamedTuple, Generic[R]):
+    """A block and those of its ranges ``(offset, length)`` that are still alive, ascending."""
+
+    layer: int
+    block: R
+    ranges: tuple[tuple[int, int], ...]
+
+
+def parts(found: Iterable[Piece[R]], layers: int) -> Iterator[Part[R]]:
+    """Gather the pieces of each block, so that it is read once however it was cut.
+
+    Takes pieces as ``pieces`` yields them; those without a block are dropped. A block comes when
+    its layer has gone on to the next one, so parts are only nearly in ascending order. Memory:
+    one block's ranges for each of the ``layers``.
+    """
+    held: list[tuple[R, list[tuple[int, int]]] | None] = [None] * layers
+    for piece in found:
+        if piece.block is None:
+            continue
+        waiting = held[piece.layer]
+        if waiting is not None and waiting[0] is piece.block:
+            waiting[1].append((piece.offset, piece.length))
+            continue
+        if waiting is not None:
+            yield Part(piece.layer, waiting[0], tuple(waiting[1]))
+        held[piece.layer] = (piece.block, [(piece.offset, piece.length)])
+    for number, left in enumerate(held):
+        if left is not None:
+            yield Part(number, left[0], tuple(left[1]))
