@@ -1,0 +1,208 @@
+"""Connections to libvirt.
+
+The embedded driver (``qemu:///embed?root=DIR``), measured with libvirt 9.0.0: it runs inside our
+process; a process can open one root only, and other ``qemu:`` URIs no more; one process at a
+time can hold a root, from its first open until it exits (``close`` does not let go of it); QEMU
+and a running backup job survive us, and the next process that opens the root finds them. It
+logs to stderr unless LIBVIRT_DEBUG=error was set before libvirt was imported.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+from urllib.parse import urlsplit
+from xml.etree import ElementTree as ET
+
+import libvirt
+
+from nbdbackupd.errors import BusyError, DomainError, DomainNotFoundError
+from nbdbackupd.model.domain import parse_dac_label
+from nbdbackupd.virt import events, fault
+
+# a peer that does not answer for 5 x 6 seconds is gone
+KEEPALIVE_INTERVAL_SECONDS: Final = 5
+KEEPALIVE_COUNT: Final = 6
+REOPEN_TIMEOUT_SECONDS: Final = 30.0
+REOPEN_PAUSE_SECONDS: Final = 0.5
+ROOT_IS_HELD: Final = "Failed to acquire pid file"
+USER_CREDENTIALS: Final = (libvirt.VIR_CRED_AUTHNAME, libvirt.VIR_CRED_USERNAME)
+SECRET_CREDENTIALS: Final = (libvirt.VIR_CRED_PASSPHRASE, libvirt.VIR_CRED_NOECHOPROMPT)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Address:
+    """Where libvirt is and who we are there; an empty user means: what the URI says."""
+
+    uri: str
+    user: str = ""
+    password: str = field(default="", repr=False)
+
+
+class Connection:
+    """An open connection; made by ``open_connection``. All methods may be used from any thread.
+
+    If libvirtd was restarted meanwhile, the next call opens the connection anew: a backup job
+    and its NBD server live in QEMU and go on.
+    """
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self._lock = threading.Lock()
+        self._generation = 0
+        self._handle = _open(address)
+
+    @property
+    def uri(self) -> str:
+        """Return the URI as it was asked for."""
+        return self.address.uri
+
+    def current(self) -> tuple[int, libvirt.virConnect]:
+        """Return a number that changes with each reopening, and the live handle.
+
+        Raises DomainError if libvirt is gone and does not come back in time.
+        """
+        with self._lock:
+            if not self._handle.isAlive():
+                self._handle = _reopen(self.address)
+                self._generation += 1
+            return self._generation, self._handle
+
+    def is_alive(self) -> bool:
+        """Tell whether the connection stands, without waiting for anything."""
+        return bool(self._handle.isAlive())
+
+    def lookup(self, name: str) -> tuple[str, str]:
+        """Find a domain by name, or else by UUID; return its name and UUID.
+
+        Raises DomainNotFoundError.
+        """
+        _, handle = self.current()
+        with fault.translate(f"can't look up domain {name}", domain=name):
+            for find in (handle.lookupByName, handle.lookupByUUIDString):
+                try:
+                    found = find(name)
+                except libvirt.libvirtError as err:
+                    # a text that is no UUID is an invalid argument to the second one
+                    unknown = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_INVALID_ARG)
+                    if err.get_error_code() not in unknown:
+                        raise
+                else:
+                    return found.name(), found.UUIDString()
+        raise DomainNotFoundError(
+            f"no domain {name} at {self.uri}; 'virsh list --all' shows them", domain=name
+        )
+
+    def base_owner(self) -> tuple[int, int] | None:
+        """Return the (uid, gid) that libvirt gives to QEMU by default, or None if unknown.
+
+        From the capabilities' ``dac`` security model.
+        """
+        _, handle = self.current()
+        with fault.translate("can't read libvirt's capabilities"):
+            root = ET.fromstring(handle.getCapabilities())  # noqa: S314 - libvirtd's own
+        for model in root.findall("./host/secmodel"):
+            if model.findtext("model") == "dac":
+                for label in model.findall("baselabel"):
+                    owner = parse_dac_label(label.text or "")
+                    if owner is not None:
+                        return owner
+        return None
+
+    def close(self) -> None:
+        """Close the connection; a libvirt that is gone already is fine."""
+        with self._lock:
+            try:
+                self._handle.close()
+            except libvirt.libvirtError:
+                return
+
+
+@contextmanager
+def open_connection(uri: str, *, user: str = "", password: str = "") -> Iterator[Connection]:
+    """Open ``uri`` for the body.
+
+    ``user`` and ``password`` answer libvirt's questions; ``?authfile=FILE`` in the URI works,
+    too. Raises DomainError if libvirt can't be reached or refuses us, BusyError if another
+    process holds an embedded libvirt's root.
+    """
+    # otherwise the library prints each error to stderr, on top of raising it
+    libvirt.registerErrorHandler(_ignore_error, None)
+    with events.running():
+        connection = Connection(Address(uri=uri, user=user, password=password))
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+
+def _ignore_error(_context: object, _error: object) -> None:
+    """Do nothing: the error is raised as well."""
+
+
+def _open(address: Address) -> libvirt.virConnect:
+    def answer(credentials: list[list[Any]], _data: object) -> int:
+        for credential in credentials:
+            known = ""
+            if credential[0] in USER_CREDENTIALS:
+                known = address.user
+            elif credential[0] in SECRET_CREDENTIALS:
+                known = address.password
+            if not known:
+                return -1
+            credential[4] = known
+        return 0
+
+    kinds = [*USER_CREDENTIALS, *SECRET_CREDENTIALS]
+    try:
+        handle = libvirt.openAuth(address.uri, [kinds, answer, None], 0)
+    except libvirt.libvirtError as err:
+        raise _open_error(address, err) from err
+    _keep_alive(handle)
+    return handle
+
+
+def _open_error(address: Address, err: libvirt.libvirtError) -> DomainError | BusyError:
+    text = fault.line(err)
+    if ROOT_IS_HELD in text:
+        return BusyError(
+            f"another process holds the embedded libvirt {address.uri}: try again when it is done",
+            uri=address.uri,
+        )
+    code = err.get_error_code()
+    refused = (
+        libvirt.VIR_ERR_AUTH_FAILED,
+        libvirt.VIR_ERR_AUTH_CANCELLED,
+        libvirt.VIR_ERR_AUTH_UNAVAILABLE,
+    )
+    if code in refused:
+        hint = "give --user and --password-file, or ?authfile= in the URI"
+    elif code == libvirt.VIR_ERR_ACCESS_DENIED:
+        hint = "run as root or as a member of the group libvirt"
+    elif urlsplit(address.uri).netloc:
+        hint = "check the host, the network and that libvirt runs there"
+    else:
+        hint = "check the URI and that libvirtd (or virtqemud) runs"
+    return DomainError(f"can't connect to {address.uri}: {text}; {hint}", uri=address.uri)
+
+
+def _keep_alive(handle: libvirt.virConnect) -> None:
+    try:
+        handle.setKeepAlive(KEEPALIVE_INTERVAL_SECONDS, KEEPALIVE_COUNT)
+    except libvirt.libvirtError as err:
+        # drivers inside our own process (embed, test) have nobody to ask
+        if err.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:
+            raise DomainError(f"can't watch the connection: {fault.line(err)}") from err
+
+
+def _reopen(address: Address) -> libvirt.virConnect:
+    deadline = time.monotonic() + REOPEN_TIMEOUT_SECONDS
+    while True:
+        try:
+            return _open(address)
+        except DomainError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(REOPEN_PAUSE_SECONDS)

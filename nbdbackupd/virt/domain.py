@@ -1,0 +1,114 @@
+"""A domain of an open connection: what it is, what state it is in, its XML."""
+
+import threading
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Self, TypeVar
+
+import libvirt
+
+from nbdbackupd.model import domain as domain_model
+from nbdbackupd.virt import fault
+from nbdbackupd.virt.connection import Connection
+
+Result = TypeVar("Result")
+
+
+class State(StrEnum):
+    """What QEMU does: ``running`` also covers states in between, such as shutting down."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    OFF = "off"
+
+
+class Domain:
+    """A domain by UUID; survives a rename, and a restart of libvirtd."""
+
+    def __init__(self, connection: Connection, name: str, uuid: str) -> None:
+        self.connection = connection
+        self.name = name
+        self.uuid = uuid
+        self._lock = threading.Lock()
+        self._generation = -1
+        self._handle: libvirt.virDomain | None = None
+
+    @classmethod
+    def find(cls, connection: Connection, name: str) -> Self:
+        """Find a domain by name or UUID.
+
+        Raises DomainNotFoundError.
+        """
+        return cls(connection, *connection.lookup(name))
+
+    def handle(self) -> libvirt.virDomain:
+        """Return libvirt's object, found anew after the connection was opened anew.
+
+        For the modules of this package only. Raises DomainError or DomainNotFoundError.
+        """
+        with self._lock:
+            generation, connection = self.connection.current()
+            if self._handle is None or generation != self._generation:
+                with fault.translate(f"can't look up domain {self.name}", domain=self.name):
+                    self._handle = connection.lookupByUUIDString(self.uuid)
+                self._generation = generation
+            return self._handle
+
+    def call(self, what: str, function: Callable[[libvirt.virDomain], Result]) -> Result:
+        """Run ``function`` on libvirt's object; ``what`` begins the message of a failure.
+
+        Raises the class of errors.py that libvirt's code stands for.
+        """
+        handle = self.handle()
+        with fault.translate(f"domain {self.name}: {what}", domain=self.name):
+            return function(handle)
+
+    def state(self) -> State:
+        """Return what the domain does now."""
+        number = self.call("can't read its state", lambda handle: handle.state())[0]
+        if not self.is_active():
+            return State.OFF
+        return State.PAUSED if number == libvirt.VIR_DOMAIN_PAUSED else State.RUNNING
+
+    def is_active(self) -> bool:
+        """Tell whether there is a QEMU process (also when paused)."""
+        return bool(self.call("can't read its state", lambda handle: handle.isActive()))
+
+    def is_persistent(self) -> bool:
+        """Tell whether the definition outlives the guest's end."""
+        return bool(self.call("can't read its kind", lambda handle: handle.isPersistent()))
+
+    def has_autostart(self) -> bool:
+        """Tell whether libvirt starts the domain with the host; a transient one never."""
+        if not self.is_persistent():
+            return False
+        return bool(self.call("can't read its autostart", lambda handle: handle.autostart()))
+
+    def xml(self, *, inactive: bool = False, secure: bool = False) -> str:
+        """Return the domain XML: live (of an inactive domain: its definition), or ``inactive``.
+
+        ``secure`` includes passwords.
+        """
+        flags = inactive * libvirt.VIR_DOMAIN_XML_INACTIVE + secure * libvirt.VIR_DOMAIN_XML_SECURE
+        return self.call("can't read its XML", lambda handle: handle.XMLDesc(flags))
+
+    def definition(self) -> domain_model.Domain:
+        """Return the parsed live XML."""
+        return domain_model.parse_domain(self.xml())
+
+    def disk_size(self, target: str) -> int:
+        """Return the virtual size of a disk in bytes, as the running guest sees it."""
+        info = self.call(f"can't read the size of {target}", lambda each: each.blockInfo(target))
+        return info[0]
+
+    def owner(self) -> tuple[int, int] | None:
+        """Return (uid, gid) of the QEMU process: its own label, or libvirt's default."""
+        return self.definition().owner or self.connection.base_owner()
+
+    def suspend(self) -> None:
+        """Stop the guest's CPUs; QEMU flushes its disks."""
+        self.call("can't be paused", lambda handle: handle.suspend())
+
+    def resume(self) -> None:
+        """Let the guest's CPUs run on."""
+        self.call("can't be resumed", lambda handle: handle.resume())

@@ -1,0 +1,129 @@
+"""libvirt's backup job of a domain: begin, watch, describe, end.
+
+Measured with libvirt 9.0.0: a domain has at most one such job; beginning a second one waits 30
+seconds for a lock before it fails, so look first. ``abortJob`` returns before the job is gone
+(some 10 ms). The job and its NBD server survive us and libvirtd; the socket file stays behind
+when QEMU dies in the middle.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Final
+
+import libvirt
+
+from nbdbackupd.errors import DomainError
+from nbdbackupd.model.jobxml import BackupJob, parse_backup_job
+from nbdbackupd.virt.domain import Domain
+
+ABORT_TIMEOUT_SECONDS: Final = 30.0
+POLL_SECONDS: Final = 0.01
+# names of virDomainJobOperation
+OPERATIONS: Final = (
+    "unknown",
+    "start",
+    "save",
+    "restore",
+    "incoming migration",
+    "outgoing migration",
+    "snapshot",
+    "snapshot revert",
+    "dump",
+    "backup",
+    "snapshot delete",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveJob:
+    """A job that runs on a domain; ``backup`` is set if it is a backup job."""
+
+    operation: str
+    backup: BackupJob | None = None
+
+    def __str__(self) -> str:
+        return str(self.backup) if self.backup is not None else f"a job: {self.operation}"
+
+
+@dataclass(frozen=True, slots=True)
+class JobStats:
+    """``temp_used`` and ``temp_total``: bytes of scratch space, written and at most."""
+
+    is_active: bool
+    temp_used: int = 0
+    temp_total: int = 0
+
+
+def active_job(domain: Domain) -> ActiveJob | None:
+    """Return the job that runs on the domain, whoever began it, or None."""
+    if not domain.is_active():
+        return None
+    if domain.call("can't read its job", lambda each: each.jobInfo())[0] == _NONE:
+        return None
+    found = domain.call("can't read its job", lambda each: each.jobStats())
+    if found.get("type", _NONE) == _NONE:
+        return None
+    number = found.get(libvirt.VIR_DOMAIN_JOB_OPERATION, 0)
+    if number != libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP:
+        name = OPERATIONS[number] if number < len(OPERATIONS) else OPERATIONS[0]
+        return ActiveJob(name)
+    try:
+        xml = domain.handle().backupGetXMLDesc()
+    except libvirt.libvirtError as err:
+        if err.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_BACKUP:
+            # it ended between the two questions
+            return None
+        raise DomainError(f"domain {domain.name}: can't read its backup job: {err}") from err
+    return ActiveJob("backup", parse_backup_job(xml))
+
+
+def begin(domain: Domain, backup_xml: str, checkpoint_xml: str) -> None:
+    """Begin a pull-mode job; an empty ``checkpoint_xml`` makes no checkpoint.
+
+    Raises CheckpointError (the base or a bitmap of it is missing or broken), BusyError, or
+    another DomainError.
+    """
+    domain.call(
+        "can't begin the backup",
+        lambda each: each.backupBegin(backup_xml, checkpoint_xml or None),
+    )
+
+
+def stats(domain: Domain) -> JobStats:
+    """Return how the job is doing; a domain that went off has none."""
+    if not domain.is_active():
+        return JobStats(is_active=False)
+    found = domain.call("can't read its job", lambda each: each.jobStats())
+    return JobStats(
+        is_active=found.get("type", _NONE) != _NONE,
+        temp_used=found.get(libvirt.VIR_DOMAIN_JOB_DISK_TEMP_USED, 0),
+        temp_total=found.get(libvirt.VIR_DOMAIN_JOB_DISK_TEMP_TOTAL, 0),
+    )
+
+
+def abort(domain: Domain) -> None:
+    """End the domain's job and wait until it is gone; none is fine.
+
+    libvirt then removes scratch files and socket. Raises DomainError if it stays.
+    """
+    if active_job(domain) is None:
+        return
+    try:
+        domain.call("can't end its job", lambda each: each.abortJob())
+    except DomainError:
+        # it may have ended by itself, as with the guest
+        if active_job(domain) is None:
+            return
+        raise
+    deadline = time.monotonic() + ABORT_TIMEOUT_SECONDS
+    while active_job(domain) is not None:
+        if time.monotonic() > deadline:
+            raise DomainError(
+                f"domain {domain.name}: its job did not end within "
+                f"{ABORT_TIMEOUT_SECONDS:g} s; try 'virsh domjobabort'",
+                domain=domain.name,
+            )
+        time.sleep(POLL_SECONDS)
+
+
+_NONE: Final = libvirt.VIR_DOMAIN_JOB_NONE
