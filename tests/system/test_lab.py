@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab.base import UNPRIVILEGED_USER
 from tests.lab.command import LabError, run
 from tests.lab.compare import first_difference
+from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec
 from tests.lab.embed import EmbeddedLab
 from tests.lab.process import command_line
@@ -153,3 +155,20 @@ def test_first_difference(tmp_path: Path) -> None:
     assert first_difference(left, right) == 5 * MIB
     run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", left, tmp_path / "left.qcow2"])
     assert first_difference(left, tmp_path / "left.qcow2") is None
+
+
+def test_private_daemon_restarts_under_a_running_guest() -> None:
+    with DaemonLab() as lab:
+        guest = lab.guest()
+        guest.start()
+        pid = guest.process().pid
+        assert Path(f"/proc/{pid}").owner() == UNPRIVILEGED_USER
+        lab.restart()
+        assert lab.virsh("domstate", guest.name).strip() == "running"
+        lab.kill9()
+        guest.write("vda", 0, 512, 1)
+        lab.start()
+        assert guest.process().pid == pid
+        assert lab.virsh("domstate", guest.name).strip() == "running"
+        guest.stop()
+    assert not lab.directory.exists()
