@@ -59,7 +59,7 @@ def _disk_options(parser: argparse.ArgumentParser) -> None:
     compress = group.add_mutually_exclusive_group()
     compress.add_argument(
         "-z", "--compress", metavar="LEVEL", nargs="?", type=int, const=2, default=None,
-        help="compress with lz4, level 0 to 16 (default without a number: 2)",
+        help="compress with lz4, level 1 to 16 (default without a number: 2)",
     )  # fmt: skip
     compress.add_argument(
         "--no-compress", action="store_const", dest="compress", const=None,
@@ -148,8 +148,8 @@ def _request(args: Arguments, context: Context) -> "BackupRequest":
     from nbdbackupd.ops.backup import BackupRequest
     from nbdbackupd.source.running import Freeze
 
-    if args.compress is not None and not 0 <= args.compress <= 16:
-        raise UsageError(f"--compress takes a level from 0 to 16, not {args.compress}")
+    if args.compress is not None and not 1 <= args.compress <= 16:
+        raise UsageError(f"--compress takes a level from 1 to 16, not {args.compress}")
     if args.type == "raw" and (args.level != "copy" or args.compress is not None):
         raise UsageError("--type raw needs '-l copy' and goes without --compress")
     if args.pause and (args.freeze == "require" or args.freeze_mountpoint):
