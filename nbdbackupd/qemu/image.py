@@ -1,0 +1,222 @@
+"""Typed calls of ``qemu-img``: what an image is, and making a new one.
+
+The JSON is QEMU's ``ImageInfo`` (QAPI schema ``block-core.json``). It is also read back from backup
+sets, so nothing in it is trusted: a wrong type is a FormatError that names the key.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from nbdbackupd import proc
+from nbdbackupd.errors import FormatError, NoSpaceError, ProcessError
+
+INFO_SECONDS: Final = 60.0
+CREATE_SECONDS: Final = 3600.0
+"""Preallocating writes on file systems without fallocate; that may take its time."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapInfo:
+    """A bitmap stored in an image; ``granularity`` in bytes.
+
+    ``in-use`` among the flags is normal while a guest runs; off, the bitmap is inconsistent.
+    """
+
+    name: str
+    granularity: int
+    flags: frozenset[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageInfo:
+    """One image. Sizes in bytes; what the format does not have is empty, 0 or False."""
+
+    filename: str
+    format: str
+    virtual_size: int
+    actual_size: int = 0
+    cluster_size: int = 0
+    compat: str = ""
+    extended_l2: bool = False
+    refcount_bits: int = 0
+    lazy_refcounts: bool = False
+    compression_type: str = ""
+    data_file: str = ""
+    data_file_raw: bool = False
+    encrypted: bool = False
+    corrupt: bool = False
+    backing: str = ""
+    backing_full: str = ""
+    backing_format: str = ""
+    bitmaps: tuple[BitmapInfo, ...] = ()
+
+    @property
+    def can_hold_bitmaps(self) -> bool:
+        """Whether QEMU can store persistent bitmaps in the image: qcow2 of version 3."""
+        return self.format == "qcow2" and self.compat not in ("", "0.10")
+
+    @classmethod
+    def from_dict(cls, document: object) -> "ImageInfo":
+        """Read one image of qemu-img's JSON.
+
+        Raises FormatError.
+        """
+        if not isinstance(document, dict):
+            raise FormatError("qemu-img info: no JSON object")
+        specific = _get(document, "format-specific", dict, {})
+        data: dict[str, Any] = _get(specific, "data", dict, {})
+        return cls(
+            filename=_get(document, "filename", str, ""),
+            format=_get(document, "format", str),
+            virtual_size=_get(document, "virtual-size", int),
+            actual_size=_get(document, "actual-size", int, 0),
+            cluster_size=_get(document, "cluster-size", int, 0),
+            compat=_get(data, "compat", str, ""),
+            extended_l2=_get(data, "extended-l2", bool, False),
+            refcount_bits=_get(data, "refcount-bits", int, 0),
+            lazy_refcounts=_get(data, "lazy-refcounts", bool, False),
+            compression_type=_get(data, "compression-type", str, ""),
+            data_file=_get(data, "data-file", str, ""),
+            data_file_raw=_get(data, "data-file-raw", bool, False),
+            encrypted=_get(document, "encrypted", bool, False),
+            corrupt=_get(data, "corrupt", bool, False),
+            backing=_get(document, "backing-filename", str, ""),
+            backing_full=_get(document, "full-backing-filename", str, ""),
+            backing_format=_get(document, "backing-filename-format", str, ""),
+            bitmaps=tuple(_bitmap(each) for each in _get(data, "bitmaps", list, [])),
+        )
+
+
+def parse_chain(text: str | bytes) -> tuple[ImageInfo, ...]:
+    """The images of ``qemu-img info --output json``, top first; with or without its backing chain.
+
+    Raises FormatError.
+    """
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as err:
+        raise FormatError(f"qemu-img info: not JSON: {err}") from err
+    images = document if isinstance(document, list) else [document]
+    if not images:
+        raise FormatError("qemu-img info: no image")
+    return tuple(ImageInfo.from_dict(each) for each in images)
+
+
+def info_json(path: Path, *, format: str = "", chain: bool = False) -> str:  # noqa: A002
+    """What qemu-img says about an image, as JSON text. Works beside a running guest.
+
+    ``format`` keeps qemu-img from guessing: the content of a raw image must not choose.
+
+    Raises ProcessError.
+    """
+    argv = ["qemu-img", "info", "--output", "json", "--force-share"]
+    if format:
+        argv += ["-f", format]
+    if chain:
+        argv.append("--backing-chain")
+    return proc.output([*argv, "--", os.fspath(path.absolute())], timeout=INFO_SECONDS)
+
+
+def info(path: Path, *, format: str = "") -> ImageInfo:  # noqa: A002 - QEMU's own word
+    """One image.
+
+    Raises ProcessError, FormatError.
+    """
+    return parse_chain(info_json(path, format=format))[0]
+
+
+def info_chain(path: Path, *, format: str = "") -> tuple[ImageInfo, ...]:  # noqa: A002
+    """The image and all below it, top first.
+
+    Raises ProcessError, FormatError.
+    """
+    return parse_chain(info_json(path, format=format, chain=True))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CreateOptions:
+    """How to make an image; 0, empty and False leave a choice to qemu-img.
+
+    ``preallocation`` is one of qemu-img's words (``metadata``, ``falloc``, ``full``).
+    """
+
+    format: str
+    cluster_size: int = 0
+    compat: str = ""
+    extended_l2: bool = False
+    refcount_bits: int = 0
+    lazy_refcounts: bool = False
+    compression_type: str = ""
+    preallocation: str = ""
+
+    @classmethod
+    def like(cls, original: ImageInfo, *, preallocation: str = "") -> "CreateOptions":
+        """Those of a qcow2 image, without its backing file, data file, bitmaps or encryption."""
+        old = original.compat == "0.10"
+        return cls(
+            format=original.format,
+            cluster_size=original.cluster_size,
+            compat=original.compat,
+            extended_l2=original.extended_l2,
+            # a version 2 image has these as they are and refuses to be told
+            refcount_bits=0 if old else original.refcount_bits,
+            lazy_refcounts=original.lazy_refcounts,
+            compression_type="" if old else original.compression_type,
+            preallocation=preallocation,
+        )
+
+    def arguments(self) -> list[str]:
+        """The value of ``-o``, one option each."""
+        wanted: dict[str, object] = {
+            "cluster_size": self.cluster_size,
+            "compat": self.compat,
+            "extended_l2": "on" if self.extended_l2 else "",
+            "refcount_bits": self.refcount_bits,
+            "lazy_refcounts": "on" if self.lazy_refcounts else "",
+            "compression_type": self.compression_type,
+            "preallocation": self.preallocation,
+        }
+        return [f"{name}={value}" for name, value in wanted.items() if value]
+
+
+def create(path: Path, size: int, options: CreateOptions) -> None:
+    """Make an image of ``size`` bytes that reads as zeroes; overwrites a file of that name.
+
+    Raises NoSpaceError or ProcessError.
+    """
+    argv = ["qemu-img", "create", "-q", "-f", options.format]
+    for option in options.arguments():
+        if "," in option:  # values may come from a backup set: they must not smuggle in others
+            raise FormatError(f"image option {option!r} can't be used")
+        argv += ["-o", option]
+    try:
+        proc.output([*argv, "--", os.fspath(path.absolute()), str(size)], timeout=CREATE_SECONDS)
+    except ProcessError as err:
+        if os.strerror(errno.ENOSPC) in err.message:
+            raise NoSpaceError(f"no space for image {path}: {err.message}") from err
+        raise
+
+
+def _bitmap(document: object) -> BitmapInfo:
+    if not isinstance(document, dict):
+        raise FormatError("qemu-img info: bitmap is no JSON object")
+    flags = _get(document, "flags", list, [])
+    return BitmapInfo(
+        name=_get(document, "name", str),
+        granularity=_get(document, "granularity", int),
+        flags=frozenset(str(flag) for flag in flags),
+    )
+
+
+def _get(document: Mapping[str, Any], key: str, kind: type[T], default: T | None = None) -> T:
+    value = document.get(key, default)
+    if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):  # type: ignore[operator]
+        raise FormatError(f"qemu-img info: {key!r} is missing or no {kind.__name__}")
+    return value

@@ -1,0 +1,81 @@
+"""qemu-nbd as the writer of one image: it knows how qcow2 lies on disk, we don't.
+
+qemu-nbd and not qemu-storage-daemon, since it comes in one package with qemu-img: a bare host that
+can make an image can fill it. It listens before it says so to anybody, so we ask the socket until
+it answers; being handed a listening socket would need the child's own process id in its
+environment.
+"""
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from nbdbackupd import proc
+from nbdbackupd.errors import ProcessError
+
+START_SECONDS: Final = 30.0
+POLL_SECONDS: Final = 0.005
+STOP_SECONDS: Final = 60.0
+"""On SIGTERM qemu-nbd writes its caches back; on a slow disk that takes a while."""
+
+
+@contextmanager
+def serve(
+    image: Path,
+    *,
+    format: str,  # noqa: A002 - QEMU's own word
+    endpoint: Path,
+    clients: int,
+    cancelled: Callable[[], None],
+) -> Iterator[proc.Process]:
+    """Export an image for writing on the Unix socket ``endpoint``, under the empty name.
+
+    ``endpoint`` must not exist, its path must have less than 108 bytes; the server has gone and
+    the socket with it when the context is left. ``clients`` is the number of connections.
+
+    Raises ProcessError if the server can't open the image or does not come up in time, and what
+    ``cancelled`` raises.
+    """
+    argv = [
+        "qemu-nbd",
+        f"--format={format}",
+        f"--socket={endpoint}",
+        f"--shared={clients}",
+        "--persistent",
+        "--discard=unmap",
+        "--",
+        os.fspath(image.absolute()),
+    ]
+    with proc.spawn(argv, grace_seconds=STOP_SECONDS) as server:
+        try:
+            _await(server, endpoint, cancelled)
+            yield server
+        finally:
+            server.stop(STOP_SECONDS)
+            with contextlib.suppress(FileNotFoundError):
+                endpoint.unlink()
+
+
+def _await(server: proc.Process, endpoint: Path, cancelled: Callable[[], None]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not _listens(endpoint):
+        cancelled()
+        server.check()
+        if time.monotonic() > deadline:
+            raise ProcessError(f"qemu-nbd did not listen within {START_SECONDS:g} s")
+        time.sleep(POLL_SECONDS)
+
+
+def _listens(endpoint: Path) -> bool:
+    """Whether a connection is taken. qemu-nbd counts it as a client that left."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(os.fspath(endpoint))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+    return True
