@@ -1,0 +1,277 @@
+"""A running domain as a source: libvirt's pull-mode backup job on a Unix socket."""
+
+import contextlib
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from nbdbackupd.errors import (
+    BusyError,
+    CheckpointError,
+    ConfigError,
+    DomainError,
+    NbdbackupError,
+)
+from nbdbackupd.model import jobxml
+from nbdbackupd.model.jobxml import JobDisk
+from nbdbackupd.source import Export, Snapshot, quiesce, scratch
+from nbdbackupd.source.quiesce import FreezePolicy, Moment, Quiet
+from nbdbackupd.virt import checkpoints, jobs
+from nbdbackupd.virt.domain import Domain
+
+LOG = logging.getLogger(__name__)
+SOCKET_NAME: Final = "nbd.sock"
+MARKER_NAME: Final = "guest-held"
+# sun_path holds 108 bytes, the last of which is zero
+SOCKET_PATH_MAX: Final = 107
+RUNTIME_MODE: Final = 0o700
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunningDisk:
+    """A disk to read. ``delta``: since the base; ``tracked``: the new checkpoint covers it."""
+
+    target: str
+    delta: bool = False
+    tracked: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunningRequest:
+    """What ``open_running`` needs; sizes in bytes, times in seconds.
+
+    ``base_xml`` is the stored XML of ``base_checkpoint``, in case libvirt has lost it. An empty
+    ``new_checkpoint`` makes none. ``scratch_reserve``: the job is ended when less is free in
+    ``scratch_dir``; twice as much must be free to begin. ``runtime_dir`` is the domain's own;
+    it is given to the user that QEMU runs as. ``on_trouble`` is called from another thread.
+    """
+
+    domain: Domain
+    disks: tuple[RunningDisk, ...]
+    run_id: str
+    runtime_dir: Path
+    scratch_dir: Path
+    scratch_reserve: int
+    on_trouble: Callable[[NbdbackupError], None]
+    base_checkpoint: str = ""
+    base_xml: str = ""
+    new_checkpoint: str = ""
+    freeze: FreezePolicy = FreezePolicy.AUTO
+    freeze_mountpoints: tuple[str, ...] = ()
+    freeze_seconds: float = 30.0
+    pause: bool = False
+
+    @property
+    def socket(self) -> Path:
+        """The NBD server's socket."""
+        return self.runtime_dir / SOCKET_NAME
+
+
+@contextlib.contextmanager
+def open_running(request: RunningRequest) -> Iterator[Snapshot]:
+    """Begin a job and yield its exports; end the job and remove its files on every path out.
+
+    A disk whose bitmap is lost or broken is read in full in the same job (``demoted``). The
+    new checkpoint exists when the body runs; deleting it when the run fails is the caller's.
+    Raises BusyError if the domain has a job, ConfigError, ScratchSpaceError, FreezeError,
+    DomainError; also on leaving, if the job can't be ended and the body did not fail itself.
+    """
+    _check(request)
+    scratch.prepare(request.scratch_dir, request.scratch_reserve)
+    _prepare_runtime_dir(request)
+    plan, demoted = _plan(request)
+    with contextlib.ExitStack() as stack:
+        # before the job begins, so that no interruption can come between
+        stack.callback(_remove_files, request)
+        stack.push(_JobEnd(request))
+        moment, plan, lost = _begin(request, plan)
+        snapshot = _snapshot(request, plan, {**demoted, **lost}, moment)
+        stack.enter_context(
+            scratch.watch(
+                request.domain, request.scratch_dir, request.scratch_reserve, request.on_trouble
+            )
+        )
+        yield snapshot
+
+
+def _check(request: RunningRequest) -> None:
+    domain = request.domain
+    if len(os.fsencode(request.socket)) > SOCKET_PATH_MAX:
+        raise ConfigError(
+            f"path of the NBD socket is longer than {SOCKET_PATH_MAX} bytes: {request.socket}; "
+            f"give a shorter runtime directory"
+        )
+    if not domain.is_active():
+        raise DomainError(f"domain {domain.name} does not run", domain=domain.name)
+    job = jobs.active_job(domain)
+    if job is not None:
+        raise BusyError(
+            f"domain {domain.name} is busy with {job}; wait, or end a backup job "
+            f"with 'nbdbackupctl abort --any {domain.name}'",
+            domain=domain.name,
+        )
+
+
+def _prepare_runtime_dir(request: RunningRequest) -> None:
+    """Let QEMU create its socket where nobody else but root gets in."""
+    directory = request.runtime_dir
+    owner = request.domain.owner()
+    try:
+        directory.mkdir(mode=RUNTIME_MODE, parents=True, exist_ok=True)
+        if directory.stat().st_mode & stat.S_IWOTH:
+            raise ConfigError(f"runtime directory {directory} is writable for everybody")
+        directory.chmod(RUNTIME_MODE)
+        if owner is not None and os.geteuid() == 0:
+            os.chown(directory, *owner)
+        # QEMU replaces a dead socket, but a file of another kind would stop it
+        request.socket.unlink(missing_ok=True)
+    except OSError as err:
+        raise ConfigError(f"runtime directory {directory} can't be used: {err.strerror}") from err
+
+
+def _plan(request: RunningRequest) -> tuple[tuple[JobDisk, ...], dict[str, str]]:
+    """Decide for each disk whether its changes can be read; give the reason where not."""
+    deltas = [disk.target for disk in request.disks if disk.delta]
+    reasons = _unsound(request, deltas) if deltas else {}
+    plan = tuple(
+        JobDisk(
+            target=disk.target,
+            scratch=os.fspath(
+                scratch.path(request.scratch_dir, request.domain.uuid, request.run_id, disk.target)
+            ),
+            base=request.base_checkpoint if disk.delta and disk.target not in reasons else "",
+            bitmap=f"changes-{disk.target}",
+        )
+        for disk in request.disks
+    )
+    return plan, reasons
+
+
+def _unsound(request: RunningRequest, deltas: list[str]) -> dict[str, str]:
+    base = request.base_checkpoint
+    try:
+        if base not in checkpoints.names(request.domain):
+            if not request.base_xml:
+                raise CheckpointError(f"libvirt does not know checkpoint {base}")
+            checkpoints.redefine(request.domain, request.base_xml, deltas)
+            LOG.info("domain %s: checkpoint %s was redefined", request.domain.name, base)
+        sound = checkpoints.sound_sizes(request.domain, base)
+    except CheckpointError as err:
+        return dict.fromkeys(deltas, err.message)
+    return {
+        target: f"its bitmap of checkpoint {base} is missing or inconsistent"
+        for target in deltas
+        if target not in sound
+    }
+
+
+def _begin(
+    request: RunningRequest, plan: tuple[JobDisk, ...]
+) -> tuple[Moment, tuple[JobDisk, ...], dict[str, str]]:
+    """Begin at a quiet moment; once more in full if libvirt takes offence at the base."""
+    wish = Quiet(
+        marker=request.runtime_dir / MARKER_NAME,
+        freeze=request.freeze,
+        mountpoints=request.freeze_mountpoints,
+        pause=request.pause,
+        seconds=request.freeze_seconds,
+    )
+    lost: dict[str, str] = {}
+    with quiesce.quiet(request.domain, wish) as moment:
+        try:
+            _begin_job(request, plan)
+        except CheckpointError as err:
+            lost = {disk.target: err.message for disk in plan if disk.base}
+            if not lost:
+                raise
+            plan = tuple(replace(disk, base="") for disk in plan)
+            _begin_job(request, plan)
+    return moment, plan, lost
+
+
+def _begin_job(request: RunningRequest, plan: tuple[JobDisk, ...]) -> None:
+    known = [disk.target for disk in request.domain.definition().disks]
+    chosen = [disk.target for disk in plan]
+    backup = jobxml.backup_xml(
+        os.fspath(request.socket), plan, [target for target in known if target not in chosen]
+    )
+    checkpoint = ""
+    tracked = [disk.target for disk in request.disks if disk.tracked]
+    if request.new_checkpoint and tracked:
+        checkpoint = jobxml.checkpoint_xml(
+            request.new_checkpoint, tracked, [each for each in known if each not in tracked]
+        )
+    try:
+        jobs.begin(request.domain, backup, checkpoint)
+    except DomainError as err:
+        if "Permission denied" in err.message or "No such file" in err.message:
+            raise DomainError(
+                f"{err.message}; QEMU must reach {request.scratch_dir} and {request.runtime_dir}: "
+                f"check permissions, confinement, and that no file system was mounted there "
+                f"after the guest's start",
+                **err.fields,
+            ) from err
+        raise
+
+
+def _snapshot(
+    request: RunningRequest, plan: tuple[JobDisk, ...], demoted: dict[str, str], moment: Moment
+) -> Snapshot:
+    domain = request.domain
+    has_checkpoint = request.new_checkpoint and any(disk.tracked for disk in request.disks)
+    return Snapshot(
+        exports={
+            disk.target: Export(
+                target=disk.target,
+                socket=request.socket,
+                name=disk.target,
+                size=domain.disk_size(disk.target),
+                bitmap=disk.bitmap if disk.base else "",
+            )
+            for disk in plan
+        },
+        consistency=moment.consistency,
+        checkpoint_xml=checkpoints.xml(domain, request.new_checkpoint) if has_checkpoint else "",
+        demoted=demoted,
+        warnings=tuple(moment.warnings),
+    )
+
+
+class _JobEnd:
+    """An exit callback: ends our job, and fails for it only if nothing else has failed."""
+
+    def __init__(self, request: RunningRequest) -> None:
+        self._request = request
+
+    def __call__(
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        domain = self._request.domain
+        try:
+            job = jobs.active_job(domain)
+            if job is not None and is_own_job(job, self._request.runtime_dir):
+                jobs.abort(domain)
+        except NbdbackupError as err:
+            if error is None:
+                raise
+            LOG.warning("domain %s: %s", domain.name, err)
+
+
+def is_own_job(job: jobs.ActiveJob, runtime_dir: Path) -> bool:
+    """Tell whether a job is one of ours: its NBD socket is the one in our runtime directory."""
+    return job.backup is not None and job.backup.socket == os.fspath(runtime_dir / SOCKET_NAME)
+
+
+def _remove_files(request: RunningRequest) -> None:
+    for disk in request.disks:
+        file = scratch.path(request.scratch_dir, request.domain.uuid, request.run_id, disk.target)
+        file.unlink(missing_ok=True)
+    request.socket.unlink(missing_ok=True)

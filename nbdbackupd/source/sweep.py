@@ -1,0 +1,53 @@
+"""Clear away what a killed run has left: its job, its files, a guest that it held."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdbackupd.source import quiesce, running, scratch
+from nbdbackupd.virt import jobs
+from nbdbackupd.virt.domain import Domain
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Swept:
+    """What was found and removed; empty fields: nothing. ``foreign`` is a job left alone."""
+
+    job: str = ""
+    foreign: str = ""
+    guest: str = ""
+    files: tuple[Path, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.job or self.guest or self.files)
+
+
+def sweep(domain: Domain, runtime_dir: Path, scratch_dir: Path) -> Swept:
+    """End our own orphaned job and remove its files; other people's jobs are left alone.
+
+    The caller holds the domain's lock: otherwise the job may be that of a run that lives.
+    Raises DomainError if the job can't be ended or the guest can't be released.
+    """
+    guest = quiesce.release(domain, runtime_dir / running.MARKER_NAME)
+    job = jobs.active_job(domain)
+    is_own = job is not None and running.is_own_job(job, runtime_dir)
+    files = set(scratch.leftovers(scratch_dir, domain.uuid))
+    if job is not None and is_own:
+        # an earlier run may have had another scratch directory
+        named = job.backup.scratch.values() if job.backup is not None else ()
+        files |= {Path(name) for name in named if scratch.is_ours(Path(name), domain.uuid)}
+        jobs.abort(domain)
+    files.add(runtime_dir / running.SOCKET_NAME)
+    return Swept(
+        job=str(job) if is_own else "",
+        foreign=str(job) if job is not None and not is_own else "",
+        guest=guest,
+        files=tuple(file for file in sorted(files) if _remove(file)),
+    )
+
+
+def _remove(file: Path) -> bool:
+    try:
+        file.unlink()
+    except FileNotFoundError:
+        return False
+    return True
