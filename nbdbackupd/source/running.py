@@ -195,6 +195,7 @@ def _begin(
 
 
 def _begin_job(request: RunningRequest, plan: tuple[JobDisk, ...]) -> None:
+    """Begin the job; raises CheckpointError, DomainError, ConfigError."""
     known = [disk.target for disk in request.domain.definition().disks]
     chosen = [disk.target for disk in plan]
     backup = jobxml.backup_xml(
@@ -217,6 +218,13 @@ def _begin_job(request: RunningRequest, plan: tuple[JobDisk, ...]) -> None:
                 **err.fields,
             ) from err
         raise
+    # a libvirt on another host, or in another mount namespace, has another directory of that name
+    unseen = [disk.scratch for disk in plan if not Path(disk.scratch).exists()]
+    if unseen:
+        raise ConfigError(
+            f"QEMU's scratch file {unseen[0]} is not to be seen here, so that its space can't be "
+            f"watched: libvirt must see the same {request.scratch_dir} as this program"
+        )
 
 
 def _snapshot(

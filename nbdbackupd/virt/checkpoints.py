@@ -25,9 +25,9 @@ class Deleted(StrEnum):
 
 
 def names(domain: Domain) -> list[str]:
-    """Return the names of all checkpoints of the domain, foreign ones included."""
+    """Return the sorted names of all checkpoints of the domain, foreign ones included."""
     found = domain.call("can't list its checkpoints", lambda each: each.listAllCheckpoints())
-    return [checkpoint.getName() for checkpoint in found]
+    return sorted(checkpoint.getName() for checkpoint in found)
 
 
 def xml(domain: Domain, name: str) -> str:
