@@ -1,0 +1,332 @@
+"""A backup set on disk: its points, its lock, its drafts.
+
+A point exists if and only if its manifest lies in ``points/``. Reading needs no lock: published
+files never change. Writing (drafts, sweep) needs it.
+"""
+
+import json
+import logging
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from nbdbackupd import durable
+from nbdbackupd.errors import (
+    ChainBrokenError,
+    FormatError,
+    IntegrityError,
+    RepositoryError,
+)
+from nbdbackupd.format import manifest
+from nbdbackupd.model.chain import BackupSet, Layout, RestorePoint
+from nbdbackupd.repo import draft, layout
+from nbdbackupd.repo.draft import Draft, Intent
+
+log = logging.getLogger(__name__)
+
+OURS: Final = frozenset({layout.POINTS, layout.CHECKPOINTS, layout.LOGS, "lost+found"})
+"""What a directory may hold that has no point yet; hidden names are let be, too."""
+
+SHOWN: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Leftover:
+    """A draft's directory and what it tells; ``is_committed``: its point exists."""
+
+    path: Path
+    intent: Intent | None
+    is_committed: bool
+    names: frozenset[str]
+
+
+class Repository:
+    """One backup set: a directory that may not exist yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: durable.Lock | None = None
+
+    @classmethod
+    def open(cls, path: Path) -> "Repository":
+        """A set at a path, which may be missing or empty.
+
+        Raises RepositoryError if the path is something else than a directory.
+        """
+        with durable.translate_os_errors("open", path):
+            if os.path.lexists(path) and not path.is_dir():
+                raise RepositoryError(f"{path} is no directory: a backup set is one")
+        return cls(path)
+
+    @property
+    def exists(self) -> bool:
+        """Whether the directory is there."""
+        return self.path.is_dir()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the set holds no restore point. Raises RepositoryError if it can't be read."""
+        return not self._manifests()
+
+    def file(self, name: str) -> Path:
+        """The path of a file of the set."""
+        return self.path / name
+
+    def log_path(self, run_id: str) -> Path:
+        """Where a run's log goes."""
+        return self.path / layout.run_log(run_id)
+
+    @contextmanager
+    def lock(self, *, owner: str, wait_seconds: float = 0) -> Iterator[None]:
+        """Hold the set's lock; makes the directory if it is missing.
+
+        ``owner`` is what others are told, "backup of vm1". Raises BusyError that names the
+        holder, RepositoryError or NoSpaceError if the directory can't be written.
+        """
+        with durable.translate_os_errors("create", self.path):
+            durable.make_directory(self.path)
+        lock = durable.Lock(self.file(layout.LOCK), owner=owner, wait_seconds=wait_seconds)
+        with durable.translate_os_errors("lock", lock.path):
+            lock.__enter__()
+        self._lock = lock
+        try:
+            yield
+        finally:
+            self._lock = None
+            lock.__exit__(None, None, None)
+
+    def load(self) -> BackupSet:
+        """All points of the set, digests and links proven.
+
+        Raises IntegrityError or FormatError (a manifest is damaged or not of its name),
+        ChainBrokenError (points do not hang together), RepositoryError (can't be read).
+        """
+        points = [self._load_point(path) for path in self._manifests()]
+        try:
+            return BackupSet.from_points(points)
+        except ChainBrokenError as err:
+            err.fields.setdefault("set", self.path)
+            raise
+
+    def check_can_begin(self) -> None:
+        """Refuse a directory without points that holds files of others: no mixtures.
+
+        Raises RepositoryError.
+        """
+        if not self.exists or not self.is_empty:
+            return
+        with durable.translate_os_errors("read", self.path):
+            names = sorted(entry.name for entry in self.path.iterdir())
+        foreign = [name for name in names if name not in OURS and not name.startswith(".")]
+        if not foreign:
+            return
+        advice = "give an empty or new directory with -o"
+        if any(name.endswith((".data", ".data.partial")) for name in foreign):
+            raise RepositoryError(
+                f"{self.path} holds backup files without manifests ({_some(foreign)}), as "
+                f"virtnbdbackup makes them: {advice}"
+            )
+        raise RepositoryError(f"{self.path} holds files of others ({_some(foreign)}): {advice}")
+
+    def check_present(self, points: Iterable[RestorePoint]) -> None:
+        """Prove cheaply that all files of these points are there.
+
+        Manifests are checked by their digests, other files by their sizes; ``verify`` is what
+        reads contents. Raises ChainBrokenError if files are missing, IntegrityError if sizes or
+        manifests are wrong; both name them.
+        """
+        missing, damaged = [], []
+        for point in points:
+            path = self.path / layout.POINTS / layout.manifest(point.sequence, point.id)
+            if _regular_size(path) is None:
+                missing.append(f"{layout.POINTS}/{path.name}")
+            elif self._load_point(path).digest != point.digest:
+                damaged.append(f"{layout.POINTS}/{path.name}")
+            for name, size in manifest.file_names(point).items():
+                found = _regular_size(self.file(name))
+                if found is None:
+                    missing.append(name)
+                elif found != size:
+                    damaged.append(f"{name} ({found} bytes instead of {size})")
+        if missing:
+            raise ChainBrokenError(f"{self.path} lacks files of its points: {_some(missing)}")
+        if damaged:
+            raise IntegrityError(f"{self.path} holds damaged files: {_some(damaged)}")
+
+    @contextmanager
+    def draft(self, intent: Intent) -> Iterator[Draft]:
+        """A new draft, its intent durable; removed on every way out, published or not.
+
+        Needs the lock. Raises RepositoryError (a directory with foreign files, a run of that id)
+        or NoSpaceError.
+        """
+        self._require_lock()
+        self.check_can_begin()
+        made = Draft(self.path, intent, self.load)
+        with durable.translate_os_errors("create", made.path):
+            made.path.mkdir(mode=0o700)
+        try:
+            with durable.translate_os_errors("write", made.path):
+                durable.write_atomic(made.path / layout.INTENT, intent.pack(), mode=0o600)
+                durable.fsync_directory(self.path)
+            yield made
+            if made.published:
+                self._write_derived()
+        finally:
+            # A draft whose files could not be taken back is what the next sweep needs.
+            if not made.is_stuck:
+                self._remove_draft(made.path)
+
+    def dead_runs(self) -> list[Intent]:
+        """The intents of runs that died before their point existed; needs the lock.
+
+        Undo what they did outside of the set (checkpoints, jobs) before ``sweep`` forgets them.
+        """
+        return [
+            found.intent
+            for found in self._leftovers()
+            if found.intent is not None and not found.is_committed
+        ]
+
+    def sweep(self) -> list[Intent]:
+        """Remove what dead runs left in the set and return their intents; needs the lock.
+
+        Removed are drafts, the files that a draft's manifest names and no point does, and
+        temporary files; nothing else. Files derived from the points are written anew.
+
+        Raises IntegrityError if a point's manifest is damaged (then nothing is removed),
+        RepositoryError if something can't be removed.
+        """
+        found = self._leftovers()
+        # Also loaded without leftovers: the derived files come from it.
+        points = self.load().points
+        kept = {name for point in points for name in _all_names(point)}
+        with durable.translate_os_errors("sweep", self.path):
+            for leftover in found:
+                log.info("removing %s, left by a run that died", leftover.path)
+                for name in sorted(leftover.names - kept):
+                    self._remove_leftover(name, leftover.path)
+                durable.fsync_directory(self.path)
+                draft.remove(leftover.path)
+            self._remove_temporary()
+        if points:
+            self._write_derived()
+        return [each.intent for each in found if each.intent and not each.is_committed]
+
+    def _require_lock(self) -> None:
+        if self._lock is None or not self._lock.is_held:
+            raise RuntimeError("the set is to be changed without its lock")
+
+    def _manifests(self) -> list[Path]:
+        folder = self.path / layout.POINTS
+        with durable.translate_os_errors("read", folder):
+            if not self.exists or not os.path.lexists(folder):
+                return []
+            return sorted(
+                path
+                for path in folder.iterdir()
+                if path.suffix == layout.MANIFEST_SUFFIX and not path.name.startswith(".")
+            )
+
+    def _load_point(self, path: Path) -> RestorePoint:
+        point = manifest.parse(_read_small(path, manifest.MAX_SIZE), path)
+        if path.name != layout.manifest(point.sequence, point.id):
+            raise IntegrityError(
+                "manifest has the name of another point", file=path, point=point.id
+            )
+        return point
+
+    def _leftovers(self) -> list[_Leftover]:
+        self._require_lock()
+        committed = [path.name for path in self._manifests()]
+        with durable.translate_os_errors("read", self.path):
+            return [
+                _read_leftover(path, committed)
+                for path in sorted(self.path.glob(f"{layout.DRAFT_PREFIX}*"))
+                if path.is_dir() and not path.is_symlink()
+            ]
+
+    def _remove_leftover(self, name: str, folder: Path) -> None:
+        # What still lies in the draft was never renamed: the set's file of that name is another.
+        if _regular_size(folder / name) is None and _regular_size(self.file(name)) is not None:
+            log.info("removing %s, which no restore point names", self.file(name))
+            self.file(name).unlink()
+
+    def _remove_draft(self, path: Path) -> None:
+        try:
+            draft.remove(path)
+        except OSError as err:
+            log.warning("%s can't be removed (%s), the next run will", path, err.strerror)
+
+    def _remove_temporary(self) -> None:
+        for folder in (self.path, self.path / layout.POINTS, self.path / layout.CHECKPOINTS):
+            for path in folder.glob(f"{durable.TEMPORARY_PREFIX}*"):
+                path.unlink(missing_ok=True)
+
+    def _write_derived(self) -> None:
+        """Write what others read and we don't need: a failure costs a warning, not the point."""
+        try:
+            known = self.load()
+            if known.full is None:
+                return
+            names = [point.checkpoint for point in known.points if point.makes_base]
+            data = json.dumps(names).encode()
+            path = self.file(layout.checkpoint_list(known.full.domain))
+            with durable.translate_os_errors("write", path):
+                if not path.is_file() or _read_small(path, manifest.MAX_SIZE) != data:
+                    durable.write_atomic(path, data, mode=0o600)
+        except (RepositoryError, FormatError) as err:
+            log.warning("the list of checkpoints is not written: %s", err)
+
+
+def _all_names(point: RestorePoint) -> list[str]:
+    """Every file of a point but its manifest."""
+    sums = [layout.checksum(disk.file) for disk in point.disks if disk.layout is Layout.STREAM]
+    return [*manifest.file_names(point), *sums]
+
+
+def _read_small(path: Path, maximum: int) -> bytes:
+    """Read a regular file of bounded size; a pipe or a link in its place is refused."""
+    with durable.translate_os_errors("read", path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise IntegrityError("no regular file", file=path)
+            data = file.read(maximum + 1)
+    if len(data) > maximum:
+        raise IntegrityError(f"larger than {maximum} bytes", file=path)
+    return data
+
+
+def _read_leftover(path: Path, committed: list[str]) -> _Leftover:
+    intent, names = None, frozenset[str]()
+    try:
+        if (path / layout.INTENT).exists():
+            intent = Intent.parse(_read_small(path / layout.INTENT, draft.MAX_INTENT))
+        if (path / layout.DRAFT_MANIFEST).exists():
+            data = _read_small(path / layout.DRAFT_MANIFEST, manifest.MAX_SIZE)
+            names = frozenset(_all_names(manifest.parse(data)))
+    except FormatError as err:
+        log.warning("%s is damaged, some of its traces may stay: %s", path, err)
+    done = intent is not None and any(
+        layout.names_point(name, intent.point_id) for name in committed
+    )
+    return _Leftover(path, intent, done, names)
+
+
+def _regular_size(path: Path) -> int | None:
+    with durable.translate_os_errors("read", path):
+        try:
+            status = path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
