@@ -57,12 +57,16 @@ class Context:
         reached.
         """
         from nbdbackupd import log
+
+        # read when libvirt is imported; else its embedded driver fills stderr with notices
+        os.environ.setdefault("LIBVIRT_DEBUG", "error")
         from nbdbackupd.virt import connection
 
         password = self._password()
-        with log.hidden(password), connection.open_connection(
-            self.uri, user=self.user, password=password
-        ) as opened:
+        with (
+            log.hidden(password),
+            connection.open_connection(self.uri, user=self.user, password=password) as opened,
+        ):
             yield opened
 
     @contextmanager

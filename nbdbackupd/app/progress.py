@@ -2,7 +2,7 @@
 
 import threading
 import time
-from typing import TextIO
+from typing import Self, TextIO
 
 from nbdbackupd.app.sizes import human_size, human_time
 
@@ -26,7 +26,7 @@ class Progress:
         self._shown = 0.0
         self._width = 0
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from nbdbackupd.errors import IntegrityError, UnsupportedVersionError
 
@@ -107,7 +107,7 @@ class Index:
             )
         return IndexHeader(disk_size, count, bool(flags & FLAG_LZ4), bool(flags & FLAG_RAW))
 
-    def __enter__(self) -> "Index":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

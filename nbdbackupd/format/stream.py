@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, Self, TypeVar
 
 from nbdbackupd.errors import FormatError, IntegrityError, UnsupportedVersionError
 
@@ -174,7 +174,7 @@ class StreamReader:
                 err.fields.setdefault("file", path)
             raise
 
-    def __enter__(self) -> "StreamReader":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -83,7 +83,8 @@ class _BlockWriter:
         self._records: io.BufferedWriter | None = None
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            self._records = io.BufferedWriter(io.FileIO(index, "xb"), 1 << 18)
+            fd = os.open(index, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._records = io.BufferedWriter(io.FileIO(fd, "r+b"), 1 << 18)
             self._records.write(bytes(HEADER.size))
         except BaseException:
             self.close()
@@ -233,15 +234,11 @@ class StreamWriter(_BlockWriter):
         meta = self._meta_json(self._data_bytes).ljust(self._meta_room) + TERMINATOR
         meta = pack_header(META, 0, self._meta_room) + meta
         _write_all(self._fd, [meta], 0)
-        adler = blocks.combine_adler32(
-            zlib.adler32(meta), self._adler, self._end - self._first
-        )
+        adler = blocks.combine_adler32(zlib.adler32(meta), self._adler, self._end - self._first)
         adler = zlib.adler32(tail, adler)
         index_size = self._finish_index(raw=False)
         self._sync()
-        return Written(
-            self._end + len(tail), adler, index_size, self._data_bytes, self._zero_bytes
-        )
+        return Written(self._end + len(tail), adler, index_size, self._data_bytes, self._zero_bytes)
 
     def _meta_json(self, data_size: int) -> bytes:
         document = replace(self._meta, data_size=data_size).to_json()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Final, Self
 
 import nbd
 
@@ -83,7 +83,9 @@ class Connection:
             self.size: int = self.handle.get_size()
             for context in contexts:
                 if not self.handle.can_meta_context(context):
-                    raise NbdError(f"the server does not grant meta context {context}", **self.where)
+                    raise NbdError(
+                        f"the server does not grant meta context {context}", **self.where
+                    )
         except BaseException:
             self.close()
             raise
@@ -102,7 +104,7 @@ class Connection:
         if not self.handle.aio_is_ready():
             raise NbdError("the NBD server closed the connection", **self.where)
 
-    def __enter__(self) -> "Connection":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -245,9 +245,7 @@ class _Pipeline(Generic[B]):
             if segment.zero:
                 block = self._sink.zero(segment.offset, segment.length)
             else:
-                block = self._sink.prepare(
-                    segment.offset, self._arena.view(slot, segment.length)
-                )
+                block = self._sink.prepare(segment.offset, self._arena.view(slot, segment.length))
             for due in self._place(ticket, (block, segment, slot)):
                 self._sink.write(due[0])
                 if due[2] >= 0:

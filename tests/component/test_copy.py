@@ -115,7 +115,12 @@ def reference(image: Path, tmp_path: Path) -> bytes:
 
 @pytest.mark.parametrize(
     "options",
-    ["cluster_size=65536", "cluster_size=512", "cluster_size=65536,extended_l2=on", "cluster_size=2M"],
+    [
+        "cluster_size=65536",
+        "cluster_size=512",
+        "cluster_size=65536,extended_l2=on",
+        "cluster_size=2M",
+    ],
 )
 def test_random_disks_are_copied_exactly(tmp_path: Path, options: str) -> None:
     """Fulls and deltas after random writes, zeroes and discards, on several cluster sizes."""
@@ -128,7 +133,9 @@ def test_random_disks_are_copied_exactly(tmp_path: Path, options: str) -> None:
         for _ in range(25):
             offset = rng.randrange(0, size - 256 * 1024) // 512 * 512
             length = rng.randrange(1, 400) * 512
-            verb = rng.choice([f"write -P {rng.randrange(256)}", "write -z", "write -z -u", "discard"])
+            verb = rng.choice(
+                [f"write -P {rng.randrange(256)}", "write -z", "write -z -u", "discard"]
+            )
             commands.append(f"{verb} {offset} {length}")
         qemu_io(image, *commands)
 
@@ -216,9 +223,8 @@ def test_cancel_ends_the_copy_soon(tmp_path: Path) -> None:
         if time.monotonic() > deadline:
             raise Interrupted(15)
 
-    with serve(tmp_path, *argv) as (socket, _):
-        with pytest.raises(Interrupted):
-            run(Endpoint(socket=socket, export=""), Memory(), cancelled=cancelled)
+    with serve(tmp_path, *argv) as (socket, _), pytest.raises(Interrupted):
+        run(Endpoint(socket=socket, export=""), Memory(), cancelled=cancelled)
     assert time.monotonic() - deadline < 2
     assert threading.active_count() == 1
 
@@ -226,17 +232,15 @@ def test_cancel_ends_the_copy_soon(tmp_path: Path) -> None:
 def test_a_failing_sink_ends_the_copy(tmp_path: Path) -> None:
     sink = Memory(fail_at=5)
     argv = ["nbdkit", "-f", "-U", "{socket}", "pattern", "64M"]
-    with serve(tmp_path, *argv) as (socket, _):
-        with pytest.raises(OSError, match="No space left"):
-            run(Endpoint(socket=socket, export=""), sink)
+    with serve(tmp_path, *argv) as (socket, _), pytest.raises(OSError, match="No space left"):
+        run(Endpoint(socket=socket, export=""), sink)
     assert len(sink.blocks) == 5
 
 
 def test_a_server_without_block_status_is_an_error_not_an_empty_disk(tmp_path: Path) -> None:
     argv = ["nbdkit", "-f", "--no-sr", "-U", "{socket}", "pattern", "1M"]
-    with serve(tmp_path, *argv) as (socket, _):
-        with pytest.raises(NbdError, match="does not grant"):
-            run(Endpoint(socket=socket, export=""), Memory())
+    with serve(tmp_path, *argv) as (socket, _), pytest.raises(NbdError, match="does not grant"):
+        run(Endpoint(socket=socket, export=""), Memory())
 
 
 def test_short_replies_are_asked_again(tmp_path: Path) -> None:
@@ -256,4 +260,6 @@ def test_short_replies_are_asked_again(tmp_path: Path) -> None:
         endpoint = Endpoint(socket=socket, export="")
         with Connection(endpoint, contexts=endpoint.contexts) as connection:
             plan = list(ExtentReader(connection).plan())
-    assert plan == [Segment(start, 4096, bool(start >> 12 & 1)) for start in range(0, 1 << 20, 4096)]
+    assert plan == [
+        Segment(start, 4096, bool(start >> 12 & 1)) for start in range(0, 1 << 20, 4096)
+    ]

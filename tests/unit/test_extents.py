@@ -1,5 +1,6 @@
 """The algebra of extents against a byte array."""
 
+import itertools
 import random
 
 from hypothesis import given
@@ -18,7 +19,7 @@ def covers(flags: st.SearchStrategy[int]) -> st.SearchStrategy[list[Extent]]:
         borders = [0, *sorted(cuts), SIZE]
         return [
             Extent(low, high - low, values[number % len(values)])
-            for number, (low, high) in enumerate(zip(borders, borders[1:], strict=False))
+            for number, (low, high) in enumerate(itertools.pairwise(borders))
         ]
 
     return st.builds(
@@ -71,7 +72,7 @@ def test_plans_have_no_neighbours_of_one_kind(
     dirty: list[Extent], allocation: list[Extent]
 ) -> None:
     plan = list(extents.plan_delta(dirty, allocation))
-    for one, other in zip(plan, plan[1:], strict=False):
+    for one, other in itertools.pairwise(plan):
         assert one.end < other.offset or one.zero != other.zero
 
 

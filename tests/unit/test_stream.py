@@ -165,7 +165,16 @@ def test_every_truncation_is_noticed(tmp_path: Path, level: int | None) -> None:
     raw = (tmp_path / "s").read_bytes()
     cut = tmp_path / "cut"
     rng = random.Random(5)
-    lengths = {0, 1, 39, 40, 41, len(raw) - 1, len(raw) - 40, *(rng.randrange(len(raw)) for _ in range(40))}  # noqa: E501
+    lengths = {
+        0,
+        1,
+        39,
+        40,
+        41,
+        len(raw) - 1,
+        len(raw) - 40,
+        *(rng.randrange(len(raw)) for _ in range(40)),
+    }
     for length in lengths:
         cut.write_bytes(raw[:length])
         with pytest.raises(FormatError), StreamReader(cut) as reader:

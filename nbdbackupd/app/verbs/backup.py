@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbdbackupd import __version__
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments, names, positive, seconds, size
@@ -13,7 +14,7 @@ from nbdbackupd.app.sizes import human_size, human_time
 from nbdbackupd.errors import UsageError
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.backup import BackupReport, BackupRequest
+    from nbdbackupd.ops.backup_request import BackupReport, BackupRequest
 
 LEVELS = ("auto", "full", "inc", "diff", "copy")
 DEFAULT_RESERVE = 512 << 20
@@ -145,8 +146,8 @@ def run(args: Arguments, context: Context) -> int:
 
 def _request(args: Arguments, context: Context) -> "BackupRequest":
     from nbdbackupd.model.chain import Layout, Level
-    from nbdbackupd.ops.backup import BackupRequest
-    from nbdbackupd.source.running import Freeze
+    from nbdbackupd.ops.backup_request import BackupRequest
+    from nbdbackupd.source.quiesce import FreezePolicy
 
     if args.compress is not None and not 1 <= args.compress <= 16:
         raise UsageError(f"--compress takes a level from 1 to 16, not {args.compress}")
@@ -165,7 +166,7 @@ def _request(args: Arguments, context: Context) -> "BackupRequest":
         compression=args.compress,
         layout=Layout(args.type),
         by_nbdinfo=args.extents == "nbdinfo",
-        freeze=Freeze.NEVER if args.pause else Freeze(args.freeze),
+        freeze=FreezePolicy.NEVER if args.pause else FreezePolicy(args.freeze),
         mountpoints=args.freeze_mountpoint,
         pause=args.pause,
         scratch_dir=context.scratch_dir.absolute(),
@@ -176,6 +177,7 @@ def _request(args: Arguments, context: Context) -> "BackupRequest":
         strict=args.strict,
         wait_seconds=args.wait,
         timeout_seconds=args.timeout,
+        program=f"nbdbackupd {__version__}",
         run_id=app_context.new_run_id(moment),
         now=moment,
     )

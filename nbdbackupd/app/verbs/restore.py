@@ -40,9 +40,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--point", metavar="ID", help="the point (default: the newest)")
-    which.add_argument(
-        "--until", metavar="CHECKPOINT", help="the point that made this checkpoint"
-    )
+    which.add_argument("--until", metavar="CHECKPOINT", help="the point that made this checkpoint")
     which.add_argument(
         "--at", metavar="TIME", type=moment,
         help="the newest point that is not younger than this time (2026-01-31T23:59:59Z, or "
@@ -109,11 +107,11 @@ def run(args: Arguments, context: Context) -> int:
 def render(report: "RestoreReport") -> str:
     """The report for people."""
     lines = [f"restored {report.domain or 'disk'} as of {report.created} (point {report.point})"]
-    for disk in report.disks:
-        lines.append(
-            f"  {disk.target:<6} {disk.path}  {disk.format}, {human_size(disk.size)}, "
-            f"{human_size(disk.data_bytes)} written, {human_time(disk.seconds)}"
-        )
+    lines += [
+        f"  {disk.target:<6} {disk.path}  {disk.format}, {human_size(disk.size)}, "
+        f"{human_size(disk.data_bytes)} written, {human_time(disk.seconds)}"
+        for disk in report.disks
+    ]
     if report.config is not None:
         lines.append(f"  config {report.config}")
     return "\n".join(lines)

@@ -25,9 +25,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         parents=[shared], allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("source", metavar="SOURCE", type=Path, help="directory of the set")
-    parser.add_argument(
-        "--point", metavar="ID", help="only this point and what it is made of"
-    )
+    parser.add_argument("--point", metavar="ID", help="only this point and what it is made of")
     parser.add_argument(
         "-w", "--workers", metavar="N", type=positive, default=min(8, os.cpu_count() or 2),
         help="threads that hash (default: one for each processor, at most 8)",
