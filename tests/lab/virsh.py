@@ -5,12 +5,14 @@ with "Failed to acquire pid file".  The lab therefore waits its turn, up to a de
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.lab.command import DEFAULT_TIMEOUT_SECONDS, LabError, run
 from tests.lab.process import POLL_SECONDS
 
 ROOT_IS_HELD = "Failed to acquire pid file"
+TOP = Path(__file__).resolve().parents[2]
 
 
 class Virsh:
@@ -22,17 +24,19 @@ class Virsh:
 
     def __call__(self, *words: str | Path, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> str:
         """Run one virsh command and return its output; raises ``LabError``."""
-        deadline = time.monotonic() + timeout_seconds
-        # libvirt logs its version and every warning to stderr unless told otherwise
-        quiet = {"LIBVIRT_DEBUG": "error"}
-        while True:
-            try:
-                return run(
-                    ["virsh", "--quiet", "--connect", self.uri, *words],
-                    timeout_seconds=timeout_seconds,
-                    env=quiet,
-                )
-            except LabError as err:
-                if ROOT_IS_HELD not in str(err) or time.monotonic() > deadline:
-                    raise
-            time.sleep(POLL_SECONDS)
+        argv = ["virsh", "--quiet", "--connect", self.uri, *words]
+        return run_libvirt_client(argv, timeout_seconds)
+
+
+def run_libvirt_client(argv: Sequence[str | Path], timeout_seconds: float) -> str:
+    """Run a libvirt client, again while another process holds the embedded driver's root."""
+    deadline = time.monotonic() + timeout_seconds
+    # libvirt logs its version and every warning to stderr unless told otherwise
+    quiet = {"LIBVIRT_DEBUG": "error"}
+    while True:
+        try:
+            return run(argv, timeout_seconds=timeout_seconds, env=quiet, cwd=TOP)
+        except LabError as err:
+            if ROOT_IS_HELD not in str(err) or time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_SECONDS)

@@ -1,0 +1,3 @@
+import libvirt
+
+def qemuAgentCommand(domain: libvirt.virDomain, cmd: str, timeout: int, flags: int) -> str: ...
