@@ -1,0 +1,107 @@
+"""Driving ``nbdbackupctl`` as other programs do: a subprocess from the checkout."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PYTHON = "/usr/bin/python3"
+SECONDS = 110.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a command did."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output as JSON."""
+        return json.loads(self.stdout)
+
+
+class Ctl:
+    """``nbdbackupctl`` with a connection and directories of its own.
+
+    Everything that it writes beside sets lies below ``directory``: runtime and scratch.
+    """
+
+    def __init__(self, uri: str, directory: Path, environment: Mapping[str, str] | None = None):
+        self.uri = uri
+        self.runtime = directory / "run"
+        self.scratch = directory / "scratch"
+        self.environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **(environment or {})}
+
+    def argv(self, verb: str, *arguments: str | os.PathLike[str]) -> list[str]:
+        """The whole command line."""
+        head = [
+            PYTHON,
+            "-m",
+            "nbdbackupd",
+            "-c",
+            self.uri,
+            "--runtime-dir",
+            os.fspath(self.runtime),
+        ]
+        extra = ["--scratch-dir", os.fspath(self.scratch)] if verb == "backup" else []
+        if verb == "backup" and "--scratch-reserve" not in arguments:
+            extra += ["--scratch-reserve", "16M"]
+        return [*head, verb, *map(os.fspath, arguments), *extra]
+
+    def __call__(
+        self, verb: str, *arguments: str | os.PathLike[str], code: int | None = 0
+    ) -> Result:
+        """Run to the end; ``code`` is the expected exit code, None takes any.
+
+        Raises AssertionError with both outputs if it is another one.
+        """
+        done = subprocess.run(
+            self.argv(verb, *arguments), cwd=ROOT, env=self.environment, text=True,
+            stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False,
+        )  # fmt: skip
+        result = Result(done.returncode, done.stdout, done.stderr)
+        assert code is None or result.code == code, (
+            f"{verb} {arguments}: exit code {result.code}, expected {code}\n"
+            f"{result.stdout}\n{result.stderr}"
+        )
+        assert "Traceback" not in result.stderr, result.stderr
+        return result
+
+    @contextmanager
+    def start(
+        self, verb: str, *arguments: str | os.PathLike[str]
+    ) -> Iterator[subprocess.Popen[str]]:
+        """Run in the background; killed at the end of the block if it still runs."""
+        with subprocess.Popen(
+            self.argv(verb, *arguments), cwd=ROOT, env=self.environment, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ) as process:  # fmt: skip
+            try:
+                yield process
+            finally:
+                if process.poll() is None:
+                    process.kill()
+
+    def backup(self, domain: str, into: Path, *options: str, code: int | None = 0) -> Any:
+        """Back up and return the JSON report."""
+        return self("backup", domain, "-o", into, "--json", *options, code=code).json
+
+    def points(self, source: Path) -> list[dict[str, Any]]:
+        """The points of a set, oldest first."""
+        points: list[dict[str, Any]] = self("list", source, "--json").json["points"]
+        return points
+
+    def restore(
+        self, source: Path, into: Path, *options: str, code: int | None = 0
+    ) -> dict[str, Path]:
+        """Restore and return the images by disk."""
+        report = self("restore", source, "-o", into, "--json", *options, code=code).json
+        return {disk["disk"]: Path(disk["path"]) for disk in report["disks"]}
