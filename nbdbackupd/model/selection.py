@@ -14,6 +14,10 @@ NO_DISK_DEVICES = {
     "lun": "a passed-through LUN, whose blocks QEMU does not see",
 }
 OLD_QCOW2 = "0.10"
+EXCLUDED = "excluded by request"
+NOT_INCLUDED = "not among the requested disks"
+BY_REQUEST = (EXCLUDED, NOT_INCLUDED)
+"""Reasons of disks that the user left out, as they stand in manifests."""
 
 
 class How(StrEnum):
@@ -107,9 +111,9 @@ def _check_names(domain: Domain, include: Collection[str], exclude: Collection[s
 
 def _left_out_by_request(disk: Disk, include: Collection[str], exclude: Collection[str]) -> str:
     if disk.target in exclude:
-        return "excluded by request"
+        return EXCLUDED
     if include and disk.target not in include:
-        return "not among the requested disks"
+        return NOT_INCLUDED
     return ""
 
 

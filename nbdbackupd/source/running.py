@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -137,7 +137,7 @@ def _prepare_runtime_dir(request: RunningRequest) -> None:
 def _plan(request: RunningRequest) -> tuple[tuple[JobDisk, ...], dict[str, str]]:
     """Decide for each disk whether its changes can be read; give the reason where not."""
     deltas = [disk.target for disk in request.disks if disk.delta]
-    reasons = _unsound(request, deltas) if deltas else {}
+    reasons = _demotions(request, deltas) if deltas else {}
     plan = tuple(
         JobDisk(
             target=disk.target,
@@ -152,22 +152,34 @@ def _plan(request: RunningRequest) -> tuple[tuple[JobDisk, ...], dict[str, str]]
     return plan, reasons
 
 
-def _unsound(request: RunningRequest, deltas: list[str]) -> dict[str, str]:
+def _demotions(request: RunningRequest, deltas: list[str]) -> dict[str, str]:
     base = request.base_checkpoint
     try:
-        if base not in checkpoints.names(request.domain):
-            if not request.base_xml:
-                raise CheckpointError(f"libvirt does not know checkpoint {base}")
-            checkpoints.redefine(request.domain, request.base_xml, deltas)
-            LOG.info("domain %s: checkpoint %s was redefined", request.domain.name, base)
-        sound = checkpoints.sound_sizes(request.domain, base)
+        sound = changed_bytes(request.domain, base, request.base_xml, deltas)
     except CheckpointError as err:
         return dict.fromkeys(deltas, err.message)
-    return {
-        target: f"its bitmap of checkpoint {base} is missing or inconsistent"
-        for target in deltas
-        if target not in sound
-    }
+    return {target: unsound(base) for target in deltas if target not in sound}
+
+
+def changed_bytes(
+    domain: Domain, base: str, stored: str, targets: Collection[str]
+) -> dict[str, int]:
+    """Return the bytes that changed since checkpoint ``base``, for each disk that can tell.
+
+    A checkpoint that libvirt has lost is redefined from its ``stored`` XML first. Raises
+    CheckpointError if that is not possible.
+    """
+    if base not in checkpoints.names(domain):
+        if not stored:
+            raise CheckpointError(f"libvirt does not know checkpoint {base}")
+        checkpoints.redefine(domain, stored, targets)
+        LOG.info("domain %s: checkpoint %s was redefined", domain.name, base)
+    return checkpoints.sound_sizes(domain, base)
+
+
+def unsound(base: str) -> str:
+    """Say why a disk that ``changed_bytes`` leaves out can't be read incrementally."""
+    return f"its bitmap of checkpoint {base} is missing or inconsistent"
 
 
 def _begin(
