@@ -34,7 +34,9 @@ class Ctl:
     Everything that it writes beside sets lies below ``directory``: runtime and scratch.
     """
 
-    def __init__(self, uri: str, directory: Path, environment: Mapping[str, str] | None = None):
+    def __init__(
+        self, uri: str, directory: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.uri = uri
         self.runtime = directory / "run"
         self.scratch = directory / "scratch"
