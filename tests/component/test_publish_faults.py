@@ -10,7 +10,7 @@ import pytest
 
 from nbdbackupd.model.chain import Level
 from nbdbackupd.repo.repository import Repository
-from tests.lib import sets
+from tests.lib import chains
 
 pytestmark = pytest.mark.component
 
@@ -25,7 +25,7 @@ import os, signal, sys
 from pathlib import Path
 from nbdbackupd.model.chain import Level
 from nbdbackupd.repo.repository import Repository
-from tests.lib import sets
+from tests.lib import chains
 
 action, path, number, deadly, *calls = sys.argv[1:]
 path, number, deadly, count = Path(path), int(number), int(deadly), 0
@@ -54,7 +54,7 @@ def deadly_call(name, plain):
 for each in calls:
     setattr(os, each, deadly_call(each, getattr(os, each)))
 if action == "add":
-    sets.add_point(path, number, Level.FULL if number == 1 else Level.INC)
+    chains.add_point(path, number, Level.FULL if number == 1 else Level.INC)
 else:
     repository = Repository.open(path)
     with repository.lock(owner="sweep"):
@@ -100,10 +100,10 @@ def test_kill_at_every_step(tmp_path: Path, number: int) -> None:
     base = tmp_path / "base" / "set"
     base.mkdir(parents=True, mode=0o700)
     if number > 1:
-        sets.make_chain(base, number - 2)
+        chains.make_chain(base, number - 2)
     (base / ".mine").write_text("keep me")
     sweep(base)
-    old = sets.tree(base)
+    old = chains.tree(base)
     outcomes = []
     for deadly in range(1, 1000):
         path = copied(base, tmp_path / f"set{deadly}")
@@ -111,16 +111,16 @@ def test_kill_at_every_step(tmp_path: Path, number: int) -> None:
         found, dead = sweep(path)
         assert found in (number - 1, number)
         if found == number - 1:
-            assert sets.tree(path) == old, deadly
+            assert chains.tree(path) == old, deadly
         else:
             assert (dead, "keep me") == (0, (path / ".mine").read_text())
-            new = set(sets.tree(path)) - set(old)
+            new = set(chains.tree(path)) - set(old)
             assert len([name for name in new if name.endswith(".data")]) == 2
         outcomes.append((found, dead))
         if finished:
             break
         # The chain goes on, whatever was the outcome.
-        sets.add_point(path, found + 1, Level.FULL if found == 0 else Level.INC)
+        chains.add_point(path, found + 1, Level.FULL if found == 0 else Level.INC)
     else:
         pytest.fail("the child never came to its end")
     # All three ends were seen: before the intent, before the commit, after it.
@@ -133,13 +133,13 @@ def test_kill_during_the_sweep(tmp_path: Path) -> None:
     """A sweep that dies is finished by the next, and no intent is lost on the way."""
     base = tmp_path / "base" / "set"
     base.mkdir(parents=True)
-    sets.make_chain(base, 0)
-    old = sets.tree(base)
+    chains.make_chain(base, 0)
+    old = chains.tree(base)
     # Die right before the manifest is renamed into points/: everything else has been.
     for deadly in range(1, 1000):
         path = copied(base, tmp_path / f"add{deadly}")
         run("add", path, 2, deadly)
-        if len([name for name in sets.tree(path) if ".inc." in name and "/" not in name]) == 6:
+        if len([name for name in chains.tree(path) if ".inc." in name and "/" not in name]) == 6:
             break
     torn = path
     for deadly in range(1, 1000):
@@ -148,9 +148,9 @@ def test_kill_during_the_sweep(tmp_path: Path) -> None:
         repository = Repository.open(path)
         with repository.lock(owner="test"):
             if not finished and (path / ".draft-run2" / "manifest.json").exists():
-                assert repository.dead_runs() == [sets.intent_for(2)]
+                assert repository.dead_runs() == [chains.intent_for(2)]
             repository.sweep()
-        assert sets.tree(path) == old
+        assert chains.tree(path) == old
         if finished:
             return
     pytest.fail("the sweep never came to its end")
@@ -160,7 +160,7 @@ def test_order_of_fsyncs(tmp_path: Path) -> None:
     """What a power cut may reorder is settled before it is relied upon."""
     path = tmp_path / "set"
     path.mkdir()
-    sets.make_chain(path, 0)
+    chains.make_chain(path, 0)
     assert run("add", path, 2, 0)
     calls = [line.split("\t") for line in (tmp_path / "calls.log").read_text().splitlines()]
     renames = [call for call in calls if call[0] == "rename"]

@@ -22,7 +22,7 @@ from nbdbackupd.model.chain import Level
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Intent
 from nbdbackupd.repo.repository import Repository
-from tests.lib import points, sets
+from tests.lib import chains, points
 
 
 def test_missing_and_empty_sets(tmp_path: Path) -> None:
@@ -38,11 +38,11 @@ def test_missing_and_empty_sets(tmp_path: Path) -> None:
 
 
 def test_chain_of_every_level(tmp_path: Path) -> None:
-    made = sets.make_chain(tmp_path / "a" / "set")
+    made = chains.make_chain(tmp_path / "a" / "set")
     path = tmp_path / "a" / "set"
-    made.append(sets.add_point(path, 4, Level.DIFF))
-    made.append(sets.add_point(path, 5, Level.COPY))
-    made.append(sets.add_point(path, 6, Level.INC))
+    made.append(chains.add_point(path, 4, Level.DIFF))
+    made.append(chains.add_point(path, 5, Level.COPY))
+    made.append(chains.add_point(path, 6, Level.INC))
     repository = Repository.open(path)
     known = repository.load()
     assert list(known.points) == made
@@ -55,7 +55,7 @@ def test_chain_of_every_level(tmp_path: Path) -> None:
 
 
 def test_files_of_a_point(tmp_path: Path) -> None:
-    sets.make_chain(tmp_path, 1)
+    chains.make_chain(tmp_path, 1)
     name = f"nbdbackup-{points.CHAIN}-2"
     expected = {
         *(f"{disk}.full.data{suffix}" for disk in ("vda", "vdb") for suffix in SUFFIXES),
@@ -64,7 +64,7 @@ def test_files_of_a_point(tmp_path: Path) -> None:
         *(f"checkpoints/nbdbackup-{points.CHAIN}-1.xml", f"checkpoints/{name}.xml"),
         "vm1.cpt",
     }
-    assert set(sets.tree(tmp_path)) == expected
+    assert set(chains.tree(tmp_path)) == expected
     stream = tmp_path / "vda.full.data"
     assert int((tmp_path / "vda.full.data.chksum").read_text()) == zlib.adler32(stream.read_bytes())
     for path in tmp_path.rglob("*"):
@@ -89,7 +89,7 @@ def test_changes_need_the_lock(tmp_path: Path) -> None:
     repository = Repository.open(tmp_path)
     with pytest.raises(RuntimeError, match="lock"):
         repository.sweep()
-    with pytest.raises(RuntimeError, match="lock"), repository.draft(sets.intent_for(1)):
+    with pytest.raises(RuntimeError, match="lock"), repository.draft(chains.intent_for(1)):
         pass
 
 
@@ -99,7 +99,7 @@ def test_draft_is_removed_on_every_path(tmp_path: Path, error: type[BaseExceptio
     seen: list[str] = []
 
     def fail() -> None:
-        with repository.lock(owner="x"), repository.draft(sets.intent_for(1)) as draft:
+        with repository.lock(owner="x"), repository.draft(chains.intent_for(1)) as draft:
             draft.add_bytes("a", b"x", "nvram")
             seen.extend(path.name for path in draft.path.iterdir())
             raise error(2)
@@ -107,7 +107,7 @@ def test_draft_is_removed_on_every_path(tmp_path: Path, error: type[BaseExceptio
     with pytest.raises(error):
         fail()
     assert sorted(seen) == ["a", "intent.json"]
-    assert sets.tree(tmp_path) == {}
+    assert chains.tree(tmp_path) == {}
 
 
 def test_foreign_files_refuse_a_full(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_foreign_files_refuse_a_full(tmp_path: Path) -> None:
     with (
         pytest.raises(RepositoryError, match=r"vda\.full\.data.*virtnbdbackup.*-o"),
         repository.lock(owner="x"),
-        repository.draft(sets.intent_for(1)),
+        repository.draft(chains.intent_for(1)),
     ):
         pass
     (tmp_path / "vda.full.data").rename(tmp_path / "letter.txt")
@@ -126,25 +126,25 @@ def test_foreign_files_refuse_a_full(tmp_path: Path) -> None:
     for name in ("logs", "lost+found", "points"):
         (tmp_path / name).mkdir()
     repository.check_can_begin()
-    with repository.lock(owner="x"), repository.draft(sets.intent_for(1)):
+    with repository.lock(owner="x"), repository.draft(chains.intent_for(1)):
         pass
 
 
 def test_existing_file_is_never_overwritten(tmp_path: Path) -> None:
-    sets.make_chain(tmp_path, 0)
+    chains.make_chain(tmp_path, 0)
     name = f"vdb.inc.nbdbackup-{points.CHAIN}-2.data"
     (tmp_path / name).write_bytes(b"precious")
-    before = sets.tree(tmp_path)
+    before = chains.tree(tmp_path)
     with pytest.raises(RepositoryError, match=f"{name} exists"):
-        sets.add_point(tmp_path, 2)
-    assert sets.tree(tmp_path) == before
+        chains.add_point(tmp_path, 2)
+    assert chains.tree(tmp_path) == before
 
 
 def test_file_that_appears_during_the_renames_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sets.make_chain(tmp_path, 0)
-    before = sets.tree(tmp_path)
+    chains.make_chain(tmp_path, 0)
+    before = chains.tree(tmp_path)
     name = f"vdb.inc.nbdbackup-{points.CHAIN}-2.data"
     rename = os.rename
 
@@ -154,14 +154,17 @@ def test_file_that_appears_during_the_renames_is_kept(
 
     monkeypatch.setattr(os, "rename", disturb)
     with pytest.raises(RepositoryError, match=f"{name} exists"):
-        sets.add_point(tmp_path, 2)
-    assert sets.tree(tmp_path) == {**before, name: b"precious"}
+        chains.add_point(tmp_path, 2)
+    assert chains.tree(tmp_path) == {**before, name: b"precious"}
 
 
 def test_manifest_must_tell_all_and_only_the_truth(tmp_path: Path) -> None:
     repository = Repository.open(tmp_path)
-    with repository.lock(owner="x"), repository.draft(sets.intent_for(1, level=Level.FULL)) as made:
-        point = sets.fill(made, (), Level.FULL)
+    with (
+        repository.lock(owner="x"),
+        repository.draft(chains.intent_for(1, level=Level.FULL)) as made,
+    ):
+        point = chains.fill(made, (), Level.FULL)
         bad_size = replace(point.disks[0], file_size=1)
         for wrong, message in [
             (replace(point, files=()), "forgets checkpoints/.*vmconfig"),
@@ -180,12 +183,12 @@ def test_manifest_must_tell_all_and_only_the_truth(tmp_path: Path) -> None:
         with pytest.raises(RepositoryError, match=r"lacks vdb\.full\.data"):
             made.publish(point)
     assert repository.is_empty
-    assert sets.tree(tmp_path) == {}
+    assert chains.tree(tmp_path) == {}
 
 
 def test_names_cannot_leave_the_draft(tmp_path: Path) -> None:
     repository = Repository.open(tmp_path)
-    with repository.lock(owner="x"), repository.draft(sets.intent_for(1)) as draft:
+    with repository.lock(owner="x"), repository.draft(chains.intent_for(1)) as draft:
         for name in ["../x", "/x", "a/b", ".lock", "", "checkpoints/", "checkpoints/.x", ".."]:
             with pytest.raises(RepositoryError, match="no name"):
                 draft.add_bytes(name, b"", "nvram")
@@ -201,7 +204,7 @@ def test_copies(tmp_path: Path) -> None:
     (state / "link").symlink_to(source)
     os.mkfifo(state / "pipe")
     repository = Repository.open(tmp_path / "set")
-    with repository.lock(owner="x"), repository.draft(sets.intent_for(1)) as draft:
+    with repository.lock(owner="x"), repository.draft(chains.intent_for(1)) as draft:
         stored = draft.copy_file(layout.copy("nvram", "p1", source.name), source, "nvram")
         assert stored.sha256 == points.sha(source.read_bytes())
         assert (stored.size, stored.origin) == (3_000_000, str(source))
@@ -221,8 +224,11 @@ def test_copies(tmp_path: Path) -> None:
 
 def test_discarded_file_needs_no_manifest(tmp_path: Path) -> None:
     repository = Repository.open(tmp_path)
-    with repository.lock(owner="x"), repository.draft(sets.intent_for(1, level=Level.FULL)) as made:
-        point = sets.fill(made, (), Level.FULL)
+    with (
+        repository.lock(owner="x"),
+        repository.draft(chains.intent_for(1, level=Level.FULL)) as made,
+    ):
+        point = chains.fill(made, (), Level.FULL)
         made.add_bytes("extra", b"x", "nvram")
         with pytest.raises(RepositoryError, match="forgets extra"):
             made.publish(point)
@@ -233,7 +239,7 @@ def test_discarded_file_needs_no_manifest(tmp_path: Path) -> None:
 
 
 def test_manifest_under_another_name_is_refused(tmp_path: Path) -> None:
-    sets.make_chain(tmp_path, 0)
+    chains.make_chain(tmp_path, 0)
     folder = tmp_path / "points"
     (folder / "000001-p1.json").rename(folder / "000002-p1.json")
     with pytest.raises(IntegrityError, match="name of another point"):
@@ -241,7 +247,7 @@ def test_manifest_under_another_name_is_refused(tmp_path: Path) -> None:
 
 
 def test_damaged_manifests_are_named(tmp_path: Path) -> None:
-    sets.make_chain(tmp_path, 1)
+    chains.make_chain(tmp_path, 1)
     newest = tmp_path / "points" / "000002-p2.json"
     data = bytearray(newest.read_bytes())
     data[200] ^= 1
@@ -261,7 +267,7 @@ def test_damaged_manifests_are_named(tmp_path: Path) -> None:
 
 
 def test_missing_parent_and_swapped_parent_are_found(tmp_path: Path) -> None:
-    made = sets.make_chain(tmp_path, 1)
+    made = chains.make_chain(tmp_path, 1)
     first = tmp_path / "points" / "000001-p1.json"
     data = first.read_bytes()
     first.unlink()
@@ -275,7 +281,7 @@ def test_missing_parent_and_swapped_parent_are_found(tmp_path: Path) -> None:
 
 
 def test_check_present(tmp_path: Path) -> None:
-    made = sets.make_chain(tmp_path, 1)
+    made = chains.make_chain(tmp_path, 1)
     repository = Repository.open(tmp_path)
     stream = tmp_path / "vda.full.data"
     data = stream.read_bytes()
@@ -294,15 +300,15 @@ def test_check_present(tmp_path: Path) -> None:
 
 
 def test_order_needs_no_times_nor_names(tmp_path: Path) -> None:
-    made = sets.make_chain(tmp_path, 3)
+    made = chains.make_chain(tmp_path, 3)
     for number, path in enumerate(sorted(tmp_path.rglob("*"), reverse=True)):
         os.utime(path, (number, number))
     assert list(Repository.open(tmp_path).load().points) == made
 
 
 def test_sweep_restores_derived_files_and_removes_temporary_ones(tmp_path: Path) -> None:
-    sets.make_chain(tmp_path, 1)
-    before = sets.tree(tmp_path)
+    chains.make_chain(tmp_path, 1)
+    before = chains.tree(tmp_path)
     (tmp_path / "vm1.cpt").unlink()
     (tmp_path / ".nbdbackup-tmp-0123456789abcdef").touch()
     (tmp_path / "points" / ".nbdbackup-tmp-0123456789abcdef").touch()
@@ -312,22 +318,22 @@ def test_sweep_restores_derived_files_and_removes_temporary_ones(tmp_path: Path)
     with repository.lock(owner="x"):
         assert repository.sweep() == []
     expected = {**before, "note.txt": b"mine", ".draft-of-a-letter": b"mine"}
-    assert sets.tree(tmp_path) == expected
+    assert chains.tree(tmp_path) == expected
 
 
 def test_sweep_keeps_what_a_damaged_set_may_need(tmp_path: Path) -> None:
-    sets.make_chain(tmp_path, 1)
+    chains.make_chain(tmp_path, 1)
     (tmp_path / ".draft-dead").mkdir()
-    (tmp_path / ".draft-dead" / "intent.json").write_bytes(sets.intent_for(3).pack())
+    (tmp_path / ".draft-dead" / "intent.json").write_bytes(chains.intent_for(3).pack())
     path = tmp_path / "points" / "000002-p2.json"
     path.write_bytes(path.read_bytes()[:-5])
-    before = sets.tree(tmp_path)
+    before = chains.tree(tmp_path)
     repository = Repository.open(tmp_path)
     with repository.lock(owner="x"):
         with pytest.raises(IntegrityError):
             repository.sweep()
-        assert repository.dead_runs() == [sets.intent_for(3)]
-    assert sets.tree(tmp_path) == before
+        assert repository.dead_runs() == [chains.intent_for(3)]
+    assert chains.tree(tmp_path) == before
 
 
 def test_sweep_of_damaged_drafts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -344,15 +350,15 @@ def test_sweep_of_damaged_drafts(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 
 def test_intent_round_trip() -> None:
-    intent = sets.intent_for(7)
+    intent = chains.intent_for(7)
     assert Intent.parse(intent.pack()) == intent
 
 
 def test_failure_after_the_commit_rename_takes_the_point_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sets.make_chain(tmp_path, 0)
-    before = sets.tree(tmp_path)
+    chains.make_chain(tmp_path, 0)
+    before = chains.tree(tmp_path)
     rename = os.rename
 
     def interrupt(source: Path, target: Path) -> None:
@@ -362,15 +368,15 @@ def test_failure_after_the_commit_rename_takes_the_point_back(
 
     monkeypatch.setattr(os, "rename", interrupt)
     with pytest.raises(Interrupted):
-        sets.add_point(tmp_path, 2)
-    assert sets.tree(tmp_path) == before
+        chains.add_point(tmp_path, 2)
+    assert chains.tree(tmp_path) == before
 
 
 def test_files_that_cannot_be_taken_back_are_swept_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sets.make_chain(tmp_path, 0)
-    before = sets.tree(tmp_path)
+    chains.make_chain(tmp_path, 0)
+    before = chains.tree(tmp_path)
     rename = os.rename
     count = 0
 
@@ -384,9 +390,9 @@ def test_files_that_cannot_be_taken_back_are_swept_later(
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", fail)
         with pytest.raises(RepositoryError, match="Input/output error"):
-            sets.add_point(tmp_path, 2)
-    assert set(sets.tree(tmp_path)) > set(before)
+            chains.add_point(tmp_path, 2)
+    assert set(chains.tree(tmp_path)) > set(before)
     repository = Repository.open(tmp_path)
     with repository.lock(owner="x"):
-        assert repository.sweep() == [sets.intent_for(2)]
-    assert sets.tree(tmp_path) == before
+        assert repository.sweep() == [chains.intent_for(2)]
+    assert chains.tree(tmp_path) == before
