@@ -1,20 +1,25 @@
 """How each disk of a new point is to be read: whole, or from its parent's bitmap on."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nbdbackupd.model.chain import DiskPoint, ImageLayer, Level, RestorePoint
-from nbdbackupd.model.domain import same_image
-from nbdbackupd.model.selection import How, Selection
+from nbdbackupd.model.domain import lost_bitmap_layer, same_image
+from nbdbackupd.model.selection import BY_REQUEST, How, Selection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DiskState:
-    """A disk as it is now: virtual size in bytes, serial, its images top first."""
+    """A disk as it is now: virtual size in bytes, serial, its images top first.
+
+    ``bitmaps`` are the names of the bitmaps stored in each image, by path; those of the top image
+    live in QEMU's memory while the domain runs and are not looked at.
+    """
 
     size: int
     serial: str = ""
     layers: tuple[ImageLayer, ...] = ()
+    bitmaps: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +78,9 @@ def _why_other(known: DiskPoint, state: DiskState) -> str:
     if not same_image(known.layers, state.layers):
         now = state.layers[0].path if state.layers else "(none)"
         return f"it is another image than in the last point: was {known.source}, is {now}"
+    broken = lost_bitmap_layer(known.layers, state.layers, state.bitmaps, known.bitmap)
+    if broken:
+        return f"image {broken} of its backing chain has lost bitmap {known.bitmap}"
     return ""
 
 
@@ -81,11 +89,7 @@ def lost_disks(parent: RestorePoint | None, selection: Selection) -> tuple[str, 
     if parent is None:
         return ()
     listed = {chosen.target for chosen in selection.chosen}
-    by_request = {
-        skipped.target
-        for skipped in selection.skipped
-        if skipped.reason in ("excluded by request", "not among the requested disks")
-    }
+    by_request = {skipped.target for skipped in selection.skipped if skipped.reason in BY_REQUEST}
     return tuple(
         disk.target
         for disk in parent.disks

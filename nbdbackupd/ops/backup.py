@@ -20,7 +20,7 @@ from nbdbackupd.ops import leftovers, recording
 from nbdbackupd.ops.backup_request import BackupReport, BackupRequest
 from nbdbackupd.ops.survey import Survey, Wish, survey_domain
 from nbdbackupd.repo.repository import Repository
-from nbdbackupd.virt import checkpoints
+from nbdbackupd.source import running
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
 
@@ -82,7 +82,7 @@ def _run_locked(
     wish = Wish(include=request.include, exclude=request.exclude, raw=request.raw)
     survey = survey_domain(domain, wish, level, parent)
     cancelled()
-    small = _below_threshold(request, domain, survey, parent)
+    small = _below_threshold(request, domain, repository, survey, parent)
     if small:
         log.info("nothing saved: %s", small)
         return BackupReport(point=None, skipped=small)
@@ -108,15 +108,21 @@ def _check_binding(domain: Domain, known: BackupSet) -> None:
 
 
 def _below_threshold(
-    request: BackupRequest, domain: Domain, survey: Survey, parent: RestorePoint | None
+    request: BackupRequest,
+    domain: Domain,
+    repository: Repository,
+    survey: Survey,
+    parent: RestorePoint | None,
 ) -> str:
     """Why the run can be left out, or nothing: then it must go on."""
     if request.threshold is None or parent is None:
         return ""
     if any(not plan.delta for plan in survey.plans):
         return ""
+    stored = recording.stored_checkpoint(repository, parent)
+    targets = [plan.target for plan in survey.plans]
     try:
-        sizes = checkpoints.sound_sizes(domain, parent.checkpoint)
+        sizes = running.changed_bytes(domain, parent.checkpoint, stored, targets)
     except CheckpointError:
         return ""
     if any(plan.target not in sizes for plan in survey.plans):

@@ -7,6 +7,7 @@ from typing import Any
 from nbdbackupd.errors import CheckpointError, NotSupportedError, RepositoryError
 from nbdbackupd.model.chain import Level, RestorePoint
 from nbdbackupd.model.selection import BY_REQUEST
+from nbdbackupd.ops import recording
 from nbdbackupd.ops.survey import Survey, Wish, survey_domain
 from nbdbackupd.repo.repository import Repository
 from nbdbackupd.source import running
@@ -117,7 +118,7 @@ def _disks(
     if head is not None and wanted:
         try:
             sizes = running.changed_bytes(
-                domain, head.checkpoint, _stored_checkpoint(repository, head), wanted
+                domain, head.checkpoint, recording.stored_checkpoint(repository, head), wanted
             )
         except CheckpointError as err:
             lost = err.message
@@ -132,10 +133,3 @@ def _disks(
         size = survey.states[plan.target].size
         found.append(DiskEstimate(target=plan.target, mode="full", bytes=size, reason=reason))
     return tuple(found)
-
-
-def _stored_checkpoint(repository: Repository, head: RestorePoint) -> str:
-    for file in head.files:
-        if file.role == "checkpoint-xml":
-            return repository.file(file.name).read_text("utf-8")
-    return ""

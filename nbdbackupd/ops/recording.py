@@ -156,7 +156,7 @@ def _running_request(job: Job, notes: _Notes) -> running.RunningRequest:
         scratch_reserve=request.scratch_reserve,
         on_trouble=trouble,
         base_checkpoint=job.parent.checkpoint if job.parent is not None else "",
-        base_xml=_stored_checkpoint(job),
+        base_xml=stored_checkpoint(job.repository, job.parent),
         new_checkpoint=job.checkpoint,
         freeze=request.freeze,
         freeze_mountpoints=request.mountpoints,
@@ -164,13 +164,11 @@ def _running_request(job: Job, notes: _Notes) -> running.RunningRequest:
     )
 
 
-def _stored_checkpoint(job: Job) -> str:
-    """The XML of the parent's checkpoint, from the set."""
-    if job.parent is None:
-        return ""
-    for file in job.parent.files:
+def stored_checkpoint(repository: Repository, point: RestorePoint | None) -> str:
+    """The XML of a point's checkpoint as the set keeps it, or nothing."""
+    for file in point.files if point is not None else ():
         if file.role == "checkpoint-xml":
-            return job.repository.file(file.name).read_text()
+            return repository.file(file.name).read_text("utf-8")
     return ""
 
 

@@ -68,6 +68,10 @@ def survey_domain(domain: Domain, wish: Wish, level: Level, parent: RestorePoint
             size=domain.disk_size(chosen.target),
             serial=definition.disk(chosen.target).serial,
             layers=_layers(definition.disk(chosen.target), chains.get(chosen.target, ())),
+            bitmaps={
+                each.filename: frozenset(bitmap.name for bitmap in each.bitmaps)
+                for each in chains.get(chosen.target, ())
+            },
         )
         for chosen in selection.chosen
     }
