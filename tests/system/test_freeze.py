@@ -1,0 +1,205 @@
+"""Freezing a real guest's file systems: in time, for a short time, and never for ever."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdbackupd.errors import FreezeError
+from nbdbackupd.model.chain import Consistency
+from nbdbackupd.ops import metadata
+from nbdbackupd.source import quiesce
+from nbdbackupd.source.quiesce import FreezePolicy, Quiet
+from nbdbackupd.source.running import RunningDisk, RunningRequest, open_running
+from nbdbackupd.source.sweep import sweep
+from nbdbackupd.virt import guest as guest_agent
+from nbdbackupd.virt import jobs
+from nbdbackupd.virt.connection import open_connection
+from nbdbackupd.virt.domain import Domain
+from tests.lab.agent_guest import AgentGuest, agent_guest, make_ext4
+from tests.lab.daemon import DaemonLab
+from tests.lab.disks import DiskSpec
+from tests.lab.process import wait_until
+
+pytestmark = [pytest.mark.system, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[DaemonLab]:
+    with DaemonLab() as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def linux(lab: DaemonLab) -> AgentGuest:
+    disks = [DiskSpec(target=name, path=make_ext4(lab.images / name)) for name in ("vda", "vdb")]
+    linux = agent_guest(lab, disks=disks)
+    linux.start()
+    return linux
+
+
+@pytest.fixture
+def domain(lab: DaemonLab, linux: AgentGuest) -> Iterator[Domain]:
+    linux.set_freeze_hook("exit 0")
+    linux.exec("rm -f /tmp/freeze.log; mount /dev/vda /mnt/vda; mount /dev/vdb /mnt/vdb; :")
+    with open_connection(lab.uri) as connection:
+        yield Domain.find(connection, linux.guest.name)
+
+
+@pytest.fixture
+def wish(tmp_path: Path) -> Quiet:
+    return Quiet(marker=tmp_path / "held", seconds=15)
+
+
+def request_for(lab: DaemonLab, domain: Domain, policy: FreezePolicy) -> RunningRequest:
+    return RunningRequest(
+        domain=domain,
+        disks=(RunningDisk(target="vda"), RunningDisk(target="vdb")),
+        run_id="r1",
+        runtime_dir=lab.directory / "run" / domain.uuid,
+        scratch_dir=lab.directory / "scratch",
+        scratch_reserve=0,
+        on_trouble=lambda _error: None,
+        freeze=policy,
+        freeze_seconds=15,
+    )
+
+
+def assert_thawed(linux: AgentGuest, wish: Quiet) -> None:
+    assert not linux.is_frozen()
+    assert not wish.marker.exists()
+
+
+def test_job_begins_frozen_and_copies_thawed(
+    lab: DaemonLab, linux: AgentGuest, domain: Domain
+) -> None:
+    with open_running(request_for(lab, domain, FreezePolicy.REQUIRE)) as snapshot:
+        assert snapshot.consistency is Consistency.FILESYSTEM
+        assert snapshot.warnings == ()
+        assert not linux.is_frozen()
+    assert linux.freeze_log() == ["freeze", "thaw"]
+
+
+def test_frozen_while_the_body_runs(linux: AgentGuest, domain: Domain, wish: Quiet) -> None:
+    with quiesce.quiet(domain, wish) as moment:
+        assert linux.is_frozen()
+        assert wish.marker.read_text() == "frozen"
+    assert moment.consistency is Consistency.FILESYSTEM
+    assert moment.warnings == []
+    assert_thawed(linux, wish)
+
+
+def test_single_mountpoints(linux: AgentGuest, domain: Domain) -> None:
+    assert guest_agent.freeze(domain, ["/mnt/vdb"], seconds=15) == 1
+    assert guest_agent.thaw(domain, seconds=15) == 1
+    assert not linux.is_frozen()
+
+
+def test_thawed_when_the_body_fails(linux: AgentGuest, domain: Domain, wish: Quiet) -> None:
+    with pytest.raises(KeyboardInterrupt), quiesce.quiet(domain, wish):
+        raise KeyboardInterrupt
+    assert_thawed(linux, wish)
+
+
+def test_failing_freeze_is_a_warning_or_an_error(
+    lab: DaemonLab, linux: AgentGuest, domain: Domain
+) -> None:
+    linux.set_freeze_hook('[ "$1" = thaw ]')
+    with open_running(request_for(lab, domain, FreezePolicy.AUTO)) as snapshot:
+        assert snapshot.consistency is Consistency.CRASH
+        assert "not frozen" in snapshot.warnings[0]
+    with pytest.raises(FreezeError, match="was not frozen"):
+        open_running(request_for(lab, domain, FreezePolicy.REQUIRE)).__enter__()
+    assert jobs.active_job(domain) is None
+    assert not linux.is_frozen()
+
+
+def test_a_freeze_that_answers_too_late_is_thawed(
+    linux: AgentGuest, domain: Domain, wish: Quiet
+) -> None:
+    linux.set_freeze_hook('[ "$1" = thaw ] || sleep 6')
+    impatient = Quiet(marker=wish.marker, seconds=4)
+    begun = time.monotonic()
+    with quiesce.quiet(domain, impatient) as moment:
+        assert time.monotonic() - begun < 20
+    assert moment.consistency is Consistency.CRASH
+    assert moment.warnings
+    wait_until(lambda: not linux.is_frozen(), "thaw", 20)
+
+
+def test_nothing_to_freeze(linux: AgentGuest, domain: Domain, wish: Quiet) -> None:
+    linux.exec("umount /mnt/vda /mnt/vdb")
+    with quiesce.quiet(domain, wish) as moment:
+        pass
+    assert moment.consistency is Consistency.CRASH
+    assert "no file system" in moment.warnings[0]
+    required = Quiet(marker=wish.marker, freeze=FreezePolicy.REQUIRE)
+    with pytest.raises(FreezeError, match="no file system"):
+        quiesce.quiet(domain, required).__enter__()
+    assert_thawed(linux, wish)
+
+
+def test_a_body_that_takes_too_long_is_thawed(
+    linux: AgentGuest, domain: Domain, wish: Quiet
+) -> None:
+    short = Quiet(marker=wish.marker, seconds=2)
+    with quiesce.quiet(domain, short) as moment:
+        assert linux.is_frozen()
+        wait_until(lambda: not linux.is_frozen(), "thaw by the watchdog", 10)
+    assert moment.consistency is Consistency.CRASH
+    assert "thawed after 2 s" in moment.warnings[0]
+    assert linux.freeze_log() == ["freeze", "thaw"]
+
+
+def test_somebody_else_thaws(linux: AgentGuest, domain: Domain, wish: Quiet) -> None:
+    with quiesce.quiet(domain, wish) as moment:
+        linux.agent("guest-fsfreeze-thaw")
+    assert moment.consistency is Consistency.CRASH
+    assert "only 0 of 2" in moment.warnings[0]
+    assert_thawed(linux, wish)
+
+
+def test_a_killed_run_is_thawed_by_the_next(
+    lab: DaemonLab, linux: AgentGuest, domain: Domain
+) -> None:
+    runtime_dir = lab.directory / "run" / domain.uuid
+    runtime_dir.mkdir(parents=True, exist_ok=True)
+    (runtime_dir / "guest-held").write_text("frozen")
+    guest_agent.freeze(domain, [], seconds=15)
+    swept = sweep(domain, runtime_dir, lab.directory / "scratch")
+    assert "2 file systems" in swept.guest
+    assert not linux.is_frozen()
+    assert not sweep(domain, runtime_dir, lab.directory / "scratch")
+
+
+def test_guest_info_is_saved(domain: Domain) -> None:
+    collected = metadata.collect(domain, domain.definition())
+    data = next(item.data for item in collected.items if item.role == "guest-info")
+    found = json.loads(data)
+    assert found["fs.count"] == 2
+    assert found["hostname"]
+    roles = [item.role for item in collected.items]
+    assert roles == ["domain-xml", "domain-xml-live", "kernel", "initrd", "guest-info"]
+    assert collected.warnings == ()
+    assert collected.autostart is False
+
+
+def test_a_hanging_agent_does_not_hold_us(
+    lab: DaemonLab, linux: AgentGuest, domain: Domain, wish: Quiet
+) -> None:
+    # last: the agent does not come back
+    linux.exec("(sleep 1; kill -STOP $(pidof qemu-ga)) >/dev/null 2>&1 &")
+    time.sleep(2)
+    impatient = Quiet(marker=wish.marker, seconds=2)
+    begun = time.monotonic()
+    with quiesce.quiet(domain, impatient) as moment:
+        assert 2 <= time.monotonic() - begun < 60
+    assert moment.consistency is Consistency.CRASH
+    assert "not frozen" in moment.warnings[-1]
+    with pytest.raises(FreezeError):
+        guest_agent.guest_info(domain, seconds=2)
+    # and a backup goes on without the agent
+    with open_running(request_for(lab, domain, FreezePolicy.NEVER)) as snapshot:
+        assert snapshot.consistency is Consistency.CRASH
