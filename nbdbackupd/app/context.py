@@ -37,6 +37,8 @@ class Context:
     @classmethod
     def from_args(cls, args: "Arguments") -> "Context":
         """Read the global options, set the log up."""
+        # read when libvirt is imported; else its embedded driver fills stderr with notices
+        os.environ.setdefault("LIBVIRT_DEBUG", "error")
         _setup_log(args)
         runtime = getattr(args, "runtime_dir", None) or default_runtime_dir(os.environ)
         return cls(
@@ -57,9 +59,6 @@ class Context:
         reached.
         """
         from nbdbackupd import log
-
-        # read when libvirt is imported; else its embedded driver fills stderr with notices
-        os.environ.setdefault("LIBVIRT_DEBUG", "error")
         from nbdbackupd.virt import connection
 
         password = self._password()

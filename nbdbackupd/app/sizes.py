@@ -3,6 +3,10 @@
 import re
 from typing import Final
 
+from nbdbackupd.model.units import human_size
+
+__all__ = ["human_size", "human_time", "parse_size"]
+
 UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 PATTERN: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 
@@ -16,18 +20,6 @@ def parse_size(text: str) -> int:
     if found is None:
         raise ValueError(f"not a size: {text!r} (examples: 4096, 512M, 1.5GiB)")
     return int(float(found[1]) * UNITS[found[2].lower()])
-
-
-def human_size(size: int) -> str:
-    """``1.5 GiB``: three significant digits at most."""
-    value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    if unit == "B":
-        return f"{size} B"
-    return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
 
 
 def human_time(seconds: float) -> str:
