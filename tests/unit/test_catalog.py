@@ -1,0 +1,146 @@
+"""``list`` and ``show`` on real sets."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nbdbackupd.errors import FormatError, IntegrityError, RepositoryError
+from nbdbackupd.model.chain import DiskMode, Layout, Level
+from nbdbackupd.model.units import human_size
+from nbdbackupd.ops import catalog
+from tests.lib import chains, points
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("catalog") / "set"
+    chains.make_chain(path, 1)
+    chains.add_point(path, 3, Level.DIFF)
+    return path
+
+
+def test_list_as_json(path: Path) -> None:
+    document = json.loads(json.dumps(catalog.list_points(path).to_json()))
+    assert document["version"] == 1
+    assert [point["id"] for point in document["points"]] == ["p1", "p2", "p3"]
+    assert [point["level"] for point in document["points"]] == ["full", "inc", "diff"]
+    assert [point["parent"] for point in document["points"]] == ["", "p1", "p2"]
+    newest = document["points"][2]
+    assert newest["warnings"] == ["freeze failed"]
+    assert newest["checkpoint"] == ""
+    assert newest["created"] == "2026-01-31T23:59:59Z"
+    assert newest["consistency"] == "crash"
+    sizes = [
+        file.stat().st_size for file in path.glob("*.p3.*") if not file.name.endswith(".chksum")
+    ]
+    assert newest["stored_bytes"] == sum(sizes)
+    assert document["stored_bytes"] == sum(point["stored_bytes"] for point in document["points"])
+    disk = newest["disks"][0]
+    assert (disk["target"], disk["mode"], disk["size"]) == ("vda", "delta", 1 << 20)
+    assert (disk["data_bytes"], disk["zero_bytes"]) == (4096, 4096)
+
+
+def test_list_as_text(path: Path) -> None:
+    lines = catalog.render_list(catalog.list_points(path)).splitlines()
+    assert "vm1, 3 restore points" in lines[0]
+    heads = [line for line in lines if line[:1].isdigit()]
+    column = lines[2].index("LEVEL")
+    assert [line[column:].split()[0] for line in heads] == ["full", "inc", "diff"]
+    assert lines[2].index("CHECKPOINT") == heads[0].index("nbdbackup-")
+    assert sum("! freeze failed" in line for line in lines) == 3
+    disks = [line for line in lines if " zero " in line]
+    assert len(disks) == 6
+    assert len({line.index("data ") for line in disks}) == 1
+    assert not any(line.endswith(" ") for line in lines)
+
+
+def test_show(path: Path) -> None:
+    report = catalog.show(path)
+    document = json.loads(json.dumps(report.to_json()))
+    first = document["points"][0]
+    assert first["files"][0]["role"] == "domain-xml"
+    assert first["skipped"] == [{"target": "sda", "reason": "cdrom"}]
+    assert first["disks"][0]["index"]["sha256"]
+    assert first["disks"][0]["stream"]["virtualSize"] == 1 << 20
+    assert first["disks"][0]["stream"]["dataSize"] == 4096
+    assert first["digest"] == document["points"][1]["parent_digest"]
+    text = catalog.render_show(report)
+    for word in (
+        "restore point p3",
+        "checkpointName: nbdbackup-",
+        "- target: vdb",
+        "autostart: yes",
+    ):
+        assert word in text
+    assert "parent: \n" not in text
+
+
+def test_show_of_one_point(path: Path) -> None:
+    assert [point.id for point in catalog.show(path, "latest").points] == ["p3"]
+    assert set(catalog.show(path, "p1").metas) == {"vda.full.data", "vdb.full.data"}
+    with pytest.raises(RepositoryError, match="'p9'"):
+        catalog.show(path, "p9")
+
+
+def test_show_names_a_damaged_stream(tmp_path: Path) -> None:
+    chains.make_chain(tmp_path, 0)
+    stream = tmp_path / "vdb.full.data"
+    stream.write_bytes(b"x" + stream.read_bytes()[1:])
+    with pytest.raises(FormatError, match=r"vdb\.full\.data"):
+        catalog.show(tmp_path)
+    stream.unlink()
+    with pytest.raises(RepositoryError, match=r"vdb\.full\.data"):
+        catalog.show(tmp_path)
+    assert len(catalog.list_points(tmp_path).points) == 1
+
+
+def test_no_set(tmp_path: Path) -> None:
+    with pytest.raises(RepositoryError, match="no backup set at"):
+        catalog.list_points(tmp_path / "absent")
+    report = catalog.list_points(tmp_path)
+    assert report.to_json()["points"] == []
+    assert "no restore points" in catalog.render_list(report)
+    assert "no restore points" in catalog.render_show(catalog.show(tmp_path))
+    (tmp_path / "vda.full.data").touch()
+    with pytest.raises(RepositoryError, match="no manifests"):
+        catalog.list_points(tmp_path)
+
+
+def test_damaged_manifest_is_loud(tmp_path: Path) -> None:
+    chains.make_chain(tmp_path, 0)
+    manifest = tmp_path / "points" / "000001-p1.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b"vm1", b"vm2"))
+    with pytest.raises(IntegrityError, match=r"000001-p1\.json"):
+        catalog.list_points(tmp_path)
+
+
+def test_hostile_texts_reach_no_terminal() -> None:
+    disk = replace(points.full_point().disks[0], reason="lost\x1b[31m\n\udcff", mode=DiskMode.DELTA)
+    raw = replace(disk, target="vdb", layout=Layout.RAW, file_size=1 << 50, index=disk.index)
+    point = replace(
+        points.full_point(), disks=(disk, raw), domain="vm\x1b]0;x\x07", warnings=("a\rb",)
+    )
+    report = catalog.ListReport(path=Path("/b\udce4\x1b"), points=(point,))
+    show = catalog.ShowReport(path=report.path, points=report.points)
+    for text in (catalog.render_list(report), catalog.render_show(show)):
+        assert text.replace("\n", "").isprintable()
+        text.encode()
+        assert "lost?[31m" in text
+    assert json.dumps(report.to_json()).isascii()
+    assert report.to_json()["points"][0]["disks"][1]["stored_bytes"] == 4096 + 5
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1536, "1.5 KiB"),
+        (200 << 30, "200 GiB"),
+        (1 << 60, "1048576 TiB"),
+    ],
+)
+def test_human_size(size: int, text: str) -> None:
+    assert human_size(size) == text
