@@ -121,7 +121,13 @@ class Repository:
             return
         with durable.translate_os_errors("read", self.path):
             names = sorted(entry.name for entry in self.path.iterdir())
-        foreign = [name for name in names if name not in OURS and not name.startswith(".")]
+        # The next sweep removes what a killed first run has published in part.
+        swept = {name for each in self._read_leftovers() for name in each.names}
+        foreign = [
+            name
+            for name in names
+            if name not in OURS and name not in swept and not name.startswith(".")
+        ]
         if not foreign:
             return
         advice = "give an empty or new directory with -o"
@@ -242,6 +248,9 @@ class Repository:
 
     def _leftovers(self) -> list[_Leftover]:
         self._require_lock()
+        return self._read_leftovers()
+
+    def _read_leftovers(self) -> list[_Leftover]:
         committed = [path.name for path in self._manifests()]
         with durable.translate_os_errors("read", self.path):
             return [
