@@ -52,10 +52,10 @@ def test_unreachable(uri: str, said: str, capfd: pytest.CaptureFixture[str]) -> 
 
 
 def test_password_is_no_part_of_an_error() -> None:
-    secret = "hush"
+    word = "hush"
     with pytest.raises(DomainError) as caught:
-        open_connection("qemu+unix:///system?socket=/x", user="me", password=secret).__enter__()
-    assert secret not in str(caught.value) + repr(caught.value.__cause__)
+        open_connection("qemu+unix:///system?socket=/x", user="me", password=word).__enter__()
+    assert word not in str(caught.value) + repr(caught.value.__cause__)
 
 
 def test_unknown_domain(connection: Connection) -> None:
