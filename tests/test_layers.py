@@ -1,0 +1,194 @@
+"""Who may import whom, and who alone may use which library.
+
+app → ops → {source, repo} → {virt, qemu, nbdio, format} → model → base
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).parents[1]
+PACKAGE: Final = ROOT / "nbdbackupd"
+
+BASE: Final = frozenset({"errors", "log", "proc", "durable"})
+LOWEST: Final = frozenset({"virt", "qemu", "nbdio", "format"})
+ALLOWED: Final = {
+    "base": BASE,
+    "model": BASE | {"model"},
+    **{name: BASE | {"model", name} for name in LOWEST},
+    "source": BASE | {"model", "virt", "qemu", "source"},
+    "repo": BASE | {"model", "format", "repo"},
+    "ops": BASE | LOWEST | {"model", "source", "repo", "ops"},
+    "app": BASE | LOWEST | {"model", "source", "repo", "ops", "app"},
+}
+"""For each layer the parts of the package that it may import."""
+
+OWNERS: Final = {
+    "libvirt": "virt",
+    "libvirt_qemu": "virt",
+    "libvirtmod": "virt",
+    "nbd": "nbdio",
+    "lz4": "format",
+    "subprocess": "proc",
+    "multiprocessing": "nobody",
+    "pty": "nobody",
+    "argparse": "app",
+    "getopt": "nobody",
+    "optparse": "nobody",
+    "importlib": "nobody",
+}
+"""The one layer or base module that may import a library."""
+
+ATTRIBUTES: Final = {
+    **dict.fromkeys(("sys.exit", "os._exit", "os.abort", "sys.argv"), "app"),
+    **dict.fromkeys(("os.environ", "os.getenv", "os.putenv", "os.environb"), "app"),
+    **dict.fromkeys(("os.system", "os.popen", "os.fork", "os.posix_spawn"), "nobody"),
+    **dict.fromkeys(("os.execv", "os.execvp", "os.execve", "os.spawnv", "os.startfile"), "nobody"),
+    **dict.fromkeys(("time.time", "time.time_ns", "time.localtime", "time.gmtime"), "app"),
+    **dict.fromkeys(("datetime.now", "datetime.utcnow", "datetime.today", "date.today"), "app"),
+    **dict.fromkeys(("uuid.uuid1", "uuid.uuid4"), "app"),
+}
+"""The one layer that may read the environment or the clock, end the process, or make ids."""
+
+EXEMPT: Final = {
+    # children get our environment, with the locale set to C
+    ("proc.py", "os.environ"),
+}
+
+NAMES: Final = {"SystemExit": "app", "exit": "nobody", "quit": "nobody", "__import__": "nobody"}
+
+
+def layer_of(path: Path) -> str:
+    """The layer of a file, given relative to the package."""
+    if len(path.parts) > 1:
+        return path.parts[0]
+    return {"__init__.py": "base", "__main__.py": "app"}.get(path.name, "base")
+
+
+def imported(tree: ast.AST, path: Path) -> Iterator[str]:
+    """Every imported module, dotted; ``from a import b`` gives ``a.b`` (b may be a module)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def faults(path: Path, source: str) -> list[str]:
+    """What a file (relative to the package) does that it must not."""
+    tree = ast.parse(source)
+    layer = layer_of(path)
+    mine = {layer, path.stem if layer == "base" else layer}
+    found = []
+    for name in imported(tree, path):
+        first, _, rest = name.partition(".")
+        if first == "nbdbackupd":
+            part = rest.partition(".")[0]
+            if part not in ALLOWED[layer] and part != "__version__":
+                found.append(f"{path}: {layer} must not import {name}")
+        elif OWNERS.get(first, layer) not in mine:
+            found.append(f"{path}: only {OWNERS[first]} may import {first}")
+        if ATTRIBUTES.get(name, layer) not in mine:
+            found.append(f"{path}: only {ATTRIBUTES[name]} may use {name}")
+    for node in ast.walk(tree):
+        used = ""
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            used = f"{node.value.id}.{node.attr}"
+        elif isinstance(node, ast.Name):
+            used = node.id
+        owner = ATTRIBUTES.get(used) or NAMES.get(used) or layer
+        if owner not in mine and (path.name, used) not in EXEMPT:
+            line = node.lineno if isinstance(node, ast.expr) else 0
+            found.append(f"{path}:{line}: only {owner} may use {used}")
+    return found
+
+
+def sources() -> list[Path]:
+    return sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+
+def test_every_module_keeps_to_its_layer() -> None:
+    found = [fault for path in sources() for fault in faults(path, (PACKAGE / path).read_text())]
+    assert not found, "\n".join(found)
+
+
+def test_every_package_has_a_layer() -> None:
+    assert {layer_of(path) for path in sources()} == set(ALLOWED)
+    tops = {path.stem for path in sources() if len(path.parts) == 1}
+    assert tops == BASE | {"__init__", "__main__"}
+
+
+def test_base_modules_import_without_cycles() -> None:
+    """Of the base only these lines exist; errors knows nobody."""
+    known = {"errors": set[str](), "durable": {"errors"}, "proc": {"errors"}}
+    known["log"] = {"errors", "durable"}
+    for name, allowed in known.items():
+        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+        parts = {
+            each.split(".")[1] for each in imported(tree, Path(name)) if each.startswith("nbdb")
+        }
+        assert parts <= allowed, name
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "words"),
+    [
+        ("model/a.py", "from nbdbackupd.format import stream", "model must not import"),
+        ("model/a.py", "def f():\n import nbdbackupd.repo.layout", "model must not import"),
+        ("virt/a.py", "from nbdbackupd.nbdio.copy import Sink", "virt must not import"),
+        ("source/a.py", "from nbdbackupd import repo", "source must not import"),
+        ("source/a.py", "from nbdbackupd.format import index", "source must not import"),
+        ("repo/a.py", "from nbdbackupd.virt import domain", "repo must not import"),
+        ("ops/a.py", "from nbdbackupd.app import sizes", "ops must not import"),
+        ("errors.py", "from nbdbackupd.model import chain", "base must not import"),
+        ("ops/a.py", "import libvirt", "only virt may import"),
+        ("repo/a.py", "from lz4.frame import compress", "only format may import"),
+        ("qemu/a.py", "import nbd as n", "only nbdio may import"),
+        ("qemu/a.py", "from subprocess import run", "only proc may import"),
+        ("durable.py", "import subprocess", "only proc may import"),
+        ("ops/a.py", "import argparse", "only app may import"),
+        ("ops/a.py", "import sys\nsys.exit(1)", "only app may use sys.exit"),
+        ("ops/a.py", "from os import environ", "only app may use os.environ"),
+        ("qemu/a.py", "import os\nos.environ['X']", "only app may use os.environ"),
+        ("model/a.py", "raise SystemExit", "only app may use SystemExit"),
+        ("ops/a.py", "datetime.now(UTC)", "only app may use datetime.now"),
+        ("ops/a.py", "from time import time", "only app may use time.time"),
+        ("app/a.py", "import os\nos.system('x')", "only nobody may use os.system"),
+        ("app/a.py", "import subprocess", "only proc may import"),
+    ],
+)
+def test_the_check_finds(path: str, source: str, words: str) -> None:
+    found = faults(Path(path), source)
+    assert len(found) == 1
+    assert words in found[0]
+
+
+def test_the_check_lets_pass() -> None:
+    for path, source in [
+        ("proc.py", "import os, subprocess\nos.environ"),
+        ("virt/a.py", "import libvirt, time\ntime.monotonic()\nfrom nbdbackupd.virt import b"),
+        ("ops/a.py", "from nbdbackupd import proc\nfrom nbdbackupd.format import index"),
+        ("app/a.py", "import argparse, os, sys\nos.environ\nsys.exit(1)"),
+    ]:
+        assert faults(Path(path), source) == []
+
+
+def test_the_command_line_loads_nothing_heavy() -> None:
+    """``--version`` and errors of usage are quick: verbs import what they need when they run."""
+    script = (
+        "import sys; from nbdbackupd.app import arguments, ctl; arguments.build_parser();"
+        "heavy = {'libvirt', 'nbd', 'lz4', 'subprocess', 'asyncio', 'xml.etree.ElementTree',"
+        " 'yaml', 'jinja2', 'nbdbackupd.ops.backup', 'nbdbackupd.repo.repository'};"
+        "print(*sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == []
