@@ -13,13 +13,12 @@ import io
 import itertools
 import json
 import os
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd.format import blocks
+from nbdbackupd.format import adler, blocks
 from nbdbackupd.format.index import HEADER, NO_DIGEST, RECORD, IndexHeader, Kind
 from nbdbackupd.format.stream import (
     COMP,
@@ -47,9 +46,9 @@ class Block:
 
     offset: int
     length: int
-    payload: blocks.Buffer = b""
+    payload: adler.Buffer = b""
     digest: bytes = NO_DIGEST
-    adler: int = blocks.ADLER_START
+    adler32: int = adler.START
     position: int = 0
     head: bytes = b""
 
@@ -103,13 +102,13 @@ class _BlockWriter:
         length = len(view)
         if view[:64] == PROBE[:length] and bytes(view) == bytes(length):
             return Block(offset, length)
-        payload: blocks.Buffer = view
+        payload: adler.Buffer = view
         if self._level is not None:
             payload = blocks.compress(view, self._level)
         return Block(offset, length, payload, blocks.digest(view), self._sum(payload))
 
-    def _sum(self, payload: blocks.Buffer) -> int:
-        return zlib.adler32(payload)
+    def _sum(self, payload: adler.Buffer) -> int:
+        return adler.adler32(payload)
 
     def zero(self, offset: int, length: int) -> Block:
         """A block of zeroes, of any length."""
@@ -171,7 +170,7 @@ class StreamWriter(_BlockWriter):
         self._meta_room = -(-size // META_ROOM) * META_ROOM
         self._first = HEADER_LENGTH + self._meta_room + len(TERMINATOR)
         self._end = self._first
-        self._adler = blocks.ADLER_START
+        self._adler = adler.START
         self._pending: Block | None = None
         self._sizes = array.array("Q")
 
@@ -189,8 +188,8 @@ class StreamWriter(_BlockWriter):
         self._emit(block, head)
         block.position = self._end
         payload = block.payload
-        self._adler = blocks.combine_adler32(self._adler, block.adler, len(payload))
-        self._adler = zlib.adler32(TERMINATOR, self._adler)
+        self._adler = adler.combine(self._adler, block.adler32, len(payload))
+        self._adler = adler.adler32(TERMINATOR, self._adler)
         self._end += len(payload) + len(TERMINATOR)
         if self._level is not None:
             self._sizes.append(len(payload))
@@ -200,7 +199,7 @@ class StreamWriter(_BlockWriter):
         """``head`` will be written together with ``block``, right before its payload."""
         block.head = head
         block.position = self._end
-        self._adler = zlib.adler32(head, self._adler)
+        self._adler = adler.adler32(head, self._adler)
         self._end += len(head)
         if block.is_zero:
             block.position = self._end
@@ -234,11 +233,11 @@ class StreamWriter(_BlockWriter):
         meta = self._meta_json(self._data_bytes).ljust(self._meta_room) + TERMINATOR
         meta = pack_header(META, 0, self._meta_room) + meta
         _write_all(self._fd, [meta], 0)
-        adler = blocks.combine_adler32(zlib.adler32(meta), self._adler, self._end - self._first)
-        adler = zlib.adler32(tail, adler)
+        total = adler.combine(adler.adler32(meta), self._adler, self._end - self._first)
+        total = adler.adler32(tail, total)
         index_size = self._finish_index(raw=False)
         self._sync()
-        return Written(self._end + len(tail), adler, index_size, self._data_bytes, self._zero_bytes)
+        return Written(self._end + len(tail), total, index_size, self._data_bytes, self._zero_bytes)
 
     def _meta_json(self, data_size: int) -> bytes:
         document = replace(self._meta, data_size=data_size).to_json()
@@ -257,7 +256,7 @@ class RawWriter(_BlockWriter):
             self.close()
             raise
 
-    def _sum(self, payload: blocks.Buffer) -> int:  # noqa: ARG002 - a raw image carries no sum
+    def _sum(self, payload: adler.Buffer) -> int:  # noqa: ARG002 - a raw image carries no sum
         return 0
 
     def place(self, block: Block) -> None:
@@ -278,7 +277,7 @@ class RawWriter(_BlockWriter):
         return Written(self._disk_size, 0, index_size, self._data_bytes, self._zero_bytes)
 
 
-def _write_all(fd: int, parts: Iterable[blocks.Buffer], position: int) -> None:
+def _write_all(fd: int, parts: Iterable[adler.Buffer], position: int) -> None:
     """``pwritev`` until nothing is left: a short write is no error on its own."""
     left = [memoryview(part) for part in parts if len(part)]
     while left:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdbackupd.errors import FormatError, IntegrityError, UnsupportedVersionError
-from nbdbackupd.format import blocks, stream
+from nbdbackupd.format import adler, blocks, stream
 from nbdbackupd.format.index import Index, Kind
 from nbdbackupd.format.stream import StreamMeta, StreamReader
 from nbdbackupd.format.writer import RawWriter, StreamWriter
@@ -129,8 +129,15 @@ def test_a_raw_image_is_the_disk(tmp_path: Path) -> None:
 
 @given(st.binary(), st.binary())
 def test_adler32_of_parts_is_adler32_of_the_whole(first: bytes, second: bytes) -> None:
-    combined = blocks.combine_adler32(zlib.adler32(first), zlib.adler32(second), len(second))
+    combined = adler.combine(zlib.adler32(first), zlib.adler32(second), len(second))
     assert combined == zlib.adler32(first + second)
+
+
+@given(st.binary(), st.integers(0, 0xFFF0))
+def test_adler32_is_zlibs_for_each_kind_of_buffer(data: bytes, value: int) -> None:
+    for buffer in (data, bytearray(data), memoryview(data), memoryview(bytearray(data))):
+        assert adler.adler32(buffer, value) == zlib.adler32(data, value)
+        assert adler.adler32(buffer) == zlib.adler32(data)
 
 
 @given(st.binary(max_size=60))
