@@ -135,7 +135,7 @@ class Demo:
         for point, reference in zip(points, self.references, strict=True):
             out = self.work / "restored"
             report = self.ctl_json("restore", self.set, "-o", out, "--point", point, show=True)
-            images = {disk["disk"]: out / disk["path"] for disk in report["disks"]}
+            images = {disk["target"]: out / disk["path"] for disk in report["disks"]}
             for name in DISKS:
                 self.compare(reference, name, images[name])
             shutil.rmtree(out)

@@ -59,7 +59,7 @@ class EstimateReport:
             "bytes": self.total,
             "disks": [
                 {
-                    "disk": disk.target,
+                    "target": disk.target,
                     "mode": disk.mode,
                     "bytes": disk.bytes,
                     "reason": disk.reason,

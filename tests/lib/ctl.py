@@ -106,4 +106,4 @@ class Ctl:
     ) -> dict[str, Path]:
         """Restore and return the images by disk."""
         report = self("restore", source, "-o", into, "--json", *options, code=code).json
-        return {disk["disk"]: Path(disk["path"]) for disk in report["disks"]}
+        return {disk["target"]: Path(disk["path"]) for disk in report["disks"]}
