@@ -71,6 +71,7 @@ def _run_locked(
     leftovers.sweep(domain, repository, request.runtime_dir, request.scratch_dir)
     known = repository.load()
     _check_binding(domain, known)
+    leftovers.reclaim(domain, known)
     level = effective_level(request.level, known)
     if not domain.is_active():
         raise NotSupportedError(

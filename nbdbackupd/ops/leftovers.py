@@ -16,6 +16,7 @@ from typing import Final
 
 from nbdbackupd import durable
 from nbdbackupd.errors import FormatError, NbdbackupError
+from nbdbackupd.model.chain import BackupSet
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Intent
 from nbdbackupd.repo.repository import Repository
@@ -24,6 +25,7 @@ from nbdbackupd.virt import checkpoints
 from nbdbackupd.virt.domain import Domain
 
 log = logging.getLogger(__name__)
+CHECKPOINT_PREFIX: Final = "nbdbackup"
 NOTE: Final = "run.json"
 LOCK: Final = "lock"
 SOCKET_DIR: Final = "nbd"
@@ -59,6 +61,9 @@ def sweep(domain: Domain, repository: Repository, runtime_dir: Path, scratch_dir
     swept = source_sweep.sweep(domain, socket_dir(runtime_dir, domain.uuid), scratch_dir)
     if swept:
         log.info("removed what a dead run left: %s", swept)
+    if not domain.is_active():
+        # Checkpoints of an inactive domain lose only their metadata, see drop_checkpoint.
+        return
     dead = [each for each in repository.dead_runs() if each.uuid == domain.uuid]
     note = _read_note(domain_dir(runtime_dir, domain.uuid))
     if note is not None:
@@ -68,6 +73,28 @@ def sweep(domain: Domain, repository: Repository, runtime_dir: Path, scratch_dir
             drop_checkpoint(domain, intent.checkpoint)
     repository.sweep()
     forget(runtime_dir, domain.uuid)
+
+
+def checkpoint_prefix(chain: str) -> str:
+    """How the names of a chain's checkpoints begin.
+
+    They carry the end of the chain's id, so that two chains of one domain can be told apart.
+    """
+    return f"{CHECKPOINT_PREFIX}.{chain.rpartition('-')[2]}."
+
+
+def reclaim(domain: Domain, known: BackupSet) -> None:
+    """Delete the checkpoints of the set's chain that are not the base of its next run.
+
+    They stay where a run died, or lost libvirt, between its commit and their deletion. Raises
+    DomainError if libvirt does not list them.
+    """
+    if known.head is None or known.full is None or not domain.is_active():
+        return
+    prefix = checkpoint_prefix(known.full.chain)
+    for name in checkpoints.names(domain):
+        if name.startswith(prefix) and name != known.head.checkpoint:
+            drop_checkpoint(domain, name)
 
 
 def note(runtime_dir: Path, intent: Intent, set_path: Path) -> None:
@@ -96,6 +123,9 @@ def _read_note(directory: Path) -> Intent | None:
         log.warning("the note of a dead run in %s can't be read: %s", directory, err)
         return None
     try:
+        if not (points.parent / layout.LOCK).exists():
+            log.warning("the set of an earlier run, %s, is not there now", points.parent)
+            return None
         names = [each.name for each in points.iterdir()]
     except FileNotFoundError:
         return intent
@@ -108,8 +138,15 @@ def _read_note(directory: Path) -> Intent | None:
 
 
 def drop_checkpoint(domain: Domain, name: str) -> bool:
-    """Delete a checkpoint that nothing needs any more; False, and a warning, if it stays."""
+    """Delete a checkpoint that nothing needs any more; False if it stays.
+
+    Of an inactive domain libvirt deletes only the metadata: the bitmap would stay in the image,
+    known to nobody. So that waits for the next run.
+    """
     try:
+        if not domain.is_active():
+            log.info("checkpoint %s stays until the domain runs again", name)
+            return False
         if checkpoints.delete(domain, name) is not checkpoints.Deleted.ABSENT:
             log.info("checkpoint %s deleted", name)
     except NbdbackupError as err:

@@ -35,7 +35,6 @@ from nbdbackupd.source import Export, Snapshot, running
 from nbdbackupd.virt.domain import Domain
 
 log = logging.getLogger(__name__)
-CHECKPOINT_PREFIX = "nbdbackup"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,14 +64,11 @@ class Job:
 
     @property
     def checkpoint(self) -> str:
-        """The name of the point's checkpoint, unlike any other; empty if it makes none.
-
-        It carries the end of the chain's id, so that two chains of one domain can be told apart.
-        """
+        """The name of the point's checkpoint, unlike any other; empty if it makes none."""
         tracked = any(plan.tracked for plan in self.survey.plans)
         if self.level not in (Level.FULL, Level.INC) or not tracked:
             return ""
-        return f"{CHECKPOINT_PREFIX}.{self.chain.rpartition('-')[2]}.{self.point_id}"
+        return leftovers.checkpoint_prefix(self.chain) + self.point_id
 
 
 @dataclass(slots=True)
