@@ -11,6 +11,7 @@ import os
 import select
 import selectors
 import shlex
+import shutil
 import signal
 import subprocess
 import threading
@@ -244,11 +245,12 @@ def _start(
             env={**os.environ, **(env or {}), "LC_ALL": "C"},
             start_new_session=True,
         )
-    except FileNotFoundError as err:
-        package = PACKAGES.get(name)
-        hint = f"install the package {package}" if package else "is it installed?"
-        raise ProcessError(f"program {name} was not found: {hint}") from err
     except OSError as err:
+        # A directory of PATH that we may not search makes "not found" look like EACCES.
+        if isinstance(err, FileNotFoundError) or shutil.which(argv[0]) is None:
+            package = PACKAGES.get(name)
+            hint = f"install the package {package}" if package else "is it installed?"
+            raise ProcessError(f"program {name} was not found: {hint}") from err
         raise ProcessError(f"program {name} can't be run: {err.strerror}") from err
 
 

@@ -1,6 +1,7 @@
 """Durable files and locks."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -90,6 +91,29 @@ def test_removed_lock_file_is_no_hole(tmp_path: Path) -> None:
             durable.Lock(path, owner="third"),
         ):
             pass
+
+
+def test_lock_on_a_file_that_was_just_removed_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / ".lock"
+    flock, count = fcntl.flock, 0
+
+    def remove_first(fd: int, operation: int) -> None:
+        nonlocal count
+        count += 1
+        if count == 1:
+            path.unlink()
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with (
+        durable.Lock(path, owner="first", wait_seconds=10),
+        pytest.raises(BusyError, match="first"),
+        durable.Lock(path, owner="second"),
+    ):
+        pass
+    assert count == 3
 
 
 def test_lock_follows_no_link(tmp_path: Path) -> None:
