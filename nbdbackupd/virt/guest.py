@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 
 import libvirt
 
-from nbdbackupd.errors import DomainError, FreezeError, NbdbackupError, NotSupportedError
+from nbdbackupd.errors import FreezeError, NbdbackupError
 from nbdbackupd.virt.domain import Domain
 
 # on top of the agent's own deadline, for the way through libvirt
@@ -89,6 +89,6 @@ def _set_timeout(domain: Domain, seconds: int) -> None:
         domain.call(
             "can't set the agent's timeout", lambda each: each.agentSetResponseTimeout(seconds)
         )
-    except (NotSupportedError, DomainError):
+    except NbdbackupError:
         # then only our own deadline holds
         return
