@@ -130,11 +130,18 @@ def test_foreign_files_refuse_a_full(tmp_path: Path) -> None:
         pass
 
 
-def test_existing_file_is_never_overwritten(tmp_path: Path) -> None:
+def test_existing_file_is_never_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chains.make_chain(tmp_path, 0)
     name = f"vdb.inc.nbdbackup-{points.CHAIN}-2.data"
     (tmp_path / name).write_bytes(b"precious")
     before = chains.tree(tmp_path)
+
+    def too_late(_source: Path, _target: Path) -> None:
+        pytest.fail("found only after the first rename")
+
+    monkeypatch.setattr(os, "rename", too_late)
     with pytest.raises(RepositoryError, match=f"{name} exists"):
         chains.add_point(tmp_path, 2)
     assert chains.tree(tmp_path) == before
