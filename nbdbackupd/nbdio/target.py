@@ -167,7 +167,11 @@ def open_target(
         yield Target(connection, arena, known_zero=known_zero)
 
 
-def takes_several(endpoint: Endpoint, patience: Patience) -> bool:
-    """Whether the server lets several connections write to one and the same disk."""
+@contextmanager
+def control(endpoint: Endpoint, patience: Patience) -> Iterator[bool]:
+    """A connection that is held but not used: it keeps a server that ends with its last client.
+
+    The value tells whether the server lets several connections write to one and the same disk.
+    """
     with Connection(endpoint, patience=patience) as connection:
-        return connection.can_multi_conn()
+        yield connection.can_multi_conn()

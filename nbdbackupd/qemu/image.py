@@ -52,6 +52,7 @@ class ImageInfo:
     data_file_raw: bool = False
     encrypted: bool = False
     corrupt: bool = False
+    dirty: bool = False
     backing: str = ""
     backing_full: str = ""
     backing_format: str = ""
@@ -87,6 +88,7 @@ class ImageInfo:
             data_file_raw=_get(data, "data-file-raw", bool, False),
             encrypted=_get(document, "encrypted", bool, False),
             corrupt=_get(data, "corrupt", bool, False),
+            dirty=_get(document, "dirty-flag", bool, False),
             backing=_get(document, "backing-filename", str, ""),
             backing_full=_get(document, "full-backing-filename", str, ""),
             backing_format=_get(document, "backing-filename-format", str, ""),

@@ -3,7 +3,8 @@
 qemu-nbd and not qemu-storage-daemon, since it comes in one package with qemu-img: a bare host that
 can make an image can fill it. It listens before it says so to anybody, so we ask the socket until
 it answers; being handed a listening socket would need the child's own process id in its
-environment.
+environment. It is not told to be persistent: when its last client is gone it ends, so a run that
+was killed leaves no server behind. Our first connection stays open to keep it until we are done.
 """
 
 import contextlib
@@ -36,7 +37,8 @@ def serve(
     """Export an image for writing on the Unix socket ``endpoint``, under the empty name.
 
     ``endpoint`` must not exist, its path must have less than 108 bytes; the server has gone and
-    the socket with it when the context is left. ``clients`` is the number of connections.
+    the socket with it when the context is left. ``clients`` is the number of connections that
+    the caller needs at a time.
 
     Raises ProcessError if the server can't open the image or does not come up in time, and what
     ``cancelled`` raises.
@@ -45,37 +47,32 @@ def serve(
         "qemu-nbd",
         f"--format={format}",
         f"--socket={endpoint}",
-        f"--shared={clients}",
-        "--persistent",
+        f"--shared={clients + 1}",
         "--discard=unmap",
         "--",
         os.fspath(image.absolute()),
     ]
     with proc.spawn(argv, grace_seconds=STOP_SECONDS) as server:
         try:
-            _await(server, endpoint, cancelled)
-            yield server
+            with _first_client(server, endpoint, cancelled):
+                yield server
         finally:
             server.stop(STOP_SECONDS)
             with contextlib.suppress(FileNotFoundError):
                 endpoint.unlink()
 
 
-def _await(server: proc.Process, endpoint: Path, cancelled: Callable[[], None]) -> None:
+@contextmanager
+def _first_client(
+    server: proc.Process, endpoint: Path, cancelled: Callable[[], None]
+) -> Iterator[None]:
+    """A connection that says nothing, made as soon as the server listens."""
     deadline = time.monotonic() + START_SECONDS
-    while not _listens(endpoint):
-        cancelled()
-        server.check()
-        if time.monotonic() > deadline:
-            raise ProcessError(f"qemu-nbd did not listen within {START_SECONDS:g} s")
-        time.sleep(POLL_SECONDS)
-
-
-def _listens(endpoint: Path) -> bool:
-    """Whether a connection is taken. qemu-nbd counts it as a client that left."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(os.fspath(endpoint))
-        except (FileNotFoundError, ConnectionRefusedError):
-            return False
-    return True
+    with socket.socket(socket.AF_UNIX) as client:
+        while client.connect_ex(os.fspath(endpoint)) != 0:
+            cancelled()
+            server.check()
+            if time.monotonic() > deadline:
+                raise ProcessError(f"qemu-nbd did not listen within {START_SECONDS:g} s")
+            time.sleep(POLL_SECONDS)
+        yield

@@ -1,118 +1,233 @@
-"""Real backup sets, small, made without a guest."""
+"""Backup sets made by hand, without libvirt, and what each restored disk must look like."""
 
-from dataclasses import replace
+import hashlib
+import os
+import random
+import subprocess
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from nbdbackupd.format import manifest
 from nbdbackupd.format.stream import StreamMeta
-from nbdbackupd.format.writer import StreamWriter
-from nbdbackupd.model.chain import DiskMode, DiskPoint, Level, RestorePoint
+from nbdbackupd.format.writer import RawWriter, StreamWriter
+from nbdbackupd.model.chain import (
+    Consistency,
+    DiskMode,
+    DiskPoint,
+    Layout,
+    Level,
+    RestorePoint,
+    StoredFile,
+)
 from nbdbackupd.repo import layout
-from nbdbackupd.repo.draft import Draft, Intent
-from nbdbackupd.repo.repository import Repository
-from tests.lib import points
 
-DISK_SIZE = 1 << 20
-BLOCK = 4096
+UUID = "5a1f0a3e-9d0f-4a8e-8a5e-0f2a3f9b1c77"
+CHAIN = "c0ffee00"
 
 
-def intent_for(number: int, *, level: Level = Level.INC) -> Intent:
-    makes_base = level in (Level.FULL, Level.INC)
-    return Intent(
-        uuid=points.UUID,
-        domain="vm1",
-        chain=points.CHAIN,
-        checkpoint=f"nbdbackup-{points.CHAIN}-{number}" if makes_base else "",
-        run_id=f"run{number}",
-        point_id=f"p{number}",
-    )
+@dataclass(frozen=True)
+class Change:
+    """Guest bytes at ``offset``: data, or so many zeroes."""
+
+    offset: int
+    data: bytes | int
+
+    @property
+    def length(self) -> int:
+        return self.data if isinstance(self.data, int) else len(self.data)
 
 
-def write_disk(draft: Draft, target: str, level: Level, content: bytes) -> DiskPoint:
-    """One stream of one block and one zero range, with its index."""
-    intent = draft.intent
-    name = layout.stream(target, level, checkpoint=intent.checkpoint, point_id=intent.point_id)
-    path, index = draft.create(name), draft.create(layout.index(name))
-    meta = StreamMeta(
-        virtual_size=DISK_SIZE,
-        data_size=0,
-        date="2026-01-31T23:59:59",
-        disk_name=target,
-        disk_format="qcow2",
-        checkpoint=intent.checkpoint,
-        compressed=0,
-        parent_checkpoint="",
-        incremental=level is not Level.FULL,
-    )
-    writer = StreamWriter(path, index, meta=meta)
-    try:
-        for offset, data in ((0, content.ljust(BLOCK, b".")), (2 * BLOCK, bytes(BLOCK))):
-            block = writer.prepare(offset, memoryview(data))
-            writer.place(block)
-            writer.write(block)
+@dataclass
+class SetBuilder:
+    """Writes points into a set; ``disks`` holds the guest's disks as they are now."""
+
+    path: Path
+    format: str = "qcow2"
+    level: int | None = None
+    block: int = 64 << 10
+    domain: str = "vm1"
+    raw: bool = False
+    image_info: bytes = b""
+    disks: dict[str, bytearray] = field(default_factory=dict)
+    points: list[RestorePoint] = field(default_factory=list)
+    images: list[dict[str, bytes]] = field(default_factory=list)
+
+    def full(self, level: Level = Level.FULL) -> RestorePoint:
+        """A point that holds the disks as they are."""
+        changes = {target: tiles(bytes(disk), self.block) for target, disk in self.disks.items()}
+        return self._point(level, changes, DiskMode.FULL)
+
+    def inc(
+        self, changes: dict[str, list[Change]], *, whole: tuple[str, ...] = (),
+        level: Level = Level.INC,
+    ) -> RestorePoint:  # fmt: skip
+        """Apply the changes to the disks and save just them; ``whole`` disks are read in full."""
+        for target, each in changes.items():
+            apply(self.disks[target], each)
+        stored = {target: sorted(changes.get(target, []), key=lambda c: c.offset)
+                  for target in self.disks}  # fmt: skip
+        for target in whole:
+            stored[target] = tiles(bytes(self.disks[target]), self.block)
+        return self._point(level, stored, DiskMode.DELTA, whole)
+
+    def _point(
+        self, level: Level, changes: dict[str, list[Change]], mode: DiskMode,
+        whole: tuple[str, ...] = (),
+    ) -> RestorePoint:  # fmt: skip
+        self.path.mkdir(exist_ok=True)
+        (self.path / "points").mkdir(exist_ok=True)
+        number = len(self.points) + 1
+        ident = f"point{number}"
+        checkpoint = f"nbdbackup-{CHAIN}-{number}" if level in (Level.FULL, Level.INC) else ""
+        bases = [each for each in self.points if each.makes_base]
+        parent = bases[-1] if level in (Level.INC, Level.DIFF) else None
+        files: list[StoredFile] = []
+        disks = []
+        for target, each in changes.items():
+            this_mode = DiskMode.FULL if target in whole else mode
+            name = layout.stream(
+                target, level, checkpoint=checkpoint, point_id=ident,
+                layout=Layout.RAW if self.raw else Layout.STREAM,
+            )  # fmt: skip
+            meta = StreamMeta(
+                virtual_size=len(self.disks[target]), data_size=0, date="2026-01-31T12:00:00Z",
+                disk_name=target, disk_format=self.format, checkpoint=checkpoint,
+                compressed=self.level or 0, parent_checkpoint=parent.checkpoint if parent else "",
+                incremental=this_mode is DiskMode.DELTA,
+            )  # fmt: skip
+            disks.append(self._disk(name, meta, each, this_mode))
+            if self.image_info:
+                stored = layout.image_info(target, ident)
+                files.append(self._file(stored, self.image_info, "image-info", target))
+        xml = f"<domain><name>{self.domain}</name><!-- {ident} --></domain>".encode()
+        files.append(self._file(layout.domain_xml(ident), xml, "domain-xml"))
+        nvram = layout.copy("nvram", ident, "vm1_VARS.fd")
+        files.append(
+            self._file(nvram, f"vars {ident}".encode() * 100, "nvram", origin="/n/vm1_VARS.fd")
+        )
+        tree = layout.copy("tpm-state", ident, "tpm2/tpm2-00.permall")
+        files.append(self._file(tree, b"tpm" * 77, "tpm-state", origin="/t/tpm2-00.permall"))
+        point = RestorePoint(
+            id=ident, sequence=number, chain=CHAIN, level=level,
+            created=f"2026-01-31T{number:02}:00:00Z", domain=self.domain, uuid=UUID,
+            disks=tuple(disks), consistency=Consistency.CRASH,
+            parent=parent.id if parent else "", parent_digest=parent.digest if parent else "",
+            checkpoint=checkpoint, base_checkpoint=parent.checkpoint if parent else "",
+            files=tuple(files), program="test",
+        )  # fmt: skip
+        data = manifest.pack(point)
+        (self.path / "points" / layout.manifest(number, ident)).write_bytes(data)
+        self.points.append(manifest.parse(data))
+        self.images.append({target: bytes(disk) for target, disk in self.disks.items()})
+        return self.points[-1]
+
+    def rewrite(self) -> None:
+        """Write all manifests anew after ``points`` was changed by hand; links are renewed."""
+        digests: dict[str, str] = {}
+        for number, point in enumerate(self.points):
+            linked = replace(point, parent_digest=digests.get(point.parent, ""))
+            data = manifest.pack(linked)
+            name = layout.manifest(point.sequence, point.id)
+            (self.path / "points" / name).write_bytes(data)
+            self.points[number] = manifest.parse(data)
+            digests[point.id] = self.points[number].digest
+
+    def _file(
+        self, name: str, data: bytes, role: str, disk: str = "", origin: str = ""
+    ) -> StoredFile:
+        (self.path / name).write_bytes(data)
+        return StoredFile(name, role, len(data), sha(data), origin=origin, disk=disk)
+
+    def _disk(
+        self, name: str, meta: StreamMeta, changes: list[Change], mode: DiskMode
+    ) -> DiskPoint:
+        path, index = self.path / name, self.path / layout.index(name)
+        writer: StreamWriter | RawWriter
+        if self.raw:
+            writer = RawWriter(path, index, disk_size=meta.virtual_size)
+        else:
+            writer = StreamWriter(path, index, meta=meta, level=self.level)
+        for change in changes:
+            for offset, data in cut(change, self.block):
+                if isinstance(data, int):
+                    made = writer.zero(offset, data)
+                else:
+                    made = writer.prepare(offset, memoryview(data))
+                writer.place(made)
+                writer.write(made)
         written = writer.finish()
-    finally:
         writer.close()
-    return DiskPoint(
-        target=target,
-        mode=DiskMode.FULL if level in (Level.FULL, Level.COPY) else DiskMode.DELTA,
-        size=DISK_SIZE,
-        format="qcow2",
-        source=f"/images/{target}.qcow2",
-        file=name,
-        file_size=written.file_size,
-        adler32=written.adler32,
-        index=draft.adopt(layout.index(name), "disk-index", disk=target),
-        data_bytes=written.data_bytes,
-        zero_bytes=written.zero_bytes,
-    )
+        if not self.raw:
+            (self.path / layout.checksum(name)).write_text(str(written.adler32))
+        return DiskPoint(
+            target=meta.disk_name, mode=mode, size=meta.virtual_size, format=self.format,
+            source=f"/images/{meta.disk_name}.{'raw' if self.format == 'raw' else 'qcow2'}",
+            file=name, file_size=written.file_size, adler32=written.adler32,
+            index=StoredFile(
+                index.name, "disk-index", written.index_size, sha(index.read_bytes()),
+                disk=meta.disk_name,
+            ),
+            data_bytes=written.data_bytes, zero_bytes=written.zero_bytes,
+            compressed=self.level is not None,
+            layout=Layout.RAW if self.raw else Layout.STREAM,
+        )  # fmt: skip
 
 
-def fill(draft: Draft, known: tuple[RestorePoint, ...], level: Level) -> RestorePoint:
-    """Write the files of the next point into the draft and return what to publish."""
-    intent = draft.intent
-    disks = tuple(
-        write_disk(draft, target, level, f"{target} at {intent.point_id}".encode())
-        for target in ("vda", "vdb")
-    )
-    files = [draft.add_bytes(layout.domain_xml(intent.point_id), b"<domain/>", "domain-xml")]
-    if intent.checkpoint:
-        name = layout.checkpoint_xml(intent.checkpoint)
-        files.append(draft.add_bytes(name, b"<domaincheckpoint/>", "checkpoint-xml"))
-    bases = [point for point in known if point.makes_base]
-    if level in (Level.FULL, Level.COPY):
-        point = replace(points.full_point(intent.point_id), level=level, disks=disks)
-    else:
-        point = points.child_of(bases[-1], level=level, disks=disks)
-    return replace(
-        point,
-        id=intent.point_id,
-        sequence=max((each.sequence for each in known), default=0) + 1,
-        checkpoint=intent.checkpoint,
-        files=tuple(files),
-    )
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
-def add_point(path: Path, number: int, level: Level = Level.INC) -> RestorePoint:
-    """Publish point ``number`` into the set."""
-    repository = Repository.open(path)
-    with repository.lock(owner=f"run {number}"):
-        known = repository.load().points
-        with repository.draft(intent_for(number, level=level)) as draft:
-            return draft.publish(fill(draft, known, level))
+def apply(disk: bytearray, changes: list[Change]) -> None:
+    """Write the changes into a disk."""
+    for change in changes:
+        data = bytes(change.data)  # so many zeroes for a number
+        disk[change.offset : change.offset + change.length] = data
 
 
-def make_chain(path: Path, increments: int = 2) -> list[RestorePoint]:
-    """A full and increments."""
+def cut(change: Change, block: int) -> list[tuple[int, bytes | int]]:
+    """Data in pieces that a record can hold; zeroes as they are."""
+    if isinstance(change.data, int):
+        return [(change.offset, change.data)]
     return [
-        add_point(path, number, Level.FULL if number == 1 else Level.INC)
-        for number in range(1, increments + 2)
+        (change.offset + start, change.data[start : start + block])
+        for start in range(0, len(change.data), block)
     ]
 
 
-def tree(path: Path) -> dict[str, bytes]:
-    """Every file below a directory but the lock, with its content."""
-    return {
-        str(each.relative_to(path)): each.read_bytes()
-        for each in sorted(path.rglob("*"))
-        if each.is_file() and each.name != layout.LOCK
-    }
+def tiles(disk: bytes, block: int) -> list[Change]:
+    """A whole disk as changes without gap: runs of zero blocks, and data."""
+    found = []
+    for start in range(0, len(disk), block):
+        data = disk[start : start + block]
+        found.append(Change(start, data if any(data) else len(data)))
+    return found
+
+
+def random_changes(rng: random.Random, size: int, count: int, grain: int = 512) -> list[Change]:
+    """Ranges that don't overlap, in multiples of ``grain``; a third of them zeroes."""
+    borders = sorted(rng.sample(range(size // grain + 1), min(2 * count, size // grain)))
+    found = []
+    for start, end in zip(borders[::2], borders[1::2], strict=False):
+        length = (end - start) * grain
+        zero = rng.random() < 0.33
+        found.append(Change(start * grain, length if zero else rng.randbytes(length)))
+    return found
+
+
+def random_disk(rng: random.Random, size: int) -> bytearray:
+    """A disk with data and large empty parts."""
+    disk = bytearray(size)
+    apply(disk, random_changes(rng, size, 6))
+    return disk
+
+
+def read_image(path: Path, format_: str) -> bytes:
+    """The guest bytes of an image, as QEMU sees them."""
+    if format_ == "raw":
+        return path.read_bytes()
+    out = path.with_name(f"{path.name}.converted")
+    argv = ["qemu-img", "convert", "-f", format_, "-O", "raw", os.fspath(path), os.fspath(out)]
+    subprocess.run(argv, check=True, timeout=60)
+    data = out.read_bytes()
+    out.unlink()
+    return data

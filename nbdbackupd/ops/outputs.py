@@ -1,0 +1,181 @@
+"""Images that a restore fills: a plain sparse file, or a qcow2 that qemu-nbd writes for us.
+
+Both are made fresh under their ``.incomplete`` name, read as zeroes from the start, and hand out
+writers: one for each thread, each with a few buffers of its own.
+"""
+
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol
+
+from nbdbackupd import durable, proc
+from nbdbackupd.errors import NbdError, ProcessError
+from nbdbackupd.format.index import MAX_BLOCK
+from nbdbackupd.qemu import image, nbd_server
+from nbdbackupd.qemu.image import CreateOptions
+
+DEPTH: Final = 4
+"""Requests in flight for each writer; at least 2, see ``fill``."""
+
+SILENCE_SECONDS: Final = 120.0
+"""An export that answers nothing for so long is dead; a slow disk may need long to flush."""
+
+MAX_SOCKET_PATH: Final = 107
+
+
+class Writer(Protocol):
+    """What a thread writes blocks with; see ``nbdio.target`` for who owns a slot when."""
+
+    def take(self) -> int:
+        """A free slot."""
+
+    def view(self, slot: int, length: int) -> memoryview:
+        """The first ``length`` bytes of a taken slot."""
+
+    def write(self, slot: int, length: int, offset: int) -> None:
+        """Write them to the image and give the slot back."""
+
+    def release(self, slot: int) -> None:
+        """Give the slot back unwritten."""
+
+    def flush(self) -> None:
+        """Wait until all is written."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Output:
+    """An image open for writing: ``writer()`` for each of at most ``writers`` threads."""
+
+    writers: int
+    writer: Callable[[], AbstractContextManager[Writer]] = field(repr=False)
+
+
+class _FileWriter:
+    """Writes to a descriptor at once. Slots as the other writer has: a block may be cut up."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._slots = memoryview(mmap.mmap(-1, DEPTH * MAX_BLOCK))
+        self._free = list(range(DEPTH))
+
+    def take(self) -> int:
+        return self._free.pop()
+
+    def view(self, slot: int, length: int) -> memoryview:
+        return self._slots[slot * MAX_BLOCK : slot * MAX_BLOCK + length]
+
+    def write(self, slot: int, length: int, offset: int) -> None:
+        left = self.view(slot, length)
+        while left:
+            count = os.pwritev(self._fd, [left], offset)
+            left = left[count:]
+            offset += count
+        self._free.append(slot)
+
+    def release(self, slot: int) -> None:
+        self._free.append(slot)
+
+    def flush(self) -> None:
+        """Nothing is in flight here."""
+
+
+@contextmanager
+def raw(path: Path, size: int, *, preallocate: bool, workers: int) -> Iterator[Output]:
+    """A raw image of ``size`` bytes at ``path``, on the device when the context ends well.
+
+    Raises OSError.
+    """
+    fd = _create(path)
+    try:
+        os.ftruncate(fd, size)
+        if preallocate and size:
+            os.posix_fallocate(fd, 0, size)
+
+        @contextmanager
+        def writer() -> Iterator[Writer]:
+            yield _FileWriter(fd)
+
+        yield Output(writers=workers, writer=writer)
+        durable.fsync_file(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def qcow2(
+    path: Path,
+    size: int,
+    options: CreateOptions,
+    *,
+    workers: int,
+    cancelled: Callable[[], None],
+    check: Callable[[], None],
+) -> Iterator[Output]:
+    """A qcow2 image at ``path``, closed cleanly and on the device when the context ends well.
+
+    While waiting for the server, the calling thread asks ``cancelled`` and the writers' threads
+    ask ``check``; both may raise. Raises NoSpaceError, ProcessError, NbdError, OSError.
+    """
+    # raw restores do without libnbd
+    from nbdbackupd.nbdio import client, target
+    from nbdbackupd.nbdio.arena import Arena
+
+    os.close(_create(path))
+    image.create(path, size, options)
+    with tempfile.TemporaryDirectory(prefix="nbdbackup-") as directory:
+        socket = _socket_path(Path(directory))
+        endpoint = client.Endpoint(socket=socket, export="")
+
+        def writer() -> AbstractContextManager[Writer]:
+            arena = Arena(DEPTH, MAX_BLOCK)
+            patience = client.Patience(SILENCE_SECONDS, check)
+            return target.open_target(endpoint, arena, known_zero=True, patience=patience)
+
+        patience = client.Patience(SILENCE_SECONDS, cancelled)
+        with (
+            nbd_server.serve(
+                path, format="qcow2", endpoint=socket, clients=workers + 1, cancelled=cancelled
+            ) as server,
+            _blame(server),
+            target.control(endpoint, patience) as several,
+        ):
+            yield Output(writers=workers if several else 1, writer=writer)
+    _check_closed(path)
+    durable.fsync_file(path)
+
+
+def _create(path: Path) -> int:
+    """A new file, for its owner's eyes only: it will hold a guest's data."""
+    path.unlink(missing_ok=True)
+    return durable.create_exclusive(path)
+
+
+def _socket_path(directory: Path) -> Path:
+    socket = directory / "nbd"
+    if len(os.fsencode(socket)) > MAX_SOCKET_PATH:
+        raise ProcessError(f"the path of temporary files is too long for a socket: {directory}")
+    return socket
+
+
+@contextmanager
+def _blame(server: proc.Process) -> Iterator[None]:
+    """A dead server says better why than the connection that it left behind."""
+    try:
+        yield
+    except NbdError as err:
+        try:
+            server.check()
+        except ProcessError as death:
+            raise death from err
+        raise
+
+
+def _check_closed(path: Path) -> None:
+    """Prove that the server closed the image: one that had to be killed leaves it dirty."""
+    if image.info(path, format="qcow2").dirty:
+        raise ProcessError(f"qemu-nbd did not close {path} cleanly")

@@ -1,0 +1,67 @@
+"""Some threads that do one job together: the first error ends all of them and is raised."""
+
+import threading
+from collections.abc import Callable
+from typing import Final
+
+TICK_SECONDS: Final = 0.1
+"""How often the starting thread looks at the cancel callback."""
+
+
+class _Stopped(Exception):  # noqa: N818 - never leaves this module
+    """Another thread failed; this one just ends."""
+
+
+class Crew:
+    """Threads with one fate; made for one ``run``."""
+
+    def __init__(self, cancelled: Callable[[], None]) -> None:
+        """``cancelled`` raises to end the job; it is called in the starting thread alone."""
+        self._cancelled = cancelled
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._failure: BaseException | None = None
+
+    def check(self) -> None:
+        """To be called by the threads between two steps and while they wait; may raise."""
+        if self._stop.is_set():
+            raise _Stopped
+
+    def run(self, body: Callable[[], None], count: int, name: str) -> None:
+        """Run ``body`` in ``count`` threads and wait for all.
+
+        Raises the first error of a thread or of ``cancelled``.
+        """
+        threads = [
+            threading.Thread(name=f"{name}-{number}", target=self._guarded, args=(body,))
+            for number in range(count)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(TICK_SECONDS)
+                if not self._stop.is_set():
+                    self._ask()
+        if self._failure is not None:
+            raise self._failure
+
+    def _ask(self) -> None:
+        try:
+            self._cancelled()
+        except BaseException as err:  # noqa: BLE001 - raised again by run()
+            self._fail(err)
+
+    def _guarded(self, body: Callable[[], None]) -> None:
+        try:
+            body()
+        except _Stopped:
+            pass
+        except BaseException as err:  # noqa: BLE001 - raised again by run()
+            self._fail(err)
+
+    def _fail(self, err: BaseException) -> None:
+        with self._lock:
+            if self._failure is None:
+                self._failure = err
+        self._stop.set()
