@@ -1,0 +1,161 @@
+# bash completion of nbdbackupctl. Made by scripts/gen-completion, not to be edited.
+
+# names of defined domains, without asking a libvirt that may be slow or away
+_nbdbackupctl_domains() {
+    local file name
+    for file in /etc/libvirt/qemu/*.xml "${XDG_CONFIG_HOME:-$HOME/.config}"/libvirt/qemu/*.xml; do
+        [[ -e $file ]] || continue
+        name=${file##*/}
+        name=${name%.xml}
+        [[ $name == "$1"* ]] && COMPREPLY+=("$(printf %q "$name")")
+    done
+}
+
+# kind of the value: directory, file, domain, or words to choose from; $2: what was typed
+_nbdbackupctl_value() {
+    case $1 in
+    directory)
+        compopt -o filenames 2>/dev/null
+        mapfile -t COMPREPLY < <(compgen -d -- "$2")
+        ;;
+    file)
+        compopt -o filenames 2>/dev/null
+        mapfile -t COMPREPLY < <(compgen -f -- "$2")
+        ;;
+    domain) _nbdbackupctl_domains "$2" ;;
+    words*) mapfile -t COMPREPLY < <(compgen -W "${1#words}" -- "$2") ;;
+    esac
+}
+
+_nbdbackupctl_verbs() {
+    echo 'backup restore list show verify estimate abort'
+}
+
+# $1: the verb, empty before it
+_nbdbackupctl_options() {
+    case "$1" in
+    '')
+        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
+        --verbose -q --quiet --version'
+        ;;
+    backup)
+        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
+        --verbose -q --quiet -l --level -o --output -i --include -x --exclude --raw -z --compress
+        --no-compress -t --type --extents --freeze -F --freeze-mountpoint --pause --scratch-dir
+        --scratch-reserve --threshold --strict -w --workers --wait --timeout'
+        ;;
+    restore)
+        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
+        --verbose -q --quiet -o --output -d --disk --point --until --at --sequence --format
+        --preallocate --force -w --workers'
+        ;;
+    list)
+        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
+        --verbose -q --quiet'
+        ;;
+    show)
+        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
+        --verbose -q --quiet --point'
+        ;;
+    verify)
+        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
+        --verbose -q --quiet --point -w --workers'
+        ;;
+    estimate)
+        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
+        --verbose -q --quiet -o --output'
+        ;;
+    abort)
+        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
+        --verbose -q --quiet --any'
+        ;;
+    esac
+}
+
+_nbdbackupctl_positional() {
+    case "$1" in
+    backup | estimate | abort)
+        echo 'domain'
+        ;;
+    restore | list | show | verify)
+        echo 'directory'
+        ;;
+    esac
+}
+
+# $1: the verb, $2: an option; what its value is, nothing if it takes none
+_nbdbackupctl_kind() {
+    case "$1:$2" in
+    *:-c | *:--connect | *:--user | *:-i | *:--include | *:-x | *:--exclude | *:-z | \
+    *:--compress | *:-F | *:--freeze-mountpoint | *:--scratch-reserve | *:--threshold | *:-w | \
+    *:--workers | *:--wait | *:--timeout | *:-d | *:--disk | *:--point | *:--until | *:--at)
+        echo 'other'
+        ;;
+    *:--password-file | *:--sequence)
+        echo 'file'
+        ;;
+    *:--progress)
+        echo 'wordsauto line plain none'
+        ;;
+    *:--runtime-dir | *:-o | *:--output | *:--scratch-dir)
+        echo 'directory'
+        ;;
+    *:-l | *:--level)
+        echo 'wordsauto full inc diff copy'
+        ;;
+    *:-t | *:--type)
+        echo 'wordsstream raw'
+        ;;
+    *:--extents)
+        echo 'wordsown nbdinfo'
+        ;;
+    *:--freeze)
+        echo 'wordsauto require never'
+        ;;
+    *:--format)
+        echo 'wordsqcow2 raw'
+        ;;
+    esac
+}
+
+_nbdbackupctl() {
+    local cur=${COMP_WORDS[COMP_CWORD]} previous='' verb='' positional=0 word kind i
+    COMPREPLY=()
+    ((COMP_CWORD > 0)) && previous=${COMP_WORDS[COMP_CWORD - 1]}
+    # readline cuts words at "=" and ":": --level=in comes as three, qemu:///system, too
+    if [[ $cur == = ]]; then
+        cur=''
+    elif [[ $previous == = ]]; then
+        previous=${COMP_WORDS[COMP_CWORD - 2]}
+    fi
+    for ((i = 1; i < COMP_CWORD; i++)); do
+        word=${COMP_WORDS[i]}
+        if [[ $word == [=:] ]]; then
+            ((i++))
+        elif [[ $word == -* ]]; then
+            # a value follows, unless it may be left out and is
+            kind=$(_nbdbackupctl_kind "$verb" "$word")
+            [[ -n $kind && ${COMP_WORDS[i + 1]} != [=-]* ]] && ((i++))
+        elif [[ -z $verb ]]; then
+            verb=$word
+        else
+            ((positional++))
+        fi
+    done
+    if [[ $previous == -* && $cur != -* ]]; then
+        kind=$(_nbdbackupctl_kind "$verb" "$previous")
+        if [[ -n $kind ]]; then
+            _nbdbackupctl_value "$kind" "$cur"
+            return
+        fi
+    fi
+    if [[ $cur == -* ]]; then
+        _nbdbackupctl_value "words$(_nbdbackupctl_options "$verb")" "$cur"
+    elif [[ -z $verb ]]; then
+        _nbdbackupctl_value "words$(_nbdbackupctl_verbs)" "$cur"
+    elif ((positional == 0)); then
+        _nbdbackupctl_value "$(_nbdbackupctl_positional "$verb")" "$cur"
+    fi
+}
+
+complete -F _nbdbackupctl nbdbackupctl
