@@ -1,5 +1,6 @@
 """A running domain as a source, against a real libvirtd and a real QEMU."""
 
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -37,14 +38,17 @@ KIB = 1024
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A file system of 32 MiB; mounted before libvirtd begins, or QEMU would not see it."""
-    path = tmp_path_factory.mktemp("small")
-    for parent in list(path.parents)[:2]:
-        parent.chmod(0o755)
+def small() -> Iterator[Path]:
+    """A file system of 32 MiB; mounted before libvirtd begins, or QEMU would not see it.
+
+    Not among pytest's directories, where only root gets through: QEMU has another user here.
+    """
+    path = Path(tempfile.mkdtemp(prefix="nbs-", dir="/tmp"))
+    path.chmod(0o755)
     run(["mount", "-t", "tmpfs", "-o", "size=32M,mode=711", "none", path])
     yield path
     run(["umount", path])
+    path.rmdir()
 
 
 @pytest.fixture(scope="module")
@@ -327,14 +331,15 @@ def test_full_scratch_ends_the_job_and_spares_the_guest(
         open_running(replace(request, scratch_reserve=20 * MIB)).__enter__()
 
 
-def test_scratch_in_another_mount_namespace(request_: RunningRequest, tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
-    run(["mount", "-t", "tmpfs", "-o", "size=32M,mode=711", "none", tmp_path])
+def test_scratch_in_another_mount_namespace(lab: DaemonLab, request_: RunningRequest) -> None:
+    hidden = lab.directory / "hidden"
+    hidden.mkdir(mode=0o755)
+    run(["mount", "-t", "tmpfs", "-o", "size=32M,mode=711", "none", hidden])
     try:
         with pytest.raises(ConfigError, match="not to be seen here"):
-            open_running(replace(request_, scratch_dir=tmp_path)).__enter__()
+            open_running(replace(request_, scratch_dir=hidden)).__enter__()
     finally:
-        run(["umount", tmp_path])
+        run(["umount", hidden])
     assert jobs.active_job(request_.domain) is None
 
 
