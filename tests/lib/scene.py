@@ -1,0 +1,205 @@
+"""A domain, its sets, and what its disks were at each point: the ground of the system tests.
+
+References come from ``qemu-img convert`` of the paused guest's images, so that they share
+nothing with the product but the image itself.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.lab.base import Lab
+from tests.lab.command import run
+from tests.lab.compare import first_difference_raw
+from tests.lab.disks import DiskSpec
+from tests.lab.guest import Guest, GuestOptions
+from tests.lib.ctl import Ctl
+
+WARNED = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """One point that a run made; ``references`` are raw copies of the disks at its instant."""
+
+    set: Path
+    report: dict[str, Any]
+    references: dict[str, Path]
+    stderr: str = ""
+
+    @property
+    def point(self) -> dict[str, Any]:
+        """The point as the report tells it."""
+        found: dict[str, Any] = self.report["point"]
+        return found
+
+    @property
+    def id(self) -> str:
+        """The point's id."""
+        return str(self.point["id"])
+
+    @property
+    def modes(self) -> dict[str, str]:
+        """How each disk was read: full or delta."""
+        return {disk["target"]: disk["mode"] for disk in self.point["disks"]}
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why disks were read in full that should not be."""
+        return {disk["target"]: disk["reason"] for disk in self.point["disks"] if disk["reason"]}
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Disks that were left out, and why."""
+        return {skip["target"]: skip["reason"] for skip in self.point["skipped"]}
+
+    @property
+    def warnings(self) -> list[str]:
+        """The point's warnings."""
+        found: list[str] = self.point["warnings"]
+        return found
+
+    def disk(self, target: str) -> dict[str, Any]:
+        """What the report says of one disk."""
+        found: dict[str, Any]
+        (found,) = (disk for disk in self.point["disks"] if disk["target"] == target)
+        return found
+
+
+@dataclass(kw_only=True)
+class Scene:
+    """One running guest with ``nbdbackupctl`` beside it; everything lies below ``directory``."""
+
+    lab: Lab
+    guest: Guest
+    ctl: Ctl
+    directory: Path
+    history: list[Saved] = field(default_factory=list)
+
+    @property
+    def set(self) -> Path:
+        """The directory of the set that is used unless another one is given."""
+        return self.directory / "set"
+
+    def save(self, *options: str, into: Path | None = None, code: int = 0) -> Saved:
+        """Take references, back up, check the exit code and that nothing is left."""
+        into = into or self.set
+        references = self.references()
+        result = self.ctl("backup", self.guest.name, "-o", into, "--json", *options, code=code)
+        report = result.json
+        self.assert_clean()
+        saved = Saved(set=into, report=report, references=references, stderr=result.stderr)
+        assert (code == WARNED) == bool(saved.warnings), report
+        # what is listed is what was reported
+        listed = {point["id"]: point for point in self.ctl.points(into)}
+        assert listed[saved.id] == saved.point
+        self.history.append(saved)
+        return saved
+
+    def refuse(self, *options: str, code: int, into: Path | None = None) -> str:
+        """Have a backup refused without a trace; return the one line that says why."""
+        into = into or self.set
+        before = tree(into), self.checkpoints()
+        result = self.ctl("backup", self.guest.name, "-o", into, *options, code=code)
+        self.assert_clean()
+        assert (tree(into), self.checkpoints()) == before
+        lines = result.stderr.splitlines()
+        assert len(lines) == 1, result.stderr
+        assert lines[0].startswith("nbdbackupctl: ")
+        return lines[0]
+
+    def references(self) -> dict[str, Path]:
+        """Copy all disks as the guest sees them now."""
+        folder = self.directory / "references" / str(len(self.history))
+        folder.mkdir(parents=True, exist_ok=True)
+        return {
+            target: self.guest.reference(target, folder / f"{target}.raw")
+            for target, disk in self.guest.disks.items()
+            if disk.device == "disk"
+        }
+
+    def prove(self, saved: Saved, *options: str) -> None:
+        """Restore a point (default: by its id) and compare all of its disks, byte for byte."""
+        into = self.directory / "restored"
+        which = [] if {"--until", "--at", "--point"} & set(options) else ["--point", saved.id]
+        report = self.ctl("restore", saved.set, "-o", into, "--json", *which, *options).json
+        assert report["point"] == saved.id
+        assert [disk["target"] for disk in report["disks"]] == list(saved.modes)
+        for disk in report["disks"]:
+            assert_same(Path(disk["path"]), disk["format"], saved.references[disk["target"]])
+        shutil.rmtree(into)
+
+    def prove_all(self) -> None:
+        """Restore and compare every point of the history; verify each set."""
+        for saved in self.history:
+            self.prove(saved)
+        self.verify()
+
+    def verify(self) -> None:
+        """Have every set of the history verified."""
+        for path in {saved.set for saved in self.history}:
+            self.ctl("verify", path)
+
+    def checkpoints(self) -> list[str]:
+        """The names of the checkpoints that libvirt knows, in its order."""
+        return self.lab.virsh("checkpoint-list", "--name", "--domain", self.guest.name).split()
+
+    def has_job(self) -> bool:
+        """Tell whether libvirt has a job of the domain."""
+        text = self.lab.virsh("domjobinfo", "--domain", self.guest.name)
+        return "None" not in text.splitlines()[0]
+
+    def assert_clean(self) -> None:
+        """Nothing of a run is left: job, scratch, socket, notes, drafts, block jobs."""
+        assert not self.ctl.scratch.exists() or not list(self.ctl.scratch.iterdir())
+        left = [path for path in self.ctl.runtime.rglob("*") if not path.is_dir()]
+        assert {path.name for path in left} <= {"lock"}, left
+        if self.guest.is_running():
+            assert self.guest.block_jobs() == []
+            assert not self.has_job()
+            assert not self.guest.is_paused()
+
+
+@contextmanager
+def scene(
+    lab: Lab,
+    directory: Path,
+    name: str,
+    disks: Sequence[DiskSpec] = (DiskSpec(),),
+    options: GuestOptions | None = None,
+) -> Iterator[Scene]:
+    """A running guest of its own in a lab that others may share; killed afterwards."""
+    guest = lab.guest(name, disks, options)
+    guest.start()
+    try:
+        yield scene_of(lab, directory, guest)
+    finally:
+        guest.close()
+
+
+def scene_of(lab: Lab, directory: Path, guest: Guest) -> Scene:
+    """A scene with a guest that is there already; several may share one."""
+    return Scene(lab=lab, guest=guest, ctl=Ctl(lab.uri, lab.directory / "ctl"), directory=directory)
+
+
+def assert_same(image: Path, image_format: str, reference: Path) -> None:
+    """Compare all guest bytes of an image with a raw reference, the size included."""
+    raw = image
+    if image_format != "raw":
+        raw = image.with_name(f"{image.name}.as-raw")
+        run(["qemu-img", "convert", "-f", image_format, "-O", "raw", image, raw])
+    different = first_difference_raw(raw, reference)
+    assert different is None, f"{image} differs from {reference} at offset {different}"
+
+
+def tree(path: Path) -> dict[str, int]:
+    """All files below a directory with their sizes, but for locks and run logs."""
+    return {
+        os.fspath(file.relative_to(path)): file.stat().st_size
+        for file in path.rglob("*")
+        if file.is_file() and file.name != ".lock" and file.parent.name != "logs"
+    }

@@ -1,0 +1,272 @@
+"""Levels, disks and options of ``backup``, and what it refuses."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab.daemon import DaemonLab
+from tests.lab.disks import MIB, DiskSpec
+from tests.lab.guest import Guest
+from tests.lib.scene import WARNED, Saved, Scene, assert_same, scene, scene_of
+
+pytestmark = pytest.mark.system
+KIB = 1024
+USAGE, DOMAIN, REPOSITORY = 2, 20, 50
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[DaemonLab]:
+    with DaemonLab() as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def guest(lab: DaemonLab) -> Guest:
+    """A guest whose disks no test changes but by writing."""
+    iso = lab.images / "cd.iso"
+    iso.write_bytes(bytes(MIB))
+    disks = [
+        DiskSpec(target="vda", size=16 * MIB),
+        DiskSpec(target="vdb", size=8 * MIB),
+        DiskSpec(target="vdc", size=4 * MIB, format="raw"),
+        DiskSpec(target="hda", device="cdrom", format="raw", path=iso),
+        DiskSpec(target="hdb", device="cdrom", format="raw"),
+        DiskSpec(target="fda", device="floppy", format="raw"),
+    ]
+    guest = lab.guest("shared", disks)
+    guest.start()
+    return guest
+
+
+@pytest.fixture
+def here(lab: DaemonLab, guest: Guest, tmp_path: Path) -> Iterator[Scene]:
+    """The shared guest, with sets of the test's own."""
+    guest.write("vda", 0, 3 * MIB, 0xA1)
+    guest.write("vdb", MIB, MIB, 0xB1)
+    guest.write("vdc", MIB, MIB, 0xC1)
+    here = scene_of(lab, tmp_path, guest)
+    yield here
+    for name in here.checkpoints():
+        lab.virsh("checkpoint-delete", "--domain", guest.name, name)
+
+
+def test_levels_make_one_chain(here: Scene) -> None:
+    for level in ("inc", "diff"):
+        assert "needs a full first" in here.refuse("-l", level, code=REPOSITORY)
+    copy = here.save("-l", "copy")
+    assert (copy.point["level"], copy.point["checkpoint"]) == ("copy", "")
+    # a copy is no base
+    assert "needs a full first" in here.refuse("-l", "inc", code=REPOSITORY)
+    full = here.save()
+    assert full.point["level"] == "full"
+    assert here.checkpoints() == [full.point["checkpoint"]]
+    assert "already holds a full" in here.refuse("-l", "full", code=REPOSITORY)
+
+    here.guest.write("vda", 5 * MIB, 64 * KIB, 1)
+    diff = here.save("-l", "diff")
+    assert (diff.point["level"], diff.point["checkpoint"]) == ("diff", "")
+    assert diff.point["parent"] == full.id
+    here.guest.write("vda", 6 * MIB, 64 * KIB, 2)
+    second = here.save("-l", "diff")
+    inc = here.save("-l", "inc")
+    # neither differential was a step: both writes are in each that follows
+    assert data_bytes(diff) == {"vda": 64 * KIB, "vdb": 0}
+    assert data_bytes(second) == data_bytes(inc) == {"vda": 128 * KIB, "vdb": 0}
+    assert inc.point["parent"] == full.id
+    here.save("-l", "copy")
+    # only the newest base is kept at libvirt
+    assert here.checkpoints() == [inc.point["checkpoint"]]
+    here.guest.write_zeroes("vda", 0, MIB, unmap=True)
+    auto = here.save()
+    assert (auto.point["level"], auto.point["parent"]) == ("inc", inc.id)
+    assert (auto.disk("vda")["data_bytes"], auto.disk("vda")["zero_bytes"]) == (0, MIB)
+    last = here.save("-l", "diff")
+    assert data_bytes(last) == {"vda": 0, "vdb": 0}
+    here.prove_all()
+
+
+def data_bytes(saved: Saved) -> dict[str, int]:
+    return {disk["target"]: disk["data_bytes"] for disk in saved.point["disks"]}
+
+
+def test_directories_that_are_no_place_for_a_set(
+    here: Scene, lab: DaemonLab, tmp_path: Path
+) -> None:
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    (strange / "holiday.jpg").write_bytes(b"x")
+    assert "holiday.jpg" in here.refuse(code=REPOSITORY, into=strange)
+    peer = tmp_path / "peer"
+    (peer / "checkpoints").mkdir(parents=True)
+    for name in ("vda.full.data", "vda.full.data.chksum", "shared.cpt", "vmconfig.virtnbdbackup.0"):
+        (peer / name).write_bytes(b"x")
+    for level in ("auto", "full", "copy", "inc"):
+        assert "virtnbdbackup" in here.refuse("-l", level, code=REPOSITORY, into=peer)
+    assert "no directory" in here.refuse(code=REPOSITORY, into=strange / "holiday.jpg")
+    full = here.save()
+    with scene(lab, tmp_path / "other", "other") as other:
+        said = other.refuse(code=REPOSITORY, into=here.set)
+        assert full.point["uuid"] in said
+        for level in ("inc", "copy"):
+            other.refuse("-l", level, code=REPOSITORY, into=here.set)
+        other.guest.stop()
+        assert "not running" in other.refuse(code=DOMAIN)
+    here.prove_all()
+
+
+def test_unknown_domain(here: Scene, tmp_path: Path) -> None:
+    done = here.ctl("backup", "nobody's", "-o", tmp_path / "set", code=DOMAIN)
+    assert "no domain nobody's" in done.stderr
+    assert not (tmp_path / "set").exists()
+
+
+def test_disks_are_chosen_and_listed(here: Scene) -> None:
+    full = here.save("-x", "vdb")
+    assert full.modes == {"vda": "full"}
+    assert full.skipped["vdb"] == "excluded by request"
+    assert full.skipped["hda"] == full.skipped["hdb"] == "a CD-ROM drive"
+    assert full.skipped["fda"] == "a floppy drive"
+    assert "--raw" in full.skipped["vdc"]
+    text = here.ctl("backup", "shared", "-o", here.set, "-x", "vdb").stdout
+    assert "left out hda: a CD-ROM drive" in text
+    for options, said in (
+        (("-x", "vdz"), "has no disk vdz"),
+        (("-i", "vda", "-x", "vda"), "both included and excluded"),
+        (("-i", "hda"), "a CD-ROM drive"),
+        (("-i", "vdc"), "--raw"),
+    ):
+        assert said in here.refuse(*options, code=USAGE)
+    assert "no disk to save" in here.refuse("-x", "vda,vdb", code=DOMAIN)
+
+
+def test_a_disk_that_is_left_out_once_comes_back_in_full(here: Scene) -> None:
+    here.save()
+    here.guest.write("vdb", 0, 64 * KIB, 5)
+    here.guest.write("vda", 0, 64 * KIB, 5)
+    without = here.save("-i", "vda")
+    assert without.modes == {"vda": "delta"}
+    assert without.skipped["vdb"] == "not among the requested disks"
+    here.guest.write("vdb", 4 * MIB, 64 * KIB, 6)
+    back = here.save(code=WARNED)
+    assert back.modes == {"vda": "delta", "vdb": "full"}
+    assert without.id in back.reasons["vdb"]
+    after = here.save()
+    assert after.modes == {"vda": "delta", "vdb": "delta"}
+    here.prove_all()
+
+
+def test_raw_disks_are_read_in_full_at_the_same_instant(here: Scene) -> None:
+    full = here.save("--raw", "-z")
+    assert full.modes == {"vda": "full", "vdb": "full", "vdc": "full"}
+    for number in (1, 2):
+        here.guest.write("vda", 0, 64 * KIB, number)
+        here.guest.write("vdc", 0, 64 * KIB, number)
+        inc = here.save("-i", "vda,vdc", "--raw")
+        assert inc.modes == {"vda": "delta", "vdc": "full"}
+        assert not inc.reasons
+    # what is not there any more, though nobody excluded it, is said
+    lost = here.save("-x", "vdb", code=WARNED)
+    assert "disk vdc" in lost.warnings[0]
+    here.prove_all()
+
+
+def test_images_as_they_are(here: Scene) -> None:
+    for options in (("-l", "full"), ("-l", "copy", "-z"), ()):
+        assert "-l copy" in here.refuse("-t", "raw", *options, code=USAGE)
+    saved = here.save("-l", "copy", "-t", "raw", "--raw")
+    images = sorted(here.set.glob("vd?.*.raw")) or sorted(here.set.glob("vd?.*"))
+    for target in ("vda", "vdb", "vdc"):
+        (image,) = (
+            path
+            for path in images
+            if path.name.startswith(f"{target}.") and path.stat().st_size >= 4 * MIB
+        )
+        assert_same(image, "raw", saved.references[target])
+        assert image.stat().st_blocks * 512 < saved.disk(target)["size"]
+    here.save()
+    here.prove_all()
+
+
+def test_nbdinfo_finds_the_same_extents(here: Scene) -> None:
+    here.save()
+    guest = here.guest
+    guest.write("vda", 64 * KIB, 700 * KIB, 7)
+    guest.write_zeroes("vda", MIB, MIB, unmap=True)
+    guest.discard("vdb", MIB, 256 * KIB)
+    guest.write("vdb", 3 * MIB + 512, 512, 9)
+    for level in ("copy", "diff"):
+        own = here.save("-l", level)
+        other = here.save("-l", level, "--extents", "nbdinfo")
+        assert indexes(here, own) == indexes(here, other)
+        assert any(indexes(here, own).values())
+    here.prove_all()
+
+
+def indexes(here: Scene, saved: Saved) -> dict[str, bytes]:
+    """The records of each disk's index: offset, length, place, kind and digest of each block."""
+    report = here.ctl("show", saved.set, "--point", saved.id, "--json").json
+    return {
+        disk["target"]: (saved.set / disk["index"]["name"]).read_bytes()
+        for disk in report["points"][0]["disks"]
+    }
+
+
+def test_compression(here: Scene) -> None:
+    for level in ("0", "17", "-1"):
+        here.ctl("backup", "shared", "-o", here.set, f"-z{level}", code=USAGE)
+    plain = here.save()
+    here.guest.write("vda", 0, 2 * MIB, 3)
+    packed = here.save("-z")
+    assert packed.disk("vda")["compressed"]
+    assert packed.disk("vda")["stored_bytes"] < packed.disk("vda")["data_bytes"] / 4
+    here.guest.write("vda", MIB, 2 * MIB, 4)
+    here.save("-z", "16", "-w", "1")
+    here.guest.write("vda", MIB, MIB, 5)
+    unpacked = here.save("--no-compress")
+    assert not unpacked.disk("vda")["compressed"]
+    assert plain.disk("vda")["stored_bytes"] > 3 * MIB
+    here.prove_all()
+
+
+def test_threshold(here: Scene) -> None:
+    full = here.save("--threshold", "1G")
+    here.guest.write("vda", 0, 3 * 64 * KIB, 8)
+    options = ("backup", "shared", "-o", here.set, "--threshold")
+    skipped = here.ctl(*options, "193K", "--json").json
+    assert (skipped["result"], skipped["point"]) == ("skipped", None)
+    assert "196608" in skipped["reason"]
+    assert "nothing saved" in here.ctl(*options, "1M").stdout
+    assert [point["id"] for point in here.ctl.points(here.set)] == [full.id]
+    assert here.checkpoints() == [full.point["checkpoint"]]
+    here.assert_clean()
+    inc = here.save("--threshold", "192K")
+    assert inc.disk("vda")["data_bytes"] == 3 * 64 * KIB
+    here.prove_all()
+
+
+def test_old_and_foreign_formats(lab: DaemonLab, tmp_path: Path) -> None:
+    disks = [
+        DiskSpec(target="vda", size=4 * MIB),
+        DiskSpec(target="vdb", size=4 * MIB, compat="0.10"),
+        DiskSpec(target="vdc", size=4 * MIB, format="vmdk"),
+    ]
+    with scene(lab, tmp_path, "formats", disks) as here:
+        for target in here.guest.disks:
+            here.guest.write(target, 0, MIB, 9)
+        said = here.refuse("-x", "vdc", code=DOMAIN)
+        assert "vdb" in said
+        assert "qemu-img amend" in said
+        said = here.refuse("-x", "vdb", code=DOMAIN)
+        assert "vdc" in said
+        assert "vmdk" in said
+        copy = here.save("-l", "copy")
+        assert copy.modes == {"vda": "full", "vdb": "full", "vdc": "full"}
+        here.prove(copy, "--format", "raw")
+        here.prove(copy, "--format", "qcow2")
+        here.save("-x", "vdb,vdc")
+        here.guest.write("vda", 0, MIB, 10)
+        inc = here.save("-x", "vdb,vdc")
+        assert inc.modes == {"vda": "delta"}
+        here.prove(inc)
+        here.verify()
