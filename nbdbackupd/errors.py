@@ -140,7 +140,7 @@ class BusyError(NbdbackupError):
     exit_code = 75
 
 
-class Interrupted(BaseException):  # noqa: N818 - not an error; see the tree above
+class Interrupted(BaseException):
     """A signal asked the run to end; the exit status is 128 plus its number."""
 
     def __init__(self, signum: int) -> None:

@@ -180,9 +180,9 @@ def test_a_read_error_ends_the_copy_with_its_offset(tmp_path: Path) -> None:
         "nbdkit", "-f", "-U", "{socket}", "--filter=error", "pattern", "16M",
         "error-pread=EIO", "error-pread-rate=20%",
     ]  # fmt: skip
-    with serve(tmp_path, *argv) as (socket, _):
-        with pytest.raises(NbdError, match=r"read failed: EIO .*offset="):
-            run(Endpoint(socket=socket, export=""), Memory())
+    failure = pytest.raises(NbdError, match=r"read failed: EIO .*offset=")
+    with serve(tmp_path, *argv) as (socket, _), failure:
+        run(Endpoint(socket=socket, export=""), Memory())
     assert threading.active_count() == 1
 
 

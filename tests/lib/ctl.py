@@ -56,7 +56,7 @@ class Ctl:
         extra = ["--scratch-dir", os.fspath(self.scratch)] if verb == "backup" else []
         if verb == "backup" and "--scratch-reserve" not in arguments:
             extra += ["--scratch-reserve", "16M"]
-        return [*head, verb, *map(os.fspath, arguments), *extra]
+        return [*head, verb, *(os.fspath(each) for each in arguments), *extra]
 
     def __call__(
         self, verb: str, *arguments: str | os.PathLike[str], code: int | None = 0
