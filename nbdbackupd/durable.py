@@ -10,7 +10,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -149,15 +149,23 @@ class Lock:
     removing it would let two processes hold locks on two files of one name.
     """
 
-    def __init__(self, path: Path, *, owner: str, wait_seconds: float = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        owner: str,
+        wait_seconds: float = 0,
+        cancelled: Callable[[], None] = lambda: None,
+    ) -> None:
         """Name the file and what the lock is for; ``with`` acquires it.
 
         ``owner`` is what others are told who find it locked ("backup of vm1"). The directory
-        must exist.
+        must exist. ``cancelled`` raises to end the wait.
         """
         self.path = path
         self._owner = owner
         self._wait_seconds = wait_seconds
+        self._cancelled = cancelled
         self._fd = -1
 
     @property
@@ -168,14 +176,15 @@ class Lock:
     def __enter__(self) -> Self:
         """Acquire the lock.
 
-        Raises BusyError that names the holder when ``wait_seconds`` have passed, OSError if the
-        file can't be made.
+        Raises BusyError that names the holder when ``wait_seconds`` have passed, what
+        ``cancelled`` raises, OSError if the file can't be made.
         """
         deadline = time.monotonic() + self._wait_seconds
         while not self._try():
             left = deadline - time.monotonic()
             if left <= 0:
                 raise BusyError(self._busy_message())
+            self._cancelled()
             time.sleep(min(LOCK_POLL_SECONDS, left))
         return self
 

@@ -45,10 +45,14 @@ def run(
         directory = leftovers.prepare_domain_dir(request.runtime_dir, domain.uuid)
         who = f"backup of {domain.name}"
         wait = request.wait_seconds
-        stack.enter_context(durable.Lock(directory / leftovers.LOCK, owner=who, wait_seconds=wait))
+        stack.enter_context(
+            durable.Lock(
+                directory / leftovers.LOCK, owner=who, wait_seconds=wait, cancelled=cancelled
+            )
+        )
         repository = Repository.open(request.directory)
         repository.check_can_begin()
-        stack.enter_context(repository.lock(owner=who, wait_seconds=wait))
+        stack.enter_context(repository.lock(owner=who, wait_seconds=wait, cancelled=cancelled))
         stack.enter_context(runlog.run_log(repository.log_path(request.run_id)))
         log.info("backup of %s (%s), level %s", domain.name, domain.uuid, request.level)
         try:
