@@ -132,6 +132,14 @@ def test_completion_is_what_the_generator_prints() -> None:
     assert COMPLETION.read_text() == gen_completion.generate(), "run scripts/gen-completion"
 
 
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_completion_is_sound_bash() -> None:
+    done = subprocess.run(
+        ["shellcheck", "-s", "bash", COMPLETION], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 def complete(tmp_path: Path, *words: str) -> list[str]:
     """What bash offers for the last word; runs in ``tmp_path``."""
     script = (
