@@ -1,0 +1,93 @@
+"""``nbdbackupctl`` with a fault at a chosen step: ``python -m tests.lib.rigged FAULT... -- ARGS``.
+
+A fault is ``WHAT@MODULE:FUNCTION#NUMBER`` and happens at that call of that function of the
+product (or of ``os``): a signal's name, such as ``KILL``, sends it to ourselves before the call;
+with a ``+`` (``KILL+``) after it; ``SLOW0.1`` makes each call from that one on take so much
+longer; ``NOSPACE`` and ``EIO`` raise that OSError instead of calling.
+"""
+
+import errno
+import functools
+import importlib
+import itertools
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tests.lib.ctl import Ctl
+
+FORM = re.compile(r"([A-Z]+)([\d.]*)(\+?)@([\w.]+):([\w.]+)#(\d+)")
+ERRORS = {"NOSPACE": errno.ENOSPC, "EIO": errno.EIO, "EROFS": errno.EROFS}
+
+
+class RiggedCtl(Ctl):
+    """``Ctl`` whose commands run into ``faults`` while these are set."""
+
+    faults: tuple[str, ...] = ()
+
+    def argv(self, verb: str, *arguments: str | os.PathLike[str]) -> list[str]:
+        """The whole command line."""
+        words = super().argv(verb, *arguments)
+        if not self.faults:
+            return words
+        place = words.index("nbdbackupd")
+        return [*words[:place], "tests.lib.rigged", *self.faults, "--", *words[place + 1 :]]
+
+    @contextmanager
+    def rigged(self, *faults: str) -> Iterator[None]:
+        """Let the commands of the body run into these faults."""
+        self.faults = faults
+        try:
+            yield
+        finally:
+            self.faults = ()
+
+
+def rig(fault: str) -> None:
+    """Replace the function that ``fault`` names."""
+    found = FORM.fullmatch(fault)
+    if found is None:
+        raise ValueError(f"no fault: {fault}")
+    what, amount, after, module, path, number = found.groups()
+    owner: Any = importlib.import_module(module)
+    *between, name = path.split(".")
+    for each in between:
+        owner = getattr(owner, each)
+    before: Callable[..., Any] = getattr(owner, name)
+    calls = itertools.count(1)
+
+    @functools.wraps(before)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        call = next(calls)
+        if what == "SLOW":
+            time.sleep(float(amount) if call >= int(number) else 0)
+            return before(*args, **kwargs)
+        if call != int(number):
+            return before(*args, **kwargs)
+        if what in ERRORS:
+            raise OSError(ERRORS[what], os.strerror(ERRORS[what]))
+        result = before(*args, **kwargs) if after else None
+        os.kill(os.getpid(), signal.Signals[f"SIG{what}"])
+        return result if after else before(*args, **kwargs)
+
+    setattr(owner, name, replacement)
+
+
+def main() -> int:
+    """Rig, then run the command line."""
+    os.environ.setdefault("LIBVIRT_DEBUG", "error")
+    place = sys.argv.index("--")
+    for fault in sys.argv[1:place]:
+        rig(fault)
+    from nbdbackupd.app import ctl
+
+    return ctl.main(sys.argv[place + 1 :])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

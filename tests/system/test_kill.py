@@ -1,0 +1,131 @@
+"""A run that is killed or interrupted at any step loses nothing and leaves nothing for ever."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab.disks import MIB, DiskSpec
+from tests.lab.embed import EmbeddedLab
+from tests.lab.guest import Guest
+from tests.lib.rigged import RiggedCtl
+from tests.lib.witness import Witness
+
+pytestmark = pytest.mark.system
+
+DISKS = (DiskSpec(target="vda", size=16 * MIB), DiskSpec(target="vdb", size=16 * MIB))
+FILES = 11
+"""What a point of two disks publishes: stream, index, checksum, image info of each, three XML."""
+
+BEFORE_COMMIT = [
+    "KILL@nbdbackupd.durable:write_atomic#1",
+    "KILL+@nbdbackupd.durable:write_atomic#1",
+    "KILL+@nbdbackupd.durable:write_atomic#2",
+    "KILL@nbdbackupd.virt.jobs:begin#1",
+    "KILL+@nbdbackupd.virt.jobs:begin#1",
+    "KILL@nbdbackupd.ops.metadata:collect#1",
+    "KILL@nbdbackupd.nbdio.copy:copy#2",
+    "KILL+@nbdbackupd.format.writer:StreamWriter.write#3",
+    "KILL@nbdbackupd.format.writer:StreamWriter.finish#2",
+    "KILL@nbdbackupd.virt.jobs:abort#1",
+    "KILL+@nbdbackupd.virt.jobs:abort#1",
+    "KILL@nbdbackupd.repo.draft:Draft.publish#1",
+    "KILL@nbdbackupd.durable:fsync_file#3",
+    "KILL@os:rename#1",
+    "KILL+@os:rename#5",
+    f"KILL@os:rename#{FILES + 1}",
+]
+AFTER_COMMIT = [
+    f"KILL+@os:rename#{FILES + 1}",
+    "KILL@nbdbackupd.ops.leftovers:forget#2",
+    "KILL@nbdbackupd.repo.draft:remove#1",
+    "KILL+@nbdbackupd.repo.draft:remove#1",
+]
+AFTER_COMMIT_OF_INCREMENT = [
+    "KILL@nbdbackupd.repo.repository:Repository._write_derived#2",
+    "KILL@nbdbackupd.virt.checkpoints:delete#1",
+    "KILL+@nbdbackupd.virt.checkpoints:delete#1",
+]
+SOME_BEFORE = [fault for number, fault in enumerate(BEFORE_COMMIT) if number % 3 == 1]
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[EmbeddedLab]:
+    with EmbeddedLab() as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def guest(lab: EmbeddedLab) -> Guest:
+    guest = lab.guest("vm1", DISKS)
+    guest.start()
+    return guest
+
+
+@pytest.fixture(scope="module")
+def ctl(lab: EmbeddedLab) -> RiggedCtl:
+    return RiggedCtl(lab.uri, lab.directory / "ctl")
+
+
+@pytest.fixture
+def alone(ctl: RiggedCtl, guest: Guest, tmp_path: Path, request: pytest.FixtureRequest) -> Witness:
+    """A set of its own; the checkpoints of earlier ones are gone."""
+    witness = Witness(ctl, guest, tmp_path, f"set{abs(hash(request.node.name)) % 1000}")
+    before = witness.checkpoints()
+    for name in before:
+        guest.virsh("checkpoint-delete", "--domain", guest.name, name)
+    witness.fill()
+    return witness
+
+
+def killed(witness: Witness, fault: str, *options: str) -> None:
+    assert isinstance(witness.ctl, RiggedCtl)
+    with witness.ctl.rigged(fault):
+        witness.run(*options, code=-signal.SIGKILL)
+
+
+@pytest.mark.parametrize("fault", SOME_BEFORE + AFTER_COMMIT)
+def test_killed_full(alone: Witness, fault: str) -> None:
+    killed(alone, fault, "-l", "full")
+    is_committed = len(alone.points()) == 1
+    assert is_committed == (fault in AFTER_COMMIT)
+    alone.change()
+    point = alone.run().json["point"]
+    assert point["level"] == ("inc" if is_committed else "full")
+    assert point["warnings"] == []
+    alone.assert_clean()
+    alone.change()
+    assert alone.run("-l", "inc").json["point"]["warnings"] == []
+    alone.assert_clean()
+    alone.check_all()
+
+
+def test_killed_increments(alone: Witness) -> None:
+    """One long chain, so that what one kill leaves could harm all that come later."""
+    alone.run("-l", "full")
+    for fault in BEFORE_COMMIT + AFTER_COMMIT + AFTER_COMMIT_OF_INCREMENT:
+        before = len(alone.points())
+        alone.change()
+        killed(alone, fault)
+        assert (len(alone.points()) - before == 1) == (fault not in BEFORE_COMMIT), fault
+        alone.change()
+        point = alone.run("-l", "auto").json["point"]
+        assert point["level"] == "inc"
+        assert point["warnings"] == [], fault
+        alone.assert_clean()
+    alone.check_all()
+
+
+def test_killed_again_and_again(alone: Witness) -> None:
+    """The run that sweeps up after a dead one is killed, too."""
+    alone.run("-l", "full")
+    alone.change()
+    killed(alone, "KILL+@nbdbackupd.format.writer:StreamWriter.write#2")
+    killed(alone, "KILL@nbdbackupd.virt.checkpoints:delete#1")
+    killed(alone, "KILL+@nbdbackupd.virt.checkpoints:delete#1")
+    killed(alone, "KILL@nbdbackupd.repo.draft:remove#1")
+    alone.change()
+    assert alone.run().json["point"]["warnings"] == []
+    alone.assert_clean()
+    alone.check_all()
