@@ -21,7 +21,6 @@ from tests.lab.disks import MIB, DiskSpec
 from tests.lab.domain_xml import BootFiles
 from tests.lab.guest import Guest, GuestOptions
 from tests.lab.process import POLL_SECONDS
-from tests.lab.virsh import run_libvirt_client
 
 MAKER = Path(__file__).with_name("mkguest")
 MAKE_TIMEOUT_SECONDS = 300.0
@@ -61,9 +60,8 @@ class AgentGuest:
     def agent(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
         """Run an agent command and return its ``return`` value; raises ``LabError``."""
         request = json.dumps({"execute": command, "arguments": arguments or {}})
-        program = ["/usr/bin/python3", "-m", "tests.lab.agent_call"]
-        call = [*program, self.guest.virsh.uri, self.guest.name, request, str(CONNECT_SECONDS)]
-        return json.loads(run_libvirt_client(call, CALL_TIMEOUT_SECONDS))["return"]
+        reply = self.guest.virsh.client(self.guest.name, CONNECT_SECONDS, "agent", request)
+        return json.loads(reply)["return"]
 
     def exec(self, command: str, timeout_seconds: float = CALL_TIMEOUT_SECONDS) -> str:
         """Run a shell command in the guest and return its output; raises ``LabError``."""

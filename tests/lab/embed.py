@@ -10,6 +10,10 @@ What was found out by experiment (libvirt 9.0):
   them up again (state "running", job listed, abortable).
 * A ``destroy`` right after the open may report "domain is not running" although it has just
   ended QEMU: the driver's own re-attachment noticed first.
+* ``abortJob`` returns early.  A client that leaves before the job is really gone breaks the
+  domain: the next one finds the job in the root's books, but not in QEMU, and every call that
+  changes something waits 30 s for a lock "held by monitor=init-NAME" and fails.
+* The guest agent is reachable 30 to 110 ms after the open, not before.
 * Right after QEMU died, the first client may still see the domain "running".
 * Probing QEMU's capabilities takes 4 s per root, unless the root has a cache of them.  With
   another user than root it takes 4 s again and again wherever that user may not open

@@ -213,6 +213,10 @@ class Guest:
         jobs: list[dict[str, Any]] = self.qmp("query-block-jobs")
         return jobs
 
+    def abort_job(self) -> None:
+        """Have libvirt end the domain's job and see it gone; raises ``LabError``."""
+        self.virsh.client(self.name, KILL_TIMEOUT_SECONDS, "abort-job")
+
     def block_device(self, target: str) -> dict[str, Any]:
         """Return the ``query-block`` entry of a disk; raises ``LabError``."""
         alias = f"ua-{target}"
@@ -289,6 +293,10 @@ class Guest:
         if path is None:
             raise LabError(f"{self.name}: drive {target} is empty")
         return path
+
+    def use_image(self, target: str, path: Path) -> None:
+        """Give a disk another image from the next ``define`` and start on."""
+        self._paths[target] = path
 
     def disk_size(self, target: str) -> int:
         """Return the size in bytes that the guest sees."""

@@ -114,10 +114,8 @@ def _download(suite: str, work: Path) -> Path:
 
 def _mirror() -> str:
     """Return the mirror that this machine's apt takes Debian itself from."""
-    uris = run(
-        ["apt-get", "indextargets", "--format", "$(REPO_URI)"]
-        + ["Created-By: Packages", "Origin: Debian", f"Codename: {host_suite()}"]
-    ).split()
+    wanted = ["Created-By: Packages", "Origin: Debian", f"Codename: {host_suite()}"]
+    uris = run(["apt-get", "indextargets", "--format", "$(REPO_URI)", *wanted]).split()
     if not uris:
         raise LabError("apt knows no Debian mirror")
     return uris[0]

@@ -27,6 +27,12 @@ class Virsh:
         argv = ["virsh", "--quiet", "--connect", self.uri, *words]
         return run_libvirt_client(argv, timeout_seconds)
 
+    def client(self, domain: str, seconds: float, verb: str, *words: str) -> str:
+        """Run a verb of ``tests.lab.client`` and return its output; raises ``LabError``."""
+        program = ["/usr/bin/python3", "-m", "tests.lab.client"]
+        argv = [*program, self.uri, domain, str(seconds), verb, *words]
+        return run_libvirt_client(argv, seconds + DEFAULT_TIMEOUT_SECONDS)
+
 
 def run_libvirt_client(argv: Sequence[str | Path], timeout_seconds: float) -> str:
     """Run a libvirt client, again while another process holds the embedded driver's root."""

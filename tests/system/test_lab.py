@@ -94,12 +94,12 @@ def test_pull_backup_by_separate_clients(tmp_path: Path) -> None:
         guest.write("vda", 0, MIB, 0x22)
         run(["nbdcopy", uri, tmp_path / "full.raw"])
         assert "Backup" in lab.virsh("domjobinfo", guest.name)
-        lab.virsh("domjobabort", guest.name)
+        guest.abort_job()
         assert first_difference(tmp_path / "full.raw", reference) is None
         assert guest.bitmaps("vda")["cp1"]["recording"]
         uri = begin_pull_job(lab, guest.name, "cp2", since="cp1")
         dirty = run(["nbdinfo", "--map=qemu:dirty-bitmap:backup-vda", uri])
-        lab.virsh("domjobabort", guest.name)
+        guest.abort_job()
         assert dirty.splitlines()[0].split()[:3] == ["0", str(MIB), "1"]
 
 
