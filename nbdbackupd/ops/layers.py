@@ -216,6 +216,14 @@ def open_file(path: Path, **where: object) -> int:
     return fd
 
 
+def check_is_file(path: Path) -> None:
+    """Prove that a regular file is there.
+
+    Raises IntegrityError.
+    """
+    os.close(open_file(path))
+
+
 def check_size(path: Path, size: int, **where: object) -> None:
     """Prove that a file is there and has its size.
 

@@ -33,21 +33,23 @@ def choose(disks: Iterable[Wanted], domain: str) -> dict[str, str]:
     by two disks gets the target in front.
     """
     wanted = list(disks)
-    taken = [xml_name(domain) if domain else "", CONFIG]
-    names = {disk.target: _name(disk) for disk in wanted}
-    for disk in wanted:
-        rivals = [name.casefold() for name in (*names.values(), *taken)]
-        if not is_plain(names[disk.target]) or rivals.count(names[disk.target].casefold()) > 1:
-            names[disk.target] = clean(f"{disk.target}-{names[disk.target]}", _suffix(disk))
+    first = {disk.target: _name(disk) for disk in wanted}
+    rivals = [name.casefold() for name in first.values()]
+    rivals += [CONFIG, xml_name(domain).casefold() if domain else ""]
+    names: dict[str, str] = {}
     for number, disk in enumerate(wanted):
-        if list(names.values()).count(names[disk.target]) > 1:
-            names[disk.target] = clean(f"disk{number}-{disk.target}", _suffix(disk))
+        name = first[disk.target]
+        if not is_plain(name) or rivals.count(name.casefold()) > 1:
+            name = clean(f"{disk.target}-{name}", _suffix(disk))
+        if name in names.values():
+            name = clean(f"{number}-{name}", _suffix(disk))
+        names[disk.target] = name
     return names
 
 
 def xml_name(domain: str) -> str:
     """File name of the domain's XML."""
-    return clean(domain, ".xml")
+    return clean(f"{domain}.xml", ".xml")
 
 
 def is_plain(name: str) -> bool:
@@ -62,11 +64,10 @@ def is_plain(name: str) -> bool:
 
 
 def clean(name: str, suffix: str) -> str:
-    """A plain name that still resembles ``name``, with ``suffix``."""
+    """``name`` if it is plain, else a plain one that resembles it and ends with ``suffix``."""
+    if is_plain(name):
+        return name
     stem = name.removesuffix(suffix)
-    whole = f"{stem}{suffix}"
-    if is_plain(whole):
-        return whole
     kept = "".join(
         char if char.isascii() and (char.isalnum() or char in "._-+") else "_" for char in stem
     )
