@@ -184,6 +184,22 @@ class BackupSet:
         _check_shape(found)
         return cls(tuple(sorted(found, key=lambda point: point.sequence)))
 
+    @classmethod
+    def from_sound(cls, points: Iterable[RestorePoint]) -> "tuple[BackupSet, tuple[str, ...]]":
+        """The points that hang together, and for each other one why it does not.
+
+        For the worst day: a point whose own ancestors are sound can be restored, whatever
+        happened to those that came later or beside it.
+        """
+        kept: tuple[RestorePoint, ...] = ()
+        problems = []
+        for point in sorted(points, key=lambda each: (each.sequence, each.id)):
+            try:
+                kept = cls.from_points([*kept, point]).points
+            except ChainBrokenError as err:
+                problems.append(err.message)
+        return cls(kept), tuple(problems)
+
     @property
     def head(self) -> RestorePoint | None:
         """The newest point that the next increment starts from, or None without a full."""

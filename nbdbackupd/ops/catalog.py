@@ -9,7 +9,7 @@ from nbdbackupd import durable
 from nbdbackupd.errors import RepositoryError
 from nbdbackupd.format import stream
 from nbdbackupd.format.stream import StreamMeta
-from nbdbackupd.model.chain import BackupSet, DiskPoint, Layout, RestorePoint
+from nbdbackupd.model.chain import DiskPoint, Layout, RestorePoint
 from nbdbackupd.model.units import human_size
 from nbdbackupd.repo.repository import Repository
 
@@ -19,10 +19,11 @@ GAP: Final = "  "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListReport:
-    """The points of a set, oldest first."""
+    """The sound points of a set, oldest first, and a line for each that is damaged."""
 
     path: Path
     points: tuple[RestorePoint, ...]
+    problems: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1; sizes in bytes."""
@@ -31,6 +32,7 @@ class ListReport:
             "set": _printable(str(self.path)),
             "stored_bytes": sum(stored_bytes(point) for point in self.points),
             "points": [describe(point) for point in self.points],
+            "problems": list(self.problems),
         }
 
 
@@ -64,21 +66,25 @@ class ShowReport:
 
 
 def list_points(path: Path) -> ListReport:
-    """Read all manifests of the set and prove their links.
+    """Read all manifests of the set and prove their links; damaged ones are named.
 
-    Raises RepositoryError if there is no set, and what ``Repository.load`` raises.
+    Raises RepositoryError if there is no set or it can't be read.
     """
-    return ListReport(path=path, points=_load(Repository.open(path)).points)
+    repository = Repository.open(path)
+    _check_is_set(repository)
+    known, problems = repository.load_sound()
+    return ListReport(path=path, points=known.points, problems=problems)
 
 
 def show(path: Path, point: str = "") -> ShowReport:
     """Read everything that the set says of its points, or of one (an id, or ``latest``).
 
-    Raises as ``list_points``, RepositoryError for an id that is none, FormatError or
-    RepositoryError if a stream is damaged or missing.
+    Raises what ``Repository.load`` raises, RepositoryError if there is no set or for an id that
+    is none, FormatError or RepositoryError if a stream is damaged or missing.
     """
     repository = Repository.open(path)
-    known = _load(repository)
+    _check_is_set(repository)
+    known = repository.load()
     points = (known.by_id(point),) if point else known.points
     metas = {}
     for each in points:
@@ -136,16 +142,14 @@ def stored_bytes(point: RestorePoint) -> int:
     return sum(map(disk_bytes, point.disks)) + sum(file.size for file in point.files)
 
 
-def _load(repository: Repository) -> BackupSet:
+def _check_is_set(repository: Repository) -> None:
     if not repository.exists:
         raise RepositoryError(f"there is no backup set at {repository.path}: no such directory")
-    known = repository.load()
-    if not known.points and any(repository.path.glob("*.data")):
+    if repository.is_empty and any(repository.path.glob("*.data")):
         raise RepositoryError(
             f"{repository.path} holds backup files but no manifests in points/: "
             f"it is no set of this program"
         )
-    return known
 
 
 def render_list(report: ListReport) -> str:

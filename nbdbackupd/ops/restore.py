@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nbdbackupd import durable
-from nbdbackupd.errors import BusyError, NbdbackupError, RepositoryError, UsageError
+from nbdbackupd.errors import (
+    BusyError,
+    ChainBrokenError,
+    FormatError,
+    NbdbackupError,
+    RepositoryError,
+    UsageError,
+)
+from nbdbackupd.model.chain import BackupSet
 from nbdbackupd.ops import layers as layering
 from nbdbackupd.ops import (
     output_names,
@@ -199,7 +207,7 @@ def _check_request(request: RestoreRequest) -> None:
 def _plan_set(request: RestoreRequest, stack: ExitStack, cancelled: Callable[[], None]) -> _Plan:
     assert request.source is not None  # noqa: S101 - for the type checker
     repository = Repository.open(request.source)
-    known = repository.load()
+    known, damage = _load(repository, request)
     if not known.points:
         raise RepositoryError(f"{request.source} holds no restore point: is it a backup set?")
     point = points.choose(known, point=request.point, until=request.until, at=request.at)
@@ -238,8 +246,22 @@ def _plan_set(request: RestoreRequest, stack: ExitStack, cancelled: Callable[[],
         created=point.created,
         jobs=jobs,
         files=files,
-        warnings=tuple(text for each in made for text in each.warnings),
+        warnings=(*damage, *(text for each in made for text in each.warnings)),
     )
+
+
+def _load(repository: Repository, request: RestoreRequest) -> tuple[BackupSet, tuple[str, ...]]:
+    """All points proven; or the sound ones, with warnings, if the user names one of them.
+
+    Which point is the newest, or the newest at a time, can't be told from a damaged set.
+    """
+    try:
+        return repository.load(), ()
+    except (FormatError, ChainBrokenError) as err:
+        if request.point not in ("", "latest") or request.until:
+            return repository.load_sound()
+        err.message += "; 'nbdbackupctl list' shows the sound points, --point restores one of them"
+        raise
 
 
 def _plan_sequence(

@@ -121,6 +121,21 @@ class Repository:
             err.fields.setdefault("set", self.path)
             raise
 
+    def load_sound(self) -> tuple[BackupSet, tuple[str, ...]]:
+        """The points whose manifests and links are sound, and a line for each that is not.
+
+        For showing and restoring what is left of a damaged set, never for adding to it. Raises
+        RepositoryError if the set can't be read.
+        """
+        found, problems = [], []
+        for path in self._manifests():
+            try:
+                found.append(self._load_point(path))
+            except FormatError as err:
+                problems.append(str(err))
+        known, broken = BackupSet.from_sound(found)
+        return known, (*problems, *broken)
+
     def check_can_begin(self) -> None:
         """Refuse a directory without points that holds files of others: no mixtures.
 

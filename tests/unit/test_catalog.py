@@ -108,12 +108,23 @@ def test_no_set(tmp_path: Path) -> None:
         catalog.list_points(tmp_path)
 
 
-def test_damaged_manifest_is_loud(tmp_path: Path) -> None:
-    chains.make_chain(tmp_path, 0)
-    manifest = tmp_path / "points" / "000001-p1.json"
+@pytest.mark.parametrize(
+    ("damaged", "sound"),
+    [("000003-p3.json", ["p1", "p2"]), ("000002-p2.json", ["p1"]), ("000001-p1.json", [])],
+)
+def test_a_damaged_manifest_is_named_and_the_sound_points_are_listed(
+    tmp_path: Path, damaged: str, sound: list[str]
+) -> None:
+    chains.make_chain(tmp_path, 2)
+    manifest = tmp_path / "points" / damaged
     manifest.write_bytes(manifest.read_bytes().replace(b"vm1", b"vm2"))
-    with pytest.raises(IntegrityError, match=r"000001-p1\.json"):
-        catalog.list_points(tmp_path)
+    report = catalog.list_points(tmp_path)
+    assert [point.id for point in report.points] == sound
+    assert damaged in report.problems[0]
+    # each point that hangs on it is named as well
+    assert len(report.problems) == 3 - len(sound)
+    with pytest.raises(IntegrityError, match=damaged):
+        catalog.show(tmp_path)
 
 
 def test_hostile_texts_reach_no_terminal() -> None:

@@ -1,11 +1,14 @@
 """``nbdbackupctl list`` and ``nbdbackupctl show``."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
+
+DAMAGED = 40
 
 
 def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
@@ -28,12 +31,14 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 
 def run_list(args: Arguments, context: Context) -> int:
-    """Carry ``list`` out."""
+    """Carry ``list`` out; 40 if a point is damaged, the sound ones are listed all the same."""
     from nbdbackupd.ops import catalog
 
     report = catalog.list_points(args.source.absolute())
     context.show(report.to_json(), catalog.render_list(report))
-    return 0
+    for problem in report.problems:
+        print(f"nbdbackupctl: {problem}", file=sys.stderr)
+    return DAMAGED if report.problems else 0
 
 
 def run_show(args: Arguments, context: Context) -> int:
