@@ -60,7 +60,7 @@ def _disk_options(parser: argparse.ArgumentParser) -> None:
     compress = group.add_mutually_exclusive_group()
     compress.add_argument(
         "-z", "--compress", metavar="LEVEL", nargs="?", type=int, const=2, default=None,
-        help="compress with lz4, level 1 to 16 (default without a number: 2)",
+        help="compress with lz4, level 1 to 16 (without one: 2; then give DOMAIN before it)",
     )  # fmt: skip
     compress.add_argument(
         "--no-compress", action="store_const", dest="compress", const=None,

@@ -43,8 +43,8 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
     which.add_argument("--until", metavar="CHECKPOINT", help="the point that made this checkpoint")
     which.add_argument(
         "--at", metavar="TIME", type=moment,
-        help="the newest point that is not younger than this time (2026-01-31T23:59:59Z, or "
-        "local time: '2026-01-31 23:59')",
+        help="the newest point made at this time or before (2026-01-31T23:59:59Z, or local time: "
+        "'2026-01-31 23:59')",
     )  # fmt: skip
     which.add_argument(
         "--sequence", metavar="FILES", type=names, default=(),

@@ -1,0 +1,63 @@
+"""The documents of ``--json`` have the members that docs/json.md tells.
+
+The reports are read as source text: importing all verbs would need libvirt and libnbd.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from typing import Final
+
+import pytest
+
+from scripts import gen_completion
+from tests.lib.pages import TOP
+
+PAGE: Final = TOP / "docs/json.md"
+ROOT: Final = TOP / "nbdbackupd"
+REPORTS: Final = {
+    "error": [("app/ctl.py", "_report")],
+    "backup": [("ops/backup_request.py", "to_json")],
+    "list": [
+        ("ops/catalog.py", "to_json"),
+        ("ops/catalog.py", "describe"),
+        ("ops/catalog.py", "_describe_disk"),
+    ],
+    "restore": [("ops/restore.py", "to_json")],
+    "verify": [("ops/verify.py", "to_json"), ("ops/findings.py", "to_json")],
+    "estimate": [("ops/estimate.py", "to_json")],
+    "abort": [("ops/abort.py", "to_json")],
+}
+
+
+def told(heading: str) -> list[list[str]]:
+    """The members of each table under a heading."""
+    text = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)
+    (part,) = [each for each in text if each.startswith(f"{heading}\n")]
+    tables = re.split(r"^\| member .*$", part, flags=re.MULTILINE)[1:]
+    return [re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) for table in tables]
+
+
+def literals(file: str, function: str) -> Iterator[list[str]]:
+    """The keys of each object that the first function of that name writes down."""
+    tree = ast.parse((ROOT / file).read_text())
+    found = next(
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == function
+    )
+    for node in ast.walk(found):
+        if isinstance(node, ast.Dict) and node.keys:
+            yield [str(key.value) for key in node.keys if isinstance(key, ast.Constant)]
+
+
+@pytest.mark.parametrize("heading", REPORTS)
+def test_members_of_the_documents(heading: str) -> None:
+    made = [keys for place in REPORTS[heading] for keys in literals(*place)]
+    assert told(heading) == made
+    assert made[0][0] == "version"
+
+
+def test_every_verb_is_described() -> None:
+    headings = re.findall(r"^## (.*)$", PAGE.read_text(), re.MULTILINE)
+    assert sorted(headings) == sorted(["error", *gen_completion.read_parser()[1]])
