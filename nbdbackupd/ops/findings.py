@@ -1,0 +1,84 @@
+"""What a verification found: problems, each with its place."""
+
+import threading
+from dataclasses import dataclass
+from typing import Any, Final
+
+from nbdbackupd.errors import NbdbackupError
+
+MAX_PER_FILE: Final = 20
+"""Problems of one file that are told one by one; a file of garbage must not fill the memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One thing that is wrong. ``file`` is relative to the set, ``offset`` a byte in it."""
+
+    message: str
+    point: str = ""
+    disk: str = ""
+    file: str = ""
+    offset: int | None = None
+
+    @property
+    def text(self) -> str:
+        """One line: file, offset, disk, point, message."""
+        place = self.file
+        if self.offset is not None:
+            place += f" at byte {self.offset}"
+        owner = ", ".join(
+            f"{what} {name}" for what, name in (("disk", self.disk), ("point", self.point)) if name
+        )
+        return ": ".join(part for part in (place, owner, self.message) if part)
+
+    def to_json(self) -> dict[str, Any]:
+        """The problem as a JSON object."""
+        return {
+            "file": self.file,
+            "offset": self.offset,
+            "disk": self.disk,
+            "point": self.point,
+            "message": self.message,
+        }
+
+
+class Findings:
+    """Collects problems, a bounded number for each file; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: list[Problem] = []
+        self._counts: dict[str, int] = {}
+
+    def add(self, problem: Problem) -> None:
+        """Note a problem."""
+        with self._lock:
+            count = self._counts[problem.file] = self._counts.get(problem.file, 0) + 1
+            if count <= MAX_PER_FILE or not problem.file:
+                self._found.append(problem)
+
+    def add_error(self, err: NbdbackupError | OSError, *, point: str, disk: str, file: str) -> None:
+        """Note an error that says itself where in the file it is."""
+        offset = None
+        if isinstance(err, OSError):
+            message = f"can't be read: {err.strerror}"
+        else:
+            message = err.message
+            place = err.fields.get("offset")
+            offset = place if isinstance(place, int) else None
+        self.add(Problem(message=message, point=point, disk=disk, file=file, offset=offset))
+
+    def count(self, file: str) -> int:
+        """How many problems of a file there are, the untold ones too."""
+        with self._lock:
+            return self._counts.get(file, 0)
+
+    def problems(self) -> tuple[Problem, ...]:
+        """All that is to be told: in the order of discovery, by file in the order of offsets."""
+        order = {problem.file: number for number, problem in reversed([*enumerate(self._found)])}
+        found = sorted(self._found, key=lambda each: (order[each.file], each.offset or 0))
+        for file, count in self._counts.items():
+            if file and count > MAX_PER_FILE:
+                message = f"{count - MAX_PER_FILE} more problems in this file"
+                found.append(Problem(message=message, file=file))
+        return tuple(found)
