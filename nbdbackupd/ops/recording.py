@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nbdbackupd import durable
 from nbdbackupd.errors import DomainError, NbdbackupError
 from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model.chain import (
@@ -266,7 +267,7 @@ def _disk_point(job: Job, export: Export, index: Path, copied: Copied, *, reason
     state = job.survey.states.get(export.target, DiskState(size=export.size))
     written = copied.written
     name = index.name.removesuffix(layout.INDEX_SUFFIX)
-    with index.open("rb") as file:
+    with durable.translate_os_errors("read", index), index.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return DiskPoint(
         target=export.target,

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdbackupd import durable
 from nbdbackupd.errors import SourceError
 from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.format.writer import RawWriter, StreamWriter, Written
@@ -46,8 +47,8 @@ def copy_disk(
     ``transfer.progress`` gets the disk, the guest position reached, the disk's size and the
     number of data bytes so far.
 
-    Raises NbdError, SourceError if the export has another size than the disk, OSError of the
-    target, and what ``transfer.patience.cancelled`` raises.
+    Raises NbdError, SourceError if the export has another size than the disk, NoSpaceError or
+    RepositoryError of the target, and what ``transfer.patience.cancelled`` raises.
     """
     begun = time.monotonic()
     endpoint = Endpoint(socket=export.socket, export=export.name, bitmap=export.bitmap)
@@ -66,6 +67,7 @@ def copy_disk(
         transfer.progress(export.target, segment.end, size, data)
 
     with ExitStack() as stack:
+        stack.enter_context(durable.translate_os_errors("write", file))
         writer = _writer(transfer, meta, file, index)
         stack.callback(writer.close)
         copy.copy(
