@@ -14,9 +14,9 @@ from typing import Final
 
 from nbdbackupd.errors import (
     ConfigError,
-    DomainError,
     NbdbackupError,
     ScratchSpaceError,
+    SourceError,
 )
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.domain import Domain
@@ -156,7 +156,7 @@ def _watch_job(
         peak = max(peak, found.temp_used)
         if not found.is_active and not stop.is_set():
             on_trouble(
-                DomainError(
+                SourceError(
                     f"domain {domain.name}: the backup job ended in the middle: "
                     f"the guest was shut down, or somebody aborted the job",
                     domain=domain.name,
