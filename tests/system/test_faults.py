@@ -1,0 +1,324 @@
+"""Everything around a run fails once: space, QEMU, libvirtd, the target."""
+
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab.command import run
+from tests.lab.daemon import DaemonLab
+from tests.lab.disks import MIB, DiskSpec
+from tests.lab.guest import Guest
+from tests.lab.process import wait_until
+from tests.lib.rigged import RiggedCtl
+from tests.lib.witness import Witness, wait_for_job
+
+pytestmark = pytest.mark.system
+
+DISKS = (DiskSpec(target="vda", size=32 * MIB), DiskSpec(target="vdb", size=16 * MIB))
+SLOW = "SLOW0.2@nbdbackupd.format.writer:StreamWriter.write#2"
+
+
+@pytest.fixture(scope="module")
+def scratch() -> Iterator[Path]:
+    """A file system of 24 MiB; mounted before libvirtd begins, or QEMU might not see it."""
+    path = Path(tempfile.mkdtemp(prefix="nbl-", dir="/tmp"))
+    path.chmod(0o711)
+    run(["mount", "-t", "tmpfs", "-o", "size=24M,mode=711", "tmpfs", path])
+    yield path
+    run(["umount", path])
+    path.rmdir()
+
+
+@pytest.fixture(scope="module")
+def lab(scratch: Path) -> Iterator[DaemonLab]:
+    assert scratch.is_mount()
+    with DaemonLab() as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def ctl(lab: DaemonLab) -> RiggedCtl:
+    return RiggedCtl(lab.uri, lab.directory / "ctl")
+
+
+@pytest.fixture(scope="module")
+def only_guest(lab: DaemonLab) -> Guest:
+    return lab.guest("vm1", DISKS)
+
+
+@pytest.fixture
+def guest(only_guest: Guest) -> Guest:
+    """The guest, running whatever the test before has done to it."""
+    if not only_guest.is_running():
+        only_guest.start()
+    return only_guest
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MiB for sets."""
+    path = tmp_path / "small"
+    path.mkdir()
+    run(["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", path])
+    yield path
+    run(["umount", path])
+
+
+@pytest.fixture
+def witness(
+    ctl: RiggedCtl, guest: Guest, tmp_path: Path, request: pytest.FixtureRequest
+) -> Witness:
+    witness = Witness(ctl, guest, tmp_path, f"set{abs(hash(request.node.name)) % 1000}")
+    for name in witness.checkpoints():
+        guest.virsh("checkpoint-delete", "--domain", guest.name, name)
+    witness.fill()
+    return witness
+
+
+def one_line(text: str) -> str:
+    lines = text.splitlines()
+    assert len(lines) == 1, text
+    return lines[0]
+
+
+def ok(witness: Witness, level: str) -> None:
+    """The next run is as if nothing had happened."""
+    point = witness.run().json["point"]
+    assert point["level"] == level
+    assert point["warnings"] == []
+    witness.assert_clean()
+    witness.check_all()
+
+
+# -- the target
+
+
+def resize(path: Path, size: str) -> None:
+    run(["mount", "-o", f"remount,size={size}", path])
+
+
+def test_target_runs_full(witness: Witness, small: Path) -> None:
+    witness.path = small / "set"
+    resize(small, "5M")
+    error = one_line(witness.run("-l", "full", code=50).stderr)
+    assert "No space left on device" in error
+    assert str(witness.path) in error
+    assert "free space" in error
+    assert witness.points() == []
+    witness.assert_clean()
+    resize(small, "64M")
+    ok(witness, "full")
+    ballast = small / "ballast"
+    ballast.write_bytes(bytes(small.stat().st_blksize))
+    run(["fallocate", "-l", str(free(small) - 2 * MIB), ballast])
+    witness.fill(4 * MIB)
+    assert "No space left" in one_line(witness.run(code=50).stderr)
+    witness.assert_clean()
+    ballast.unlink()
+    ok(witness, "inc")
+
+
+def free(path: Path) -> int:
+    return shutil.disk_usage(path).free
+
+
+STEPS = [
+    "NOSPACE@os:pwritev#3",
+    "EIO@os:pwritev#9",
+    "EIO@os:fsync#1",
+    "NOSPACE@os:fsync#7",
+    "EIO@os:fsync#12",
+    "EIO@os:fsync#20",
+    "EROFS@os:rename#3",
+    "EIO@os:rename#12",
+    "NOSPACE@nbdbackupd.durable:create_exclusive#1",
+    "NOSPACE@nbdbackupd.durable:create_exclusive#6",
+    "EIO@nbdbackupd.durable:fsync_directory#6",
+    "EIO@nbdbackupd.durable:fsync_directory#9",
+]
+
+
+def test_target_fails_at_any_step(witness: Witness, ctl: RiggedCtl) -> None:
+    witness.run("-l", "full")
+    for step in STEPS:
+        witness.change()
+        with ctl.rigged(step):
+            error = one_line(witness.run("-l", "inc", code=50).stderr)
+        assert str(witness.path) in error or str(ctl.runtime) in error, step
+        assert "[Errno" not in error
+        witness.assert_clean()
+    ok(witness, "inc")
+
+
+def test_target_turns_read_only(witness: Witness, guest: Guest, small: Path) -> None:
+    witness.path = small / "set"
+    witness.run("-l", "full")
+    witness.change()
+    run(["mount", "-o", "remount,ro", small])
+    assert "read-only" in one_line(witness.run(code=50).stderr)
+    assert guest.block_jobs() == []
+    run(["mount", "-o", "remount,rw", small])
+    ok(witness, "inc")
+
+
+def test_target_vanishes(witness: Witness, guest: Guest, ctl: RiggedCtl) -> None:
+    moved = witness.path.with_name("moved")
+    with ctl.rigged(SLOW), ctl.start("backup", guest.name, "-o", witness.path) as process:
+        wait_for_job(guest)
+        time.sleep(0.3)
+        witness.path.rename(moved)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 50, stderr
+    assert "Traceback" not in stderr
+    assert guest.block_jobs() == []
+    assert list(ctl.scratch.glob("*")) == []
+    assert witness.checkpoints() == set()
+    ok(witness, "full")
+
+
+# -- scratch space
+
+
+def test_scratch_fills_up(
+    witness: Witness, guest: Guest, ctl: RiggedCtl, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctl, "scratch", scratch)
+    guest.write("vda", 0, 32 * MIB, 1)
+    options = ("-o", witness.path, "--scratch-reserve", "8M")
+    with ctl.rigged(SLOW), ctl.start("backup", guest.name, *options) as process:
+        wait_for_job(guest)
+        for number in range(120):
+            guest.write("vda", number % 32 * MIB, MIB, 2 + number // 32)
+            time.sleep(0.02)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 30
+    assert "is filling up" in one_line(stderr)
+    assert str(scratch) in stderr
+    assert "--scratch-dir" in stderr
+    assert not guest.is_paused()
+    for device in guest.qmp("query-blockstats"):
+        assert device["stats"]["failed_wr_operations"] == 0
+    witness.assert_clean()
+    refused = witness.run("--scratch-reserve", "13M", code=30)
+    assert "--scratch-dir" in one_line(refused.stderr)
+    witness.assert_clean()
+    point = witness.run("--scratch-reserve", "8M").json["point"]
+    assert point["level"] == "full"
+    witness.assert_clean()
+    witness.check_all()
+
+
+# -- QEMU
+
+
+def test_qemu_is_killed(witness: Witness, guest: Guest, ctl: RiggedCtl) -> None:
+    witness.run("-l", "full")
+    witness.change()
+    witness.fill(4 * MIB)
+    with ctl.rigged(SLOW), ctl.start("backup", guest.name, "-o", witness.path) as process:
+        wait_for_job(guest)
+        time.sleep(0.3)
+        begun = time.monotonic()
+        guest.kill9()
+        _, stderr = process.communicate(timeout=60)
+        assert time.monotonic() - begun < 20
+    assert process.returncode == 30, stderr
+    assert len(witness.points()) == 1
+    guest.wait_shut_off()
+    witness.assert_no_files(allow={"run.json"})
+    guest.start()
+    witness.change()
+    point = witness.run(code=3).json["point"]
+    assert point["level"] == "inc"
+    assert len(point["warnings"]) == 2
+    assert all("bitmap" in warning for warning in point["warnings"])
+    witness.assert_clean()
+    witness.change()
+    ok(witness, "inc")
+
+
+def test_guest_shuts_down(witness: Witness, guest: Guest, ctl: RiggedCtl) -> None:
+    witness.run("-l", "full")
+    witness.fill(4 * MIB)
+    with ctl.rigged(SLOW), ctl.start("backup", guest.name, "-o", witness.path) as process:
+        wait_for_job(guest)
+        time.sleep(0.3)
+        guest.stop()
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 30, stderr
+    witness.assert_no_files(allow={"run.json"})
+    assert "not running" in one_line(witness.run(code=20, guest_runs=False).stderr)
+    guest.start()
+    witness.change()
+    ok(witness, "inc")
+
+
+def test_qemu_stops_answering(witness: Witness, guest: Guest, ctl: RiggedCtl) -> None:
+    witness.run("-l", "full")
+    witness.fill(4 * MIB)
+    options = ("-o", witness.path, "--timeout", "2")
+    with ctl.rigged(SLOW), ctl.start("backup", guest.name, *options) as process:
+        wait_for_job(guest)
+        time.sleep(0.3)
+        guest.process().send(signal.SIGSTOP)
+        # given up after two seconds; what ends the job then waits for libvirt, bounded
+        time.sleep(6.0)
+        guest.process().send(signal.SIGCONT)
+        _, stderr = process.communicate(timeout=60)
+    assert "for 2 s" in one_line(stderr)
+    assert process.returncode == 30, stderr
+    wait_until(lambda: bool(guest.qmp("query-status")), "answer of QEMU", 10)
+    witness.change()
+    ok(witness, "inc")
+
+
+# -- libvirtd
+
+
+@pytest.mark.parametrize("how", ["kill", "restart"])
+def test_libvirtd_restarts(
+    witness: Witness, guest: Guest, ctl: RiggedCtl, lab: DaemonLab, how: str
+) -> None:
+    witness.run("-l", "full")
+    witness.fill(4 * MIB)
+    references = witness.take()
+    with ctl.rigged(SLOW), ctl.start("backup", guest.name, "-o", witness.path) as process:
+        wait_for_job(guest)
+        time.sleep(0.3)
+        if how == "kill":
+            lab.kill9()
+        else:
+            lab.stop()
+        lab.start()
+        assert process.poll() is None
+        _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 0, stderr
+    witness.note(references)
+    witness.assert_clean()
+    witness.change()
+    ok(witness, "inc")
+
+
+def test_libvirtd_is_killed_while_the_job_begins(
+    witness: Witness, guest: Guest, ctl: RiggedCtl, lab: DaemonLab
+) -> None:
+    witness.run("-l", "full")
+    witness.change()
+    references = witness.take()
+    # the daemon stops in the middle of the call; QEMU may have begun the job or not
+    slow = ctl.rigged("SLOW1.0@nbdbackupd.virt.jobs:begin#1")
+    with slow, ctl.start("backup", guest.name, "-o", witness.path) as process:
+        time.sleep(1.2)
+        lab.kill9()
+        lab.start()
+        _, stderr = process.communicate(timeout=100)
+    assert process.returncode in (0, 20), stderr
+    assert "Traceback" not in stderr
+    witness.note(references)
+    witness.change()
+    ok(witness, "inc")
