@@ -45,6 +45,15 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def lz4_level(text: str) -> int:
+    """An lz4 level, for argparse; the domain after a bare ``-z`` ends up here, too."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 16:
+        raise argparse.ArgumentTypeError(
+            f"not a level from 1 to 16: {text!r} (if that is the domain, give it before -z)"
+        )
+    return int(text)
+
+
 def names(text: str) -> tuple[str, ...]:
     """``vda,vdb`` as names, for argparse."""
     found = tuple(part.strip() for part in text.split(",") if part.strip())

@@ -24,6 +24,7 @@ from typing import Final, Generic, Protocol, TypeVar
 
 import nbd
 
+from nbdbackupd.crew import Crew
 from nbdbackupd.errors import NbdError
 from nbdbackupd.model import extents
 from nbdbackupd.model.extents import Segment
@@ -100,10 +101,6 @@ def copy(
         pipeline.run(endpoint, plan, tuning.connections if several else 1)
 
 
-class _Stopped(Exception):  # noqa: N818 - never leaves this module
-    """Another thread failed; this one just ends."""
-
-
 class _Pipeline(Generic[B]):
     """The shared state of one copy; see the module's picture."""
 
@@ -118,14 +115,13 @@ class _Pipeline(Generic[B]):
         self._sink = sink
         self._tuning = tuning
         self._arena = arena
-        self._outer = patience
         self._progress = progress
-        self._stop = threading.Event()
-        self._failure: BaseException | None = None
-        self.patience = replace(patience, cancelled=self._check)
+        self._crew = Crew(patience.cancelled)
+        self.patience = replace(patience, cancelled=self._crew.check)
         self._plan: Iterator[Segment] = iter(())
         self._plan_lock = threading.Lock()
         self._tickets = 0
+        self._reading = 0
         self._work: queue.SimpleQueue[tuple[int, Segment, int] | None] = queue.SimpleQueue()
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._order_lock = threading.Lock()
@@ -134,62 +130,29 @@ class _Pipeline(Generic[B]):
 
     def run(self, endpoint: Endpoint, plan: Iterator[Segment], connections: int) -> None:
         """Start all threads, wait for them, raise the first error."""
-        tuning = self._tuning
         self._plan = extents.split(plan, self._arena.block)
         for number in range(self._arena.count):
             self._free.put(number)
-        readers = [self._thread(f"read-{n}", self._read, endpoint) for n in range(connections)]
-        workers = [self._thread(f"work-{n}", self._work_off) for n in range(tuning.workers)]
-        self._join(readers)
-        for _ in workers:
-            self._work.put(None)
-        self._join(workers)
-        if self._failure is not None:
-            raise self._failure
-
-    def _thread(self, name: str, target: Callable[..., None], *args: object) -> threading.Thread:
-        thread = threading.Thread(name=name, target=self._guarded, args=(target, *args))
-        thread.start()
-        return thread
-
-    def _guarded(self, target: Callable[..., None], *args: object) -> None:
-        """A thread's body: keep the first error, stop the others."""
-        try:
-            target(*args)
-        except _Stopped:
-            pass
-        except BaseException as err:  # noqa: BLE001 - raised again by run()
-            self._fail(err)
-
-    def _fail(self, err: BaseException) -> None:
-        if self._failure is None:
-            self._failure = err
-        self._stop.set()
-
-    def _check(self) -> None:
-        if self._stop.is_set():
-            raise _Stopped
-
-    def _join(self, threads: list[threading.Thread]) -> None:
-        """Wait for threads; look at the outer cancel callback meanwhile (it raises)."""
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(TICK)
-                if self._failure is None:
-                    try:
-                        self._outer.cancelled()
-                    except BaseException as err:  # noqa: BLE001 - raised again by run()
-                        self._fail(err)
+        self._reading = connections
+        bodies: dict[str, Callable[[], None]] = {}
+        for number in range(connections):
+            bodies[f"read-{number}"] = lambda: self._read(endpoint)
+        for number in range(self._tuning.workers):
+            bodies[f"work-{number}"] = self._work_off
+        self._crew.run(bodies)
 
     # readers
 
     def _read(self, endpoint: Endpoint) -> None:
-        """Keep reads in flight on one connection until the plan is used up."""
+        """Keep reads in flight on one connection until the plan is used up.
+
+        The last reader to end sends the workers home.
+        """
         with Connection(endpoint, patience=self.patience) as connection:
             reader = _Reader(connection, self._arena, self._work.put)
             exhausted = False
             while not exhausted or reader.in_flight:
-                self._check()
+                self._crew.check()
                 while not exhausted and reader.in_flight < self._tuning.depth:
                     slot = self._slot(wait=not reader.in_flight)
                     if slot is None:
@@ -197,6 +160,11 @@ class _Pipeline(Generic[B]):
                     exhausted = not self._submit_next(reader, slot)
                 if reader.in_flight:
                     reader.step()
+        with self._plan_lock:
+            self._reading -= 1
+            is_last = not self._reading
+        for _ in range(self._tuning.workers if is_last else 0):
+            self._work.put(None)
 
     def _slot(self, *, wait: bool) -> int | None:
         """A free buffer; None if there is none now and the caller has something to poll for."""
@@ -206,7 +174,7 @@ class _Pipeline(Generic[B]):
             except queue.Empty:
                 if not wait:
                     return None
-            self._check()
+            self._crew.check()
 
     def _submit_next(self, reader: "_Reader", slot: int) -> bool:
         """Hand the next piece of the plan to ``reader``; False if there is none.
@@ -214,7 +182,7 @@ class _Pipeline(Generic[B]):
         Zero segments need no buffer and go straight to the workers.
         """
         with self._plan_lock:
-            self._check()
+            self._crew.check()
             while (segment := next(self._plan, None)) is not None:
                 ticket = self._tickets
                 self._tickets += 1
@@ -236,11 +204,11 @@ class _Pipeline(Generic[B]):
             try:
                 item = self._work.get(timeout=TICK)
             except queue.Empty:
-                self._check()
+                self._crew.check()
                 continue
             if item is None:
                 return
-            self._check()
+            self._crew.check()
             ticket, segment, slot = item
             if segment.zero:
                 block = self._sink.zero(segment.offset, segment.length)

@@ -9,12 +9,12 @@ import mmap
 import threading
 from collections.abc import Callable, Iterator
 
+from nbdbackupd.crew import Crew
 from nbdbackupd.format.index import Record
 from nbdbackupd.model.flatten import Part
 from nbdbackupd.ops import layers as layering
 from nbdbackupd.ops.layers import Layer
 from nbdbackupd.ops.outputs import Output, Writer
-from nbdbackupd.ops.threads import Crew
 
 
 class _Feed:
@@ -61,7 +61,7 @@ def fill(
                 feed.finished(sum(length for _, length in part.ranges))
             writer.flush()
 
-    crew.run(work, output.writers, "restore")
+    crew.run({f"restore-{number}": work for number in range(output.writers)})
     progress(layers[0].size)
     return feed.written
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nbdbackupd import durable
+from nbdbackupd.crew import Crew
 from nbdbackupd.errors import (
     BusyError,
     ChainBrokenError,
@@ -40,7 +41,6 @@ from nbdbackupd.ops import (
 from nbdbackupd.ops.fill import fill
 from nbdbackupd.ops.layers import Layer
 from nbdbackupd.ops.restore_files import FileCopy
-from nbdbackupd.ops.threads import Crew
 from nbdbackupd.qemu.image import CreateOptions
 from nbdbackupd.repo.repository import Repository
 

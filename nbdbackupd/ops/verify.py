@@ -104,8 +104,6 @@ def run(
                 ).run()  # fmt: skip
                 files, size = files + 2, size + disk.file_size + disk.index.size
     problems = findings.problems()
-    for problem in problems:
-        log.error("%s", problem.text)
     return VerifyReport(
         points=len(chosen), files=files, checked_bytes=size, problems=problems,
         seconds=time.monotonic() - begun,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nbdbackupd import __version__
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app import signals
-from nbdbackupd.app.arguments import Arguments, names, positive, seconds, size
+from nbdbackupd.app.arguments import Arguments, lz4_level, names, positive, seconds, size
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size, human_time
 from nbdbackupd.errors import UsageError
@@ -59,7 +59,7 @@ def _disk_options(parser: argparse.ArgumentParser) -> None:
     )
     compress = group.add_mutually_exclusive_group()
     compress.add_argument(
-        "-z", "--compress", metavar="LEVEL", nargs="?", type=int, const=2, default=None,
+        "-z", "--compress", metavar="LEVEL", nargs="?", type=lz4_level, const=2, default=None,
         help="compress with lz4, level 1 to 16 (without one: 2; then give DOMAIN before it)",
     )  # fmt: skip
     compress.add_argument(
@@ -149,8 +149,6 @@ def _request(args: Arguments, context: Context) -> "BackupRequest":
     from nbdbackupd.ops.backup_request import BackupRequest
     from nbdbackupd.source.quiesce import FreezePolicy
 
-    if args.compress is not None and not 1 <= args.compress <= 16:
-        raise UsageError(f"--compress takes a level from 1 to 16, not {args.compress}")
     if args.type == "raw" and (args.level != "copy" or args.compress is not None):
         raise UsageError("--type raw needs '-l copy' and goes without --compress")
     if args.pause and (args.freeze == "require" or args.freeze_mountpoint):

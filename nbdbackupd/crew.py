@@ -1,7 +1,7 @@
 """Some threads that do one job together: the first error ends all of them and is raised."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 TICK_SECONDS: Final = 0.1
@@ -27,14 +27,14 @@ class Crew:
         if self._stop.is_set():
             raise _Stopped
 
-    def run(self, body: Callable[[], None], count: int, name: str) -> None:
-        """Run ``body`` in ``count`` threads and wait for all.
+    def run(self, bodies: Mapping[str, Callable[[], None]]) -> None:
+        """Run each body in a thread of that name and wait for all.
 
         Raises the first error of a thread or of ``cancelled``.
         """
         threads = [
-            threading.Thread(name=f"{name}-{number}", target=self._guarded, args=(body,))
-            for number in range(count)
+            threading.Thread(name=name, target=self._guarded, args=(body,))
+            for name, body in bodies.items()
         ]
         for thread in threads:
             thread.start()
