@@ -6,6 +6,7 @@ nothing with the product but the image itself.
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from tests.lab.command import run
 from tests.lab.compare import first_difference_raw
 from tests.lab.disks import DiskSpec
 from tests.lab.guest import Guest, GuestOptions
-from tests.lib.ctl import Ctl
+from tests.lab.process import wait_until
+from tests.lib.rigged import RiggedCtl
 
 WARNED = 3
 
@@ -76,7 +78,7 @@ class Scene:
 
     lab: Lab
     guest: Guest
-    ctl: Ctl
+    ctl: RiggedCtl
     directory: Path
     history: list[Saved] = field(default_factory=list)
 
@@ -153,6 +155,21 @@ class Scene:
         text = self.lab.virsh("domjobinfo", "--domain", self.guest.name)
         return "None" not in text.splitlines()[0]
 
+    @contextmanager
+    def held(self, *options: str) -> Iterator[subprocess.Popen[str]]:
+        """A run that stands still within its job, before the first disk: SIGCONT lets it go on."""
+        with (
+            self.ctl.rigged("STOP@nbdbackupd.ops.recording:copy_disk#1"),
+            self.ctl.start(
+                "backup", self.guest.name, "-o", self.set, "--json", *options
+            ) as process,
+        ):
+            self.ctl.faults = ()
+            stat = Path(f"/proc/{process.pid}/stat")
+            wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "stop", 60)
+            assert self.guest.block_jobs()
+            yield process
+
     def assert_clean(self) -> None:
         """Nothing of a run is left: job, scratch, socket, notes, drafts, block jobs."""
         assert not self.ctl.scratch.exists() or not list(self.ctl.scratch.iterdir())
@@ -183,7 +200,9 @@ def scene(
 
 def scene_of(lab: Lab, directory: Path, guest: Guest) -> Scene:
     """A scene with a guest that is there already; several may share one."""
-    return Scene(lab=lab, guest=guest, ctl=Ctl(lab.uri, lab.directory / "ctl"), directory=directory)
+    # the monitor's name is short, and of this guest alone
+    own = lab.directory / f"ctl{guest.places.monitor.stem}"
+    return Scene(lab=lab, guest=guest, ctl=RiggedCtl(lab.uri, own), directory=directory)
 
 
 def assert_same(image: Path, image_format: str, reference: Path) -> None:
