@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -48,6 +49,14 @@ class Demo:
         self.lab = lab
         self.work = work
         self.set = work / "set"
+        self.damaged = work / "damaged"
+        self.restored = work / "restored"
+        self.variables = {
+            "URI": lab.uri,
+            "SET": str(self.set),
+            "DAMAGED": str(self.damaged),
+            "OUT": str(self.restored),
+        }
         self.step_number = 0
         self.references: list[Reference] = []
 
@@ -66,8 +75,8 @@ class Demo:
     def make_guest(self) -> Guest:
         """Define and start a guest with data on its disks."""
         self.step("A guest with two disks of 256 MiB, running under QEMU and libvirt")
-        self.say(f"URI='{self.lab.uri}'")
-        self.say(f"SET={self.set}")
+        for name, value in self.variables.items():
+            self.say(f"{name}='{value}'")
         guest = self.lab.guest("vm1", [DiskSpec(target=name, size=DISK_SIZE) for name in DISKS])
         guest.start()
         noise = self.work / "noise"
@@ -116,9 +125,8 @@ class Demo:
         """Verify the set; then damage a copy by one bit and see it found."""
         self.step("Every block is verified, and one flipped bit is found")
         self.ctl("verify", self.set)
-        damaged = self.work / "damaged"
-        shutil.copytree(self.set, damaged)
-        stream = max(damaged.glob("*.data"), key=lambda path: path.stat().st_size)
+        shutil.copytree(self.set, self.damaged)
+        stream = max(self.damaged.glob("*.data"), key=lambda path: path.stat().st_size)
         position = stream.stat().st_size // 2
         with stream.open("r+b") as file:
             file.seek(position)
@@ -126,14 +134,14 @@ class Demo:
             file.seek(position)
             file.write(bytes([byte ^ 1]))
         self.note(f"in a copy, one bit at byte {position} of {stream.name} is flipped:")
-        self.ctl("verify", damaged, expect=EXIT_DAMAGED)
-        shutil.rmtree(damaged)
+        self.ctl("verify", self.damaged, expect=EXIT_DAMAGED)
+        shutil.rmtree(self.damaged)
 
     def restore(self, points: list[str]) -> None:
         """Restore each point and compare it with its reference."""
         self.step("Each point is restored and compared with the disks as they were")
         for point, reference in zip(points, self.references, strict=True):
-            out = self.work / "restored"
+            out = self.restored
             report = self.ctl_json("restore", self.set, "-o", out, "--point", point, show=True)
             images = {disk["target"]: out / disk["path"] for disk in report["disks"]}
             for name in DISKS:
@@ -161,7 +169,7 @@ class Demo:
     def ctl(self, *words: str | Path, expect: int = 0) -> None:
         """Run and show one nbdbackupctl command with its output."""
         done = self.call(words, expect=expect, show=True)
-        for line in (done.stdout + done.stderr).splitlines():
+        for line in (done.stdout or done.stderr).splitlines():
             print(f"     {line}")
         if expect:
             self.note(f"exit status {done.returncode}, as it should be")
@@ -174,13 +182,13 @@ class Demo:
         self, words: tuple[str | Path, ...], *, expect: int, show: bool
     ) -> subprocess.CompletedProcess[str]:
         """Run nbdbackupctl from this checkout; raises ``DemoError`` on another exit status."""
+        # only a backup needs libvirt
+        connection = ["-c", self.lab.uri] if words[0] == "backup" else []
         if show:
-            typed = " ".join(os.fspath(word) for word in words)
-            typed = typed.replace(str(self.set), '"$SET"')
-            self.say(f'$ nbdbackupctl -c "$URI" {typed}')
+            self.say(f"$ nbdbackupctl {self.as_typed([*connection, *words])}")
         started = time.monotonic()
         done = subprocess.run(
-            ["/usr/bin/python3", "-m", "nbdbackupd", "-c", self.lab.uri, *words],
+            ["/usr/bin/python3", "-m", "nbdbackupd", *connection, *words],
             cwd=TOP,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -195,6 +203,13 @@ class Demo:
         if show:
             self.note(f"took {time.monotonic() - started:.1f} s")
         return done
+
+    def as_typed(self, words: Sequence[str | Path]) -> str:
+        """Return a command's words with the long ones replaced by their variables."""
+        line = " ".join(os.fspath(word) for word in words)
+        for name, value in self.variables.items():
+            line = line.replace(value, f'"${name}"')
+        return line.replace(" --json", "")
 
     def step(self, title: str) -> None:
         """Begin a chapter."""

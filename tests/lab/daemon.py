@@ -50,6 +50,15 @@ class DaemonLab(Lab):
         return unix_socket_path(self.root / "run" / "libvirt-sock")
 
     @property
+    def launcher(self) -> list[str]:
+        """Return the words before a command that bring it into the daemon's mount namespace.
+
+        There the daemon is ``qemu:///system``, for programs that take no socket in a URI.  The
+        working directory is / then, and what the host mounted later is not there.
+        """
+        return ["nsenter", f"--mount=/proc/{self._running_daemon().pid}/ns/mnt", "--"]
+
+    @property
     def daemon_log(self) -> Path:
         """Return libvirtd's log, from level "info" on."""
         return self.root / "log" / "libvirtd.log"

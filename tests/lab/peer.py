@@ -1,5 +1,8 @@
 """The peer's programs, virtnbdbackup in the versions of Debian 12 and 13, to run beside ours.
 
+Neither works with the embedded driver, since they run no event loop, and the older one asks for
+a password with ``qemu+unix:``.  ``DaemonLab.launcher`` gives them a ``qemu:///system``.
+
 Nothing of it is read or copied: it is under the GPL.  This Debian's version comes from the
 installed package; the other one's is downloaded from the same mirror and unpacked in the cache.
 """
@@ -25,11 +28,12 @@ RUN_TIMEOUT_SECONDS = 600.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peer:
-    """One version of the peer; ``environment`` has to be set for its programs."""
+    """One version of the peer; ``launcher`` and ``environment`` are needed to run it."""
 
     backup_program: Path
     restore_program: Path
     environment: dict[str, str] = field(default_factory=dict)
+    launcher: Sequence[str] = ()
 
     def version(self) -> str:
         """Return what ``--version`` says, such as "1.9.15"."""
@@ -37,30 +41,38 @@ class Peer:
 
     def backup(self, *words: str | Path, timeout_seconds: float = RUN_TIMEOUT_SECONDS) -> str:
         """Run ``virtnbdbackup`` and return its output; raises ``LabError``."""
-        return self._run([self.backup_program, *words], timeout_seconds)
+        return self._run(self.backup_program, words, timeout_seconds)
 
     def restore(self, *words: str | Path, timeout_seconds: float = RUN_TIMEOUT_SECONDS) -> str:
         """Run ``virtnbdrestore`` and return its output; raises ``LabError``."""
-        return self._run([self.restore_program, *words], timeout_seconds)
+        return self._run(self.restore_program, words, timeout_seconds)
 
-    def _run(self, words: Sequence[str | Path], timeout_seconds: float) -> str:
+    def argv(self, program: Path, *words: str | Path) -> list[str | Path]:
+        """Return the command that runs one of the programs."""
         settings = [f"{name}={value}" for name, value in self.environment.items()]
-        argv = ["env", *settings, "/usr/bin/python3", *words]
-        return run_libvirt_client(argv, timeout_seconds)
+        return [*self.launcher, "env", *settings, "/usr/bin/python3", program, *words]
+
+    def _run(self, program: Path, words: Sequence[str | Path], timeout_seconds: float) -> str:
+        return run_libvirt_client(self.argv(program, *words), timeout_seconds)
 
 
-def peer(suite: str) -> Peer:
+def peer(suite: str, launcher: Sequence[str] = ()) -> Peer:
     """Return the peer of a Debian suite; raises ``LabError`` when it cannot be had."""
     if suite == host_suite():
         programs = Path("/usr/bin")
         if not (programs / PACKAGE).exists():
             raise LabError(f"{PACKAGE} is not installed")
-        return Peer(backup_program=programs / PACKAGE, restore_program=programs / "virtnbdrestore")
+        return Peer(
+            backup_program=programs / PACKAGE,
+            restore_program=programs / "virtnbdrestore",
+            launcher=launcher,
+        )
     tree = _unpacked(suite)
     return Peer(
         backup_program=tree / "usr/bin" / PACKAGE,
         restore_program=tree / "usr/bin/virtnbdrestore",
         environment={"PYTHONPATH": os.fspath(tree / "usr/lib/python3/dist-packages")},
+        launcher=launcher,
     )
 
 

@@ -1,0 +1,1 @@
+"""The body of scripts/bench: what is measured, with what, on which data."""
