@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,14 @@ def run(args: Arguments, context: Context) -> int:
             progress.disk(label, done, total, done)
 
         report = verify.run(request, progress=show, cancelled=cancel.check)
-    lines = [problem.text for problem in report.problems]
-    if report.problems:
-        lines.append(f"damaged: {len(report.problems)} problem(s) found")
-    else:
-        lines.append(f"sound: {report.points} point(s), {human_size(report.checked_bytes)} checked")
-    context.show(report.to_json(), "\n".join(lines))
-    return DAMAGED if report.problems else 0
+    if not report.problems:
+        checked = human_size(report.checked_bytes)
+        context.show(report.to_json(), f"sound: {report.points} point(s), {checked} checked")
+        return 0
+    context.show(report.to_json(), "\n".join(problem.text for problem in report.problems))
+    count = len(report.problems)
+    print(
+        f"nbdbackupctl: {args.source} is damaged: {count} problem{'s' * (count > 1)} found",
+        file=sys.stderr,
+    )
+    return DAMAGED
