@@ -84,10 +84,10 @@ def _first_client(
 
 
 def _is_greeted(client: socket.socket) -> bool:
-    """Whether the server's first bytes are there; a closed connection shows in the process."""
+    """Whether the server's first bytes are there. If it died instead, its process tells why."""
     try:
         return bool(client.recv(1))
-    except TimeoutError:
+    except (TimeoutError, ConnectionError):
         return False
 
 
