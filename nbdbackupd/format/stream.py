@@ -14,6 +14,7 @@ number of bytes of the list. This module holds the codec and the reader; ``write
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,9 +160,13 @@ class StreamReader:
         Raises FormatError (IntegrityError, UnsupportedVersionError) and OSError.
         """
         self.path = path
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # O_NONBLOCK: a pipe in the file's place would block for ever
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            self.size = os.fstat(self._fd).st_size
+            status = os.fstat(self._fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise IntegrityError("not a regular file", file=path)
+            self.size = status.st_size
             kind, _, length = self._header(0)
             if kind != META or length > MAX_META:
                 raise IntegrityError("stream does not begin with a meta frame", file=path, offset=0)
