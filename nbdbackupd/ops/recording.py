@@ -29,6 +29,7 @@ from nbdbackupd.ops import leftovers, metadata
 from nbdbackupd.ops.backup_request import BackupRequest
 from nbdbackupd.ops.survey import Survey
 from nbdbackupd.ops.transfer import Copied, Transfer, copy_disk
+from nbdbackupd.qemu import image
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Draft, Intent
 from nbdbackupd.repo.repository import Repository
@@ -202,7 +203,8 @@ def _save_metadata(
         text = job.survey.infos.get(plan.target)
         if text:
             name = layout.image_info(plan.target, job.point_id)
-            files.append(draft.add_bytes(name, text.encode(), "image-info", disk=plan.target))
+            data = image.as_object(text).encode()
+            files.append(draft.add_bytes(name, data, "image-info", disk=plan.target))
     return files
 
 

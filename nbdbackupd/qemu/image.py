@@ -126,6 +126,17 @@ def info_json(path: Path, *, format: str = "", chain: bool = False) -> str:  # n
     return proc.output([*argv, "--", os.fspath(path.absolute())], timeout=INFO_SECONDS)
 
 
+def as_object(text: str) -> str:
+    """The JSON of a chain as one object: the top image, what lies below as ``backing-chain``.
+
+    virtnbdrestore looks for the top image's options there and knows no list.
+    """
+    images = json.loads(text)
+    if not isinstance(images, list):
+        return text
+    return json.dumps({**images[0], "backing-chain": images[1:]}, indent=4)
+
+
 def info(path: Path, *, format: str = "") -> ImageInfo:  # noqa: A002 - QEMU's own word
     """One image.
 
