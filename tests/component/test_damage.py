@@ -158,7 +158,7 @@ def test_damaged_files(bench: Bench, damage: Callable[[Path, random.Random], Non
             assert codes["verify"] != 0 or name.endswith(".json"), f"{name} {codes}"
 
 
-def mutate(rng: random.Random, value: Any, depth: int = 0) -> Any:
+def mutate(rng: random.Random, value: Any) -> Any:
     """Change one thing somewhere in a document."""
     if isinstance(value, dict) and value and rng.random() < 0.9:
         key = rng.choice(sorted(value))
@@ -169,19 +169,19 @@ def mutate(rng: random.Random, value: Any, depth: int = 0) -> Any:
             case 1:
                 changed[f"{key}x"] = changed.pop(key)
             case _:
-                changed[key] = mutate(rng, value[key], depth + 1)
+                changed[key] = mutate(rng, value[key])
         return changed
     if isinstance(value, list) and value and rng.random() < 0.9:
         place = rng.randrange(len(value))
-        changed = list(value)
+        items = list(value)
         match rng.randrange(6):
             case 0:
-                del changed[place]
+                del items[place]
             case 1:
-                changed.append(changed[place])
+                items.append(items[place])
             case _:
-                changed[place] = mutate(rng, value[place], depth + 1)
-        return changed
+                items[place] = mutate(rng, value[place])
+        return items
     return rng.choice(ODD)
 
 

@@ -76,6 +76,10 @@ class Witness:
         """Copies of all disks as they are now, for ``note``."""
         return self._take()
 
+    def references(self, point: str) -> dict[str, Path]:
+        """What the disks held at a point, by target: raw images."""
+        return self._references[point]
+
     def note(self, references: dict[str, Path]) -> None:
         """Points that are new in the set must restore to ``references``."""
         new = [point for point in self.points() if point["id"] not in self._references]
