@@ -1,7 +1,9 @@
-"""Images that a restore fills: a plain sparse file, or a qcow2 that qemu-nbd writes for us.
+"""Images that a restore fills: a plain sparse file or a qcow2 image.
 
 Both are made fresh under their ``.incomplete`` name, read as zeroes from the start, and hand out
-writers: one for each thread, each with a few buffers of its own.
+writers: one for each thread, each with a few buffers of its own. A qcow2 image of the plain kind
+is filled in place and proven by ``qemu-img check``; others (extended L2 entries, unusual refcounts,
+preallocated) are written by qemu-nbd.
 """
 
 import mmap
@@ -17,6 +19,7 @@ from nbdbackupd import durable, proc
 from nbdbackupd.errors import NbdError, ProcessError
 from nbdbackupd.format.index import MAX_BLOCK
 from nbdbackupd.qemu import image, nbd_server
+from nbdbackupd.qemu import qcow2 as qcow2_file
 from nbdbackupd.qemu.image import CreateOptions
 
 DEPTH: Final = 4
@@ -56,10 +59,11 @@ class Output:
 
 
 class _FileWriter:
-    """Writes to a descriptor at once. Slots as the other writer has: a block may be cut up."""
+    """Writes at once. Slots as the other writer has: a block may be cut up."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, put: Callable[[memoryview, int], None]) -> None:
+        """``put`` writes bytes to a place in the guest's disk."""
+        self._put = put
         self._slots = memoryview(mmap.mmap(-1, DEPTH * MAX_BLOCK))
         self._free = list(range(DEPTH))
 
@@ -70,11 +74,7 @@ class _FileWriter:
         return self._slots[slot * MAX_BLOCK : slot * MAX_BLOCK + length]
 
     def write(self, slot: int, length: int, offset: int) -> None:
-        left = self.view(slot, length)
-        while left:
-            count = os.pwritev(self._fd, [left], offset)
-            left = left[count:]
-            offset += count
+        self._put(self.view(slot, length), offset)
         self._free.append(slot)
 
     def release(self, slot: int) -> None:
@@ -96,14 +96,24 @@ def raw(path: Path, size: int, *, preallocate: bool, workers: int) -> Iterator[O
         if preallocate and size:
             os.posix_fallocate(fd, 0, size)
 
-        @contextmanager
-        def writer() -> Iterator[Writer]:
-            yield _FileWriter(fd)
+        def put(view: memoryview, offset: int) -> None:
+            while view:
+                count = os.pwrite(fd, view, offset)
+                view = view[count:]
+                offset += count
 
-        yield Output(writers=workers, writer=writer)
+        yield _direct(put, workers)
         durable.fsync_file(fd)
     finally:
         os.close(fd)
+
+
+def _direct(put: Callable[[memoryview, int], None], workers: int) -> Output:
+    @contextmanager
+    def writer() -> Iterator[Writer]:
+        yield _FileWriter(put)
+
+    return Output(writers=workers, writer=writer)
 
 
 @contextmanager
@@ -121,12 +131,30 @@ def qcow2(
     While waiting for the server, the calling thread asks ``cancelled`` and the writers' threads
     ask ``check``; both may raise. Raises NoSpaceError, ProcessError, NbdError, OSError.
     """
-    # raw restores do without libnbd
+    os.close(_create(path))
+    image.create(path, size, options)
+    if not options.preallocation and qcow2_file.can_fill(path):
+        with qcow2_file.Filler(path) as filler:
+            yield _direct(filler.write, workers)
+            filler.finish()
+        cancelled()
+        image.check(path, format="qcow2")
+        return
+    with _served(path, workers=workers, cancelled=cancelled, check=check) as output:
+        yield output
+    _check_closed(path)
+    durable.fsync_file(path)
+
+
+@contextmanager
+def _served(
+    path: Path, *, workers: int, cancelled: Callable[[], None], check: Callable[[], None]
+) -> Iterator[Output]:
+    """The image behind a server."""
+    # most restores do without libnbd
     from nbdbackupd.nbdio import client, target
     from nbdbackupd.nbdio.arena import Arena
 
-    os.close(_create(path))
-    image.create(path, size, options)
     with tempfile.TemporaryDirectory(prefix="nbdbackup-") as directory:
         socket = _socket_path(Path(directory))
         endpoint = client.Endpoint(socket=socket, export="")
@@ -145,8 +173,6 @@ def qcow2(
             target.control(endpoint, patience) as several,
         ):
             yield Output(writers=workers if several else 1, writer=writer)
-    _check_closed(path)
-    durable.fsync_file(path)
 
 
 def _create(path: Path) -> int:
