@@ -117,11 +117,8 @@ def _settle(job: Job, draft: Draft) -> None:
 
 def _fill(job: Job, draft: Draft, notes: _Notes) -> RestorePoint:
     """Copy everything into the draft and describe it; the libvirt job has ended afterwards."""
-    notes.warnings += [
-        f"disk {target} is part of restore point {job.parent.id} but no longer of the domain"
-        for target in job.survey.lost
-        if job.parent is not None
-    ]
+    notes.warnings += _lost(job)
+    _check_strict(job, notes)
     with running.open_running(_running_request(job, notes)) as snapshot:
         notes.warnings += snapshot.warnings
         reasons = _reasons(job, snapshot, notes)
@@ -134,6 +131,18 @@ def _fill(job: Job, draft: Draft, notes: _Notes) -> RestorePoint:
     for warning in notes.warnings:
         log.warning("%s", warning)
     return _describe(job, snapshot, disks, files, notes, autostart=collected.autostart)
+
+
+def _lost(job: Job) -> list[str]:
+    """What the point does not hold any more, though nobody asked for that (F-11)."""
+    if job.parent is None:
+        return []
+    why = {skipped.target: skipped.reason for skipped in job.survey.selection.skipped}
+    return [
+        f"disk {target} is part of restore point {job.parent.id} but "
+        + (f"left out now: it is {why[target]}" if target in why else "no longer of the domain")
+        for target in job.survey.lost
+    ]
 
 
 def _running_request(job: Job, notes: _Notes) -> running.RunningRequest:

@@ -158,9 +158,11 @@ def test_grown_plugged_and_removed_disks(here: Scene) -> None:
     guest.virsh("detach-disk", "--config", "--domain", guest.name, "vdb")
     guest.start()
     change(here, 4)
+    assert "vdb" in here.refuse("--strict", code=DOMAIN)
     less = here.save(code=WARNED)
     assert less.modes == {"vda": "delta", "vdc": "delta"}
-    assert "vdb" in less.warnings[0]
+    assert "disk vdb is part of" in less.warnings[0]
+    assert "no longer of the domain" in less.warnings[0]
     assert here.save().modes == less.modes
     here.prove_all()
 
