@@ -1,6 +1,7 @@
-"""Names, paths and devices that break programs: hostile, renamed, thirty of a kind, on a block."""
+"""Names, paths and images that break programs: hostile, renamed, thirty of a kind, tiny, far."""
 
 import os
+import subprocess
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab.command import run
 from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec, attach_loop, create_image, detach_loop
 from tests.lab.guest import GuestOptions
+from tests.lab.process import wait_until
 from tests.lib.scene import scene, scene_of
 
 pytestmark = pytest.mark.system
@@ -132,3 +135,101 @@ def test_block_devices(lab: DaemonLab, tmp_path: Path) -> None:
     finally:
         for device in devices:
             detach_loop(device)
+
+
+def test_odd_images(lab: DaemonLab, tmp_path: Path) -> None:
+    frozen, outside = lab.images / "readonly.qcow2", lab.images / "outside.raw"
+    run(["qemu-img", "create", "-q", "-f", "qcow2", frozen, "4M"])
+    run(["qemu-io", "-c", "write -P 5 0 1M", frozen])
+    pointer = lab.images / "pointer.qcow2"
+    settings = f"data_file={outside},data_file_raw=on"
+    run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", settings, pointer, "4M"])
+    outside.chmod(0o666)  # libvirt 9.0 does not know of it
+    disks = [
+        DiskSpec(target="vda", size=512),
+        DiskSpec(target="vdb", size=MIB, cluster_size=512),
+        DiskSpec(target="vdc", path=frozen, readonly=True),
+        DiskSpec(target="vdd", path=pointer),
+    ]
+    with scene(lab, tmp_path, "odd", disks) as here:
+        for number, options in enumerate((("-l", "full"), ("-z",), ())):
+            here.guest.write("vda", 0, 512, number + 1)
+            here.guest.write("vdb", 512 * number, 512, 7)
+            here.guest.write("vdd", MIB * number, MIB, number + 1)
+            saved = here.save(*options)
+            mode = "delta" if number else "full"
+            # nothing tracks changes of what can't change
+            assert saved.modes == {"vda": mode, "vdb": mode, "vdc": "full", "vdd": mode}
+        here.guest.write_zeroes("vda", 0, 512, unmap=True)
+        assert here.save().disk("vda")["zero_bytes"] == 512
+        # data outside of the image is read through it, and a restore does not write there
+        before = outside.read_bytes()
+        here.prove_all()
+        assert outside.read_bytes() == before
+
+
+def test_images_elsewhere(lab: DaemonLab, tmp_path: Path) -> None:
+    image, socket = lab.images / "far.qcow2", lab.directory / "far.sock"
+    run(["qemu-img", "create", "-q", "-f", "qcow2", image, "8M"])
+    os.truncate(image, 16 * MIB)  # an NBD export does not grow
+    far = f"""<disk type='network' device='disk'><driver name='qemu' type='qcow2'/>
+        <source protocol='nbd' name='disk'><host transport='unix' socket='{socket}'/></source>
+        <target dev='vdb' bus='virtio'/><alias name='ua-vdb'/></disk>"""
+    serve: list[str | Path] = [
+        "qemu-nbd",
+        "-k",
+        socket,
+        "-x",
+        "disk",
+        "--persistent",
+        "-e",
+        "0",
+        "-f",
+        "raw",
+        image,
+    ]
+    with subprocess.Popen(serve) as server:
+        try:
+            wait_until(socket.exists, "NBD server", 20)
+            socket.chmod(0o777)
+            options = GuestOptions(extra_devices=far)
+            with scene(lab, tmp_path, "far", (DiskSpec(size=MIB),), options) as here:
+                for number in range(3):
+                    here.guest.write("vdb", number * MIB, MIB, number + 1)
+                    report = here.ctl.backup("far", here.set)
+                    modes = {disk["target"]: disk["mode"] for disk in report["point"]["disks"]}
+                    mode = "delta" if number else "full"
+                    assert modes == {"vda": mode, "vdb": mode}
+                restored = here.ctl.restore(here.set, tmp_path / "r", "--format", "raw")["vdb"]
+                expected = b"".join(bytes([number + 1]) * MIB for number in range(3))
+                assert restored.read_bytes() == expected + bytes(5 * MIB)
+        finally:
+            server.kill()
+
+
+def test_guests_that_are_saved_or_transient(lab: DaemonLab, tmp_path: Path) -> None:
+    with scene(lab, tmp_path, "fleeting", options=GuestOptions(uuid=str(uuid.uuid4()))) as here:
+        guest = here.guest
+        here.save()
+        guest.write("vda", 0, MIB, 1)
+        lab.virsh("managedsave", guest.name)
+        guest.start()
+        guest.write("vda", MIB, MIB, 2)
+        assert here.save().modes == {"vda": "delta"}
+        guest.stop()
+        xml = lab.images / "fleeting.xml"
+        xml.write_text(lab.virsh("dumpxml", "--inactive", guest.name))
+        guest.undefine()
+        for number in (3, 4):
+            lab.virsh("create", xml)
+            guest.adopt_process()
+            guest.write("vda", number * MIB, MIB, number)
+            # libvirt forgets a transient domain's checkpoints with its end; the images don't
+            assert here.save().modes == {"vda": "delta"}
+            guest.write("vda", number * MIB, MIB, number + 10)
+            if number == 3:
+                process = guest.process()
+                guest.qmp("quit")
+                assert process.wait(20)
+                wait_until(lambda: "fleeting" not in lab.virsh("list", "--all"), "end", 20)
+        here.prove_all()
