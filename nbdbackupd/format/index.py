@@ -30,6 +30,8 @@ MAX_BLOCK = 1 << 20
 HEADER = struct.Struct("<8sIIQQ")
 RECORD = struct.Struct("<QQQII32s")
 NO_DIGEST = bytes(32)
+DROP_EVERY = 1 << 14
+"""Records (1 MiB of them) after which an iteration lets go of what it has read."""
 
 
 class Kind(IntEnum):
@@ -133,6 +135,15 @@ class Index:
                 raise IntegrityError("bad kind in index", file=self.path, record=number)
             end = record.end
             yield record
+            if number % DROP_EVERY == DROP_EVERY - 1:
+                self._drop(number + 1)
+
+    def _drop(self, number: int) -> None:
+        """Let go of the pages before a record: read pages of a mapping count as our memory."""
+        done = (HEADER.size + number * RECORD.size) // mmap.PAGESIZE * mmap.PAGESIZE
+        begin = max(0, done - 2 * DROP_EVERY * RECORD.size) // mmap.PAGESIZE * mmap.PAGESIZE
+        if done > begin:
+            self._map.madvise(mmap.MADV_DONTNEED, begin, done - begin)
 
     def record(self, number: int) -> Record:
         """Record ``number``, 0-based, unchecked."""
