@@ -2,7 +2,7 @@
 
 Arguments are lists, never a shell's text. Standard input is /dev/null, the locale is C, and every
 child leads a session of its own: Ctrl-C in a terminal reaches us alone, and we end the children
-when their work is undone.
+when their work is undone. If we are killed, the kernel kills them.
 """
 
 import contextlib
@@ -45,6 +45,10 @@ PACKAGES: Final = {
     "qemu-storage-daemon": "qemu-system-common (Debian) or qemu-img (Fedora, EL)",
 }
 """Which distribution package brings a program."""
+
+DIE_WITH_US: Final = ("setpriv", "--pdeathsig", "KILL", "--")
+"""util-linux's way to prctl(2), PR_SET_PDEATHSIG: code of ours between fork and exec would have to
+run beside other threads' locks. The signal comes when the thread that started the child ends."""
 
 
 class _Tail:
@@ -234,10 +238,13 @@ def _start(
     env: Mapping[str, str] | None,
 ) -> subprocess.Popen[bytes]:
     name = program(argv)
-    log.debug("run: %s", shlex.join(os.fspath(each) for each in argv))
+    words = [os.fspath(each) for each in argv]
+    log.debug("run: %s", shlex.join(words))
+    if shutil.which(words[0]) and shutil.which(DIE_WITH_US[0]):
+        words = [*DIE_WITH_US, *words]
     try:
         return subprocess.Popen(
-            [os.fspath(each) for each in argv],
+            words,
             stdin=stdin,
             stdout=stdout,
             stderr=subprocess.PIPE,
