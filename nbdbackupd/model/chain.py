@@ -153,8 +153,13 @@ class RestorePoint:
 
     @property
     def makes_base(self) -> bool:
-        """Whether a later increment or differential may start from this point."""
-        return bool(self.checkpoint) and self.level in (Level.FULL, Level.INC)
+        """Whether a later increment or differential may start from this point.
+
+        An increment of disks that can't be tracked makes no checkpoint and is a leaf, as a
+        differential is. A full is a base in any case: that of raw disks, too, has increments,
+        in which they are read in full.
+        """
+        return self.level is Level.FULL or (self.level is Level.INC and bool(self.checkpoint))
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +176,7 @@ class BackupSet:
         links; they decide only between points that no link orders (a copy, a differential).
 
         Raises ChainBrokenError: a missing parent, a parent of other digest or chain, two points
-        of one id, two fulls, or two increments on one parent.
+        of one id, two fulls, or two increments with checkpoints on one parent.
         """
         found = list(points)
         by_id = {point.id: point for point in found}
@@ -292,7 +297,7 @@ def _check_shape(points: list[RestorePoint]) -> None:
     fulls = [point.id for point in points if point.level is Level.FULL]
     if len(fulls) > 1:
         raise ChainBrokenError(f"the set holds more than one full: {', '.join(fulls)}")
-    parents = [point.parent for point in points if point.level is Level.INC]
+    parents = [point.parent for point in points if point.parent and point.makes_base]
     for parent in parents:
         if parents.count(parent) > 1:
             raise ChainBrokenError(f"two increments hang on restore point {parent}")

@@ -306,7 +306,7 @@ class Repository:
             known = self.load()
             if known.full is None:
                 return
-            names = [point.checkpoint for point in known.points if point.makes_base]
+            names = [point.checkpoint for point in known.points if point.checkpoint]
             data = json.dumps(names).encode()
             path = self.file(layout.checkpoint_list(known.full.domain))
             with durable.translate_os_errors("write", path):

@@ -172,6 +172,30 @@ def test_raw_disks_are_read_in_full_at_the_same_instant(here: Scene) -> None:
     here.prove_all()
 
 
+def test_points_of_disks_that_nothing_tracks(here: Scene, tmp_path: Path) -> None:
+    full = here.save("--raw")
+    here.guest.write("vda", 0, 64 * KIB, 1)
+    here.guest.write("vdc", 0, 64 * KIB, 1)
+    leaf = here.save("--raw", "-i", "vdc")
+    assert (leaf.point["level"], leaf.point["checkpoint"]) == ("inc", "")
+    # it lost nothing of the other disks: their base is what it was
+    inc = here.save("--raw")
+    assert inc.point["parent"] == full.id
+    assert inc.modes == {"vda": "delta", "vdb": "delta", "vdc": "full"}
+    assert data_bytes(inc)["vda"] == 64 * KIB
+    # and a set may hold nothing else
+    raw = tmp_path / "raw"
+    for level in ("full", "auto", "inc", "diff", "copy", "auto"):
+        here.guest.write("vdc", MIB, 64 * KIB, len(here.history))
+        only = here.save("--raw", "-i", "vdc", "-l", level, into=raw)
+        assert (only.modes, only.point["checkpoint"]) == ({"vdc": "full"}, "")
+        assert only.point["level"] == ("inc" if level == "auto" else level)
+    assert "already holds a full" in here.refuse("-l", "full", code=REPOSITORY, into=raw)
+    assert set(here.save("--raw", into=raw, code=WARNED).reasons) == {"vda", "vdb"}
+    assert here.save("--raw", into=raw).modes == inc.modes
+    here.prove_all()
+
+
 def test_images_as_they_are(here: Scene) -> None:
     for options in (("-l", "full"), ("-l", "copy", "-z"), ()):
         assert "-l copy" in here.refuse("-t", "raw", *options, code=USAGE)
