@@ -3,10 +3,10 @@
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nbdbackupd.errors import FormatError, ProcessError
+from nbdbackupd.errors import DomainError, FormatError, ProcessError
 from nbdbackupd.model import domain as domain_model
 from nbdbackupd.model.chain import ImageLayer, Level, RestorePoint
 from nbdbackupd.model.plan import DiskPlan, DiskState, lost_disks, plan_disks
@@ -16,6 +16,7 @@ from nbdbackupd.virt.domain import Domain
 
 log = logging.getLogger(__name__)
 LOCAL_TYPES = ("file", "block")
+VOLUME = "volume"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +52,7 @@ def survey_domain(domain: Domain, wish: Wish, level: Level, parent: RestorePoint
 
     Raises UsageError or NotSupportedError if its disks can't be saved as asked, DomainError.
     """
-    definition = domain.definition()
+    definition = _with_paths(domain, domain.definition())
     infos = {disk.target: _info(disk) for disk in definition.disks}
     chains = {target: image.parse_chain(text) for target, text in infos.items() if text}
     facts = {
@@ -82,6 +83,31 @@ def survey_domain(domain: Domain, wish: Wish, level: Level, parent: RestorePoint
         states=states,
         infos={target: text for target, text in infos.items() if text},
         lost=lost_disks(parent, selection),
+    )
+
+
+def _with_paths(domain: Domain, definition: domain_model.Domain) -> domain_model.Domain:
+    """Say of volumes where they lie: pools may be gone on the day of the restore (F-94)."""
+    return replace(definition, disks=tuple(_with_path(domain, each) for each in definition.disks))
+
+
+def _with_path(domain: Domain, disk: domain_model.Disk) -> domain_model.Disk:
+    if disk.type != VOLUME or not disk.source:
+        return disk
+    pool, _, volume = disk.source.partition("/")
+    try:
+        path = Path(domain.volume_path(pool, volume))
+    except DomainError as err:
+        log.warning("disk %s: %s", disk.target, err)
+        return disk
+    if not path.exists():
+        # of a pool that is no directory of this host: libvirt's notation tells more
+        return disk
+    return replace(
+        disk,
+        type="block" if path.is_block_device() else "file",
+        source=os.fspath(path),
+        layers=(ImageLayer(os.fspath(path), disk.format), *disk.layers[1:]),
     )
 
 

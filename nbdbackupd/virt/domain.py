@@ -101,6 +101,15 @@ class Domain:
         info = self.call(f"can't read the size of {target}", lambda each: each.blockInfo(target))
         return info[0]
 
+    def volume_path(self, pool: str, volume: str) -> str:
+        """Return where a volume of a storage pool lies on libvirt's host.
+
+        Raises DomainError, also where libvirt has no storage driver (the embedded one).
+        """
+        _, connection = self.connection.current()
+        with fault.translate(f"can't find volume {volume} of pool {pool}", domain=self.name):
+            return connection.storagePoolLookupByName(pool).storageVolLookupByName(volume).path()
+
     def owner(self) -> tuple[int, int] | None:
         """Return (uid, gid) of the QEMU process: its own label, or libvirt's default."""
         return self.definition().owner or self.connection.base_owner()
