@@ -84,8 +84,7 @@ class DaemonLab(Lab):
         hide = [] if self.qemu_user == "root" else ["hide-kvm"]
         with (self.root / "log" / "stderr").open("ab") as log:
             self._daemon = subprocess.Popen(
-                # what the host mounts later shall be seen inside
-                ["unshare", "--mount", "--propagation", "slave", LAUNCHER, self.root, *hide],
+                ["unshare", "--mount", "--propagation", _propagation(), LAUNCHER, self.root, *hide],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -145,3 +144,13 @@ class DaemonLab(Lab):
         except LabError:
             return False
         return True
+
+
+def _propagation() -> str:
+    """Return how the namespace's mounts relate to the host's.
+
+    As slaves: what the host mounts later is seen inside, but not the other way round.  In a
+    chroot whose directory is no mount point, the kernel refuses that.
+    """
+    lines = Path("/proc/self/mountinfo").read_text("utf-8").splitlines()
+    return "slave" if any(line.split()[4] == "/" for line in lines) else "unchanged"
