@@ -102,16 +102,20 @@ def _unpacked(suite: str) -> Path:
 
 def _download(suite: str, work: Path) -> Path:
     """Download the package of another suite with an apt that has its own lists and sources."""
-    for name in ("lists/partial", "cache/archives/partial", "debs"):
+    for name in ("lists/partial", "cache/archives/partial", "debs", "none"):
         (work / name).mkdir(parents=True)
+    # no package is installed there, or apt would want the installed version
+    status = work / "status"
+    status.touch()
     sources = work / "sources.list"
     keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
     sources.write_text(f"deb [signed-by={keyring}] {_mirror()} {suite} main\n", "utf-8")
     options = [
         f"Dir::Etc::SourceList={sources}",
-        "Dir::Etc::SourceParts=-",
-        "Dir::Etc::Preferences=-",
-        "Dir::Etc::PreferencesParts=-",
+        f"Dir::Etc::SourceParts={work / 'none'}",
+        f"Dir::Etc::Preferences={work / 'none/file'}",
+        f"Dir::Etc::PreferencesParts={work / 'none'}",
+        f"Dir::State::Status={status}",
         f"Dir::State::Lists={work / 'lists'}",
         f"Dir::Cache={work / 'cache'}",
         "APT::Sandbox::User=root",  # apt's own account may not write here
