@@ -206,10 +206,14 @@ def scene_of(lab: Lab, directory: Path, guest: Guest) -> Scene:
 
 
 def assert_same(image: Path, image_format: str, reference: Path) -> None:
-    """Compare all guest bytes of an image with a raw reference, the size included."""
+    """Compare all guest bytes of an image with a raw reference, the size included.
+
+    QEMU must find no fault in its structure, and no cluster that is leaked.
+    """
     raw = image
     if image_format != "raw":
         raw = image.with_name(f"{image.name}.as-raw")
+        run(["qemu-img", "check", "-q", "-f", image_format, image])
         run(["qemu-img", "convert", "-f", image_format, "-O", "raw", image, raw])
     different = first_difference_raw(raw, reference)
     assert different is None, f"{image} differs from {reference} at offset {different}"

@@ -191,6 +191,10 @@ def test_points_of_disks_that_nothing_tracks(here: Scene, tmp_path: Path) -> Non
         assert (only.modes, only.point["checkpoint"]) == ({"vdc": "full"}, "")
         assert only.point["level"] == ("inc" if level == "auto" else level)
     assert "already holds a full" in here.refuse("-l", "full", code=REPOSITORY, into=raw)
+    told = here.ctl("estimate", "shared", "-o", raw, "--json").json["disks"]
+    assert {disk["target"]: (disk["mode"], disk["bytes"]) for disk in told} == {
+        "vdc": ("full", 4 * MIB)
+    }
     assert set(here.save("--raw", into=raw, code=WARNED).reasons) == {"vda", "vdb"}
     assert here.save("--raw", into=raw).modes == inc.modes
     here.prove_all()
