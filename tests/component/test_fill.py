@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from nbdbackupd.crew import Crew
 from nbdbackupd.errors import NbdError
 from nbdbackupd.format.index import MAX_BLOCK
 from nbdbackupd.ops import layers
 from nbdbackupd.ops.fill import fill
 from nbdbackupd.ops.outputs import DEPTH, Output, Writer
-from nbdbackupd.ops.threads import Crew
 from tests.lib import sets
 from tests.lib.sets import SetBuilder
 
