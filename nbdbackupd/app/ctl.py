@@ -5,12 +5,11 @@ Everything heavy is imported by the verb that needs it, so that ``--version`` is
 """
 
 import json
-import os
 import sys
 import traceback
 from collections.abc import Sequence
 
-from nbdbackupd.app import arguments
+from nbdbackupd.app import arguments, streams
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import Interrupted, NbdbackupError
 
@@ -19,15 +18,21 @@ JSON_VERSION = 1
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; argparse's own exits pass through."""
+    streams.reserve()
     args = arguments.build_parser().parse_args(argv)
     context = Context.from_args(args)
+    code = 0
     try:
         code = _run(args, context)
         sys.stdout.flush()
     except BrokenPipeError:
         # the reader of our output left (``| head``): nothing more to tell it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.give_up_stdout()
         return 128 + 13
+    except OSError as err:
+        streams.give_up_stdout()
+        print(f"nbdbackupctl: can't write the output: {err.strerror}", file=sys.stderr)
+        return code or 50
     return code
 
 
@@ -40,6 +45,8 @@ def _run(args: "arguments.Arguments", context: Context) -> int:
         return _report(context, stop, stop.exit_code)
     except KeyboardInterrupt:
         return _report(context, Interrupted(2), 130)
+    except BrokenPipeError:
+        raise
     except OSError as err:
         return _report(context, err, 50)
     except Exception as err:  # noqa: BLE001 - the one place where bugs end

@@ -1,0 +1,34 @@
+"""The three standard streams, which a caller may have closed, and which may break."""
+
+import os
+import sys
+from typing import Final
+
+STREAMS: Final = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
+
+
+def reserve() -> None:
+    """Put ``/dev/null`` in the place of each standard stream that is closed.
+
+    Otherwise the next file that is opened gets its number, and what any library prints to
+    standard error ends up in the middle of a backup.
+    """
+    for fd, (name, mode) in enumerate(STREAMS):
+        try:
+            os.fstat(fd)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != fd:
+                os.dup2(null, fd)
+                os.close(null)
+        if getattr(sys, name) is None:
+            # not to be closed: it stays open as long as the process
+            stream = open(fd, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+
+
+def give_up_stdout() -> None:
+    """Let what is still to be written to standard output go nowhere."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
