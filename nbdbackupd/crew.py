@@ -36,9 +36,15 @@ class Crew:
             threading.Thread(name=name, target=self._guarded, args=(body,))
             for name, body in bodies.items()
         ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
+        started = []
+        try:
+            for thread in threads:
+                thread.start()
+                started.append(thread)
+        except BaseException as err:  # noqa: BLE001 - raised again below
+            # no more threads (a limit of the host): those that run must not go on alone
+            self._fail(err)
+        for thread in started:
             while thread.is_alive():
                 thread.join(TICK_SECONDS)
                 if not self._stop.is_set():
