@@ -20,6 +20,11 @@ class Swept:
     def __bool__(self) -> bool:
         return bool(self.job or self.guest or self.files)
 
+    def __str__(self) -> str:
+        """What was removed, for a log line."""
+        found = [self.job, *(str(file) for file in self.files), self.guest]
+        return "; ".join(text for text in found if text)
+
 
 def sweep(domain: Domain, runtime_dir: Path, scratch_dir: Path) -> Swept:
     """End our own orphaned job and remove its files; other people's jobs are left alone.
