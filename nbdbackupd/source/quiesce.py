@@ -7,6 +7,7 @@ killed in between leaves the guest so, and ``release`` of the next one lets it g
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -21,6 +22,8 @@ from nbdbackupd.virt.domain import Domain, State
 
 LOG = logging.getLogger(__name__)
 THAW_ATTEMPTS: Final = 2
+EMBEDDED_SECONDS: Final = 2.0
+POLL_SECONDS: Final = 0.05
 FROZEN: Final = "frozen"
 PAUSED: Final = "paused"
 
@@ -133,8 +136,21 @@ def _frozen(domain: Domain, wish: Quiet, moment: Moment) -> Iterator[None]:
         ice.thaw()
 
 
-def _obstacle(domain: Domain) -> str:
+def _agent(domain: Domain) -> Agent:
+    """Look at the agent's channel; an embedded libvirt needs a moment to see that it is there.
+
+    Measured with libvirt 9.0: some 100 ms after the open.
+    """
     agent = domain.definition().agent
+    deadline = time.monotonic() + (EMBEDDED_SECONDS if domain.connection.is_embedded else 0.0)
+    while agent is Agent.DISCONNECTED and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+        agent = domain.definition().agent
+    return agent
+
+
+def _obstacle(domain: Domain) -> str:
+    agent = _agent(domain)
     if agent is Agent.ABSENT:
         return "it has no guest agent channel"
     if agent is Agent.DISCONNECTED:

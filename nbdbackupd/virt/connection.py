@@ -59,6 +59,11 @@ class Connection:
         """Return the URI as it was asked for."""
         return self.address.uri
 
+    @property
+    def is_embedded(self) -> bool:
+        """Tell whether libvirt runs inside this process, and has only just found the guests."""
+        return urlsplit(self.uri).path == "/embed"
+
     def current(self) -> tuple[int, libvirt.virConnect]:
         """Return a number that changes with each reopening, and the live handle.
 
