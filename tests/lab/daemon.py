@@ -60,11 +60,6 @@ class DaemonLab(Lab):
         return ["nsenter", f"--mount=/proc/{self._running_daemon().pid}/ns/mnt", "--"]
 
     @property
-    def daemon_log(self) -> Path:
-        """Return libvirtd's log, from level "info" on."""
-        return self.root / "log" / "libvirtd.log"
-
-    @property
     def _cache(self) -> Path:
         return self.root / "cache"
 

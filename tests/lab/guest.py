@@ -251,10 +251,6 @@ class Guest:
         for start, size in _pieces(offset, length, MAX_ZERO_BYTES):
             self._io(target, f"discard {start} {size}", "discard", start, size)
 
-    def flush(self, target: str) -> None:
-        """Have the disk flushed, as a guest's sync does."""
-        self.qmp("human-monitor-command", {"command-line": self._io_line(target, "flush")})
-
     def random_ops(self, rng: random.Random, count: int, *, align: int = 512) -> None:
         """Do ``count`` random operations all over the writable disks.
 
