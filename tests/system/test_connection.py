@@ -1,6 +1,8 @@
 """Connections: what fails how, the embedded driver, and what the type stubs promise."""
 
 import ast
+import os
+import signal
 import sys
 import threading
 import time
@@ -126,14 +128,14 @@ def test_a_hanging_libvirtd_is_given_up(lab: DaemonLab, monkeypatch: pytest.Monk
     pid = daemon_pid(lab)
     with open_connection(lab.uri) as connection:
         domain = Domain.find(connection, "hang")
-        run(["kill", "-STOP", str(pid)])
+        os.kill(pid, signal.SIGSTOP)
         try:
             begun = time.monotonic()
             with pytest.raises(DomainError):
                 domain.state()
             assert time.monotonic() - begun < 30
         finally:
-            run(["kill", "-CONT", str(pid)])
+            os.kill(pid, signal.SIGCONT)
 
 
 def daemon_pid(lab: DaemonLab) -> int:
