@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nbdbackupd.app.arguments import build_parser
+from nbdbackupd.app.parser import build_parser
 
 HEAD = """\
 # bash completion of nbdbackupctl. Made by scripts/gen-completion, not to be edited.

@@ -182,7 +182,7 @@ def test_the_check_lets_pass() -> None:
 def test_the_command_line_loads_nothing_heavy() -> None:
     """``--version`` and errors of usage are quick: verbs import what they need when they run."""
     script = (
-        "import sys; from nbdbackupd.app import arguments, ctl; arguments.build_parser();"
+        "import sys; from nbdbackupd.app import ctl, parser; parser.build_parser();"
         "heavy = {'libvirt', 'nbd', 'lz4', 'subprocess', 'asyncio', 'xml.etree.ElementTree',"
         " 'yaml', 'jinja2', 'nbdbackupd.ops.backup', 'nbdbackupd.repo.repository'};"
         "print(*sorted(heavy & set(sys.modules)))"

@@ -1,22 +1,10 @@
-"""The command line: global options, which stand before or after the verb, and the verbs."""
+"""Values on the command line, for argparse: what a verb's options accept."""
 
 import argparse
-from pathlib import Path
 
-from nbdbackupd import __version__
 from nbdbackupd.app import sizes
 
 Arguments = argparse.Namespace
-
-EPILOG = """\
-exit status:
-  0 done            2 usage                    40 damaged data or format
-  1 bug             10 configuration           50 backup set or its directory
-  3 done, with      20 domain or libvirt       75 locked or busy, try later
-    warnings        30 source or NBD        128+n ended by signal n
-
-'nbdbackupctl VERB --help' explains a verb, nbdbackupctl(1) everything.
-"""
 
 
 def size(text: str) -> int:
@@ -60,53 +48,3 @@ def names(text: str) -> tuple[str, ...]:
     if not found:
         raise argparse.ArgumentTypeError("expected names with commas between them")
     return found
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of ``nbdbackupctl`` with all verbs."""
-    from nbdbackupd.app import verbs
-
-    shared = _global_options()
-    parser = argparse.ArgumentParser(
-        prog="nbdbackupctl",
-        description="Back up libvirt/QEMU domains while they run, and restore them bit for bit.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[shared],
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"nbdbackupctl {__version__}")
-    subparsers = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for verb in verbs.ALL:
-        verb.register(subparsers, shared)
-    return parser
-
-
-def _global_options() -> argparse.ArgumentParser:
-    """Options for every verb. SUPPRESS: a value before the verb survives its absence after it."""
-    shared = argparse.ArgumentParser(
-        add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=False
-    )
-    group = shared.add_argument_group("global options")
-    group.add_argument(
-        "-c", "--connect", metavar="URI", help="libvirt connection (default: qemu:///system)"
-    )
-    group.add_argument("--user", metavar="NAME", help="user name for the libvirt connection")
-    group.add_argument(
-        "--password-file", metavar="FILE", type=Path,
-        help="file with the password for the libvirt connection",
-    )  # fmt: skip
-    group.add_argument("--json", action="store_true", help="print the result as JSON")
-    group.add_argument(
-        "--progress", choices=("auto", "line", "plain", "none"),
-        help="how to show progress on stderr (default: auto, a line on a terminal)",
-    )  # fmt: skip
-    group.add_argument(
-        "--runtime-dir", metavar="DIR", type=Path,
-        help="directory for sockets and locks (default: /run/nbdbackup)",
-    )  # fmt: skip
-    group.add_argument(
-        "-v", "--verbose", action="count", help="tell what is done; twice: in detail"
-    )
-    group.add_argument("-q", "--quiet", action="store_true", help="only errors")
-    return shared

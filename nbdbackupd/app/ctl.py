@@ -9,7 +9,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from nbdbackupd.app import arguments, streams
+from nbdbackupd.app import parser, streams
+from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import Interrupted, NbdbackupError
 
@@ -19,7 +20,7 @@ JSON_VERSION = 1
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; argparse's own exits pass through."""
     streams.reserve()
-    args = arguments.build_parser().parse_args(argv)
+    args = parser.build_parser().parse_args(argv)
     context = Context.from_args(args)
     code = 0
     try:
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(args: "arguments.Arguments", context: Context) -> int:
+def _run(args: Arguments, context: Context) -> int:
     try:
         code: int = args.run(args, context)
     except NbdbackupError as err:

@@ -212,7 +212,12 @@ def _plan_set(request: RestoreRequest, stack: ExitStack, cancelled: Callable[[],
         raise RepositoryError(f"{request.source} holds no restore point: is it a backup set?")
     point = points.choose(known, point=request.point, until=request.until, at=request.at)
     disks = [point.disk(target) for target in dict.fromkeys(request.disks)] or list(point.disks)
-    made = [restore_options.choose(repository, point, disk, request) for disk in disks]
+    made = [
+        restore_options.choose(
+            repository, point, disk, wanted=request.format, preallocate=request.preallocate
+        )
+        for disk in disks
+    ]
     names = output_names.choose(
         [
             output_names.Wanted(

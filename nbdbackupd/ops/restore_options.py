@@ -1,7 +1,7 @@
 """Which format and which creation options a restored image gets: the original's, if it can."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from nbdbackupd.errors import FormatError, IntegrityError
 from nbdbackupd.model.chain import DiskPoint, RestorePoint
@@ -9,9 +9,6 @@ from nbdbackupd.ops import layers
 from nbdbackupd.qemu import image
 from nbdbackupd.qemu.image import CreateOptions, ImageInfo
 from nbdbackupd.repo.repository import Repository
-
-if TYPE_CHECKING:
-    from nbdbackupd.ops.restore import RestoreRequest
 
 INFO_ROLE: Final = "image-info"
 MAX_INFO: Final = 16 << 20
@@ -42,14 +39,19 @@ def plain(format_: str, *, preallocate: bool) -> CreateOptions:
 
 
 def choose(
-    repository: Repository, point: RestorePoint, disk: DiskPoint, request: "RestoreRequest"
+    repository: Repository,
+    point: RestorePoint,
+    disk: DiskPoint,
+    *,
+    wanted: str | None,
+    preallocate: bool,
 ) -> Choice:
-    """What to make of one disk.
+    """What to make of one disk; ``wanted`` is a format, or None for the original's.
 
     Raises IntegrityError if the saved information about the image is damaged.
     """
-    format_, warnings = choose_format(disk.format, request.format, disk.target)
-    options = plain(format_, preallocate=request.preallocate)
+    format_, warnings = choose_format(disk.format, wanted, disk.target)
+    options = plain(format_, preallocate=preallocate)
     if format_ == "qcow2" and disk.format == "qcow2":
         original = _original(repository, point, disk)
         if original is None:

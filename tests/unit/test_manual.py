@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd import __version__, errors
-from nbdbackupd.app.arguments import EPILOG
+from nbdbackupd.app.parser import EPILOG
 from scripts import gen_completion
 from scripts.gen_completion import Command
 from tests.lib.pages import DESIGN, TOP, table_column
