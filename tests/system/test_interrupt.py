@@ -60,8 +60,7 @@ def witness(
     ctl: RiggedCtl, guest: Guest, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Witness:
     witness = Witness(ctl, guest, tmp_path, f"set{abs(hash(request.node.name)) % 1000}")
-    for name in witness.checkpoints():
-        guest.virsh("checkpoint-delete", "--domain", guest.name, name)
+    witness.delete_checkpoints()
     witness.fill()
     return witness
 

@@ -72,9 +72,7 @@ def ctl(lab: EmbeddedLab) -> RiggedCtl:
 def alone(ctl: RiggedCtl, guest: Guest, tmp_path: Path, request: pytest.FixtureRequest) -> Witness:
     """A set of its own; the checkpoints of earlier ones are gone."""
     witness = Witness(ctl, guest, tmp_path, f"set{abs(hash(request.node.name)) % 1000}")
-    before = witness.checkpoints()
-    for name in before:
-        guest.virsh("checkpoint-delete", "--domain", guest.name, name)
+    witness.delete_checkpoints()
     witness.fill()
     return witness
 
@@ -115,6 +113,34 @@ def test_killed_increments(alone: Witness) -> None:
         assert point["warnings"] == [], fault
         alone.assert_clean()
     alone.check_all()
+
+
+@pytest.mark.parametrize("fault", [BEFORE_COMMIT[7], *AFTER_COMMIT[:2]])
+@pytest.mark.parametrize("is_there", [True, False], ids=["there", "unmounted"])
+def test_another_set_between(
+    alone: Witness, ctl: RiggedCtl, guest: Guest, tmp_path: Path, fault: str, *, is_there: bool
+) -> None:
+    """A run into another set sweeps up after the dead one, and harms none of its chain."""
+    alone.run("-l", "full")
+    alone.change()
+    killed(alone, fault)
+    other = Witness(ctl, guest, tmp_path, "other")
+    away = tmp_path / "away"
+    if not is_there:
+        alone.path.rename(away)
+    other.run("-l", "full")
+    if not is_there:
+        away.rename(alone.path)
+    alone.change()
+    point = alone.run().json["point"]
+    assert point["level"] == "inc"
+    assert point["warnings"] == []
+    other.run("-l", "inc")
+    bases = {each.points()[-1]["checkpoint"] for each in (alone, other)}
+    assert alone.checkpoints() == bases
+    for each in (alone, other):
+        each.assert_no_files()
+        each.check_all()
 
 
 def test_killed_again_and_again(alone: Witness) -> None:
