@@ -1,6 +1,7 @@
 """Options of the whole test suite."""
 
 import random
+import signal
 
 import pytest
 
@@ -11,6 +12,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="1",
         help="seed of the tests that play random histories; 'fresh' takes a new one, and says it",
     )
+
+
+def pytest_configure() -> None:
+    # under nohup SIGHUP is ignored, and so it would be by all that the tests start
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,9 @@ class DaemonLab(Lab):
         There the daemon is ``qemu:///system``, for programs that take no socket in a URI.  The
         working directory is / then, and what the host mounted later is not there.
         """
-        return ["nsenter", f"--mount=/proc/{self._running_daemon().pid}/ns/mnt", "--"]
+        proc = f"/proc/{self._running_daemon().pid}"
+        # the root, too: in a chroot the namespace's own root is another one
+        return ["nsenter", f"--mount={proc}/ns/mnt", f"--root={proc}/root", "--"]
 
     @property
     def _cache(self) -> Path:
