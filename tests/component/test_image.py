@@ -67,9 +67,10 @@ def test_chain_and_data_file(tmp_path: Path) -> None:
 
 def test_encrypted(tmp_path: Path) -> None:
     path = tmp_path / "e.qcow2"
+    # not luks: to tune that, qemu-img measures the processor, and fails where clocks are coarse
     qemu_img(
         "create", "-f", "qcow2", "--object", "secret,id=s,data=abc",
-        "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", path, "1M",
+        "-o", "encrypt.format=aes,encrypt.key-secret=s", path, "1M",
     )  # fmt: skip
     assert image.info(path).encrypted
     assert not image.info(path).corrupt
