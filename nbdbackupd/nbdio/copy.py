@@ -62,8 +62,8 @@ class Tuning:
 
     workers: int = 2
     connections: int = 2
-    depth: int = 8
-    block: int = 512 << 10
+    depth: int = 4
+    block: int = 1 << 20
 
     @property
     def buffers(self) -> int:
