@@ -8,16 +8,17 @@ when QEMU dies in the middle.
 
 import time
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import libvirt
 
-from nbdbackupd.errors import DomainError
+from nbdbackupd.errors import BusyError, DomainError
 from nbdbackupd.model.jobxml import BackupJob, parse_backup_job
 from nbdbackupd.virt.domain import Domain
 
 ABORT_TIMEOUT_SECONDS: Final = 30.0
 POLL_SECONDS: Final = 0.01
+LOST_JOB_SECONDS: Final = 5.0
 # names of virDomainJobOperation
 OPERATIONS: Final = (
     "unknown",
@@ -60,7 +61,7 @@ def active_job(domain: Domain) -> ActiveJob | None:
         return None
     if domain.call("can't read its job", lambda each: each.jobInfo())[0] == _NONE:
         return None
-    found = domain.call("can't read its job", lambda each: each.jobStats())
+    found = _active_stats(domain)
     if found.get("type", _NONE) == _NONE:
         return None
     number = found.get(libvirt.VIR_DOMAIN_JOB_OPERATION, 0)
@@ -75,6 +76,31 @@ def active_job(domain: Domain) -> ActiveJob | None:
             return None
         raise DomainError(f"domain {domain.name}: can't read its backup job: {err}") from err
     return ActiveJob("backup", parse_backup_job(xml))
+
+
+def _active_stats(domain: Domain) -> dict[str, Any]:
+    """Ask for the statistics of a job that libvirt says is there.
+
+    A libvirtd that was killed while a backup job began may come back with a job of which it knows
+    nothing ("backup job data missing", seen with 9.0): for a moment, or until the guest ends.
+    Raises BusyError in the second case.
+    """
+    deadline = time.monotonic() + LOST_JOB_SECONDS
+    while True:
+        try:
+            return domain.call("can't read its job", lambda each: each.jobStats())
+        except DomainError as err:
+            cause = err.__cause__
+            code = cause.get_error_code() if isinstance(cause, libvirt.libvirtError) else None
+            if code != libvirt.VIR_ERR_INTERNAL_ERROR:
+                raise
+            if time.monotonic() > deadline:
+                raise BusyError(
+                    f"domain {domain.name} has a job that libvirt has lost track of: end it with "
+                    f"'virsh domjobabort', or power the guest off and start it again",
+                    domain=domain.name,
+                ) from err
+        time.sleep(POLL_SECONDS)
 
 
 def begin(domain: Domain, backup_xml: str, checkpoint_xml: str) -> None:
