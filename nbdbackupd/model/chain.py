@@ -30,8 +30,13 @@ class DiskMode(StrEnum):
 
 
 class Consistency(StrEnum):
-    """State of the guest at the instant of the point, best first."""
+    """State of the guest at the instant of the point, best first.
 
+    ``OFFLINE``: it was off, and had ended by itself as far as libvirt knows; one that was
+    destroyed, crashed or saved to a file is ``CRASH``, though it was off, too.
+    """
+
+    OFFLINE = "offline"
     FILESYSTEM = "filesystem"
     PAUSED = "paused"
     CRASH = "crash"
