@@ -17,6 +17,7 @@ from nbdbackupd import log as runlog
 from nbdbackupd.errors import CheckpointError, NotSupportedError, RepositoryError
 from nbdbackupd.model.chain import BackupSet, Level, RestorePoint, effective_level
 from nbdbackupd.ops import leftovers, recording
+from nbdbackupd.ops.backup_job import Job
 from nbdbackupd.ops.backup_request import BackupReport, BackupRequest
 from nbdbackupd.ops.survey import Survey, Wish, survey_domain
 from nbdbackupd.repo.repository import Repository
@@ -92,7 +93,7 @@ def _run_locked(
         log.info("nothing saved: %s", small)
         return BackupReport(point=None, skipped=small)
     point, seconds = recording.record(
-        recording.Job(
+        Job(
             request=request, domain=domain, repository=repository, survey=survey, level=level,
             known=known, parent=parent, progress=progress, cancelled=cancelled,
         )
@@ -124,7 +125,7 @@ def _below_threshold(
         return ""
     if any(not plan.delta for plan in survey.plans):
         return ""
-    stored = recording.stored_checkpoint(repository, parent)
+    stored = repository.checkpoint_xml(parent)
     targets = [plan.target for plan in survey.plans]
     try:
         sizes = running.changed_bytes(domain, parent.checkpoint, stored, targets)

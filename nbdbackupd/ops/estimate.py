@@ -7,7 +7,6 @@ from typing import Any
 from nbdbackupd.errors import CheckpointError, NotSupportedError, RepositoryError
 from nbdbackupd.model.chain import Level, RestorePoint
 from nbdbackupd.model.selection import BY_REQUEST
-from nbdbackupd.ops import recording
 from nbdbackupd.ops.survey import Survey, Wish, survey_domain
 from nbdbackupd.repo.repository import Repository
 from nbdbackupd.source import running
@@ -118,7 +117,7 @@ def _disks(
     if head is not None and wanted:
         try:
             sizes = running.changed_bytes(
-                domain, head.checkpoint, recording.stored_checkpoint(repository, head), wanted
+                domain, head.checkpoint, repository.checkpoint_xml(head), wanted
             )
         except CheckpointError as err:
             lost = err.message

@@ -53,15 +53,14 @@ class Collected:
 
 
 def collect(domain: Domain, definition: domain_model.Domain) -> Collected:
-    """List what belongs to the domain; ``definition`` is its live XML, parsed.
+    """List what belongs to the domain; ``definition`` is its XML, parsed: live if it runs.
 
     Raises DomainError if libvirt does not tell the domain's XML.
     """
     warnings: list[str] = []
-    items = [
-        Item(role=DOMAIN_XML, data=domain.xml(inactive=True, secure=True).encode()),
-        Item(role=DOMAIN_XML_LIVE, data=domain.xml(secure=True).encode()),
-    ]
+    items = [Item(role=DOMAIN_XML, data=domain.xml(inactive=True, secure=True).encode())]
+    if domain.is_active():
+        items.append(Item(role=DOMAIN_XML_LIVE, data=domain.xml(secure=True).encode()))
     for role, path in (
         ("loader", definition.loader),
         ("nvram", definition.nvram),

@@ -6,7 +6,7 @@ snapshot's context; a draft that was not published is removed, and so is its che
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,63 +14,21 @@ from pathlib import Path
 from nbdbackupd import durable
 from nbdbackupd.errors import DomainError, NbdbackupError
 from nbdbackupd.format.stream import StreamMeta
-from nbdbackupd.model.chain import (
-    BackupSet,
-    DiskMode,
-    DiskPoint,
-    Level,
-    RestorePoint,
-    StoredFile,
-)
+from nbdbackupd.model.chain import DiskMode, DiskPoint, RestorePoint, StoredFile
 from nbdbackupd.model.plan import DiskState
 from nbdbackupd.nbdio import copy
 from nbdbackupd.nbdio.client import Patience
 from nbdbackupd.ops import leftovers, metadata
-from nbdbackupd.ops.backup_request import BackupRequest
-from nbdbackupd.ops.survey import Survey
+from nbdbackupd.ops.backup_job import Job
+from nbdbackupd.ops.sources import open_source
 from nbdbackupd.ops.transfer import Copied, Transfer, copy_disk
 from nbdbackupd.qemu import image
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Draft, Intent
-from nbdbackupd.repo.repository import Repository
-from nbdbackupd.source import Export, Snapshot, running
-from nbdbackupd.virt.domain import Domain
+from nbdbackupd.repo.repository import CHECKPOINT_XML
+from nbdbackupd.source import Export, Snapshot
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """All that is decided before the point is made."""
-
-    request: BackupRequest
-    domain: Domain
-    repository: Repository
-    survey: Survey
-    level: Level
-    known: BackupSet
-    parent: RestorePoint | None
-    progress: Callable[[str, int, int, int], None]
-    cancelled: Callable[[], None]
-
-    @property
-    def point_id(self) -> str:
-        """One run makes one point: they share their id."""
-        return self.request.run_id
-
-    @property
-    def chain(self) -> str:
-        """The chain's id: that of the full that began it, or of a copy that stands alone."""
-        full = self.known.full
-        return full.chain if full is not None else self.request.run_id
-
-    @property
-    def checkpoint(self) -> str:
-        """The name of the point's checkpoint, unlike any other; empty if it makes none."""
-        tracked = any(plan.tracked for plan in self.survey.plans)
-        if self.level not in (Level.FULL, Level.INC) or not tracked:
-            return ""
-        return leftovers.checkpoint_prefix(self.chain) + self.point_id
 
 
 @dataclass(slots=True)
@@ -119,7 +77,11 @@ def _fill(job: Job, draft: Draft, notes: _Notes) -> RestorePoint:
     """Copy everything into the draft and describe it; the libvirt job has ended afterwards."""
     notes.warnings += _lost(job)
     _check_strict(job, notes)
-    with running.open_running(_running_request(job, notes)) as snapshot:
+
+    def trouble(error: NbdbackupError) -> None:
+        notes.trouble = notes.trouble or error
+
+    with open_source(job, trouble) as snapshot:
         notes.warnings += snapshot.warnings
         reasons = _reasons(job, snapshot, notes)
         collected = metadata.collect(job.domain, job.survey.definition)
@@ -143,40 +105,6 @@ def _lost(job: Job) -> list[str]:
         + (f"left out now: it is {why[target]}" if target in why else "no longer of the domain")
         for target in job.survey.lost
     ]
-
-
-def _running_request(job: Job, notes: _Notes) -> running.RunningRequest:
-    request = job.request
-
-    def trouble(error: NbdbackupError) -> None:
-        notes.trouble = notes.trouble or error
-
-    return running.RunningRequest(
-        domain=job.domain,
-        disks=tuple(
-            running.RunningDisk(target=plan.target, delta=plan.delta, tracked=plan.tracked)
-            for plan in job.survey.plans
-        ),
-        run_id=request.run_id,
-        runtime_dir=leftovers.socket_dir(request.runtime_dir, job.domain.uuid),
-        scratch_dir=request.scratch_dir,
-        scratch_reserve=request.scratch_reserve,
-        on_trouble=trouble,
-        base_checkpoint=job.parent.checkpoint if job.parent is not None else "",
-        base_xml=stored_checkpoint(job.repository, job.parent),
-        new_checkpoint=job.checkpoint,
-        freeze=request.freeze,
-        freeze_mountpoints=request.mountpoints,
-        pause=request.pause,
-    )
-
-
-def stored_checkpoint(repository: Repository, point: RestorePoint | None) -> str:
-    """The XML of a point's checkpoint as the set keeps it, or nothing."""
-    for file in point.files if point is not None else ():
-        if file.role == "checkpoint-xml":
-            return repository.file(file.name).read_text("utf-8")
-    return ""
 
 
 def _reasons(job: Job, snapshot: Snapshot, notes: _Notes) -> dict[str, str]:
@@ -207,7 +135,7 @@ def _save_metadata(
     if snapshot.checkpoint_xml:
         name = layout.checkpoint_xml(job.checkpoint)
         data = snapshot.checkpoint_xml.encode()
-        files.append(draft.add_bytes(name, data, "checkpoint-xml"))
+        files.append(draft.add_bytes(name, data, CHECKPOINT_XML))
     for plan in job.survey.plans:
         text = job.survey.infos.get(plan.target)
         if text:

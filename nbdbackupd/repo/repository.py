@@ -32,6 +32,8 @@ OURS: Final = frozenset({layout.POINTS, layout.CHECKPOINTS, layout.LOGS, "lost+f
 """What a directory may hold that has no point yet; hidden names are let be, too."""
 
 SHOWN: Final = 5
+CHECKPOINT_XML: Final = "checkpoint-xml"
+"""The role of the file that holds the XML of a point's checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,16 @@ class Repository:
     def file(self, name: str) -> Path:
         """The path of a file of the set."""
         return self.path / name
+
+    def checkpoint_xml(self, point: RestorePoint | None) -> str:
+        """The XML of a point's checkpoint as the set keeps it, or nothing.
+
+        Raises RepositoryError or FormatError if the file can't be read.
+        """
+        for file in point.files if point is not None else ():
+            if file.role == CHECKPOINT_XML:
+                return _read_small(self.file(file.name), manifest.MAX_SIZE).decode()
+        return ""
 
     def log_path(self, run_id: str) -> Path:
         """Where a run's log goes."""
