@@ -4,7 +4,7 @@ Source: libvirt's "Domain XML format" page. The parser takes live and inactive X
 what it does not know, and never trusts a name: targets and paths are plain text here.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from xml.etree import ElementTree as ET
@@ -206,24 +206,36 @@ def _same_layer(one: ImageLayer, other: ImageLayer) -> bool:
     return bool(one.path) and one.path == other.path
 
 
-def lost_bitmap_layer(
-    recorded: tuple[ImageLayer, ...],
-    current: tuple[ImageLayer, ...],
-    bitmaps: Mapping[str, Collection[str]],
-    name: str,
-) -> str:
-    """Find a layer below the top that lacks bitmap ``name``; return its path, or empty.
+def bitmap_layers(
+    recorded: tuple[ImageLayer, ...], current: tuple[ImageLayer, ...]
+) -> tuple[ImageLayer, ...]:
+    """The images, top first, that each must hold the bitmap of a point for its delta to be whole.
 
-    A disk whose point was recorded with top image T and that has got overlays since then keeps
-    a part of the delta in each layer from today's top down to T. libvirt 9.0 looks at the top
-    alone and reports a short delta without an error if a lower part is gone (measured), so the
-    caller lists the bitmaps of all layers by path and asks here.
+    Both chains are of one disk, see ``same_image``. A disk whose point was recorded with top
+    image T and that has got overlays since then keeps a part of the delta in each layer from
+    today's top down to T. If T was committed into the layer below, that one holds all of it.
+    libvirt 9.0 looks at the top alone and reports a short delta without an error if a lower part
+    is gone (measured).
     """
-    if not any(_same_layer(recorded[0], layer) for layer in current):
-        return ""
+    if not recorded or not current:
+        return ()
     for number, layer in enumerate(current):
-        if number and name not in bitmaps.get(layer.path, ()):
-            return layer.path
         if _same_layer(recorded[0], layer):
-            break
+            return current[: number + 1]
+    return current[:1]
+
+
+def unsound_bitmap(
+    layers: tuple[ImageLayer, ...], bitmaps: Mapping[str, Mapping[str, bool]], name: str
+) -> str:
+    """Why bitmap ``name`` can't be used in one of these layers, or nothing.
+
+    ``bitmaps`` tells, by path, the bitmaps of each image and whether they are sound.
+    """
+    for layer in layers:
+        found = bitmaps.get(layer.path, {}).get(name)
+        if found is None:
+            return f"image {layer.path} has lost bitmap {name}"
+        if not found:
+            return f"bitmap {name} in image {layer.path} is inconsistent"
     return ""

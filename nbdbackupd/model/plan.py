@@ -4,22 +4,40 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nbdbackupd.model.chain import DiskPoint, ImageLayer, Level, RestorePoint
-from nbdbackupd.model.domain import lost_bitmap_layer, same_image
-from nbdbackupd.model.selection import BY_REQUEST, How, Selection
+from nbdbackupd.model.domain import bitmap_layers, same_image, unsound_bitmap
+from nbdbackupd.model.selection import BY_REQUEST, ChosenDisk, How, Selection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DiskState:
     """A disk as it is now: virtual size in bytes, serial, its images top first.
 
-    ``bitmaps`` are the names of the bitmaps stored in each image, by path; those of the top image
-    live in QEMU's memory while the domain runs and are not looked at.
+    ``bitmaps`` are those stored in each image, by path and name, and whether each is sound:
+    recording, and not left open by a QEMU that was killed. ``is_live``: a QEMU has the disk
+    open. Then the bitmaps of the top image live in its memory, and what is stored there says
+    nothing; those below are not written to, so they are as they are stored.
     """
 
     size: int
     serial: str = ""
     layers: tuple[ImageLayer, ...] = ()
-    bitmaps: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    bitmaps: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
+    is_live: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseDisk:
+    """What a point recorded of a disk: where its next delta starts from. ``size`` in bytes."""
+
+    target: str
+    size: int
+    layers: tuple[ImageLayer, ...]
+    bitmap: str
+
+    @classmethod
+    def of(cls, disk: DiskPoint) -> "BaseDisk":
+        """The part of a point's disk that matters here."""
+        return cls(target=disk.target, size=disk.size, layers=disk.layers, bitmap=disk.bitmap)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,13 +45,15 @@ class DiskPlan:
     """One disk of the point; ``reason`` says why it is read in full though a delta was wanted.
 
     ``tracked`` disks get a bitmap with the point's checkpoint. A disk that can't be tracked is
-    always read in full, which is no demotion and has no reason.
+    always read in full, which is no demotion and has no reason. ``bitmap_layers`` are the paths
+    of the images, top first, whose bitmaps together are the delta of a ``delta`` disk.
     """
 
     target: str
     delta: bool
     tracked: bool
     reason: str = ""
+    bitmap_layers: tuple[str, ...] = ()
 
 
 def plan_disks(
@@ -43,45 +63,55 @@ def plan_disks(
     states: Mapping[str, DiskState],
 ) -> tuple[DiskPlan, ...]:
     """Decide for each chosen disk; ``parent`` is the point that a delta would start from."""
-    plans = []
-    for chosen in selection.chosen:
-        tracked = chosen.how is How.BITMAP
-        reason = ""
-        delta = tracked and level in (Level.INC, Level.DIFF)
-        if delta:
-            reason = _why_full(chosen.target, parent, states.get(chosen.target))
-        plans.append(
-            DiskPlan(
-                target=chosen.target, delta=delta and not reason, tracked=tracked, reason=reason
-            )
-        )
-    return tuple(plans)
+    return tuple(_plan(chosen, level, parent, states) for chosen in selection.chosen)
 
 
-def _why_full(target: str, parent: RestorePoint | None, state: DiskState | None) -> str:
-    """Why the parent's bitmap can't be used for this disk, or nothing."""
+def _plan(
+    chosen: ChosenDisk,
+    level: Level,
+    parent: RestorePoint | None,
+    states: Mapping[str, DiskState],
+) -> DiskPlan:
+    target, tracked = chosen.target, chosen.how is How.BITMAP
+    if not tracked or level not in (Level.INC, Level.DIFF):
+        return DiskPlan(target=target, delta=False, tracked=tracked)
+    known = _recorded(target, parent)
+    state = states.get(target)
     if parent is None:
-        return "there is no point to start from"
-    known = next((disk for disk in parent.disks if disk.target == target), None)
-    if known is None:
-        return f"the disk is not part of restore point {parent.id}"
-    if not known.bitmap:
-        return f"its changes have not been tracked since restore point {parent.id}"
-    if state is None:
-        return "its image could not be examined"
-    return _why_other(known, state)
+        reason = "there is no point to start from"
+    elif known is None:
+        reason = f"the disk is not part of restore point {parent.id}"
+    elif not known.bitmap:
+        reason = f"its changes have not been tracked since restore point {parent.id}"
+    elif state is None:
+        reason = "its image could not be examined"
+    else:
+        reason = why_full(BaseDisk.of(known), state)
+        layers = bitmap_layers(known.layers, state.layers)
+        if not reason:
+            paths = tuple(layer.path for layer in layers)
+            return DiskPlan(target=target, delta=True, tracked=True, bitmap_layers=paths)
+    return DiskPlan(target=target, delta=False, tracked=True, reason=reason)
 
 
-def _why_other(known: DiskPoint, state: DiskState) -> str:
+def _recorded(target: str, parent: RestorePoint | None) -> DiskPoint | None:
+    disks = parent.disks if parent is not None else ()
+    return next((disk for disk in disks if disk.target == target), None)
+
+
+def why_full(known: BaseDisk, state: DiskState) -> str:
+    """Why the changes since a recorded point are not known, or nothing.
+
+    While QEMU has the disk open, only libvirt can tell of the bitmap in its top image.
+    """
     if state.size != known.size:
         return f"its size changed from {known.size} to {state.size} bytes"
     if not same_image(known.layers, state.layers):
+        was = known.layers[0].path if known.layers else "(none)"
         now = state.layers[0].path if state.layers else "(none)"
-        return f"it is another image than in the last point: was {known.source}, is {now}"
-    broken = lost_bitmap_layer(known.layers, state.layers, state.bitmaps, known.bitmap)
-    if broken:
-        return f"image {broken} of its backing chain has lost bitmap {known.bitmap}"
-    return ""
+        return f"it is another image than in the last point: was {was}, is {now}"
+    layers = bitmap_layers(known.layers, state.layers)
+    return unsound_bitmap(layers[state.is_live :], state.bitmaps, known.bitmap)
 
 
 def lost_disks(parent: RestorePoint | None, selection: Selection) -> tuple[str, ...]:

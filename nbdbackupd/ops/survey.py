@@ -17,6 +17,7 @@ from nbdbackupd.virt.domain import Domain
 log = logging.getLogger(__name__)
 LOCAL_TYPES = ("file", "block")
 VOLUME = "volume"
+VHOST_USER = "vhostuser"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,41 +48,106 @@ class Survey:
         return next(plan for plan in self.plans if plan.target == target)
 
 
-def survey_domain(domain: Domain, wish: Wish, level: Level, parent: RestorePoint | None) -> Survey:
-    """Look at the running domain.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Looked:
+    """A domain's definition, and what is known of its disks whatever a run wishes.
 
-    Raises UsageError or NotSupportedError if its disks can't be saved as asked, DomainError.
+    ``infos`` is qemu-img's JSON, ``chains`` the same parsed. ``states`` lacks disks that have no
+    image, or one that can't be looked at. ``is_active``: a QEMU had the images open.
     """
+
+    definition: domain_model.Domain
+    is_active: bool
+    infos: Mapping[str, str]
+    chains: Mapping[str, tuple[image.ImageInfo, ...]]
+    states: Mapping[str, DiskState]
+
+
+def look(domain: Domain) -> Looked:
+    """Look at the definition and the images of a domain that runs or is off; changes nothing.
+
+    An image that can't be looked at costs a warning. Raises DomainError.
+    """
+    is_active = domain.is_active()
     definition = _with_paths(domain, domain.definition())
     infos = {disk.target: _info(disk) for disk in definition.disks}
     chains = {target: image.parse_chain(text) for target, text in infos.items() if text}
+    states = {}
+    for disk in definition.disks:
+        if disk.device != "disk" or not disk.source or disk.type == VHOST_USER:
+            continue
+        chain = chains.get(disk.target, ())
+        try:
+            states[disk.target] = _state(domain, disk, chain, is_active=is_active)
+        except DomainError as err:
+            log.warning("disk %s: %s", disk.target, err)
+    return Looked(
+        definition=definition,
+        is_active=is_active,
+        infos={target: text for target, text in infos.items() if text},
+        chains=chains,
+        states=states,
+    )
+
+
+def _state(
+    domain: Domain,
+    disk: domain_model.Disk,
+    chain: tuple[image.ImageInfo, ...],
+    *,
+    is_active: bool,
+) -> DiskState:
+    size = domain.disk_size(disk.target) if is_active or not chain else chain[0].virtual_size
+    return DiskState(
+        size=size,
+        serial=disk.serial,
+        layers=_layers(disk, chain),
+        bitmaps={
+            each.filename: {bitmap.name: _is_sound(bitmap) for bitmap in each.bitmaps}
+            for each in chain
+        },
+        is_live=is_active,
+    )
+
+
+def _is_sound(bitmap: image.BitmapInfo) -> bool:
+    """Whether a bitmap that no QEMU has open is consistent, and records once one has."""
+    return "auto" in bitmap.flags and "in-use" not in bitmap.flags
+
+
+def survey_domain(
+    domain: Domain,
+    wish: Wish,
+    level: Level,
+    parent: RestorePoint | None,
+    looked: Looked | None = None,
+) -> Survey:
+    """Decide which disks a point holds and how each is read; ``looked`` saves another look.
+
+    Raises UsageError or NotSupportedError if its disks can't be saved as asked, DomainError.
+    """
+    looked = looked or look(domain)
     facts = {
         target: ImageFacts(
             format=chain[0].format, compat=chain[0].compat, size=chain[0].virtual_size
         )
-        for target, chain in chains.items()
+        for target, chain in looked.chains.items()
     }
     selection = select_disks(
-        definition, facts, level=level, include=wish.include, exclude=wish.exclude, raw=wish.raw
-    )
-    states = {
-        chosen.target: DiskState(
-            size=domain.disk_size(chosen.target),
-            serial=definition.disk(chosen.target).serial,
-            layers=_layers(definition.disk(chosen.target), chains.get(chosen.target, ())),
-            bitmaps={
-                each.filename: frozenset(bitmap.name for bitmap in each.bitmaps)
-                for each in chains.get(chosen.target, ())
-            },
-        )
-        for chosen in selection.chosen
-    }
+        looked.definition, facts,
+        level=level, include=wish.include, exclude=wish.exclude, raw=wish.raw,
+    )  # fmt: skip
+    states = {}
+    for chosen in selection.chosen:
+        state = looked.states.get(chosen.target)
+        # asked again for the error that says why
+        states[chosen.target] = state or DiskState(size=domain.disk_size(chosen.target))
     return Survey(
-        definition=definition,
+        definition=looked.definition,
         selection=selection,
         plans=plan_disks(selection, level, parent, states),
         states=states,
-        infos={target: text for target, text in infos.items() if text},
+        infos=looked.infos,
         lost=lost_disks(parent, selection),
     )
 

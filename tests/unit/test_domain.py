@@ -218,12 +218,34 @@ def test_same_image(
     assert domain_model.same_image(recorded, current) is same
 
 
-def test_lost_bitmap_layer() -> None:
-    chain = (OTHER, TOP, BASE)
-    held = {"/img/other": ["cp"], "/img/top": ["cp"]}
-    assert domain_model.lost_bitmap_layer((TOP,), chain, held, "cp") == ""
-    assert domain_model.lost_bitmap_layer((TOP,), chain, {"/img/other": ["cp"]}, "cp") == "/img/top"
-    assert domain_model.lost_bitmap_layer((TOP,), chain, held, "cp2") == "/img/top"
-    assert domain_model.lost_bitmap_layer((BASE,), chain, held, "cp") == "/img/base"
-    # libvirt itself checks the top
-    assert domain_model.lost_bitmap_layer((TOP,), (TOP,), {}, "cp") == ""
+@pytest.mark.parametrize(
+    ("recorded", "current", "needed"),
+    [
+        ((TOP,), (TOP,), (TOP,)),
+        ((TOP, BASE), (TOP, BASE), (TOP,)),  # what lies below the recorded top did not change
+        ((BASE,), (OTHER, TOP, BASE), (OTHER, TOP, BASE)),  # two snapshots since then
+        ((TOP, BASE), (OTHER, TOP, BASE), (OTHER, TOP)),
+        ((TOP, BASE), (BASE,), (BASE,)),  # committed since then
+        ((), (TOP,), ()),
+        ((TOP,), (), ()),
+    ],
+)
+def test_layers_that_must_hold_a_bitmap(
+    recorded: tuple[ImageLayer, ...],
+    current: tuple[ImageLayer, ...],
+    needed: tuple[ImageLayer, ...],
+) -> None:
+    assert domain_model.bitmap_layers(recorded, current) == needed
+
+
+def test_each_layer_must_hold_a_sound_bitmap() -> None:
+    held = {"/img/other": {"cp": True, "cp2": True}, "/img/top": {"cp": True, "cp2": False}}
+
+    def why(name: str, *layers: ImageLayer) -> str:
+        return domain_model.unsound_bitmap(layers, held, name)
+
+    assert why("cp", OTHER, TOP) == ""
+    assert why("cp", OTHER, TOP, BASE) == "image /img/base has lost bitmap cp"
+    assert why("cp2", OTHER) == ""
+    assert why("cp2", OTHER, TOP) == "bitmap cp2 in image /img/top is inconsistent"
+    assert why("cp3", OTHER, TOP) == "image /img/other has lost bitmap cp3"

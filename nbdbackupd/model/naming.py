@@ -1,0 +1,33 @@
+"""Names of our checkpoints: ``nbdbackup.<tag>.<point id>``.
+
+A checkpoint's bitmap carries the same name in each image. The tag is the end of the chain's id,
+so that two chains of one domain can be told apart, and a name is used for one point only. Hence
+a bitmap of a point's name was made for that point and nothing else.
+"""
+
+from typing import Final
+
+PREFIX: Final = "nbdbackup"
+
+
+def tag_of_chain(chain: str) -> str:
+    """What tells a chain's names from those of others: what follows the last dash of its id."""
+    return chain.rpartition("-")[2]
+
+
+def checkpoint_prefix(chain: str) -> str:
+    """How the names of a chain's checkpoints begin: ``nbdbackup.<tag>.``."""
+    return f"{PREFIX}.{tag_of_chain(chain)}."
+
+
+def tag_of(name: str) -> str:
+    """The tag in the name of a checkpoint or bitmap; empty if the name is not one of ours."""
+    parts = name.split(".", 2)
+    if len(parts) != 3 or parts[0] != PREFIX or not parts[2]:
+        return ""
+    return parts[1]
+
+
+def point_of(name: str) -> str:
+    """The id of the point that a checkpoint was made for; empty if the name is not ours."""
+    return name.split(".", 2)[2] if tag_of(name) else ""
