@@ -2,7 +2,8 @@
 
 Arguments are lists, never a shell's text. Standard input is /dev/null, the locale is C, and every
 child leads a session of its own: Ctrl-C in a terminal reaches us alone, and we end the children
-when their work is undone. If we are killed, the kernel kills them.
+when their work is undone. If we are killed, the kernel kills them; only a program that must never
+be stopped half-way is left to end by itself (``output`` with ``must_finish``).
 """
 
 import contextlib
@@ -75,12 +76,17 @@ def output(
     ok: Collection[int] = (0,),
     env: Mapping[str, str] | None = None,
     max_output: int = MAX_OUTPUT,
+    pass_fds: Collection[int] = (),
+    must_finish: bool = False,
 ) -> str:
     """Run a program to its end and return its standard output, decoded as UTF-8.
 
     ``timeout`` is in seconds; the program and its children are killed when it is over and on
-    every other exception. ``env`` is added to our environment. Bytes that are not UTF-8 become
-    surrogate escapes.
+    every other exception. ``env`` is added to our environment. ``pass_fds`` stay open in the
+    child under their numbers. Bytes that are not UTF-8 become surrogate escapes.
+
+    ``must_finish``: nothing kills the program, neither our own end nor the deadline; we only stop
+    waiting for it. It must be one that ends by itself and survives closed pipes.
 
     Raises ProcessError: not found, killed, exit status not in ``ok``, deadline over, or more than
     ``max_output`` bytes; the message carries the last line of standard error.
@@ -88,17 +94,25 @@ def output(
     name = program(argv)
     tail = _Tail()
     deadline = time.monotonic() + timeout
+    fate = "goes on" if must_finish else "was killed"
     with contextlib.ExitStack() as stack:
         with _stdin(input) as stdin:
-            child = _start(argv, stdin=stdin, stdout=subprocess.PIPE, pass_fds=(), env=env)
+            child = _start(
+                argv,
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                pass_fds=pass_fds,
+                env=env,
+                die_with_us=not must_finish,
+            )
         stack.callback(_close, child)
-        stack.callback(_kill, child)
+        stack.callback(_leave if must_finish else _kill, child)
         data = _collect(child, tail, deadline, max_output)
         if data is not None and len(data) > max_output:
-            raise ProcessError(f"{name} wrote more than {max_output} bytes and was killed")
+            raise ProcessError(f"{name} wrote more than {max_output} bytes and {fate}")
         status = _await(child, deadline - time.monotonic()) if data is not None else None
     if data is None or status is None:
-        raise ProcessError(f"{name} did not end within {timeout:g} s and was killed")
+        raise ProcessError(f"{name} did not end within {timeout:g} s and {fate}")
     if status not in ok:
         raise _failure(name, status, tail)
     return data.decode(errors="surrogateescape")
@@ -236,11 +250,12 @@ def _start(
     stdout: int,
     pass_fds: Collection[int],
     env: Mapping[str, str] | None,
+    die_with_us: bool = True,
 ) -> subprocess.Popen[bytes]:
     name = program(argv)
     words = [os.fspath(each) for each in argv]
     log.debug("run: %s", shlex.join(words))
-    if shutil.which(words[0]) and shutil.which(DIE_WITH_US[0]):
+    if die_with_us and shutil.which(words[0]) and shutil.which(DIE_WITH_US[0]):
         words = [*DIE_WITH_US, *words]
     try:
         return subprocess.Popen(
@@ -321,6 +336,11 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             # Stuck in the kernel (dead NFS server): nothing in user space can end it.
             log.warning("process %d can't be killed, it hangs in the kernel", child.pid)
+
+
+def _leave(child: subprocess.Popen[bytes]) -> None:
+    """Reap a child that has ended; one that has not is left alone (Popen reaps it some day)."""
+    child.poll()
 
 
 def _close(child: subprocess.Popen[bytes]) -> None:

@@ -199,3 +199,44 @@ def test_interrupt_of_the_terminal_reaches_us_alone() -> None:
         assert ours.stdout.read() == "cleaning\n"
     assert ours.wait(10) == 0
     assert not is_running(pid)
+
+
+def test_descriptors_reach_the_program() -> None:
+    reader, writer = os.pipe()
+    try:
+        proc.output(
+            ["sh", "-c", f"echo word >/proc/self/fd/{writer}"], timeout=5, pass_fds=[writer]
+        )
+        assert os.read(reader, 100) == b"word\n"
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_what_must_finish_outlives_a_killed_parent(tmp_path: Path) -> None:
+    begun, done = tmp_path / "begun", tmp_path / "done"
+    script = f"echo >{begun}; sleep 0.5; echo >{done}"
+    program = (
+        f"from nbdbackupd import proc\n"
+        f"proc.output(['sh', '-c', {script!r}], timeout=20, must_finish=True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program]) as parent:
+        wait_for(begun)
+        parent.kill()
+    assert not done.exists()
+    wait_for(done)
+
+
+def test_what_must_finish_outlives_its_deadline(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    with pytest.raises(ProcessError, match=r"sh did not end within 0\.1 s and goes on"):
+        proc.output(["sh", "-c", f"sleep 0.5; echo >{done}"], timeout=0.1, must_finish=True)
+    assert not done.exists()
+    wait_for(done)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 10
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
