@@ -52,6 +52,10 @@ DIE_WITH_US: Final = ("setpriv", "--pdeathsig", "KILL", "--")
 run beside other threads' locks. The signal comes when the thread that started the child ends."""
 
 
+_LEFT: list["subprocess.Popen[bytes]"] = []
+"""Programs that ran on when we stopped waiting; Popen objects of such must not be dropped."""
+
+
 class _Tail:
     """The last bytes of a program's standard error."""
 
@@ -339,8 +343,9 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
 
 
 def _leave(child: subprocess.Popen[bytes]) -> None:
-    """Reap a child that has ended; one that has not is left alone (Popen reaps it some day)."""
-    child.poll()
+    """Reap a child that has ended; one that has not is left alone, and reaped when we end."""
+    if child.poll() is None:
+        _LEFT.append(child)
 
 
 def _close(child: subprocess.Popen[bytes]) -> None:
