@@ -1,6 +1,7 @@
 """Values on the command line, for argparse: what a verb's options accept."""
 
 import argparse
+from pathlib import Path
 
 from nbdbackupd.app import sizes
 
@@ -48,3 +49,12 @@ def names(text: str) -> tuple[str, ...]:
     if not found:
         raise argparse.ArgumentTypeError("expected names with commas between them")
     return found
+
+
+def add_checkpoint_dir(group: argparse._ActionsContainer) -> None:
+    """Add the option for the state directory, which several verbs read."""
+    group.add_argument(
+        "--checkpoint-dir", metavar="DIR", type=Path,
+        help="where the base of each chain is noted; hosts of a cluster may share it "
+        "(default: /var/lib/nbdbackup/state)",
+    )  # fmt: skip

@@ -33,6 +33,7 @@ class Context:
     progress_style: str
     runtime_dir: Path
     scratch_dir: Path
+    state_dir: Path
 
     @classmethod
     def from_args(cls, args: "Arguments") -> "Context":
@@ -49,6 +50,7 @@ class Context:
             progress_style=getattr(args, "progress", "auto"),
             runtime_dir=runtime,
             scratch_dir=getattr(args, "scratch_dir", None) or default_scratch_dir(os.environ),
+            state_dir=getattr(args, "checkpoint_dir", None) or default_state_dir(os.environ),
         )
 
     @contextmanager
@@ -113,10 +115,19 @@ def default_runtime_dir(environ: Mapping[str, str]) -> Path:
 
 def default_scratch_dir(environ: Mapping[str, str]) -> Path:
     """``/var/lib/nbdbackup/scratch`` for root, below the user's state directory for others."""
+    return _own_dir(environ) / "scratch"
+
+
+def default_state_dir(environ: Mapping[str, str]) -> Path:
+    """``/var/lib/nbdbackup/state`` for root, below the user's state directory for others."""
+    return _own_dir(environ) / "state"
+
+
+def _own_dir(environ: Mapping[str, str]) -> Path:
     if os.geteuid() == 0:
-        return Path("/var/lib/nbdbackup/scratch")
+        return Path("/var/lib/nbdbackup")
     base = environ.get("XDG_STATE_HOME") or Path(environ.get("HOME", "/"), ".local/state")
-    return Path(base, "nbdbackup/scratch")
+    return Path(base, "nbdbackup")
 
 
 def _setup_log(args: "Arguments") -> None:
