@@ -1,0 +1,195 @@
+"""Steps of the model test: what the guest, its administrator and fate do to the domain."""
+
+import random
+import shutil
+
+from tests.lab.command import LabError, run
+from tests.lab.process import wait_until
+from tests.lib.model_kinds import (
+    Arguments,
+    draw_ops,
+    is_active,
+    is_calm,
+    is_off,
+    is_running,
+    step,
+)
+from tests.lib.model_world import Op, Power, World
+
+START_SECONDS = 10.0
+
+
+def draw_write(world: World, rng: random.Random) -> Arguments:
+    return {"ops": draw_ops(world, rng)}
+
+
+def draw_some(_world: World, rng: random.Random) -> Arguments:
+    return {"targets": rng.choice([["vda"], ["vdb"], ["vda", "vdb"]])}
+
+
+@step(22, lambda world: world.power in ("running", "off"), draw_write)
+def write(world: World, ops: list[Op]) -> None:
+    """The guest writes; or someone does to the images of a domain that is off."""
+    world.operate(ops)
+
+
+@step(14, lambda world: not world.is_active)
+def start(world: World) -> None:
+    """Start the domain; a killed run's reader may still be letting go of its images."""
+
+    def works() -> bool:
+        try:
+            world.guest.start()
+        except LabError as err:
+            if "lock" not in str(err):
+                raise
+            return False
+        return True
+
+    wait_until(works, "start of the domain", START_SECONDS)
+    world.started()
+
+
+@step(6, is_active)
+def stop(world: World) -> None:
+    """The guest powers off."""
+    world.guest.stop()
+    world.ended()
+
+
+@step(3, is_active)
+def destroy(world: World) -> None:
+    """Someone pulls the plug: libvirt ends QEMU with SIGTERM, which stores bitmaps."""
+    world.guest.destroy()
+    world.ended()
+
+
+@step(2, is_active)
+def kill_qemu(world: World) -> None:
+    """QEMU crashes, or the host does: no bitmap of it can be trusted."""
+    world.guest.kill9()
+    world.ended()
+    world.lose()
+
+
+@step(2, lambda world: is_calm(world) and world.persistent)
+def managed_save(world: World) -> None:
+    """The domain is saved to a file."""
+    world.lab.virsh("managedsave", "--domain", world.guest.name)
+    world.ended()
+    world.power = Power.SAVED
+
+
+@step(2, is_running)
+def pause(world: World) -> None:
+    """The administrator suspends the guest."""
+    world.lab.virsh("suspend", "--domain", world.guest.name)
+    world.power = Power.PAUSED
+
+
+@step(12, lambda world: world.power == "paused")
+def resume(world: World) -> None:
+    """And lets it go on."""
+    world.lab.virsh("resume", "--domain", world.guest.name)
+    world.power = Power.RUNNING
+
+
+@step(2)
+def restart_libvirtd(world: World) -> None:
+    """The daemon is upgraded, say."""
+    world.lab.restart()
+
+
+@step(4)
+def lose_metadata(world: World) -> str:
+    """Libvirt forgets all checkpoints; the bitmaps stay."""
+    names = sorted(world.checkpoints())
+    for name in names:
+        world.lab.virsh("checkpoint-delete", "--metadata", "--domain", world.guest.name, name)
+    return f"{len(names)}"
+
+
+@step(2, lambda world: is_off(world) or (is_calm(world) and world.persistent))
+def redefine(world: World) -> None:
+    """Undefine with all metadata, define anew with the same UUID."""
+    world.guest.undefine()
+    world.guest.define()
+
+
+@step(2, lambda world: is_calm(world) and world.persistent)
+def make_transient(world: World) -> None:
+    """Take the definition away from the running domain: at its end it is gone."""
+    world.guest.undefine()
+    world.persistent = False
+
+
+@step(2, is_off)
+def rename(world: World) -> str:
+    """Give the domain another name."""
+    name = f"vm-{world.next_number()}"
+    world.lab.virsh("domrename", world.guest.name, name)
+    world.rename(name)
+    return name
+
+
+@step(2, is_calm, draw_some)
+def plant_checkpoint(world: World, targets: list[str]) -> str | None:
+    """Another program makes a checkpoint."""
+    if len(world.planted) > 6:
+        return "enough"
+    name = f"theirs.{world.next_number()}"
+    disks = [
+        f"{target},checkpoint={'bitmap' if target in targets else 'no'}" for target in world.sizes
+    ]
+    specs = [word for disk in disks for word in ("--diskspec", disk)]
+    world.lab.virsh("checkpoint-create-as", world.guest.name, name, *specs)
+    world.planted.add(name)
+    return name
+
+
+@step(1)
+def lose_state(world: World) -> None:
+    """The state directory is lost."""
+    world.forget_files(world.ctl.state)
+
+
+@step(2)
+def keep_state(world: World) -> None:
+    """Someone makes a backup of the state directory ..."""
+    kept = world.directory / "old-state"
+    world.forget_files(kept)
+    if world.ctl.state.exists():
+        shutil.copytree(world.ctl.state, kept)
+
+
+@step(1)
+def old_state(world: World) -> None:
+    """... and restores it later."""
+    kept = world.directory / "old-state"
+    if kept.exists():
+        world.forget_files(world.ctl.state)
+        shutil.copytree(kept, world.ctl.state)
+
+
+@step(1, is_calm)
+def revert_running(world: World) -> str:
+    """Revert to an internal snapshot: libvirt 9.0 kills a guest that has bitmaps."""
+    name = f"snap{world.next_number()}"
+    world.lab.virsh("snapshot-create-as", "--domain", world.guest.name, name)
+    world.operate([["data", target, 0, 65536, 0x5A] for target in world.sizes])
+    try:
+        world.lab.virsh("snapshot-revert", "--domain", world.guest.name, name)
+    except LabError as err:
+        said = f"the guest died: {str(err).rpartition('error: ')[2].splitlines()[0]}"
+    else:
+        said = "reverted"
+    world.lose()
+    world.guest.adopt_process()
+    if world.guest.is_running():
+        world.lab.virsh("snapshot-delete", "--domain", world.guest.name, name)
+        return said
+    world.lab.virsh("snapshot-delete", "--metadata", "--domain", world.guest.name, name)
+    world.ended()
+    for target in world.sizes:
+        run(["qemu-img", "snapshot", "-d", name, world.chains[target][0]])
+    return said

@@ -1,0 +1,234 @@
+"""Steps of the model test: backups, and what may happen to them on their way."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.lab.process import wait_until
+from tests.lib import model_checks as checks
+from tests.lib.ctl import SECONDS, Result
+from tests.lib.model_kinds import Arguments, draw_ops, is_active, is_running, step
+from tests.lib.model_world import Op, SetModel, World
+
+POINTS = 10
+"""A set with so many points is left, and a new one begun in its place."""
+DONE = (0, 3)
+REPOSITORY = 50
+LEVELS = ("auto",) * 8 + ("inc",) * 3 + ("diff",) * 2 + ("copy", "full")
+FAULTS = (
+    "KILL@nbdbackupd.durable:write_atomic#1",
+    "KILL+@nbdbackupd.durable:write_atomic#2",
+    "KILL@nbdbackupd.ops.metadata:collect#1",
+    "KILL@nbdbackupd.nbdio.copy:copy#1",
+    "KILL@nbdbackupd.nbdio.copy:copy#2",
+    "KILL+@nbdbackupd.format.writer:StreamWriter.write#2",
+    "KILL@nbdbackupd.format.writer:StreamWriter.finish#2",
+    "KILL@nbdbackupd.repo.draft:Draft.publish#1",
+    "KILL@os:rename#1",
+    "KILL+@os:rename#4",
+    "KILL+@nbdbackupd.repo.draft:Draft.publish#1",
+    "KILL@nbdbackupd.repo.draft:remove#1",
+)
+ONLINE_FAULTS = (
+    "KILL@nbdbackupd.virt.jobs:begin#1",
+    "KILL+@nbdbackupd.virt.jobs:begin#1",
+    "KILL@nbdbackupd.virt.jobs:abort#1",
+    "KILL+@nbdbackupd.virt.jobs:abort#1",
+    "KILL@nbdbackupd.virt.checkpoints:delete#1",
+    "KILL+@nbdbackupd.virt.checkpoints:delete#1",
+)
+HOLD = "STOP@nbdbackupd.nbdio.copy:copy#1"
+
+
+def draw_run(world: World, rng: random.Random) -> Arguments:
+    """A set and a level, now and then one that can't be."""
+    name = rng.choice(sorted(world.sets))
+    return {"into": name, "level": rng.choice(LEVELS)}
+
+
+@step(36, is_active, draw_run)
+def backup(world: World, into: str, level: str) -> str:
+    """A run that nothing disturbs."""
+    target = world.sets[into]
+    before = checks.look(world)
+    references = world.take_references()
+    result = world.ctl(*words(world, target, level), code=None)
+    expected = expected_codes(target, level)
+    assert result.code in expected, f"exit code {result.code}: {result.stderr}"
+    return settle(world, target, references, before, result)
+
+
+def draw_writing(world: World, rng: random.Random) -> Arguments:
+    return {**draw_run(world, rng), "ops": draw_ops(world, rng), "hold": rng.random() < 0.5}
+
+
+@step(8, is_running, draw_writing)
+def backup_while_writing(world: World, into: str, level: str, ops: list[Op], *, hold: bool) -> str:
+    """The guest writes during the job: the point holds what was there when it began."""
+    target = world.sets[into]
+    before = checks.look(world)
+    references = world.take_references()
+    faults = (HOLD,) if hold else ()
+    with world.ctl.rigged(*faults), world.ctl.start(*words(world, target, level)) as process:
+        reached = wait_for_job(world, process, hold=hold)
+        if reached:
+            world.operate(ops)
+        process.send_signal(signal.SIGCONT)
+        result = outcome(process)
+    assert result.code in expected_codes(target, level), result.stderr
+    said = settle(world, target, references, before, result)
+    return f"{said}, {'wrote in the job' if reached else 'no job'}"
+
+
+def draw_killed(world: World, rng: random.Random) -> Arguments:
+    how: Arguments = {"after": rng.random() * 1.5, "fault": ""}
+    if rng.random() < 0.6:
+        faults = FAULTS + (ONLINE_FAULTS if world.is_active else ())
+        how = {"after": 0, "fault": rng.choice(faults)}
+    return {**draw_run(world, rng), **how, "term": rng.random() < 0.3}
+
+
+@step(10, is_active, draw_killed)
+def backup_killed(
+    world: World, into: str, level: str, after: float, fault: str, *, term: bool
+) -> str:
+    """Our run ends by a signal: at a certain step, or somewhere."""
+    target = world.sets[into]
+    before = checks.look(world)
+    references = world.take_references()
+    kind = "TERM" if term else "KILL"
+    faults = (fault.replace("KILL", kind),) if fault else ()
+    with world.ctl.rigged(*faults), world.ctl.start(*words(world, target, level)) as process:
+        if not fault:
+            time.sleep(after)
+            process.send_signal(signal.Signals[f"SIG{kind}"])
+        result = outcome(process)
+    by_signal = 128 + signal.SIGTERM if term else -signal.SIGKILL
+    # a signal that comes before Python has its handler ends it, too
+    codes = {*expected_codes(target, level), by_signal, -signal.SIGTERM}
+    assert result.code in codes, f"exit code {result.code}: {result.stderr}"
+    if result.code < 0:
+        world.job_left = world.is_active
+    return settle(world, target, references, before, result)
+
+
+def draw_death(world: World, rng: random.Random) -> Arguments:
+    return {**draw_run(world, rng), "how": rng.choice(["stop", "destroy", "kill9"])}
+
+
+@step(3, is_active, draw_death)
+def backup_guest_dies(world: World, into: str, level: str, how: str) -> str:
+    """The guest ends during the job."""
+    target = world.sets[into]
+    before = checks.look(world)
+    references = world.take_references()
+    with world.ctl.rigged(HOLD), world.ctl.start(*words(world, target, level)) as process:
+        reached = wait_for_job(world, process, hold=True)
+        if how == "kill9":
+            world.lose()
+        getattr(world.guest, how)()
+        process.send_signal(signal.SIGCONT)
+        result = outcome(process)
+    world.ended()
+    codes = expected_codes(target, level) | ({20, 30} if reached else set())
+    assert result.code in codes, f"exit code {result.code}: {result.stderr}"
+    return settle(world, target, references, before, result, is_lossy=how == "kill9")
+
+
+def words(world: World, target: SetModel, level: str) -> tuple[str, ...]:
+    """The command line of a run."""
+    return (
+        "backup", world.guest.name, "-o", str(target.path), "--json", "-l", level,
+        *target.options,
+    )  # fmt: skip
+
+
+def expected_codes(target: SetModel, level: str) -> set[int]:
+    """How a run may end that nothing disturbs."""
+    is_refused = (level == "full") == target.has_full and level in ("full", "inc", "diff")
+    return {REPOSITORY} if is_refused else set(DONE)
+
+
+def wait_for_job(world: World, process: "subprocess.Popen[str]", *, hold: bool) -> bool:
+    """Wait until the job is there (and the run stands still); False if the run ended before."""
+    stat = Path(f"/proc/{process.pid}/stat")
+
+    def is_there() -> bool:
+        if process.poll() is not None:
+            return True
+        if hold:
+            return stat.read_text().rpartition(")")[2].split()[0] == "T"
+        return bool(world.guest.block_jobs())
+
+    wait_until(is_there, "job of the run", 60)
+    return process.poll() is None
+
+
+def outcome(process: "subprocess.Popen[str]") -> Result:
+    """Wait for the end of a run."""
+    stdout, stderr = process.communicate(timeout=SECONDS)
+    assert "Traceback" not in stderr, stderr
+    return Result(process.returncode, stdout, stderr)
+
+
+def settle(
+    world: World,
+    target: SetModel,
+    references: dict[str, Path],
+    before: checks.Sight,
+    result: Result,
+    *,
+    is_lossy: bool = False,
+) -> str:
+    """Take up the point that the run made, if it did, and check what it left."""
+    points = checks.new_points(world, target)
+    if result.code in DONE:
+        assert points == [json.loads(result.stdout)["point"]], (points, result.stdout)
+    elif result.code > 0:
+        assert not points, f"exit code {result.code}, and there is a point: {points}"
+    assert len(points) < 2, points
+    if not points:
+        world.drop_references(references)
+    for point in points:
+        checks.check_point(target, point)
+        take_up(world, target, point, references)
+        checks.prove(world, target, point["id"])
+    if is_lossy:
+        world.lose()
+    if result.code >= 0:
+        world.job_left = False
+        checks.check_clean(world)
+    if result.code in DONE:
+        checks.check_only_base(world, target)
+    checks.check_kept(world, target, before, is_lossy=is_lossy)
+    said = f"{result.code}"
+    for point in points:
+        said += f" {point['level']} {point['id']} {checks.modes(point)} {point['warnings']}"
+        world.count(point["level"])
+        world.count(point["consistency"])
+    if len(target.references) >= POINTS:
+        retire(world, target)
+    return said
+
+
+def take_up(
+    world: World, target: SetModel, point: dict[str, Any], references: dict[str, Path]
+) -> None:
+    """The set has one more point; a full or increment is the base of what follows."""
+    target.references[point["id"]] = references
+    if point["level"] in ("full", "inc"):
+        target.head = point["checkpoint"]
+        target.tag = point["checkpoint"].split(".")[1]
+        target.sure = set(world.sizes)
+
+
+def retire(world: World, target: SetModel) -> None:
+    """Begin a new set in its place; the old one stays, to be restored at the end."""
+    name = next(name for name, each in world.sets.items() if each is target)
+    world.retired.append(target)
+    path = target.path.with_name(f"{name}-{world.next_number()}")
+    world.sets[name] = SetModel(path=path, options=target.options)

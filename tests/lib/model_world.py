@@ -1,0 +1,273 @@
+"""What the model test knows of its domain: power, images, sets, and what may be expected.
+
+The model is small on purpose. What a point must hold is never computed: it is copied from the
+images by ``qemu-img`` at the instant of the run. What is modelled is which disks the next
+increment must not read in full, since nothing has happened that loses their changes.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from tests.lab.command import LabError, run
+from tests.lab.daemon import DaemonLab
+from tests.lab.guest import Guest
+from tests.lab.process import KILL_TIMEOUT_SECONDS, wait_until
+from tests.lib.rigged import RiggedCtl
+
+KIB = 1024
+PREFIX = "nbdbackup."
+Op = list[Any]
+"""One operation on a disk: kind, target, offset, length, pattern; as a step's log holds it."""
+
+
+class Power(StrEnum):
+    """What the domain does; ``SAVED``: off, with a managed save image."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    OFF = "off"
+    SAVED = "saved"
+
+
+class ModelCtl(RiggedCtl):
+    """``nbdbackupctl`` with a state directory of its own."""
+
+    def argv(self, verb: str, *arguments: str | os.PathLike[str]) -> list[str]:
+        """The whole command line."""
+        return super().argv(verb, *arguments)
+
+    @property
+    def state(self) -> Path:
+        """The state directory."""
+        return self.runtime.parent / "state"
+
+
+@dataclass(kw_only=True)
+class SetModel:
+    """One backup set: references by point and disk, and what is known of its base."""
+
+    path: Path
+    options: tuple[str, ...] = ()
+    references: dict[str, dict[str, Path]] = field(default_factory=dict)
+    head: str = ""
+    """Name of the base's checkpoint."""
+    tag: str = ""
+    sure: set[str] = field(default_factory=set)
+    """Disks whose changes since the base can't have been lost: they must be read as deltas."""
+
+    @property
+    def has_full(self) -> bool:
+        """Whether an increment can be made."""
+        return bool(self.head)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OldCopy:
+    """A copy of a disk's top image, made while the domain was off."""
+
+    target: str
+    chain: tuple[str, ...]
+    path: Path
+    size: int
+
+
+@dataclass(kw_only=True)
+class World:
+    """The domain, everything around it, and the log of what was done."""
+
+    lab: DaemonLab
+    guest: Guest
+    ctl: ModelCtl
+    directory: Path
+    sets: dict[str, SetModel] = field(default_factory=dict)
+    retired: list[SetModel] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
+    chains: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Paths of each disk's images, top first, as the steps made them."""
+    power: Power = Power.OFF
+    persistent: bool = True
+    job_left: bool = False
+    """A run was killed while the domain ran: libvirt may hold its job until the next run."""
+    planted: set[str] = field(default_factory=set)
+    """Checkpoints and bitmaps of others."""
+    copies: list[OldCopy] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    number: int = 0
+
+    @property
+    def is_active(self) -> bool:
+        """Whether QEMU is there."""
+        return self.power in (Power.RUNNING, Power.PAUSED)
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether libvirt has no job, so that it can do other things."""
+        return self.is_active and not self.job_left
+
+    def next_number(self) -> int:
+        """A number that no name has had yet; only steps that are done take one."""
+        self.number += 1
+        return self.number
+
+    def count(self, what: str) -> None:
+        """Count for the report."""
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+    def count_seconds(self, what: str, seconds: float) -> None:
+        """Add up the time that a kind of step takes."""
+        self.seconds[what] = self.seconds.get(what, 0.0) + seconds
+
+    def lose(self, targets: Iterable[str] = ()) -> None:
+        """From now on nothing is promised for these disks (default: all), in any set."""
+        for each in self.sets.values():
+            each.sure -= set(targets or self.sizes)
+
+    def set_chain(self, target: str, chain: Iterable[str]) -> None:
+        """The disk has other images now; also for the next definition."""
+        self.chains[target] = tuple(chain)
+        path = Path(self.chains[target][0])
+        self.guest.use_image(target, path)
+
+    def started(self) -> None:
+        """QEMU runs since now."""
+        self.power = Power.RUNNING
+
+    def ended(self) -> None:
+        """QEMU is gone: see libvirt notice; a transient domain is defined anew."""
+        if self.persistent:
+            self.guest.wait_shut_off()
+        else:
+            wait_until(self._is_unknown, "end of the transient domain", KILL_TIMEOUT_SECONDS)
+            self.guest.define()
+            self.persistent = True
+        self.power = Power.OFF
+        self.job_left = False
+
+    def rename(self, name: str) -> None:
+        """The domain is called so; libvirt's files of it, too."""
+        places = self.guest.places
+        self.guest.places = replace(
+            places,
+            pid_file=places.pid_file.with_name(f"{name}.pid"),
+            log=places.log.with_name(f"{name}.log"),
+        )
+        self.guest.name = name
+
+    def take_references(self) -> dict[str, Path]:
+        """Copy all disks as they are now, by qemu-img."""
+        folder = self.directory / "references" / str(self.next_number())
+        folder.mkdir(parents=True)
+        return {
+            target: self.guest.reference(target, folder / f"{target}.raw") for target in self.sizes
+        }
+
+    def drop_references(self, references: Mapping[str, Path]) -> None:
+        """No point came of them."""
+        for path in references.values():
+            path.unlink()
+
+    def image_info(self, target: str) -> list[dict[str, Any]]:
+        """What qemu-img tells of the disk's images, top first."""
+        text = run(
+            ["qemu-img", "info", "-U", "--output=json", "--backing-chain", self.chains[target][0]]
+        )
+        found: list[dict[str, Any]] = json.loads(text)
+        return found
+
+    def stored_bitmaps(self, target: str) -> dict[str, list[str]]:
+        """Names and flags of the bitmaps stored in any of the disk's images."""
+        return {
+            bitmap["name"]: bitmap["flags"]
+            for layer in self.image_info(target)
+            for bitmap in layer.get("format-specific", {}).get("data", {}).get("bitmaps", [])
+        }
+
+    def bitmaps(self, target: str) -> set[str]:
+        """Names of the bitmaps of a disk: in QEMU's top node if it runs, else in its images."""
+        if self.is_active:
+            return set(self.guest.bitmaps(target))
+        return set(self.stored_bitmaps(target))
+
+    def checkpoints(self) -> set[str]:
+        """What libvirt lists."""
+        listed = self.lab.virsh("checkpoint-list", "--name", "--domain", self.guest.name)
+        return set(listed.split())
+
+    def domain_state(self) -> str:
+        """What libvirt says the domain does."""
+        return self.lab.virsh("domstate", "--domain", self.guest.name).strip()
+
+    def operate(self, ops: Iterable[Op]) -> None:
+        """Write, zero, discard: through the running guest, or with qemu-io while it is off."""
+        for op in ops:
+            if self.is_active:
+                self._operate_guest(*op)
+            else:
+                self._operate_image(*op)
+
+    def _operate_guest(
+        self, kind: str, target: str, offset: int, length: int, pattern: int
+    ) -> None:
+        match kind:
+            case "data":
+                self.guest.write(target, offset, length, pattern)
+            case "discard":
+                self.guest.discard(target, offset, length)
+            case _:
+                self.guest.write_zeroes(target, offset, length, unmap=kind == "unmap")
+
+    def _operate_image(
+        self, kind: str, target: str, offset: int, length: int, pattern: int
+    ) -> None:
+        words = {
+            "data": f"write -P {pattern}",
+            "zero": "write -z",
+            "unmap": "write -z -u",
+            "discard": "discard",
+        }
+        command = f"{words[kind]} {offset} {length}"
+        argv = ["qemu-io", "-f", "qcow2", "-d", "unmap", "-c", command, self.chains[target][0]]
+        said = self.unlocked(argv)
+        verb = "discard" if kind == "discard" else "wrote"
+        assert f"{verb} {length}/{length} bytes" in said, said
+
+    def unlocked(self, argv: list[str]) -> str:
+        """Run a program on an image; what a killed run had open may still be closing."""
+        said: list[str] = []
+
+        def works() -> bool:
+            try:
+                said.append(run(argv))
+            except LabError as err:
+                if "lock" not in str(err):
+                    raise
+                return False
+            return True
+
+        wait_until(works, f"lock for {argv}", 5)
+        return said[0]
+
+    def copy_file(self, source: Path, target: Path) -> None:
+        """Copy an image with its holes."""
+        run(["cp", "--sparse=always", source, target])
+
+    def forget_files(self, path: Path) -> None:
+        """Remove a directory that may not be there."""
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path)
+
+    def _is_unknown(self) -> bool:
+        try:
+            self.domain_state()
+        except LabError as err:
+            return "failed to get domain" in str(err)
+        return False
