@@ -22,6 +22,7 @@
     |  |- NoFullError
     |  `- NoSpaceError
     `- BusyError 75              locked or busy: try later
+       `- GaveWayError           the domain is being started, which comes first
 
     Interrupted 128+n            a BaseException: no ``except Exception`` may eat it
 
@@ -138,6 +139,10 @@ class BusyError(NbdbackupError):
     """Somebody else works on this set or domain; trying later may succeed."""
 
     exit_code = 75
+
+
+class GaveWayError(BusyError):
+    """The run let go of the images of a domain that was off and is being started."""
 
 
 class Interrupted(BaseException):

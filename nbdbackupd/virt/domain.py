@@ -22,6 +22,32 @@ class State(StrEnum):
     OFF = "off"
 
 
+class Ending(StrEnum):
+    """How the guest of a domain that is off has ended; libvirt forgets it when it restarts."""
+
+    UNKNOWN = "unknown"
+    SHUTDOWN = "shut down"
+    DESTROYED = "destroyed"
+    CRASHED = "crashed"
+    MIGRATED = "migrated"
+    SAVED = "saved"
+    FAILED = "failed to start"
+    SNAPSHOT = "put back to a snapshot"
+    DAEMON = "lost by libvirtd"
+
+
+ENDINGS = {
+    libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN: Ending.SHUTDOWN,
+    libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED: Ending.DESTROYED,
+    libvirt.VIR_DOMAIN_SHUTOFF_CRASHED: Ending.CRASHED,
+    libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED: Ending.MIGRATED,
+    libvirt.VIR_DOMAIN_SHUTOFF_SAVED: Ending.SAVED,
+    libvirt.VIR_DOMAIN_SHUTOFF_FAILED: Ending.FAILED,
+    libvirt.VIR_DOMAIN_SHUTOFF_FROM_SNAPSHOT: Ending.SNAPSHOT,
+    libvirt.VIR_DOMAIN_SHUTOFF_DAEMON: Ending.DAEMON,
+}
+
+
 class Domain:
     """A domain by UUID; survives a rename, and a restart of libvirtd."""
 
@@ -73,6 +99,15 @@ class Domain:
     def is_active(self) -> bool:
         """Tell whether there is a QEMU process (also when paused)."""
         return bool(self.call("can't read its state", lambda handle: handle.isActive()))
+
+    def ending(self) -> Ending:
+        """Return how the guest of an inactive domain ended; a managed save counts as SAVED."""
+        state, reason = self.call("can't read its state", lambda handle: handle.state())
+        if self.call("can't look for a saved state", lambda each: each.hasManagedSaveImage()):
+            return Ending.SAVED
+        if state != libvirt.VIR_DOMAIN_SHUTOFF:
+            return Ending.UNKNOWN
+        return ENDINGS.get(reason, Ending.UNKNOWN)
 
     def is_persistent(self) -> bool:
         """Tell whether the definition outlives the guest's end."""
