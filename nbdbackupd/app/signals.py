@@ -1,7 +1,8 @@
 """Signals ask; the run ends itself.
 
 A handler only notes the first signal. The copy loop and all waits look at it between requests
-and raise ``Interrupted``, so that every owner on the way out cleans up.
+and raise ``Interrupted``, so that every owner on the way out cleans up. SIGUSR1 is for
+``nbdbackupctl yield``: the domain is being started, so the run gives way.
 """
 
 import signal
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from nbdbackupd.errors import Interrupted
+from nbdbackupd.errors import GaveWayError, Interrupted
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -21,7 +22,9 @@ class Cancel:
         self.signum = 0
 
     def check(self) -> None:
-        """Raise Interrupted if a signal came."""
+        """Raise Interrupted if a signal came, GaveWayError if it was SIGUSR1."""
+        if self.signum == signal.SIGUSR1:
+            raise GaveWayError("the domain is being started: the run let go of its images")
         if self.signum:
             raise Interrupted(self.signum)
 
@@ -32,9 +35,10 @@ class Cancel:
 
 @contextmanager
 def listen() -> Iterator[Cancel]:
-    """Catch SIGTERM, SIGINT and SIGHUP while the block runs. Main thread only.
+    """Catch SIGTERM, SIGINT, SIGHUP and SIGUSR1 while the block runs. Main thread only.
 
-    A SIGHUP that was ignored from the start (nohup) stays ignored.
+    A SIGHUP that was ignored from the start (nohup) stays ignored. SIGUSR1 is ignored afterwards:
+    it may come late from somebody who has read a lease that was about to end.
     """
     cancel = Cancel()
     before = {}
@@ -42,8 +46,10 @@ def listen() -> Iterator[Cancel]:
         if signum == signal.SIGHUP and signal.getsignal(signum) is signal.SIG_IGN:
             continue
         before[signum] = signal.signal(signum, cancel.note)
+    signal.signal(signal.SIGUSR1, cancel.note)
     try:
         yield cancel
     finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         for signum, handler in before.items():
             signal.signal(signum, handler)
