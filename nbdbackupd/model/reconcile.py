@@ -161,7 +161,7 @@ def reconcile(view: View, chains: Sequence[KnownChain], dead: Collection[str] = 
     """
     by_tag = _by_tag(chains)
     bases = {chain.base: chain for chain in chains if chain.base}
-    held = _held(view)
+    held = _held(view.disks)
     names = view.checkpoints | held.keys()
     entries, steps = [], []
     for name in sorted({each for each in names if tag_of(each)} | bases.keys()):
@@ -187,7 +187,7 @@ def reconcile(view: View, chains: Sequence[KnownChain], dead: Collection[str] = 
 
 def drop(view: View, tag: str) -> tuple[Step, ...]:
     """The steps that take away every checkpoint and bitmap of one chain, its base as well."""
-    held = _held(view)
+    held = _held(view.disks)
     return tuple(
         _removal(
             Entry(
@@ -215,10 +215,10 @@ def _by_tag(chains: Sequence[KnownChain]) -> dict[str, KnownChain]:
     return {tag: chain for tag, chain in found.items() if tag not in twice}
 
 
-def _held(view: View) -> dict[str, tuple[Held, ...]]:
+def _held(disks: Mapping[str, DiskState]) -> dict[str, tuple[Held, ...]]:
     """Where the bitmaps are, by name."""
     found: dict[str, list[Held]] = {}
-    for target, state in view.disks.items():
+    for target, state in disks.items():
         for number, layer in enumerate(state.layers):
             is_unclear = state.is_live and number == 0
             for name, is_sound in state.bitmaps.get(layer.path, {}).items():
@@ -309,6 +309,12 @@ def _removal(entry: Entry, why: str) -> Step:
         images=_images(entry.held),
         metadata=entry.in_libvirt,
     )
+
+
+def removal(name: str, disks: Mapping[str, DiskState], why: str) -> Step:
+    """The step that takes away a checkpoint of which libvirt knows, or may know."""
+    held = _held(disks).get(name, ())
+    return _removal(Entry(name=name, fate=Fate.SUPERSEDED, in_libvirt=True, held=held), why)
 
 
 def _targets(held: tuple[Held, ...]) -> tuple[str, ...]:

@@ -1,27 +1,29 @@
 """``backup``: one run that saves one domain into one set.
 
-Life of a run: locks, sweep up after dead runs, read the chain, decide the level, look at disks
-and images, draft, snapshot (freeze, begin, thaw), copy each disk, end the job, publish. Only the
-published manifest makes the new checkpoint the base of the next run; on every other way out the
-draft and the new checkpoint go away and the old base stays what it was.
+Life of a run: locks, a lease if the domain is off, sweep up after dead runs, read the chain,
+reconcile, decide the level, draft, open the source, copy each disk, close the source, publish.
+Only the published manifest makes the new checkpoint the base of the next run; on every other way
+out the draft and the new checkpoint go away and the old base stays what it was.
 """
 
 import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from nbdbackupd import durable
 from nbdbackupd import log as runlog
-from nbdbackupd.errors import CheckpointError, NotSupportedError, RepositoryError
+from nbdbackupd.errors import CheckpointError, RepositoryError
 from nbdbackupd.model.chain import BackupSet, Level, RestorePoint, effective_level
-from nbdbackupd.ops import leftovers, recording
+from nbdbackupd.ops import leftovers, reconciling, recording
 from nbdbackupd.ops.backup_job import Job
 from nbdbackupd.ops.backup_request import BackupReport, BackupRequest
-from nbdbackupd.ops.survey import Survey, Wish, survey_domain
+from nbdbackupd.ops.sources import changed_bytes, images_of
+from nbdbackupd.ops.survey import Survey, Wish, look, survey_domain
 from nbdbackupd.repo.repository import Repository
-from nbdbackupd.source import running
+from nbdbackupd.repo.state import State
+from nbdbackupd.source.lease import Lease
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
 
@@ -57,7 +59,13 @@ def run(
         stack.enter_context(runlog.run_log(repository.log_path(request.run_id)))
         log.info("backup of %s (%s), level %s", domain.name, domain.uuid, request.level)
         try:
-            report = _run_locked(request, domain, repository, progress, cancelled)
+            with images_of(domain, request.runtime_dir, request.run_id, cancelled) as lease:
+                report = _run_locked(
+                    _Run(
+                        request=request, domain=domain, repository=repository, lease=lease,
+                        progress=progress, cancelled=cancelled,
+                    )
+                )  # fmt: skip
         except BaseException as err:
             log.info("run %s failed: %s", request.run_id, err)
             raise
@@ -65,41 +73,51 @@ def run(
     return replace(report, seconds=time.monotonic() - begun)
 
 
-def _run_locked(
-    request: BackupRequest,
-    domain: Domain,
-    repository: Repository,
-    progress: Progress,
-    cancelled: Cancelled,
-) -> BackupReport:
-    """The run proper, with both locks held."""
-    leftovers.sweep(domain, repository, request.runtime_dir, request.scratch_dir)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """One run with its locks held; ``lease``: the domain is off."""
+
+    request: BackupRequest
+    domain: Domain
+    repository: Repository
+    lease: Lease | None
+    progress: Progress
+    cancelled: Cancelled
+
+
+def _run_locked(run: _Run) -> BackupReport:
+    """Reconcile, decide, make the point, let the base advance."""
+    request, domain, repository = run.request, run.domain, run.repository
+    erase = reconciling.eraser(run.lease) if run.lease is not None else None
+    state = State(request.state_dir) if request.state_dir is not None else None
+    dead = leftovers.sweep(domain, repository, request.runtime_dir, request.scratch_dir)
     known = repository.load()
     _check_binding(domain, known)
-    leftovers.reclaim(domain, known)
+    looked = look(domain)
+    records = state.records(domain.uuid) if state is not None else ()
+    chain = reconciling.of_set(repository, known, records)
+    left = reconciling.prepare(domain, chain, looked, dead, erase=erase, cancelled=run.cancelled)
+    if not left & dead:
+        leftovers.finish(domain, repository, request.runtime_dir)
     level = effective_level(request.level, known)
-    if not domain.is_active():
-        raise NotSupportedError(
-            f"domain {domain.name} is not running: start it, its disks can't be read otherwise"
-        )
     parent = known.head if level in (Level.INC, Level.DIFF) else None
     if parent is not None:
         repository.check_present(known.points)
     wish = Wish(include=request.include, exclude=request.exclude, raw=request.raw)
-    survey = survey_domain(domain, wish, level, parent)
-    cancelled()
-    small = _below_threshold(request, domain, repository, survey, parent)
+    survey = survey_domain(domain, wish, level, parent, looked)
+    run.cancelled()
+    small = _below_threshold(run, survey, parent)
     if small:
         log.info("nothing saved: %s", small)
         return BackupReport(point=None, skipped=small)
     point, seconds = recording.record(
         Job(
             request=request, domain=domain, repository=repository, survey=survey, level=level,
-            known=known, parent=parent, progress=progress, cancelled=cancelled,
+            known=known, parent=parent, progress=run.progress, cancelled=run.cancelled,
+            lease=run.lease,
         )
     )  # fmt: skip
-    if parent is not None and point.checkpoint:
-        leftovers.drop_checkpoint(domain, parent.checkpoint)
+    reconciling.advance(domain, repository, point, parent, looked, state=state, erase=erase)
     return BackupReport(point=point, disk_seconds=seconds)
 
 
@@ -113,22 +131,18 @@ def _check_binding(domain: Domain, known: BackupSet) -> None:
             )
 
 
-def _below_threshold(
-    request: BackupRequest,
-    domain: Domain,
-    repository: Repository,
-    survey: Survey,
-    parent: RestorePoint | None,
-) -> str:
+def _below_threshold(run: _Run, survey: Survey, parent: RestorePoint | None) -> str:
     """Why the run can be left out, or nothing: then it must go on."""
+    request = run.request
     if request.threshold is None or parent is None:
         return ""
     if any(not plan.delta for plan in survey.plans):
         return ""
-    stored = repository.checkpoint_xml(parent)
-    targets = [plan.target for plan in survey.plans]
     try:
-        sizes = running.changed_bytes(domain, parent.checkpoint, stored, targets)
+        sizes = changed_bytes(
+            run.domain, run.repository, parent, survey,
+            held=run.lease, runtime_dir=request.runtime_dir, cancelled=run.cancelled,
+        )  # fmt: skip
     except CheckpointError:
         return ""
     if any(plan.target not in sizes for plan in survey.plans):

@@ -4,16 +4,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nbdbackupd.model.chain import BackupSet, Level, RestorePoint
-from nbdbackupd.ops import leftovers
+from nbdbackupd.model.naming import checkpoint_prefix
 from nbdbackupd.ops.backup_request import BackupRequest
 from nbdbackupd.ops.survey import Survey
 from nbdbackupd.repo.repository import Repository
+from nbdbackupd.source.lease import Lease
 from nbdbackupd.virt.domain import Domain
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """All that is decided before the point is made."""
+    """All that is decided before the point is made.
+
+    ``lease``: the domain is off, and its images are ours to read until somebody starts it.
+    """
 
     request: BackupRequest
     domain: Domain
@@ -24,6 +28,7 @@ class Job:
     parent: RestorePoint | None
     progress: Callable[[str, int, int, int], None]
     cancelled: Callable[[], None]
+    lease: Lease | None = None
 
     @property
     def point_id(self) -> str:
@@ -42,4 +47,4 @@ class Job:
         tracked = any(plan.tracked for plan in self.survey.plans)
         if self.level not in (Level.FULL, Level.INC) or not tracked:
             return ""
-        return leftovers.checkpoint_prefix(self.chain) + self.point_id
+        return checkpoint_prefix(self.chain) + self.point_id

@@ -13,7 +13,10 @@ from nbdbackupd.source.quiesce import FreezePolicy
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackupRequest:
-    """What to save, where to and how. Sizes in bytes, times in seconds; ``now`` is UTC."""
+    """What to save, where to and how. Sizes in bytes, times in seconds; ``now`` is UTC.
+
+    Without a ``state_dir`` nothing is noted of the chain beside its set.
+    """
 
     domain: str
     directory: Path
@@ -22,6 +25,7 @@ class BackupRequest:
     runtime_dir: Path
     scratch_dir: Path
     program: str
+    state_dir: Path | None = None
     scratch_reserve: int = 512 << 20
     level: Level = Level.AUTO
     include: tuple[str, ...] = ()

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nbdbackupd import durable
-from nbdbackupd.errors import DomainError, NbdbackupError
+from nbdbackupd.errors import DomainError, GaveWayError, NbdbackupError
 from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model.chain import DiskMode, DiskPoint, RestorePoint, StoredFile
 from nbdbackupd.model.plan import DiskState
 from nbdbackupd.nbdio import copy
 from nbdbackupd.nbdio.client import Patience
-from nbdbackupd.ops import leftovers, metadata
+from nbdbackupd.ops import leftovers, metadata, reconciling
 from nbdbackupd.ops.backup_job import Job
 from nbdbackupd.ops.sources import open_source
 from nbdbackupd.ops.transfer import Copied, Transfer, copy_disk
@@ -58,6 +58,8 @@ def record(job: Job) -> tuple[RestorePoint, Mapping[str, float]]:
             point = _fill(job, draft, notes)
             job.cancelled()
             published = draft.publish(point)
+    except GaveWayError:
+        raise
     except NbdbackupError as err:
         if notes.trouble is not None and err is not notes.trouble:
             # the job was ended because of it; what the copy saw is only the consequence
@@ -69,7 +71,8 @@ def record(job: Job) -> tuple[RestorePoint, Mapping[str, float]]:
 def _settle(job: Job, draft: Draft) -> None:
     """After the job's end: a checkpoint without a point goes; then the run is forgotten."""
     gone = draft.published or not job.checkpoint
-    if gone or leftovers.drop_checkpoint(job.domain, job.checkpoint):
+    erase = reconciling.eraser(job.lease) if job.lease is not None else None
+    if gone or reconciling.drop_failed(job.domain, job.checkpoint, job.survey.states, erase):
         leftovers.forget(job.request.runtime_dir, job.domain.uuid)
 
 

@@ -30,6 +30,17 @@ def names(domain: Domain) -> list[str]:
     return sorted(checkpoint.getName() for checkpoint in found)
 
 
+def is_known(domain: Domain, name: str) -> bool:
+    """Tell whether libvirt has a checkpoint of that name, without listing all of them."""
+    try:
+        domain.call(
+            f"can't look up checkpoint {name}", lambda each: each.checkpointLookupByName(name)
+        )
+    except CheckpointError:
+        return False
+    return True
+
+
 def xml(domain: Domain, name: str) -> str:
     """Return a checkpoint's XML without the domain definition in it: enough to redefine.
 
@@ -84,7 +95,7 @@ def delete(domain: Domain, name: str) -> Deleted:
     and the rest is metadata. Of an inactive domain only the metadata can be deleted.
     Raises DomainError if libvirt keeps the checkpoint.
     """
-    if name not in names(domain):
+    if not is_known(domain, name):
         return Deleted.ABSENT
     if not domain.is_active():
         _delete(domain, name, libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
@@ -104,7 +115,7 @@ def _delete_rest(domain: Domain, name: str) -> Deleted:
             _delete(domain, name, 0)
             return Deleted.ALL
     except DomainError:
-        if name not in names(domain):
+        if not is_known(domain, name):
             return Deleted.ABSENT
     _delete(domain, name, libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
     return Deleted.METADATA

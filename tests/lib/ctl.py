@@ -12,6 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 PYTHON = "/usr/bin/python3"
 SECONDS = 110.0
+WITH_STATE = ("backup", "checkpoints")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Result:
 class Ctl:
     """``nbdbackupctl`` with a connection and directories of its own.
 
-    Everything that it writes beside sets lies below ``directory``: runtime and scratch.
+    Everything that it writes beside sets lies below ``directory``: runtime, scratch, state.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Ctl:
         self.uri = uri
         self.runtime = directory / "run"
         self.scratch = directory / "scratch"
+        self.state = directory / "state"
         self.environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **(environment or {})}
 
     def argv(self, verb: str, *arguments: str | os.PathLike[str]) -> list[str]:
@@ -54,6 +56,8 @@ class Ctl:
             os.fspath(self.runtime),
         ]
         extra = ["--scratch-dir", os.fspath(self.scratch)] if verb == "backup" else []
+        if verb in WITH_STATE and "--checkpoint-dir" not in arguments:
+            extra += ["--checkpoint-dir", os.fspath(self.state)]
         if verb == "backup" and "--scratch-reserve" not in arguments:
             extra += ["--scratch-reserve", "16M"]
         return [*head, verb, *(os.fspath(each) for each in arguments), *extra]

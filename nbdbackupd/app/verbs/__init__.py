@@ -1,5 +1,14 @@
 """One module for each verb: ``register`` adds its parser, ``run`` carries it out."""
 
-from nbdbackupd.app.verbs import abort, backup, catalog, estimate, give_way, restore, verify
+from nbdbackupd.app.verbs import (
+    abort,
+    backup,
+    catalog,
+    checkpoints,
+    estimate,
+    give_way,
+    restore,
+    verify,
+)
 
-ALL = (backup, restore, catalog, verify, estimate, abort, give_way)
+ALL = (backup, restore, catalog, verify, estimate, checkpoints, abort, give_way, config)

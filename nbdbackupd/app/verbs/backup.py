@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 from nbdbackupd import __version__
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app import signals
-from nbdbackupd.app.arguments import Arguments, lz4_level, names, positive, seconds, size
+from nbdbackupd.app.arguments import (
+    Arguments,
+    add_checkpoint_dir,
+    lz4_level,
+    names,
+    positive,
+    seconds,
+    size,
+)
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size, human_time
 from nbdbackupd.errors import UsageError
@@ -104,6 +112,7 @@ def _guest_options(parser: argparse.ArgumentParser) -> None:
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
+    add_checkpoint_dir(group)
     group.add_argument(
         "--threshold", metavar="SIZE", type=size,
         help="do nothing, successfully, if less than this would be saved by an increment",
@@ -170,6 +179,7 @@ def _request(args: Arguments, context: Context) -> "BackupRequest":
         scratch_dir=context.scratch_dir.absolute(),
         scratch_reserve=args.scratch_reserve,
         runtime_dir=context.runtime_dir.absolute(),
+        state_dir=context.state_dir.absolute(),
         workers=args.workers,
         threshold=args.threshold,
         strict=args.strict,

@@ -1,0 +1,171 @@
+"""``nbdbackupctl checkpoints``."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbdbackupd.app import context as app_context
+from nbdbackupd.app import signals
+from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, seconds
+from nbdbackupd.app.context import Context
+
+if TYPE_CHECKING:
+    from nbdbackupd.model.reconcile import Entry, KnownChain, Step
+    from nbdbackupd.ops.checkpoints import CheckpointsReport
+
+WARNED = 3
+DESCRIPTION = """\
+Show the checkpoints and bitmaps that backups of a domain have left in libvirt and in its images,
+whether they agree with the restore points, and what is to be done where they do not. Nothing is
+changed without --repair or --drop. Works while the domain runs and while it is off. Chains are
+found by the state directory, and by the set that -o gives.
+"""
+
+
+def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "checkpoints", help="show checkpoints and bitmaps, put them in order",
+        description=DESCRIPTION, parents=[shared], allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", type=Path, help="directory of a set of the domain"
+    )
+    parser.add_argument(
+        "-n", "--dry-run", action="store_true", help="change nothing, whatever else is asked for"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--repair", action="store_true",
+        help="make known to libvirt again what increments need, remove what nothing needs",
+    )  # fmt: skip
+    what.add_argument(
+        "--drop", metavar="CHAIN", default="",
+        help="remove all checkpoints and bitmaps of a chain whose set is gone for good; its id, "
+        "or the part of it that is in the checkpoints' names",
+    )  # fmt: skip
+    add_checkpoint_dir(parser)
+    parser.add_argument(
+        "--wait", metavar="SECONDS", type=seconds, default=0.0,
+        help="wait so long for the lock of the domain (default: 0, exit 75 at once)",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def run(args: Arguments, context: Context) -> int:
+    """Carry the verb out; 3 if something could not be done."""
+    from nbdbackupd.ops import checkpoints
+
+    request = checkpoints.CheckpointsRequest(
+        domain=args.domain,
+        runtime_dir=context.runtime_dir.absolute(),
+        state_dir=context.state_dir.absolute(),
+        run_id=app_context.new_run_id(app_context.now()),
+        directory=args.output.absolute() if args.output else None,
+        repair=args.repair,
+        drop=args.drop,
+        dry_run=args.dry_run,
+        wait_seconds=args.wait,
+    )
+    with signals.listen() as cancel, context.connection() as connection:
+        report = checkpoints.run(request, connection, cancelled=cancel.check)
+    context.show(report.to_json(), render(report, dropping=bool(args.drop)))
+    return WARNED if report.problems else 0
+
+
+def render(report: "CheckpointsReport", *, dropping: bool = False) -> str:
+    """The report for people."""
+    if report.changed:
+        return "\n".join(_done_lines(report))
+    lines = [f"domain {report.domain} ({report.uuid}), {'running' if report.is_active else 'off'}"]
+    if report.holder:
+        lines.append(
+            f"busy: {report.holder}; what it has made so far looks like a dead run's below"
+        )
+    for chain in report.chains:
+        lines += ["", *_chain_lines(report, chain)]
+    unknown = [entry for entry in report.plan.entries if not entry.chain]
+    if unknown:
+        lines += ["", "chains that are not known here (--drop removes them):"]
+        lines += _table(unknown, report)
+    if report.plan.foreign:
+        count = report.plan.foreign
+        lines += ["", f"{count} of other programs, left alone"]
+    if not report.plan.entries and not report.chains:
+        lines.append("no checkpoints of ours")
+    return "\n".join([*lines, "", *_todo_lines(report, dropping=dropping)])
+
+
+def _chain_lines(report: "CheckpointsReport", chain: "KnownChain") -> list[str]:
+    lines = [f"chain {chain.id}", f"  set   {chain.set}"]
+    if chain.id in report.missing:
+        lines.append(f"        not readable: {report.missing[chain.id]}")
+    if not chain.base:
+        lines.append("  base  none: its disks can't be tracked")
+    entries = [entry for entry in report.plan.entries if entry.chain == chain.id]
+    lines += _table(entries, report)
+    for entry in entries:
+        lines += [
+            f"  next increment reads {target} whole: {why}"
+            for target, why in entry.problems.items()
+        ]
+    return lines
+
+
+def _table(entries: "list[Entry]", report: "CheckpointsReport") -> list[str]:
+    from nbdbackupd.model.naming import point_of, tag_of
+
+    if not entries:
+        return []
+    rows = [("point", "state", "libvirt", "bitmaps")]
+    for entry in entries:
+        # of a chain that is known the tag is in its heading
+        name = (
+            point_of(entry.name) if entry.chain else f"{tag_of(entry.name)} {point_of(entry.name)}"
+        )
+        known = "knows" if entry.in_libvirt else "-"
+        rows.append((name, entry.fate.value, known, _bitmaps(entry, report)))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return [
+        "  " + "  ".join(part.ljust(width) for part, width in zip(row, [*widths, 0], strict=True))
+        for row in rows
+    ]
+
+
+def _bitmaps(entry: "Entry", report: "CheckpointsReport") -> str:
+    """Disks that hold the bitmap; how many images of each, where it is more than one."""
+    found: dict[str, list[bool | None]] = {}
+    for held in entry.held:
+        found.setdefault(held.target, []).append(held.is_sound)
+    parts = []
+    for target, sound in found.items():
+        text = target if len(sound) == 1 else f"{target} ({len(sound)} images)"
+        parts.append(f"{text} inconsistent" if False in sound else text)
+    if not parts:
+        return "in QEMU's memory, if any" if report.is_active and entry.in_libvirt else "none"
+    return ", ".join(parts)
+
+
+def _todo_lines(report: "CheckpointsReport", *, dropping: bool) -> list[str]:
+    if not report.steps:
+        return ["nothing to do"]
+    option = "--drop" if dropping else "--repair"
+    lines = [f"to do, by the next backup or by {option}:" if not dropping else "to do:"]
+    return lines + [f"  {_step(each.step)}" for each in report.steps]
+
+
+def _done_lines(report: "CheckpointsReport") -> list[str]:
+    lines = []
+    for each in report.steps:
+        if each.problem:
+            lines.append(f"NOT done: {_step(each.step)}")
+            lines.append(f"  {each.problem}")
+        else:
+            lines.append(f"done: {_step(each.step)}")
+    return lines or ["nothing to do"]
+
+
+def _step(step: "Step") -> str:
+    disks = f" ({', '.join(step.targets)})" if step.targets else ""
+    return f"{step.action.value} {step.name}{disks}: {step.why}"
