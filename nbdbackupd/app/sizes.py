@@ -5,10 +5,12 @@ from typing import Final
 
 from nbdbackupd.model.units import human_size
 
-__all__ = ["human_size", "human_time", "parse_size"]
+__all__ = ["human_size", "human_time", "parse_duration", "parse_size"]
 
 UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 PATTERN: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+TIMES: Final = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
+TIME_PART: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(min|[smhdw]?)\s*", re.ASCII)
 
 
 def parse_size(text: str) -> int:
@@ -20,6 +22,24 @@ def parse_size(text: str) -> int:
     if found is None:
         raise ValueError(f"not a size: {text!r} (examples: 4096, 512M, 1.5GiB)")
     return int(float(found[1]) * UNITS[found[2].lower()])
+
+
+def parse_duration(text: str) -> float:
+    """``90``, ``30s``, ``2h``, ``1h30m``, ``7d``, ``2w`` as seconds; units in lower case.
+
+    Raises ValueError for anything else.
+    """
+    rest, total = text.strip(), 0.0
+    bare = TIME_PART.fullmatch(rest)
+    while rest:
+        found = TIME_PART.match(rest)
+        if found is None or (not found[2] and bare is None):
+            break
+        total += float(found[1]) * TIMES[found[2]]
+        rest = rest[found.end() :]
+    if rest or not text.strip() or total >= 1e9:
+        raise ValueError(f"not a duration: {text!r} (examples: 30s, 10m, 2h, 1h30m, 7d)")
+    return total
 
 
 def human_time(seconds: float) -> str:

@@ -4,11 +4,13 @@ from nbdbackupd.app.verbs import (
     abort,
     backup,
     catalog,
+    check,
     checkpoints,
+    config,
     estimate,
     give_way,
     restore,
     verify,
 )
 
-ALL = (backup, restore, catalog, verify, estimate, checkpoints, abort, give_way, config)
+ALL = (backup, restore, catalog, verify, estimate, check, checkpoints, abort, give_way, config)

@@ -1,0 +1,82 @@
+"""Which domains a file of ``domains.d`` is for."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from xml.etree import ElementTree as ET
+
+from nbdbackupd.app.config.schema import LABELS_URI
+from nbdbackupd.errors import DomainError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Match:
+    """All conditions that are given must hold; of several values of one, any will do.
+
+    ``metadata`` maps labels to patterns; all of them must be there and fit.
+    """
+
+    names: tuple[str, ...] = ()
+    globs: tuple[str, ...] = ()
+    regexes: tuple[str, ...] = ()
+    metadata: Mapping[str, tuple[str, ...]]
+
+    def fits_name(self, name: str, uuid: str) -> bool:
+        """Whether the conditions but for the metadata hold."""
+        names = {each.lower() if is_uuid(each) else each for each in self.names}
+        if names and not {name, uuid.lower()} & names:
+            return False
+        if self.globs and not any(fnmatchcase(name, each) for each in self.globs):
+            return False
+        return not self.regexes or any(re.fullmatch(each, name) for each in self.regexes)
+
+    def fits(self, name: str, uuid: str, labels: Mapping[str, str]) -> bool:
+        """Whether all conditions hold for a domain."""
+        return self.fits_name(name, uuid) and all(
+            label in labels and any(fnmatchcase(labels[label], each) for each in patterns)
+            for label, patterns in self.metadata.items()
+        )
+
+    @property
+    def names_uuid(self) -> bool:
+        """Whether one of the names has the form of a UUID."""
+        return any(is_uuid(each) for each in self.names)
+
+
+def is_uuid(text: str) -> bool:
+    """Whether a text has the form of a UUID with dashes."""
+    return re.fullmatch(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", text) is not None
+
+
+def labels_of(xml: str) -> dict[str, str]:
+    """The labels in the ``<metadata>`` of a domain XML.
+
+    Attributes of our own element (``urn:nbdbackup:1``) count by their plain names. Those of
+    others count as ``{URI}element/child@attribute``, and the text of an element as
+    ``{URI}element/child``; the children need no URI if it is the same.
+
+    Raises DomainError if the text is no XML.
+    """
+    try:
+        root = ET.fromstring(xml)  # noqa: S314 - from libvirtd, which is trusted like ourselves
+    except ET.ParseError as err:
+        raise DomainError(f"domain XML can't be parsed: {err}") from err
+    found: dict[str, str] = {}
+    for element in root.findall("./metadata/*"):
+        if element.tag.startswith(f"{{{LABELS_URI}}}"):
+            found |= {str(name): value for name, value in element.attrib.items()}
+        else:
+            _collect(element, element.tag, found)
+    return found
+
+
+def _collect(element: ET.Element, path: str, found: dict[str, str]) -> None:
+    home = path.partition("}")[0] + "}"
+    text = (element.text or "").strip()
+    if text:
+        found.setdefault(path, text)
+    for name, value in element.attrib.items():
+        found.setdefault(f"{path}@{name.removeprefix(home)}", value)
+    for child in element:
+        _collect(child, f"{path}/{child.tag.removeprefix(home)}", found)

@@ -1,0 +1,232 @@
+"""What the configuration says for one domain, and what that means for a backup."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from nbdbackupd.app.config import files as config_files
+from nbdbackupd.app.config.files import ConfigFile, Configuration
+from nbdbackupd.app.config.matching import is_uuid
+from nbdbackupd.app.config.schema import BY_PATH, SETTINGS
+from nbdbackupd.errors import ConfigError, RepositoryError
+from nbdbackupd.repo import layout
+
+DEFAULT: Final = "default"
+CREDENTIALS: Final = "CREDENTIALS_DIRECTORY"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a setting stands; ``file`` is empty for a default."""
+
+    file: str = ""
+    line: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.file else DEFAULT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainSettings:
+    """All settings for a domain, named by their paths with ``_`` for the dots.
+
+    Sizes in bytes (``limits_bandwidth``: per second), durations in seconds, None where the
+    files say ``none``, ``never``, ``unlimited`` or ``auto``. ``origins`` tells by path where each
+    stands; ``applied`` are the files that apply, in their order.
+    """
+
+    repository_path: Path
+    repository_marker: str | None
+    repository_mount_point: Path | None
+    level_rotate: str
+    level_full_every: int | None
+    level_max_increments: int | None
+    schedule_calendar: tuple[str, ...]
+    schedule_random_delay: float
+    on_shutdown: bool
+    disks_include: tuple[str, ...]
+    disks_exclude: tuple[str, ...]
+    disks_raw: bool
+    compression: int | None
+    freeze_policy: str
+    freeze_mountpoints: tuple[Path, ...]
+    scratch_directory: Path
+    scratch_reserve: int
+    checkpoint_directory: Path
+    threshold: int | None
+    strict: bool
+    limits_bandwidth: int | None
+    limits_workers: int | None
+    limits_concurrent_runs: int
+    limits_wait: float
+    limits_timeout: float
+    retention_last: int
+    retention_hourly: int
+    retention_daily: int
+    retention_weekly: int
+    retention_monthly: int
+    retention_yearly: int
+    commands_pre: tuple[tuple[str, ...], ...]
+    commands_post: tuple[tuple[str, ...], ...]
+    commands_timeout: float
+    notification_events: tuple[str, ...]
+    notification_mail: tuple[str, ...]
+    notification_command: tuple[str, ...] | None
+    libvirt_uri: str
+    libvirt_user: str | None
+    libvirt_password_file: Path | None
+    libvirt_password_credential: str | None
+    origins: Mapping[str, Origin]
+    applied: tuple[Path, ...]
+
+    def is_default(self, path: str) -> bool:
+        """Whether no file says anything of a setting."""
+        return not self.origins[path].file
+
+    def get(self, path: str) -> Any:
+        """The value of a setting by its path, such as ``level.rotate``."""
+        return getattr(self, BY_PATH[path].field)
+
+
+def settings_for(
+    name: str, uuid: str, labels: Mapping[str, str], configuration: Configuration
+) -> DomainSettings:
+    """Merge all files that are for a domain: the later one wins, setting by setting.
+
+    ``labels`` is what ``matching.labels_of`` found in its XML; they are needed only if
+    ``needs_libvirt`` says so. A list replaces a list.
+
+    Raises ConfigError if the configuration has a problem, or if files that are sound each
+    contradict one another for this domain.
+    """
+    configuration.require_sound()
+    return _merged(
+        [
+            file
+            for file in configuration.files
+            if file.match is None or file.match.fits(name, uuid, labels)
+        ],
+        name,
+    )
+
+
+def global_settings(configuration: Configuration) -> DomainSettings:
+    """What holds for a domain that no file of ``domains.d`` is for.
+
+    Raises ConfigError if the configuration has a problem.
+    """
+    configuration.require_sound()
+    return _merged([file for file in configuration.files if file.match is None], "")
+
+
+def needs_libvirt(name: str, configuration: Configuration) -> tuple[Path, ...]:
+    """The files of which the name alone does not tell whether they are for a domain.
+
+    If a UUID stands in place of the name, these are all files for single domains.
+    """
+    return tuple(
+        file.path
+        for file in configuration.files
+        if file.match is not None
+        and (
+            is_uuid(name)
+            or file.match.names_uuid
+            or (file.match.metadata and file.match.fits_name(name, ""))
+        )
+    )
+
+
+def _merged(files: Sequence[ConfigFile], name: str) -> DomainSettings:
+    problems = config_files.contradictions(files)
+    if problems:
+        raise ConfigError(f"domain {name}: {problems[0]}")
+    values: dict[str, Any] = {setting.field: setting.default for setting in SETTINGS}
+    origins = {setting.path: Origin() for setting in SETTINGS}
+    for file in files:
+        for path, value in file.values.items():
+            values[BY_PATH[path].field] = value.value
+            origins[path] = Origin(value.file, value.line)
+    return DomainSettings(**values, origins=origins, applied=tuple(file.path for file in files))
+
+
+def request_fields(settings: DomainSettings) -> dict[str, Any]:
+    """Fields of ``ops.backup_request.BackupRequest`` that the settings decide.
+
+    Left out is what the command computes from the host where no file says anything: the scratch
+    directory and the number of workers.
+    """
+    from nbdbackupd.source.quiesce import FreezePolicy
+
+    pause = settings.freeze_policy == "pause"
+    freezes = settings.freeze_policy in ("auto", "require")
+    found: dict[str, Any] = {
+        "include": settings.disks_include,
+        "exclude": settings.disks_exclude,
+        "raw": settings.disks_raw,
+        "compression": settings.compression,
+        "freeze": FreezePolicy.NEVER if pause else FreezePolicy(settings.freeze_policy),
+        "mountpoints": tuple(map(str, settings.freeze_mountpoints)) if freezes else (),
+        "pause": pause,
+        "scratch_reserve": settings.scratch_reserve,
+        "threshold": settings.threshold,
+        "strict": settings.strict,
+        "wait_seconds": settings.limits_wait,
+        "timeout_seconds": settings.limits_timeout,
+    }
+    if not settings.is_default("scratch.directory"):
+        found["scratch_dir"] = settings.scratch_directory
+    if settings.limits_workers is not None:
+        found["workers"] = settings.limits_workers
+    return found
+
+
+def domain_directory(settings: DomainSettings, name: str) -> Path:
+    """The directory that holds a domain's sets: its name, escaped, below the repository.
+
+    Raises FormatError for an empty name.
+    """
+    return settings.repository_path / layout.escape(name, layout.MAX_DOMAIN)
+
+
+def password_file(settings: DomainSettings, environ: Mapping[str, str]) -> Path | None:
+    """The file that holds the password for libvirt, or None if there is none.
+
+    Raises ConfigError for a credential where systemd has passed none.
+    """
+    if settings.libvirt_password_credential is None:
+        return settings.libvirt_password_file
+    directory = environ.get(CREDENTIALS)
+    if not directory:
+        raise ConfigError(
+            f"credential {settings.libvirt_password_credential} is not there: ${CREDENTIALS} is "
+            f"not set; run within a unit that has LoadCredential=, or use libvirt.password_file"
+        )
+    return Path(directory, settings.libvirt_password_credential)
+
+
+def check_mounted(settings: DomainSettings) -> None:
+    """Prove by the marker or mount point that the repository is what it should be.
+
+    Raises RepositoryError if it is not, or can't be looked at.
+    """
+    mount_point, marker = settings.repository_mount_point, settings.repository_marker
+    if mount_point is not None and not os.path.ismount(mount_point):
+        raise RepositoryError(
+            f"nothing is mounted on {mount_point}, which holds the repository "
+            f"{settings.repository_path}; mount it, or mend repository.mount_point "
+            f"({settings.origins['repository.mount_point']})"
+        )
+    if marker is None:
+        return
+    path = settings.repository_path / marker
+    try:
+        path.stat()
+    except FileNotFoundError as err:
+        raise RepositoryError(
+            f"the repository's marker {path} is missing: mount the repository, or, if it is new, "
+            f"make the file ({settings.origins['repository.marker']})"
+        ) from err
+    except OSError as err:
+        raise RepositoryError(f"can't look at the marker {path}: {err.strerror}") from err
