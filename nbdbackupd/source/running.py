@@ -15,13 +15,15 @@ from nbdbackupd.errors import (
     CheckpointError,
     ConfigError,
     DomainError,
+    FreezeError,
     NbdbackupError,
 )
 from nbdbackupd.model import jobxml
+from nbdbackupd.model.chain import Consistency
 from nbdbackupd.model.jobxml import JobDisk
 from nbdbackupd.source import Export, Snapshot, quiesce, scratch
 from nbdbackupd.source.quiesce import FreezePolicy, Moment, Quiet
-from nbdbackupd.virt import checkpoints, jobs
+from nbdbackupd.virt import checkpoints, instance, jobs
 from nbdbackupd.virt.domain import Domain
 
 LOG = logging.getLogger(__name__)
@@ -49,6 +51,8 @@ class RunningRequest:
     ``new_checkpoint`` makes none. ``scratch_reserve``: the job is ended when less is free in
     ``scratch_dir``; twice as much must be free to begin. ``runtime_dir`` is the domain's own;
     it is given to the user that QEMU runs as. ``on_trouble`` is called from another thread.
+    ``at_rest``: the domain was started paused for this run (source/paused_start.py), and this is
+    what its disks are as long as the guest has not run; nothing is frozen then.
     """
 
     domain: Domain
@@ -65,6 +69,7 @@ class RunningRequest:
     freeze_mountpoints: tuple[str, ...] = ()
     freeze_seconds: float = 30.0
     pause: bool = False
+    at_rest: Consistency | None = None
 
     @property
     def socket(self) -> Path:
@@ -114,6 +119,19 @@ def _check(request: RunningRequest) -> None:
             f"domain {domain.name} is busy with {job}; wait, or end a backup job "
             f"with 'nbdbackupctl abort --any {domain.name}'",
             domain=domain.name,
+        )
+    _check_block_jobs(request)
+
+
+def _check_block_jobs(request: RunningRequest) -> None:
+    """Raise BusyError if a job runs on a disk; libvirt's own refusal would be an internal error."""
+    domain = request.domain
+    for target, job in jobs.block_jobs(domain, [disk.target for disk in request.disks]).items():
+        raise BusyError(
+            f"domain {domain.name} is busy with a job on disk {target}: {job}; wait for it, or end "
+            f"it with 'virsh blockjob {domain.name} {target}' and --abort or --pivot",
+            domain=domain.name,
+            disk=target,
         )
 
 
@@ -186,15 +204,8 @@ def _begin(
     request: RunningRequest, plan: tuple[JobDisk, ...]
 ) -> tuple[Moment, tuple[JobDisk, ...], dict[str, str]]:
     """Begin at a quiet moment; once more in full if libvirt takes offence at the base."""
-    wish = Quiet(
-        marker=request.runtime_dir / MARKER_NAME,
-        freeze=request.freeze,
-        mountpoints=request.freeze_mountpoints,
-        pause=request.pause,
-        seconds=request.freeze_seconds,
-    )
     lost: dict[str, str] = {}
-    with quiesce.quiet(request.domain, wish) as moment:
+    with _still(request) as moment:
         try:
             _begin_job(request, plan)
         except CheckpointError as err:
@@ -204,6 +215,31 @@ def _begin(
             plan = tuple(replace(disk, base="") for disk in plan)
             _begin_job(request, plan)
     return moment, plan, lost
+
+
+@contextlib.contextmanager
+def _still(request: RunningRequest) -> Iterator[Moment]:
+    """Hold the guest still; one that has never run is stiller than any freeze makes it."""
+    domain = request.domain
+    if request.at_rest is None or not instance.never_ran(domain):
+        wish = Quiet(
+            marker=request.runtime_dir / MARKER_NAME,
+            freeze=request.freeze,
+            mountpoints=request.freeze_mountpoints,
+            pause=request.pause,
+            seconds=request.freeze_seconds,
+        )
+        with quiesce.quiet(domain, wish) as moment:
+            yield moment
+        return
+    moment = Moment(consistency=request.at_rest)
+    yield moment
+    if not instance.never_ran(domain):
+        moment.consistency = Consistency.CRASH
+        text = "the guest was resumed while the job began"
+        if request.freeze is FreezePolicy.REQUIRE:
+            raise FreezeError(f"domain {domain.name} was not frozen: {text}", domain=domain.name)
+        moment.warnings.append(f"not frozen: {text}")
 
 
 def _begin_job(request: RunningRequest, plan: tuple[JobDisk, ...]) -> None:
@@ -222,6 +258,9 @@ def _begin_job(request: RunningRequest, plan: tuple[JobDisk, ...]) -> None:
     try:
         jobs.begin(request.domain, backup, checkpoint)
     except DomainError as err:
+        # one that began just now; if libvirt can't say, the first error is the better one
+        with contextlib.suppress(DomainError):
+            _check_block_jobs(request)
         if "Permission denied" in err.message or "No such file" in err.message:
             raise DomainError(
                 f"{err.message}; QEMU must reach {request.scratch_dir} and {request.runtime_dir}: "

@@ -3,22 +3,35 @@
 Measured with libvirt 9.0.0: a domain has at most one such job; beginning a second one waits 30
 seconds for a lock before it fails, so look first. ``abortJob`` returns before the job is gone
 (some 10 ms). The job and its NBD server survive us and libvirtd; the socket file stays behind
-when QEMU dies in the middle.
+when QEMU dies in the middle. A job on a single disk (pull, commit, copy) is no job of the
+domain: libvirt refuses to begin beside it, with an internal error that names the disk.
 """
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Any, Final
+from weakref import WeakSet
 
 import libvirt
 
 from nbdbackupd.errors import BusyError, DomainError
 from nbdbackupd.model.jobxml import BackupJob, parse_backup_job
+from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
 
 ABORT_TIMEOUT_SECONDS: Final = 30.0
 POLL_SECONDS: Final = 0.01
 LOST_JOB_SECONDS: Final = 5.0
+# a flag of virDomainBackupBegin, 0 where the Python module is older than libvirt 11.10
+PRESERVE_GUEST: Final[int] = getattr(libvirt, "VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN", 0)
+BLOCK_JOBS: Final = {
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_PULL: "block pull",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY: "block copy",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT: "block commit",
+    libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: "active block commit",
+}
 # names of virDomainJobOperation
 OPERATIONS: Final = (
     "unknown",
@@ -90,9 +103,7 @@ def _active_stats(domain: Domain) -> dict[str, Any]:
         try:
             return domain.call("can't read its job", lambda each: each.jobStats())
         except DomainError as err:
-            cause = err.__cause__
-            code = cause.get_error_code() if isinstance(cause, libvirt.libvirtError) else None
-            if code != libvirt.VIR_ERR_INTERNAL_ERROR:
+            if not _is_code(err, libvirt.VIR_ERR_INTERNAL_ERROR):
                 raise
             if time.monotonic() > deadline:
                 raise BusyError(
@@ -103,16 +114,52 @@ def _active_stats(domain: Domain) -> dict[str, Any]:
         time.sleep(POLL_SECONDS)
 
 
-def begin(domain: Domain, backup_xml: str, checkpoint_xml: str) -> None:
+def block_jobs(domain: Domain, targets: Collection[str]) -> dict[str, str]:
+    """Return what runs on single disks, whoever began it, by disk: ``block commit``, ….
+
+    Measured with libvirt 9.0: neither ``jobInfo`` nor ``jobStats`` shows these.
+    """
+    found: dict[str, str] = {}
+    for target in targets:
+        info = domain.call(
+            f"can't read the block job of {target}", methodcaller("blockJobInfo", target)
+        )
+        if info:
+            found[target] = BLOCK_JOBS.get(info.get("type", 0), "block job")
+    return found
+
+
+def _is_code(err: DomainError, code: int) -> bool:
+    cause = err.__cause__
+    return isinstance(cause, libvirt.libvirtError) and cause.get_error_code() == code
+
+
+def begin(
+    domain: Domain, backup_xml: str, checkpoint_xml: str, *, wish: int = PRESERVE_GUEST
+) -> bool:
     """Begin a pull-mode job; an empty ``checkpoint_xml`` makes no checkpoint.
 
-    Raises CheckpointError (the base or a bitmap of it is missing or broken), BusyError, or
-    another DomainError.
+    ``wish`` is a flag that libvirt may refuse: then the job begins without it. By default that
+    is to keep QEMU alive if the guest shuts down during the job (libvirt 11.10, both ends).
+    Returns whether the wish was granted. Raises CheckpointError (the base or a bitmap of it is
+    missing or broken), BusyError, or another DomainError.
     """
-    domain.call(
-        "can't begin the backup",
-        lambda each: each.backupBegin(backup_xml, checkpoint_xml or None),
-    )
+    what = "can't begin the backup"
+    if wish and domain.connection not in _REFUSED:
+        try:
+            domain.call(
+                what, lambda each: each.backupBegin(backup_xml, checkpoint_xml or None, wish)
+            )
+        except DomainError as err:
+            if not _is_code(err, libvirt.VIR_ERR_INVALID_ARG):
+                raise
+        else:
+            return True
+    domain.call(what, lambda each: each.backupBegin(backup_xml, checkpoint_xml or None))
+    if wish:
+        # the same request without the flag was fine: it was the flag that this libvirt minds
+        _REFUSED.add(domain.connection)
+    return False
 
 
 def stats(domain: Domain) -> JobStats:
@@ -153,3 +200,5 @@ def abort(domain: Domain) -> None:
 
 
 _NONE: Final = libvirt.VIR_DOMAIN_JOB_NONE
+# connections whose libvirt does not know the flag
+_REFUSED: Final[WeakSet[Connection]] = WeakSet()
