@@ -1,0 +1,3 @@
+__version__: str
+
+def library_version_string() -> str: ...

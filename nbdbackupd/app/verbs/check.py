@@ -1,0 +1,120 @@
+"""``nbdbackupctl check``."""
+
+import argparse
+import logging
+import os
+import sys
+import textwrap
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TextIO
+
+from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, size
+from nbdbackupd.app.context import Context
+from nbdbackupd.errors import DomainError
+
+if TYPE_CHECKING:
+    from nbdbackupd.ops.check import CheckReport
+
+DESCRIPTION = """\
+Find out whether the next backup of a domain will work: programs, libvirt, images, checkpoints,
+guest agent, space, access, locks, leftovers of dead runs. Nothing is changed. Exit status: 0 if all
+is well, 3 with warnings, 20 with a failure.
+"""
+DEFAULT_RESERVE = 512 << 20
+EXIT: Final = {"ok": 0, "warn": 3, "fail": 20}
+COLOURS: Final = {"ok": "32", "warn": "33", "fail": "1;31"}
+WIDTH: Final = 100
+GAP: Final = "        "
+SURVEY_LOGGER: Final = "nbdbackupd.ops.survey"
+
+
+def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "check", help="tell whether a backup will work", description=DESCRIPTION,
+        parents=[shared], allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", type=Path, help="directory of the set to look at, too"
+    )
+    parser.add_argument(
+        "--scratch-dir", metavar="DIR", type=Path,
+        help="directory for QEMU's scratch files (default: /var/lib/nbdbackup/scratch)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scratch-reserve", metavar="SIZE", type=size, default=DEFAULT_RESERVE,
+        help="what is to stay free of it (default: 512M)",
+    )  # fmt: skip
+    add_checkpoint_dir(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: Arguments, context: Context) -> int:
+    """Carry the verb out."""
+    # what it warns of becomes a finding
+    logging.getLogger(SURVEY_LOGGER).setLevel(logging.ERROR)
+    try:
+        from nbdbackupd.ops import check
+        from nbdbackupd.ops.check_request import CheckRequest
+    except ImportError as err:
+        raise DomainError(f"a Python library can't be used: {err}; install it") from err
+    request = CheckRequest(
+        domain=args.domain,
+        directory=args.output.absolute() if args.output is not None else None,
+        runtime_dir=context.runtime_dir.absolute(),
+        scratch_dir=context.scratch_dir.absolute(),
+        scratch_reserve=args.scratch_reserve,
+        state_dir=context.state_dir.absolute(),
+    )
+    with context.connection() as connection:
+        report = check.run(request, connection)
+    context.show(report.to_json(), render(report, colour=wants_colour(sys.stdout, os.environ)))
+    return EXIT[report.severity.value]
+
+
+def wants_colour(stream: TextIO, environ: Mapping[str, str]) -> bool:
+    """Colour on a terminal, unless NO_COLOR is set to anything (no-color.org)."""
+    return stream.isatty() and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+
+
+def render(report: "CheckReport", *, colour: bool) -> str:
+    """The findings by area, one line each or folded, with advice below what is not right."""
+    lines = [f"{report.domain} ({report.uuid}), {report.state}"]
+    for area, findings in groupby(report.findings, key=lambda each: each.area):
+        lines += ["", area.value]
+        for each in findings:
+            kind = each.severity.value
+            label = _paint(f"{kind.upper():<4}", COLOURS[kind], colour=colour)
+            first, *rest = _fold(each.text)
+            lines.append(f"  {label}  {first}")
+            lines += [f"{GAP}{line}" for line in rest]
+            lines += [
+                f"{GAP}{line}" for line in (_fold(f"-> {each.advice}") if each.advice else ())
+            ]
+    return "\n".join([*lines, "", _summary(report, colour=colour)])
+
+
+def _summary(report: "CheckReport", *, colour: bool) -> str:
+    kinds = [each.severity.value for each in report.findings]
+    words = {"ok": "ok", "warn": "warning(s)", "fail": "failure(s)"}
+    counts = ", ".join(f"{kinds.count(kind)} {word}" for kind, word in words.items())
+    verdict = {
+        "ok": "all is well",
+        "warn": "a backup works, see the warnings",
+        "fail": "a backup will not work as it should",
+    }[report.severity.value]
+    return f"{_paint(verdict, COLOURS[report.severity.value], colour=colour)}: {counts}"
+
+
+def _fold(text: str) -> list[str]:
+    """Lines of a width that can be read; paths stay whole, to be copied."""
+    clean = "".join(char if char.isprintable() else "?" for char in text)
+    width = WIDTH - len(GAP)
+    return textwrap.wrap(clean, width, break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def _paint(text: str, colour_code: str, *, colour: bool) -> str:
+    return f"\033[{colour_code}m{text}\033[0m" if colour else text

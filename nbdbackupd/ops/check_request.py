@@ -1,0 +1,100 @@
+"""What a check is asked, and what its parts are given to look at."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdbackupd import durable
+from nbdbackupd.model.chain import RestorePoint
+from nbdbackupd.ops import leftovers
+from nbdbackupd.ops.survey import Looked
+from nbdbackupd.repo import layout
+from nbdbackupd.virt.domain import Domain
+
+LOCKS = Path("/proc/locks")
+RAW = "raw"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckRequest:
+    """Which domain, and where its backups would work; all paths absolute.
+
+    ``directory`` is the set, if one was named. ``scratch_reserve`` is in bytes.
+    """
+
+    domain: str
+    directory: Path | None
+    runtime_dir: Path
+    scratch_dir: Path
+    scratch_reserve: int
+    state_dir: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Patient:
+    """The domain and what was seen of its disks; shared by all parts of one check."""
+
+    request: CheckRequest
+    domain: Domain
+    looked: Looked
+
+    @property
+    def own_dir(self) -> Path:
+        """The domain's directory for locks and notes; may be missing."""
+        return leftovers.domain_dir(self.request.runtime_dir, self.domain.uuid)
+
+    @property
+    def socket_dir(self) -> Path:
+        """The directory of QEMU's socket; may be missing."""
+        return leftovers.socket_dir(self.request.runtime_dir, self.domain.uuid)
+
+    def saved(self, head: RestorePoint | None = None) -> tuple[str, ...]:
+        """The disks that a backup takes; raw ones where the last point ``head`` holds them."""
+        before = {disk.target for disk in head.disks} if head is not None else set()
+        disks = (self.looked.definition.disk(target) for target in self.looked.states)
+        return tuple(
+            disk.target
+            for disk in disks
+            if disk.target in before or (disk.format != RAW and not disk.transient)
+        )
+
+    def domain_holder(self) -> str:
+        """Who works on the domain now, or nothing."""
+        return holder(self.own_dir / leftovers.LOCK)
+
+    def set_holder(self) -> str:
+        """Who works on the set now, or nothing."""
+        directory = self.request.directory
+        return holder(directory / layout.LOCK) if directory is not None else ""
+
+
+def holder(path: Path) -> str:
+    """Who holds the lock on a file, or nothing.
+
+    Read from the kernel's list: to try the lock, even a shared one, could make a run that begins
+    at that moment find it taken. A holder on another host (NFS) is not in that list.
+    """
+    try:
+        status = path.stat()
+        lines = LOCKS.read_text().splitlines()
+    except OSError:
+        return ""
+    who = durable.holder(path)
+    for line in lines:
+        words = line.split()
+        if len(words) < 6 or words[1] != "FLOCK":
+            continue
+        major, minor, inode = words[5].split(":")
+        device = os.makedev(int(major, 16), int(minor, 16))
+        # stat(2) of some file systems (btrfs, overlay) tells another device: the pid will do then
+        is_this = device == status.st_dev or f"process {words[4]} " in who
+        if int(inode) == status.st_ino and is_this:
+            return who
+    return ""
+
+
+def existing(path: Path) -> Path:
+    """The path itself, or the nearest directory above it that exists."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
