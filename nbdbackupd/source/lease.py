@@ -42,6 +42,7 @@ START_POLL_SECONDS: Final = 0.2
 MAX_LEASE: Final = 64 << 10
 MAX_NAME: Final = 200
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+ENDED: Final = frozenset("ZX")
 START_FIELD: Final = 19
 """Of /proc/PID/stat, counted after the command's closing parenthesis: proc(5), starttime."""
 
@@ -59,11 +60,13 @@ class ProcessId:
 
     @classmethod
     def of(cls, pid: int) -> "ProcessId | None":
-        """The process that has this id now, or None."""
+        """The process that has this id now, or None; one that only waits to be reaped is none."""
         try:
-            stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-            start = int(stat.rpartition(")")[2].split()[START_FIELD])
-            return cls(pid, start, BOOT_ID.read_text().strip())
+            text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+            fields = text.rpartition(")")[2].split()
+            if fields[0] in ENDED:
+                return None
+            return cls(pid, int(fields[START_FIELD]), BOOT_ID.read_text().strip())
         except (OSError, IndexError, ValueError):
             return None
 
@@ -199,8 +202,7 @@ def hold(
         lease.wait_for_start(is_active, cancelled)
         yield lease
     finally:
-        with suppress(OSError):
-            (runtime_dir / uuid / LEASE).unlink(missing_ok=True)
+        forget(runtime_dir / uuid)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,6 +257,12 @@ def read(directory: Path) -> Holder | None:
             return _holder(json.loads(file.read(MAX_LEASE)))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def forget(directory: Path) -> None:
+    """Remove the lease of a dead process; the domain's lock is held, so there is no other."""
+    with suppress(OSError):
+        (directory / LEASE).unlink(missing_ok=True)
 
 
 def marker(runtime_dir: Path, domain: str) -> Path:
