@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from nbdbackupd import durable
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import CheckpointError, RepositoryError
-from nbdbackupd.model.chain import BackupSet, Level, RestorePoint, effective_level
+from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint, effective_level
 from nbdbackupd.ops import leftovers, reconciling, recording
 from nbdbackupd.ops.backup_job import Job
 from nbdbackupd.ops.backup_request import BackupReport, BackupRequest
@@ -24,6 +24,7 @@ from nbdbackupd.ops.survey import Survey, Wish, look, survey_domain
 from nbdbackupd.repo.repository import Repository
 from nbdbackupd.repo.state import State
 from nbdbackupd.source.lease import Lease
+from nbdbackupd.source.paused_start import started_paused
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
 
@@ -59,11 +60,18 @@ def run(
         stack.enter_context(runlog.run_log(repository.log_path(request.run_id)))
         log.info("backup of %s (%s), level %s", domain.name, domain.uuid, request.level)
         try:
-            with images_of(domain, request.runtime_dir, request.run_id, cancelled) as lease:
+            with (
+                started_paused(
+                    domain,
+                    leftovers.socket_dir(request.runtime_dir, domain.uuid),
+                    wanted=request.start_paused,
+                ) as started,
+                images_of(domain, request.runtime_dir, request.run_id, cancelled) as lease,
+            ):
                 report = _run_locked(
                     _Run(
                         request=request, domain=domain, repository=repository, lease=lease,
-                        progress=progress, cancelled=cancelled,
+                        at_rest=started.at_rest, progress=progress, cancelled=cancelled,
                     )
                 )  # fmt: skip
         except BaseException as err:
@@ -75,12 +83,16 @@ def run(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Run:
-    """One run with its locks held; ``lease``: the domain is off."""
+    """One run with its locks held; ``lease``: the domain is off.
+
+    ``at_rest``: it was started paused for this run; what its disks are while nobody resumes it.
+    """
 
     request: BackupRequest
     domain: Domain
     repository: Repository
     lease: Lease | None
+    at_rest: Consistency | None
     progress: Progress
     cancelled: Cancelled
 
@@ -114,7 +126,7 @@ def _run_locked(run: _Run) -> BackupReport:
         Job(
             request=request, domain=domain, repository=repository, survey=survey, level=level,
             known=known, parent=parent, progress=run.progress, cancelled=run.cancelled,
-            lease=run.lease,
+            lease=run.lease, at_rest=run.at_rest,
         )
     )  # fmt: skip
     reconciling.advance(domain, repository, point, parent, looked, state=state, erase=erase)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nbdbackupd.model.chain import BackupSet, Level, RestorePoint
+from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint
 from nbdbackupd.model.naming import checkpoint_prefix
 from nbdbackupd.ops.backup_request import BackupRequest
 from nbdbackupd.ops.survey import Survey
@@ -17,6 +17,7 @@ class Job:
     """All that is decided before the point is made.
 
     ``lease``: the domain is off, and its images are ours to read until somebody starts it.
+    ``at_rest``: it was started paused for this run; what its disks are while nobody resumes it.
     """
 
     request: BackupRequest
@@ -29,6 +30,7 @@ class Job:
     progress: Callable[[str, int, int, int], None]
     cancelled: Callable[[], None]
     lease: Lease | None = None
+    at_rest: Consistency | None = None
 
     @property
     def point_id(self) -> str:

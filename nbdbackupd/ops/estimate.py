@@ -1,15 +1,21 @@
 """``estimate``: what the next increment into a set would save, disk by disk."""
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbdbackupd.errors import CheckpointError, NotSupportedError, RepositoryError
+from nbdbackupd import durable
+from nbdbackupd.errors import CheckpointError, RepositoryError
 from nbdbackupd.model.chain import Level, RestorePoint
 from nbdbackupd.model.selection import BY_REQUEST
+from nbdbackupd.ops import leftovers
+from nbdbackupd.ops.sources import changed_bytes, images_of
 from nbdbackupd.ops.survey import Survey, Wish, survey_domain
 from nbdbackupd.repo.repository import Repository
 from nbdbackupd.source import running
+from nbdbackupd.source.lease import Lease
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
 
@@ -20,6 +26,8 @@ class EstimateRequest:
 
     domain: str
     directory: Path
+    runtime_dir: Path
+    run_id: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,29 +76,57 @@ class EstimateReport:
         }
 
 
-def run(request: EstimateRequest, connection: Connection) -> EstimateReport:
-    """Ask libvirt what changed since the set's newest point; nothing is saved.
+def run(
+    request: EstimateRequest,
+    connection: Connection,
+    *,
+    cancelled: Callable[[], None] = lambda: None,
+) -> EstimateReport:
+    """Ask what changed since the set's newest point; nothing is saved.
 
-    A checkpoint that libvirt has lost is made known to it again, as the next backup would do.
-    Raises NotSupportedError if the domain does not run, RepositoryError if the set belongs to
-    another domain, and the errors of reading the set.
+    A checkpoint that libvirt has lost is made known to it again, as the next backup would do. The
+    images of a domain that is off are opened for it, and let go if somebody starts it. Raises
+    BusyError if a run reads them just now, RepositoryError if the set belongs to another domain,
+    and the errors of reading the set.
     """
     domain = Domain.find(connection, request.domain)
-    if not domain.is_active():
-        raise NotSupportedError(
-            f"domain {domain.name} is not running: libvirt tells no changes then",
-            domain=domain.name,
-        )
     repository = Repository.open(request.directory)
     head = repository.load().head
     if head is not None and head.uuid != domain.uuid:
         raise RepositoryError(f"the set belongs to domain {head.domain}, not to {domain.name}")
-    survey = survey_domain(domain, _wish(domain, head), Level.INC, head)
-    return EstimateReport(
-        domain=domain.name,
-        base=head.id if head is not None else "",
-        disks=_disks(domain, repository, head, survey),
-    )
+    with ExitStack() as stack:
+        lease = None
+        if not domain.is_active():
+            directory = leftovers.prepare_domain_dir(request.runtime_dir, domain.uuid)
+            lock = durable.Lock(directory / leftovers.LOCK, owner=f"estimate of {domain.name}")
+            stack.enter_context(lock)
+            lease = stack.enter_context(
+                images_of(domain, request.runtime_dir, request.run_id, cancelled)
+            )
+        survey = survey_domain(domain, _wish(domain, head), Level.INC, head)
+        measuring = _Measuring(
+            request=request, domain=domain, repository=repository, lease=lease, cancelled=cancelled
+        )
+        disks = _disks(measuring, head, survey)
+    return EstimateReport(domain=domain.name, base=head.id if head is not None else "", disks=disks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Measuring:
+    """What asking for changes needs; ``lease``: the domain is off."""
+
+    request: EstimateRequest
+    domain: Domain
+    repository: Repository
+    lease: Lease | None
+    cancelled: Callable[[], None]
+
+    def changes(self, head: RestorePoint, survey: Survey) -> dict[str, int]:
+        """The bytes that changed, by disk. Raises CheckpointError if nobody knows."""
+        return changed_bytes(
+            self.domain, self.repository, head, survey,
+            held=self.lease, runtime_dir=self.request.runtime_dir, cancelled=self.cancelled,
+        )  # fmt: skip
 
 
 def _wish(domain: Domain, head: RestorePoint | None) -> Wish:
@@ -109,16 +145,13 @@ def _wish(domain: Domain, head: RestorePoint | None) -> Wish:
 
 
 def _disks(
-    domain: Domain, repository: Repository, head: RestorePoint | None, survey: Survey
+    measuring: _Measuring, head: RestorePoint | None, survey: Survey
 ) -> tuple[DiskEstimate, ...]:
     sizes: dict[str, int] = {}
     lost = ""
-    wanted = [plan.target for plan in survey.plans if plan.delta]
-    if head is not None and wanted:
+    if head is not None and any(plan.delta for plan in survey.plans):
         try:
-            sizes = running.changed_bytes(
-                domain, head.checkpoint, repository.checkpoint_xml(head), wanted
-            )
+            sizes = measuring.changes(head, survey)
         except CheckpointError as err:
             lost = err.message
     found = []

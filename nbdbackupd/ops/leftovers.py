@@ -19,6 +19,7 @@ from nbdbackupd.errors import FormatError
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Intent
 from nbdbackupd.repo.repository import Repository
+from nbdbackupd.source import lease
 from nbdbackupd.source import sweep as source_sweep
 from nbdbackupd.virt.domain import Domain
 
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 NOTE: Final = "run.json"
 LOCK: Final = "lock"
 SOCKET_DIR: Final = "nbd"
+OFFLINE_SOCKET: Final = "offline.sock"
 
 
 def domain_dir(runtime_dir: Path, uuid: str) -> Path:
@@ -39,6 +41,11 @@ def domain_dir(runtime_dir: Path, uuid: str) -> Path:
 def socket_dir(runtime_dir: Path, uuid: str) -> Path:
     """The directory that QEMU gets for its socket, apart from what only we may touch."""
     return domain_dir(runtime_dir, uuid) / SOCKET_DIR
+
+
+def offline_socket(runtime_dir: Path, uuid: str) -> Path:
+    """Where the images of a domain that is off are offered, to ourselves alone."""
+    return domain_dir(runtime_dir, uuid) / OFFLINE_SOCKET
 
 
 def prepare_domain_dir(runtime_dir: Path, uuid: str) -> Path:
@@ -61,6 +68,11 @@ def sweep(
     swept = source_sweep.sweep(domain, socket_dir(runtime_dir, domain.uuid), scratch_dir)
     if swept:
         log.info("removed what a dead run left: %s", swept)
+    if domain.is_active():
+        # of a run that read the images of the domain while it was off
+        lease.forget(domain_dir(runtime_dir, domain.uuid))
+        with suppress(OSError):
+            offline_socket(runtime_dir, domain.uuid).unlink(missing_ok=True)
     dead = [each for each in repository.dead_runs() if each.uuid == domain.uuid]
     noted = dead_run(runtime_dir, domain.uuid)
     if noted is not None:

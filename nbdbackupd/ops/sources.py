@@ -1,12 +1,45 @@
-"""The source of a run: the domain's running QEMU."""
+"""The source of a run: the domain's running QEMU, or its images while it is off."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 
 from nbdbackupd.errors import NbdbackupError
+from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.ops import leftovers
 from nbdbackupd.ops.backup_job import Job
-from nbdbackupd.source import Snapshot, running
+from nbdbackupd.ops.survey import Survey
+from nbdbackupd.repo.repository import Repository
+from nbdbackupd.source import Snapshot, lease, offline, running
+from nbdbackupd.source.lease import Lease
+from nbdbackupd.source.offline import OfflineDisk, OfflineRequest
+from nbdbackupd.virt.domain import Domain
+
+
+@contextmanager
+def images_of(
+    domain: Domain, runtime_dir: Path, run_id: str, cancelled: Callable[[], None]
+) -> Iterator[Lease | None]:
+    """A lease on the images of a domain that is off; None if it runs. Its lock is held.
+
+    A domain that is about to start is waited for, so ask for its state only afterwards. Raises
+    the errors of ``lease.hold``.
+    """
+    if domain.is_active():
+        yield None
+        return
+    with ExitStack() as stack:
+        held: Lease | None = stack.enter_context(
+            lease.hold(
+                runtime_dir, domain=domain.name, uuid=domain.uuid, run_id=run_id,
+                is_active=domain.is_active, cancelled=cancelled,
+            )
+        )  # fmt: skip
+        if domain.is_active():
+            # QEMU has them; nobody must be told that we do
+            stack.close()
+            held = None
+        yield held
 
 
 def open_source(
@@ -17,7 +50,69 @@ def open_source(
     ``on_trouble`` is told, from another thread, what ends the source in the middle. Raises the
     errors of the source when it is entered.
     """
-    return running.open_running(_running_request(job, on_trouble))
+    if job.lease is None:
+        return running.open_running(_running_request(job, on_trouble))
+    return offline.open_offline(
+        OfflineRequest(
+            domain=job.domain,
+            disks=_offline_disks(job.survey),
+            socket=leftovers.offline_socket(job.request.runtime_dir, job.domain.uuid),
+            lease=job.lease,
+            on_trouble=on_trouble,
+            cancelled=job.cancelled,
+            base_checkpoint=job.parent.checkpoint if job.parent is not None else "",
+            new_checkpoint=job.checkpoint,
+            created=int(job.request.now.timestamp()),
+        )
+    )
+
+
+def changed_bytes(
+    domain: Domain,
+    repository: Repository,
+    parent: RestorePoint,
+    survey: Survey,
+    *,
+    held: Lease | None,
+    runtime_dir: Path,
+    cancelled: Callable[[], None],
+) -> dict[str, int]:
+    """The bytes that changed since ``parent``, for each disk whose changes are known.
+
+    Raises CheckpointError if libvirt can't tell for any disk, and the errors of the source.
+    """
+    if held is None:
+        targets = [plan.target for plan in survey.plans if plan.delta]
+        stored = repository.checkpoint_xml(parent)
+        return running.changed_bytes(domain, parent.checkpoint, stored, targets)
+    return offline.changed_bytes(
+        OfflineRequest(
+            domain=domain,
+            disks=_offline_disks(survey),
+            socket=leftovers.offline_socket(runtime_dir, domain.uuid),
+            lease=held,
+            on_trouble=_ignore,
+            cancelled=cancelled,
+            base_checkpoint=parent.checkpoint,
+        )
+    )
+
+
+def _ignore(_error: NbdbackupError) -> None:
+    """Nothing is read that could be wrong."""
+
+
+def _offline_disks(survey: Survey) -> tuple[OfflineDisk, ...]:
+    return tuple(
+        OfflineDisk(
+            target=plan.target,
+            layers=survey.states[plan.target].layers,
+            delta=plan.delta,
+            tracked=plan.tracked,
+            bitmap_layers=plan.bitmap_layers,
+        )
+        for plan in survey.plans
+    )
 
 
 def _running_request(
@@ -41,4 +136,5 @@ def _running_request(
         freeze=request.freeze,
         freeze_mountpoints=request.mountpoints,
         pause=request.pause,
+        at_rest=job.at_rest,
     )

@@ -4,6 +4,7 @@ References come from ``qemu-img convert`` of the paused guest's images, so that 
 nothing with the product but the image itself.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ from tests.lab.process import wait_until
 from tests.lib.rigged import RiggedCtl
 
 WARNED = 3
+LOCKS = {"lock", "images"}
+"""Files for kernel locks, which stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +149,12 @@ class Scene:
         for path in {saved.set for saved in self.history}:
             self.ctl("verify", path)
 
+    def bitmaps_off(self, target: str) -> dict[str, list[str]]:
+        """The bitmaps in the disk's image while the domain is off, with their flags."""
+        text = run(["qemu-img", "info", "--output", "json", self.guest.image(target)])
+        data = json.loads(text)["format-specific"]["data"]
+        return {bitmap["name"]: bitmap["flags"] for bitmap in data.get("bitmaps", [])}
+
     def checkpoints(self) -> list[str]:
         """The names of the checkpoints that libvirt knows, in its order."""
         return self.lab.virsh("checkpoint-list", "--name", "--domain", self.guest.name).split()
@@ -174,7 +183,8 @@ class Scene:
         """Nothing of a run is left: job, scratch, socket, notes, drafts, block jobs."""
         assert not self.ctl.scratch.exists() or not list(self.ctl.scratch.iterdir())
         left = [path for path in self.ctl.runtime.rglob("*") if not path.is_dir()]
-        assert {path.name for path in left} <= {"lock"}, left
+        left = [path for path in left if path.parent.name != "starting"]
+        assert {path.name for path in left} <= LOCKS, left
         if self.guest.is_running():
             assert self.guest.block_jobs() == []
             assert not self.has_job()

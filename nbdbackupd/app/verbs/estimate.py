@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from nbdbackupd.app import context as app_context
+from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size
@@ -28,9 +30,14 @@ def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
     from nbdbackupd.ops import estimate
 
-    request = estimate.EstimateRequest(domain=args.domain, directory=args.output.absolute())
-    with context.connection() as connection:
-        report = estimate.run(request, connection)
+    request = estimate.EstimateRequest(
+        domain=args.domain,
+        directory=args.output.absolute(),
+        runtime_dir=context.runtime_dir.absolute(),
+        run_id=app_context.new_run_id(app_context.now()),
+    )
+    with signals.listen() as cancel, context.connection() as connection:
+        report = estimate.run(request, connection, cancelled=cancel.check)
     lines = []
     for disk in report.disks:
         why = f"  whole: {disk.reason}" if disk.reason else ""
