@@ -14,7 +14,7 @@ from tests.lib.model_kinds import (
     is_running,
     step,
 )
-from tests.lib.model_world import Op, Power, World
+from tests.lib.model_world import LOCKED, Op, Power, World
 
 START_SECONDS = 10.0
 
@@ -41,7 +41,7 @@ def start(world: World) -> None:
         try:
             world.guest.start()
         except LabError as err:
-            if "lock" not in str(err):
+            if LOCKED not in str(err):
                 raise
             return False
         return True
@@ -53,22 +53,19 @@ def start(world: World) -> None:
 @step(6, is_active)
 def stop(world: World) -> None:
     """The guest powers off."""
-    world.guest.stop()
-    world.ended()
+    world.end("stop")
 
 
 @step(3, is_active)
 def destroy(world: World) -> None:
     """Someone pulls the plug: libvirt ends QEMU with SIGTERM, which stores bitmaps."""
-    world.guest.destroy()
-    world.ended()
+    world.end("destroy")
 
 
 @step(2, is_active)
 def kill_qemu(world: World) -> None:
     """QEMU crashes, or the host does: no bitmap of it can be trusted."""
-    world.guest.kill9()
-    world.ended()
+    world.end("kill9")
     world.lose()
 
 
@@ -150,7 +147,7 @@ def plant_checkpoint(world: World, targets: list[str]) -> str | None:
 @step(1)
 def lose_state(world: World) -> None:
     """The state directory is lost."""
-    world.forget_files(world.ctl.state)
+    world.forget_files(world.state)
 
 
 @step(2)
@@ -158,8 +155,8 @@ def keep_state(world: World) -> None:
     """Someone makes a backup of the state directory ..."""
     kept = world.directory / "old-state"
     world.forget_files(kept)
-    if world.ctl.state.exists():
-        shutil.copytree(world.ctl.state, kept)
+    if world.state.exists():
+        shutil.copytree(world.state, kept)
 
 
 @step(1)
@@ -167,11 +164,11 @@ def old_state(world: World) -> None:
     """... and restores it later."""
     kept = world.directory / "old-state"
     if kept.exists():
-        world.forget_files(world.ctl.state)
-        shutil.copytree(kept, world.ctl.state)
+        world.forget_files(world.state)
+        shutil.copytree(kept, world.state)
 
 
-@step(1, is_calm)
+@step(1, lambda world: is_calm(world) and world.persistent)
 def revert_running(world: World) -> str:
     """Revert to an internal snapshot: libvirt 9.0 kills a guest that has bitmaps."""
     name = f"snap{world.next_number()}"

@@ -12,7 +12,8 @@ from tests.lab.disks import MIB, DiskSpec
 from tests.lab.guest import GuestOptions
 from tests.lib import model_checks, model_guest, model_images, model_runs
 from tests.lib.model_kinds import KINDS, Step
-from tests.lib.model_world import ModelCtl, SetModel, World
+from tests.lib.model_world import SetModel, World
+from tests.lib.rigged import RiggedCtl
 
 MODULES = (model_guest, model_images, model_runs)
 """Where the kinds of steps are."""
@@ -31,7 +32,7 @@ def world_of(directory: Path) -> Iterator[World]:
         world = World(
             lab=lab,
             guest=guest,
-            ctl=ModelCtl(lab.uri, lab.directory / "ctl"),
+            ctl=RiggedCtl(lab.uri, lab.directory / "ctl"),
             directory=directory,
             sets={
                 name: SetModel(path=directory / name, options=options)

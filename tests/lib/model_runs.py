@@ -8,16 +8,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.lab.command import LabError
 from tests.lab.process import wait_until
 from tests.lib import model_checks as checks
 from tests.lib.ctl import SECONDS, Result
-from tests.lib.model_kinds import Arguments, draw_ops, is_active, is_running, step
-from tests.lib.model_world import Op, SetModel, World
+from tests.lib.model_kinds import Arguments, draw_ops, is_active, is_off, is_running, step
+from tests.lib.model_world import LOCKED, Op, SetModel, World
 
 POINTS = 10
 """A set with so many points is left, and a new one begun in its place."""
 DONE = (0, 3)
 REPOSITORY = 50
+GAVE_WAY = 75
+SWEPT = (*DONE, 20, 30, REPOSITORY, GAVE_WAY)
+"""Exit codes of runs that have come so far that they swept up after dead ones."""
 LEVELS = ("auto",) * 8 + ("inc",) * 3 + ("diff",) * 2 + ("copy", "full")
 FAULTS = (
     "KILL@nbdbackupd.durable:write_atomic#1",
@@ -41,6 +45,16 @@ ONLINE_FAULTS = (
     "KILL@nbdbackupd.virt.checkpoints:delete#1",
     "KILL+@nbdbackupd.virt.checkpoints:delete#1",
 )
+OFFLINE_FAULTS = (
+    "KILL@nbdbackupd.qemu.bitmaps:add#1",
+    "KILL+@nbdbackupd.qemu.bitmaps:add#1",
+    "KILL+@nbdbackupd.qemu.bitmaps:add#2",
+    "KILL@nbdbackupd.qemu.storage_daemon:serve#1",
+    "KILL@nbdbackupd.source.offline:_merge_changes#2",
+    "KILL@nbdbackupd.source.untouched:check#1",
+    "KILL@nbdbackupd.qemu.bitmaps:remove#1",
+    "KILL+@nbdbackupd.qemu.bitmaps:remove#1",
+)
 HOLD = "STOP@nbdbackupd.nbdio.copy:copy#1"
 
 
@@ -50,7 +64,7 @@ def draw_run(world: World, rng: random.Random) -> Arguments:
     return {"into": name, "level": rng.choice(LEVELS)}
 
 
-@step(36, is_active, draw_run)
+@step(36, draw=draw_run)
 def backup(world: World, into: str, level: str) -> str:
     """A run that nothing disturbs."""
     target = world.sets[into]
@@ -87,12 +101,12 @@ def backup_while_writing(world: World, into: str, level: str, ops: list[Op], *, 
 def draw_killed(world: World, rng: random.Random) -> Arguments:
     how: Arguments = {"after": rng.random() * 1.5, "fault": ""}
     if rng.random() < 0.6:
-        faults = FAULTS + (ONLINE_FAULTS if world.is_active else ())
+        faults = FAULTS + (ONLINE_FAULTS if world.is_active else OFFLINE_FAULTS)
         how = {"after": 0, "fault": rng.choice(faults)}
     return {**draw_run(world, rng), **how, "term": rng.random() < 0.3}
 
 
-@step(10, is_active, draw_killed)
+@step(10, draw=draw_killed)
 def backup_killed(
     world: World, into: str, level: str, after: float, fault: str, *, term: bool
 ) -> str:
@@ -126,17 +140,72 @@ def backup_guest_dies(world: World, into: str, level: str, how: str) -> str:
     target = world.sets[into]
     before = checks.look(world)
     references = world.take_references()
+    forgets = not world.persistent
     with world.ctl.rigged(HOLD), world.ctl.start(*words(world, target, level)) as process:
         reached = wait_for_job(world, process, hold=True)
         if how == "kill9":
             world.lose()
-        getattr(world.guest, how)()
+        world.end(how)
         process.send_signal(signal.SIGCONT)
         result = outcome(process)
-    world.ended()
     codes = expected_codes(target, level) | ({20, 30} if reached else set())
     assert result.code in codes, f"exit code {result.code}: {result.stderr}"
-    return settle(world, target, references, before, result, is_lossy=how == "kill9")
+    return settle(
+        world, target, references, before, result, is_lossy=how == "kill9", forgets=forgets
+    )
+
+
+def draw_start(world: World, rng: random.Random) -> Arguments:
+    return {**draw_run(world, rng), "hold": rng.random() < 0.5, "after": rng.random() * 0.8}
+
+
+@step(5, is_off, draw_start)
+def backup_yields(world: World, into: str, level: str, after: float, *, hold: bool) -> str:
+    """The domain is started while its images are read, as libvirt's hook does: at once."""
+    target = world.sets[into]
+    before = checks.look(world)
+    references = world.take_references()
+    faults = (HOLD,) if hold else ()
+    with world.ctl.rigged(*faults), world.ctl.start(*words(world, target, level)) as process:
+        world.ctl.faults = ()
+        is_held = hold and wait_for_job(world, process, hold=True)
+        if not hold:
+            time.sleep(after)
+        world.ctl("yield", world.guest.name)
+        world.guest.start()
+        world.started()
+        process.send_signal(signal.SIGCONT)
+        result = outcome(process)
+    codes = {GAVE_WAY} if is_held else expected_codes(target, level) | {GAVE_WAY}
+    assert result.code in codes, f"exit code {result.code}: {result.stderr}"
+    return settle(world, target, references, before, result)
+
+
+@step(3, is_off, draw_start)
+def backup_raced(world: World, into: str, level: str, after: float, *, hold: bool) -> str:
+    """The domain is started at that moment, and nobody tells us: one of the two gives up."""
+    target = world.sets[into]
+    before = checks.look(world)
+    references = world.take_references()
+    faults = (HOLD,) if hold else ()
+    with world.ctl.rigged(*faults), world.ctl.start(*words(world, target, level)) as process:
+        if hold:
+            wait_for_job(world, process, hold=True)
+        else:
+            time.sleep(after)
+        try:
+            world.guest.start()
+        except LabError as err:
+            if LOCKED not in str(err):
+                raise
+        else:
+            world.started()
+        process.send_signal(signal.SIGCONT)
+        result = outcome(process)
+    codes = expected_codes(target, level) | ({30, GAVE_WAY} if world.is_active else set())
+    assert result.code in codes, f"exit code {result.code}: {result.stderr}"
+    said = settle(world, target, references, before, result)
+    return f"{said}, the domain is {world.power}"
 
 
 def words(world: World, target: SetModel, level: str) -> tuple[str, ...]:
@@ -183,8 +252,10 @@ def settle(
     result: Result,
     *,
     is_lossy: bool = False,
+    forgets: bool = False,
 ) -> str:
     """Take up the point that the run made, if it did, and check what it left."""
+    was_active = before.is_active
     points = checks.new_points(world, target)
     if result.code in DONE:
         assert points == [json.loads(result.stdout)["point"]], (points, result.stdout)
@@ -194,17 +265,21 @@ def settle(
     if not points:
         world.drop_references(references)
     for point in points:
-        checks.check_point(target, point)
+        checks.check_point(world, target, point)
         take_up(world, target, point, references)
         checks.prove(world, target, point["id"])
     if is_lossy:
         world.lose()
-    if result.code >= 0:
-        world.job_left = False
-        checks.check_clean(world)
+    if result.code < 0:
+        world.untidy = True
+    elif result.code in SWEPT or not world.untidy:
+        world.untidy = world.job_left = False
+        died = result.code not in DONE and was_active != world.is_active
+        checks.check_clean(world, target, may_note=died)
+        world.untidy = died
     if result.code in DONE:
         checks.check_only_base(world, target)
-    checks.check_kept(world, target, before, is_lossy=is_lossy)
+    checks.check_kept(world, target, before, is_lossy=is_lossy, forgets=forgets)
     said = f"{result.code}"
     for point in points:
         said += f" {point['level']} {point['id']} {checks.modes(point)} {point['warnings']}"
@@ -224,6 +299,7 @@ def take_up(
         target.head = point["checkpoint"]
         target.tag = point["checkpoint"].split(".")[1]
         target.sure = set(world.sizes)
+        target.chains = dict(world.chains)
 
 
 def retire(world: World, target: SetModel) -> None:

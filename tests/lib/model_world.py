@@ -6,7 +6,6 @@ increment must not read in full, since nothing has happened that loses their cha
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -23,6 +22,7 @@ from tests.lib.rigged import RiggedCtl
 
 KIB = 1024
 PREFIX = "nbdbackup."
+LOCKED = 'Failed to get "write" lock'
 Op = list[Any]
 """One operation on a disk: kind, target, offset, length, pattern; as a step's log holds it."""
 
@@ -34,19 +34,6 @@ class Power(StrEnum):
     PAUSED = "paused"
     OFF = "off"
     SAVED = "saved"
-
-
-class ModelCtl(RiggedCtl):
-    """``nbdbackupctl`` with a state directory of its own."""
-
-    def argv(self, verb: str, *arguments: str | os.PathLike[str]) -> list[str]:
-        """The whole command line."""
-        return super().argv(verb, *arguments)
-
-    @property
-    def state(self) -> Path:
-        """The state directory."""
-        return self.runtime.parent / "state"
 
 
 @dataclass(kw_only=True)
@@ -61,6 +48,10 @@ class SetModel:
     tag: str = ""
     sure: set[str] = field(default_factory=set)
     """Disks whose changes since the base can't have been lost: they must be read as deltas."""
+    chains: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """The disks' images when the base was made."""
+    orphans: set[str] = field(default_factory=set)
+    """Bitmaps of the chain that the last run left, though they are of no use."""
 
     @property
     def has_full(self) -> bool:
@@ -84,7 +75,7 @@ class World:
 
     lab: DaemonLab
     guest: Guest
-    ctl: ModelCtl
+    ctl: RiggedCtl
     directory: Path
     sets: dict[str, SetModel] = field(default_factory=dict)
     retired: list[SetModel] = field(default_factory=list)
@@ -93,8 +84,12 @@ class World:
     """Paths of each disk's images, top first, as the steps made them."""
     power: Power = Power.OFF
     persistent: bool = True
+    last_end: str = "another"
+    """How the domain ended the last time: stop, destroy, kill9, another."""
     job_left: bool = False
     """A run was killed while the domain ran: libvirt may hold its job until the next run."""
+    untidy: bool = False
+    """A run was killed, and none has swept up since then."""
     planted: set[str] = field(default_factory=set)
     """Checkpoints and bitmaps of others."""
     copies: list[OldCopy] = field(default_factory=list)
@@ -102,6 +97,11 @@ class World:
     counts: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     number: int = 0
+
+    @property
+    def state(self) -> Path:
+        """The state directory of ``nbdbackupctl``."""
+        return self.ctl.runtime.parent / "state"
 
     @property
     def is_active(self) -> bool:
@@ -141,15 +141,25 @@ class World:
         """QEMU runs since now."""
         self.power = Power.RUNNING
 
+    def end(self, how: str) -> None:
+        """End QEMU by one of the guest's ways: ``stop``, ``destroy``, ``kill9``."""
+        try:
+            getattr(self.guest, how)()
+        except LabError:
+            # a transient domain is gone when "stop" looks for it
+            if self.persistent or not self._is_unknown():
+                raise
+        self.ended()
+        self.last_end = how
+
     def ended(self) -> None:
         """QEMU is gone: see libvirt notice; a transient domain is defined anew."""
-        if self.persistent:
-            self.guest.wait_shut_off()
-        else:
-            wait_until(self._is_unknown, "end of the transient domain", KILL_TIMEOUT_SECONDS)
+        wait_until(self._is_over, "end of the domain", KILL_TIMEOUT_SECONDS)
+        if self._is_unknown():
             self.guest.define()
-            self.persistent = True
+        self.persistent = True
         self.power = Power.OFF
+        self.last_end = "another"
         self.job_left = False
 
     def rename(self, name: str) -> None:
@@ -193,9 +203,16 @@ class World:
 
     def bitmaps(self, target: str) -> set[str]:
         """Names of the bitmaps of a disk: in QEMU's top node if it runs, else in its images."""
-        if self.is_active:
-            return set(self.guest.bitmaps(target))
-        return set(self.stored_bitmaps(target))
+        if not self.is_active:
+            return set(self.stored_bitmaps(target))
+        # not by the device's node: during a job that is a filter
+        return {
+            bitmap["name"]
+            for node in self.guest.qmp("query-named-block-nodes")
+            if node["file"] == self.chains[target][0] and node["drv"] == "qcow2"
+            for bitmap in node.get("dirty-bitmaps", [])
+            if "name" in bitmap
+        }
 
     def checkpoints(self) -> set[str]:
         """What libvirt lists."""
@@ -248,7 +265,7 @@ class World:
             try:
                 said.append(run(argv))
             except LabError as err:
-                if "lock" not in str(err):
+                if LOCKED not in str(err):
                     raise
                 return False
             return True
@@ -264,6 +281,10 @@ class World:
         """Remove a directory that may not be there."""
         with suppress(FileNotFoundError):
             shutil.rmtree(path)
+
+    def _is_over(self) -> bool:
+        # libvirtd 9.0 that restarts takes a domain with a new snapshot for a persistent one
+        return self._is_unknown() or self.domain_state() == "shut off"
 
     def _is_unknown(self) -> bool:
         try:
