@@ -9,6 +9,7 @@ from nbdbackupd.model.domain import Agent
 from nbdbackupd.model.finding import Notes
 from nbdbackupd.model.selection import ImageFacts, select_disks
 from nbdbackupd.model.units import human_size
+from nbdbackupd.ops import check_set
 from nbdbackupd.ops.check_request import Patient
 from nbdbackupd.ops.survey import LOCAL_TYPES
 from nbdbackupd.qemu import image
@@ -16,6 +17,7 @@ from nbdbackupd.virt import features, guest
 
 AGENT_SECONDS = 3.0
 QCOW2 = "qcow2"
+RAW = "raw"
 
 
 def features_of(patient: Patient, notes: Notes) -> None:
@@ -52,20 +54,28 @@ def disks(patient: Patient, notes: Notes) -> None:
         )
         for target, chain in looked.chains.items()
     }
+    head = check_set.head(patient)
+    before = head.disks if head is not None else ()
+    left_out = {each.target for each in head.skipped} if head is not None else set()
+    raw = any(disk.format == RAW for disk in before)
     try:
         # this level takes every disk that can be saved at all
-        found = select_disks(looked.definition, facts, level=Level.COPY)
+        found = select_disks(looked.definition, facts, level=Level.COPY, raw=raw)
     except NbdbackupError as err:
         notes.fail(err.message)
         return
     for skipped in found.skipped:
         disk = looked.definition.disk(skipped.target)
         text = f"{skipped.target} is not saved: it is {skipped.reason}"
-        if disk.device == "disk" and disk.source:
+        if skipped.target in left_out:
+            notes.ok(f"{skipped.target} is not saved, nor was it in the last point")
+        elif disk.device == "disk" and disk.source:
             notes.warn(text)
         else:
             notes.ok(text)
     for chosen in found.chosen:
+        if chosen.target in left_out:
+            notes.ok(f"{chosen.target} was left out of the last point")
         _disk(patient, looked.definition.disk(chosen.target), notes)
 
 
@@ -81,8 +91,9 @@ def _disk(patient: Patient, disk: domain_model.Disk, notes: Notes) -> None:
     if len(chain) > 1:
         text += f", {len(chain) - 1} backing image{'s' * (len(chain) > 2)}"
     old = f"set it with 'qemu-img amend -f qcow2 -o compat=1.1 {top.filename}' while it is off"
-    if disk.format == "raw":
-        notes.warn(f"{text}; saved whole each time: a raw image records no changes")
+    if disk.format == RAW:
+        # only here if the last point holds it, so that is known and wanted
+        notes.ok(f"{text}; saved whole each time: a raw image records no changes")
     elif disk.format != QCOW2:
         notes.fail(
             f"{text}; this format records no changes", "convert it to qcow2, or use '-l copy'"

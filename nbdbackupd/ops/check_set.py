@@ -55,6 +55,14 @@ def _load(repository: Repository) -> BackupSet | None:
         return None
 
 
+def head(patient: Patient) -> RestorePoint | None:
+    """The newest point of the set that was named, if that can be read."""
+    if patient.request.directory is None:
+        return None
+    known = _load(Repository(patient.request.directory))
+    return known.head if known is not None else None
+
+
 def _tell(patient: Patient, plan: Plan, chains: tuple[KnownChain, ...], notes: Notes) -> None:
     sets = {chain.id: chain.set for chain in chains}
     for entry in plan.entries:
@@ -96,18 +104,18 @@ def target(patient: Patient, notes: Notes) -> None:
     except NbdbackupError as err:
         notes.fail(err.message, f"'nbdbackupctl verify {path}' names all that is damaged")
         return
-    head = known.head
-    if head is None:
+    newest = known.head
+    if newest is None:
         notes.ok("the set has no point yet: the next one is a full")
-    elif head.uuid != patient.domain.uuid:
+    elif newest.uuid != patient.domain.uuid:
         notes.fail(
-            f"the set belongs to domain {head.domain} (UUID {head.uuid})", "give another set"
+            f"the set belongs to domain {newest.domain} (UUID {newest.uuid})", "give another set"
         )
         return
     else:
-        chain = tag_of_chain(head.chain)
-        notes.ok(f"{len(known.points)} point(s), the newest is {head.id} of chain {chain}")
-    _space(patient, path, head, notes)
+        chain = tag_of_chain(newest.chain)
+        notes.ok(f"{len(known.points)} point(s), the newest is {newest.id} of chain {chain}")
+    _space(patient, path, newest, notes)
 
 
 def _place(path: Path, notes: Notes) -> None:
@@ -125,10 +133,10 @@ def _place(path: Path, notes: Notes) -> None:
         notes.ok(f"{path} is there, on a file system of its own")
 
 
-def _space(patient: Patient, path: Path, head: RestorePoint | None, notes: Notes) -> None:
+def _space(patient: Patient, path: Path, last: RestorePoint | None, notes: Notes) -> None:
     found = os.statvfs(existing(path))
     free = found.f_bavail * found.f_frsize
-    expected = _expected(patient, head)
+    expected = _expected(patient, last)
     if expected is None:
         notes.ok(f"{human_size(free)} are free; what changed is not told of a domain that is off")
         return
@@ -139,19 +147,19 @@ def _space(patient: Patient, path: Path, head: RestorePoint | None, notes: Notes
         notes.ok(text)
 
 
-def _expected(patient: Patient, head: RestorePoint | None) -> int | None:
+def _expected(patient: Patient, last: RestorePoint | None) -> int | None:
     """The most bytes that the next point saves; None where nobody tells what changed."""
     changed: dict[str, int] = {}
-    if head is not None and head.checkpoint:
+    if last is not None and last.checkpoint:
         if not patient.looked.is_active:
             return None
         try:
-            changed = virt_checkpoints.sound_sizes(patient.domain, head.checkpoint)
+            changed = virt_checkpoints.sound_sizes(patient.domain, last.checkpoint)
         except CheckpointError:
             # libvirt does not know it now; then all that is allocated is the bound
             changed = {}
     total = 0
-    for disk_target in patient.saved(head):
+    for disk_target in patient.saved(last):
         state = patient.looked.states[disk_target]
         chain = patient.looked.chains.get(disk_target, ())
         allocated = sum(layer.actual_size for layer in chain) if chain else state.size

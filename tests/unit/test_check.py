@@ -1,0 +1,126 @@
+"""The pure parts of ``check``: who gets through, what is told, what is coloured."""
+
+import io
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nbdbackupd.app.verbs import check as verb
+from nbdbackupd.model import access
+from nbdbackupd.model.access import Account
+from nbdbackupd.model.finding import Area, Finding, Notes, Severity, worst
+from nbdbackupd.ops import check_access, check_request
+from nbdbackupd.ops.check import CheckReport
+
+OWNER, GROUP, OTHER = 65001, 65002, 65003
+
+
+def kernel_allows(directory: Path, uid: int, gid: int) -> bool:
+    """Ask the kernel whether this account reaches a name in the directory."""
+    line = f"cat {shlex.quote(str(directory / 'file'))}"
+    done = subprocess.run(
+        ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups", "sh", "-c", line],
+        capture_output=True, timeout=20, check=False,
+    )  # fmt: skip
+    return done.returncode == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs other accounts")
+@pytest.mark.parametrize("mode", [0o711, 0o710, 0o701, 0o611, 0o770, 0o007, 0o000, 0o070])
+def test_mode_bits_as_the_kernel_reads_them(tmp_path: Path, mode: int) -> None:
+    for directory in (tmp_path, *tmp_path.parents):
+        if directory.stat().st_uid == 0 and str(directory).startswith("/tmp/pytest"):
+            directory.chmod(0o711)
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "file").touch()
+    (place / "file").chmod(0o644)
+    os.chown(place, OWNER, GROUP)
+    place.chmod(mode)
+    status = place.stat()
+    for uid, gid in [(OWNER, GROUP), (OTHER, GROUP), (OWNER, OTHER), (OTHER, OTHER), (0, 0)]:
+        who = Account(uid, frozenset({gid}))
+        expected = kernel_allows(place, uid, gid)
+        owner = (status.st_uid, status.st_gid)
+        assert access.allows(status.st_mode, owner, who, access.PASS) == expected, (uid, gid)
+
+
+def test_ancestors_follow_links(tmp_path: Path) -> None:
+    (tmp_path / "real" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real")
+    found = list(check_access.ancestors(tmp_path / "link" / "deep" / "missing"))
+    assert found[0] == Path("/")
+    assert found[-3:] == [
+        tmp_path / "real",
+        tmp_path / "real" / "deep",
+        tmp_path / "real" / "deep" / "missing",
+    ]
+
+
+def test_the_gravest_finding_counts() -> None:
+    notes = Notes(Area.DISKS)
+    assert worst(notes.done()) is Severity.OK
+    notes.ok("a")
+    notes.fail("b", "mend it")
+    notes.warn("c")
+    assert worst(notes.done()) is Severity.FAIL
+    assert [each.area for each in notes.done()] == [Area.DISKS] * 3
+    assert worst([notes.done()[2], notes.done()[0]]) is Severity.WARN
+
+
+def report(*findings: Finding) -> CheckReport:
+    return CheckReport(domain="vm1", uuid="u", state="off", findings=findings)
+
+
+def test_text_is_folded_and_harmless() -> None:
+    path = "/" + "x" * 150
+    found = report(
+        Finding(Severity.OK, Area.HOST, "fine"),
+        Finding(Severity.FAIL, Area.DISKS, f"bad \033[31m {path} " + "word " * 40, "do this"),
+    )
+    text = verb.render(found, colour=False)
+    assert "\033" not in text
+    assert path in text
+    assert all(len(line) <= verb.WIDTH or path in line for line in text.splitlines())
+    lines = text.splitlines()
+    assert "  OK    fine" in lines
+    assert "        -> do this" in lines
+    assert lines[-1].endswith("1 ok, 0 warning(s), 1 failure(s)")
+    assert "\033[1;31mFAIL\033[0m" in verb.render(found, colour=True)
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_colour_is_for_terminals() -> None:
+    assert verb.wants_colour(Terminal(), {"TERM": "xterm"})
+    assert verb.wants_colour(Terminal(), {"NO_COLOR": ""})
+    assert not verb.wants_colour(Terminal(), {"NO_COLOR": "1"})
+    assert not verb.wants_colour(Terminal(), {"TERM": "dumb"})
+    assert not verb.wants_colour(io.StringIO(), {})
+
+
+def test_rules_of_apparmor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the files are ours here: a kernel without AppArmor loads no profile."""
+    local, folder = tmp_path / "local", tmp_path / "folder.d"
+    folder.mkdir()
+    monkeypatch.setattr(check_access, "APPARMOR_RULES", (local, folder))
+    runtime = Path("/run/nbdbackup")
+    assert not check_access._is_allowed(runtime)
+    local.write_text("# /run/nbdbackup/** rw,\n/run/nbdbackup2/** rw,\n")
+    assert not check_access._is_allowed(runtime)
+    (folder / "ours").write_text('  "/run/nbdbackup/**" rwk,\n')
+    assert check_access._is_allowed(runtime)
+
+
+def test_a_path_that_is_to_be_made(tmp_path: Path) -> None:
+    assert check_request.existing(tmp_path / "a" / "b") == tmp_path
+    assert check_request.existing(tmp_path) == tmp_path
+    assert check_request.holder(tmp_path / "lock") == ""
