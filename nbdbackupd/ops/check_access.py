@@ -124,7 +124,8 @@ def ancestors(path: Path) -> Iterator[Path]:
 
 def _writable(path: Path, notes: Notes) -> None:
     directory = existing(path)
-    if not os.access(directory, os.W_OK | os.X_OK):
+    # that it is no directory was said already
+    if directory.is_dir() and not os.access(directory, os.W_OK | os.X_OK):
         notes.fail(f"this account can't write to {directory}", "run as root, or give another one")
 
 

@@ -38,7 +38,7 @@ def _chains(patient: Patient) -> tuple[KnownChain, ...]:
     records = State(patient.request.state_dir).records(patient.domain.uuid)
     chains: tuple[KnownChain, ...] = ()
     if patient.request.directory is not None:
-        repository = Repository.open(patient.request.directory)
+        repository = Repository(patient.request.directory)
         known = _load(repository)
         if known is not None and known.head is not None:
             chains = reconciling.of_set(repository, known, records).chains
@@ -120,7 +120,9 @@ def target(patient: Patient, notes: Notes) -> None:
 
 def _place(path: Path, notes: Notes) -> None:
     there = existing(path)
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not there.is_dir():
+        notes.fail(f"{there} is no directory", "give another set")
+    elif not os.access(there, os.W_OK | os.X_OK):
         notes.fail(f"this account can't write to {there}", "check owner and mode, and the mount")
     if there.stat().st_dev == Path("/").stat().st_dev:
         notes.warn(

@@ -224,6 +224,8 @@ def test_a_set_of_others_and_a_damaged_one(here: Scene, lab: DaemonLab, tmp_path
     stream.rename(here.directory / "away")
     found = check(here, "-o", here.set, code=DOMAIN)
     assert stream.name in found.text("target", "fail")
+    found = check(here, "-o", stream.parent / ".lock", "--scratch-dir", "/etc/passwd", code=DOMAIN)
+    assert found.bad() == {*AGENT, ("target", "fail"), ("scratch", "fail"), ("access", "fail")}
     foreign = here.directory / "foreign"
     foreign.mkdir()
     (foreign / "photo.jpg").touch()
@@ -235,20 +237,29 @@ def test_images(lab: DaemonLab, tmp_path: Path) -> None:
     """Old, raw, missing below, marked corrupt: each is told of its disk."""
     base = lab.images / "base.qcow2"
     run(["qemu-img", "create", "-q", "-f", "qcow2", base, "8M"])
+    data, locked = lab.images / "apart.data", lab.images / "locked.qcow2"
+    secret = ["--object", "secret,id=s,data=x", "-o", "encrypt.format=luks,encrypt.key-secret=s"]
+    quick = ["-o", "encrypt.iter-time=10"]
+    run(["qemu-img", "create", "-q", "-f", "qcow2", *secret, *quick, locked, "8M"])
     disks = (
         DiskSpec(target="vda", size=8 * MIB, compat="0.10"),
         DiskSpec(target="vdb", size=8 * MIB, format="raw"),
         DiskSpec(target="vdc", size=8 * MIB, backing=base),
         DiskSpec(target="vdd", size=8 * MIB),
         DiskSpec(target="vde", size=8 * MIB),
+        DiskSpec(target="vdf", size=8 * MIB),
+        DiskSpec(target="vdg", size=8 * MIB, options=(f"data_file={data}",)),
+        DiskSpec(target="vdh", path=locked),
     )
     guest = lab.guest("check-images", disks, GuestOptions(uuid=str(uuid.uuid4())))
     here = scene_of(lab, tmp_path, guest)
     base.unlink()
-    with guest.image("vdd").open("r+b") as image:
-        # qcow2's specification: incompatible features at 72, big-endian, bit 1 is "corrupt"
-        image.seek(79)
-        image.write(b"\x02")
+    data.unlink()
+    # qcow2's specification: incompatible features at 72, big-endian; bit 1: corrupt, 0: dirty
+    for target, bits in (("vdd", b"\x02"), ("vdf", b"\x01")):
+        with guest.image(target).open("r+b") as image:
+            image.seek(79)
+            image.write(bits)
     found = check(here, code=DOMAIN)
     failed = found.text("disks", "fail")
     assert "vda: qcow2, 8.0 MiB; qcow2 of version 2" in failed
@@ -256,7 +267,12 @@ def test_images(lab: DaemonLab, tmp_path: Path) -> None:
     assert "vdc: " in failed
     assert str(base) in failed
     assert f"vdd: image {guest.image('vdd')} is marked corrupt" in failed
-    assert "vdb is not saved" in found.text("disks", "warn")
+    assert "vdg: " in failed
+    assert str(data) in failed
+    warned = found.text("disks", "warn")
+    assert "vdb is not saved" in warned
+    assert f"vdf: image {guest.image('vdf')} was not closed cleanly" in warned
+    assert f"vdh: image {locked} is encrypted" in warned
     assert "vde: " in found.text("disks", "ok")
 
 
