@@ -1,0 +1,408 @@
+"""The hook as a program: what it starts, what it leaves, and that nothing holds libvirt up."""
+
+import fcntl
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from nbdbackupd.source import lease
+from tests.lib.pages import TOP
+
+HOOK = TOP / "hooks" / "qemu"
+CATCH_UP = TOP / "hooks" / "catch-up"
+UUID = "c7a5fdbd-edaf-9455-926a-d65c16db1809"
+XML = f"<domain>\n  <name>x</name>\n  <uuid>{UUID}</uuid>\n  <title>t</title>\n</domain>\n"
+HOSTILE = (
+    "two words", "-dash", "--version", ".dot", "..", "a/b", "50%", "$HOME", "`id`", "it's", '"q"',
+    "back\\slash", "new\nline", "tab\there", "ümläut", "日本", "*", "[a]", "a@b:c", "~", "a;id",
+    "x\n", " lead", "trail ", "@", "%s%n", "\x7f",
+)  # fmt: skip
+
+FAKE = """#!/bin/sh
+# {name}: tells its arguments and descriptors, then does as it is bid
+{{
+    printf '%s\\0' {name} "$@"
+    printf '\\n'
+}} >>"$HOOK_TEST/calls"
+if [ "$1" = is-system-running ]; then
+    cat "$HOOK_TEST/running"
+    exit
+fi
+ls -l /proc/self/fd >>"$HOOK_TEST/descriptors"
+[ ! -e "$HOOK_TEST/{name}.does" ] || . "$HOOK_TEST/{name}.does"
+"""
+
+
+@dataclass(frozen=True)
+class Host:
+    """Directories of a host that has the hook, with stand-ins for what it would start."""
+
+    top: Path
+    shell: str = "dash"
+
+    @property
+    def runtime(self) -> Path:
+        return self.top / "run"
+
+    @property
+    def pending(self) -> Path:
+        return self.top / "state" / "pending"
+
+    def environment(self) -> dict[str, str]:
+        """What libvirt gives, and where this host is."""
+        return {
+            "LC_ALL": "C",
+            "PATH": f"{self.top}/bin:{os.environ['PATH']}",
+            "HOME": "/",
+            "HOOK_TEST": str(self.top),
+            "NBDBACKUP_RUNTIME_DIR": str(self.runtime),
+            "NBDBACKUP_STATE_DIR": str(self.top / "state"),
+            "NBDBACKUP_HOOK_CONF": str(self.top / "hook.conf"),
+            "NBDBACKUP_LIB_DIR": str(TOP / "hooks"),
+        }
+
+    def start(self, *words: str, stdin: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [self.shell, str(HOOK), *words], env=self.environment(), stdin=stdin,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/",
+        )  # fmt: skip
+
+    def hook(self, *words: str, xml: str | bytes = XML) -> float:
+        """Run the hook as libvirt does; it must succeed and say nothing. Return the seconds."""
+        begun = time.monotonic()
+        process = self.start(*words)
+        data = xml.encode() if isinstance(xml, str) else xml
+        out, err = process.communicate(data, timeout=60)
+        seconds = time.monotonic() - begun
+        assert (process.returncode, out, err) == (0, b"", b"")
+        return seconds
+
+    def calls(self) -> list[list[str]]:
+        """What was started since the last look, but for questions about the host's state."""
+        path = self.top / "calls"
+        lines = path.read_bytes().split(b"\0\n")[:-1] if path.exists() else []
+        path.unlink(missing_ok=True)
+        words = [[os.fsdecode(word) for word in line.split(b"\0")] for line in lines]
+        return [each for each in words if each[1:] != ["is-system-running"]]
+
+    def bid(self, name: str, script: str) -> None:
+        """What a stand-in does once it has told its arguments."""
+        (self.top / f"{name}.does").write_text(script)
+
+    def leave_lease(self) -> Path:
+        directory = self.runtime / UUID
+        directory.mkdir(parents=True)
+        (directory / "lease.json").write_text("{}")
+        return directory
+
+    def kept(self, domain: str) -> Path:
+        name = lease.marker(self.runtime, domain).name.removesuffix(".starting")
+        return self.runtime / "xml" / f"{name}.xml"
+
+
+def make_host(top: Path, shell: str = "dash") -> Host:
+    (top / "bin").mkdir()
+    (top / "running").write_text("running\n")
+    for name in ("systemctl", "nbdbackupctl", "logger"):
+        path = top / "bin" / name
+        path.write_text(FAKE.format(name=name))
+        path.chmod(0o755)
+    return Host(top, shell)
+
+
+@pytest.fixture(params=["dash", "bash"])
+def host(tmp_path: Path, request: pytest.FixtureRequest) -> Host:
+    """/bin/sh is dash with Debian, bash with Fedora."""
+    return make_host(tmp_path, request.param)
+
+
+@pytest.fixture
+def dash(tmp_path: Path) -> Host:
+    return make_host(tmp_path)
+
+
+def escaped(name: str) -> str:
+    return subprocess.run(
+        ["systemd-escape", "--", name], check=True, capture_output=True, text=True
+    ).stdout.removesuffix("\n")
+
+
+def queued(unit: str) -> list[list[str]]:
+    return [["systemctl", "--no-block", "--no-ask-password", "start", "--", f"{unit}.service"]]
+
+
+CHECK = queued("nbdbackup-checkpoints@vm1")
+SAVE = queued("nbdbackup-offline@vm1")
+NOTHING: list[list[str]] = []
+REASONS: dict[str, list[list[str]]] = {
+    "-": SAVE, "": SAVE, "unknown": SAVE, "shutdown": SAVE, "destroyed": SAVE, "not yet": SAVE,
+    "crashed": CHECK, "daemon": CHECK, "from snapshot": CHECK,
+    "migrated": NOTHING, "saved": NOTHING, "failed": NOTHING,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_end_of_a_domain(host: Host, reason: str) -> None:
+    host.hook("vm1", "started", "begin", "-")
+    assert host.calls() == CHECK
+    host.hook("vm1", "stopped", "end", reason)
+    assert host.calls() == []
+    host.hook("vm1", "release", "end", reason)
+    assert host.calls() == REASONS[reason]
+    # another host has it now; else only we know a transient one
+    assert host.kept("vm1").exists() == (reason != "migrated")
+    assert not host.pending.exists()
+
+
+@pytest.mark.parametrize("operation", ["started", "reconnect"])
+def test_a_domain_runs(host: Host, operation: str) -> None:
+    host.hook("vm1", operation, "begin", "-")
+    assert host.calls() == CHECK
+    kept = host.kept("vm1")
+    assert kept.read_text() == XML
+    assert kept.stat().st_mode & 0o7777 == 0o600
+    assert kept.parent.stat().st_mode & 0o7777 == 0o700
+    assert [each.name for each in kept.parent.iterdir()] == ["vm1.xml"]
+
+
+@pytest.mark.parametrize("operation", ["start", "attach", "", "unheard-of"])
+def test_nothing_to_do(host: Host, operation: str) -> None:
+    host.hook("vm1", operation, "begin", "-")
+    assert host.calls() == []
+    assert not host.runtime.exists()
+
+
+@pytest.mark.parametrize("words", [(), ("vm1",), ("vm1", "prepare"), ("vm1", "release", "end")])
+def test_missing_arguments(host: Host, words: Sequence[str]) -> None:
+    host.hook(*words)
+
+
+@pytest.mark.parametrize("operation", ["prepare", "restore", "migrate"])
+def test_a_start_is_announced_before_leases_are_looked_for(host: Host, operation: str) -> None:
+    host.hook("vm1", operation, "begin", "-")
+    marker = lease.marker(host.runtime, "vm1")
+    assert host.calls() == []
+    os.utime(marker, (1, 1))
+    host.leave_lease()
+    host.bid("nbdbackupctl", f'cp -p "{marker}" "$HOOK_TEST/seen"; echo run 1 let go')
+    host.hook("vm1", operation, "begin", "-")
+    assert (host.top / "seen").stat().st_mtime > time.time() - 60
+    called, told = host.calls()
+    assert called == ["nbdbackupctl", "--runtime-dir", str(host.runtime), "yield", "--", "vm1"]
+    assert told[:4] == ["logger", "-t", "nbdbackup-hook", "-p"]
+    assert told[-1] == "domain vm1: run 1 let go"
+
+
+def test_backups_of_others_are_not_worth_a_line(host: Host) -> None:
+    host.leave_lease()
+    host.bid("nbdbackupctl", "echo no backup has images of domain vm1 open")
+    host.hook("vm1", "prepare", "begin", "-")
+    assert [each[0] for each in host.calls()] == ["nbdbackupctl"]
+
+
+def test_a_start_goes_on_if_yield_fails(host: Host) -> None:
+    host.leave_lease()
+    host.bid("nbdbackupctl", "echo images are still open >&2; exit 75")
+    host.hook("vm1", "prepare", "begin", "-")
+    assert "may fail: yield ended with 75: images are still open" in host.calls()[1][-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "seconds"),
+    [
+        ("yield_seconds=1\n", 1),
+        ("yield_seconds = 2 \n", 2),
+        (
+            "# c\nyield_seconds=2\nyield_seconds=0\nyield_seconds=1x\nyield_seconds=$(id)\nrubbish",
+            2,
+        ),
+    ],
+)
+def test_a_start_is_held_up_only_so_long(dash: Host, settings: str, seconds: int) -> None:
+    (dash.top / "hook.conf").write_text(settings)
+    dash.leave_lease()
+    # also one that does not care for SIGTERM
+    dash.bid("nbdbackupctl", "trap '' TERM; sleep 1; sleep 1; sleep 1; sleep 30")
+    took = dash.hook("vm1", "prepare", "begin", "-")
+    assert seconds <= took < seconds + 3
+    # 124 after SIGTERM, 137 after SIGKILL
+    assert "yield ended with 1" in dash.calls()[1][-1]
+
+
+def test_real_yield_ends_a_real_reader(dash: Host) -> None:
+    directory = dash.leave_lease()
+    (dash.top / "bin" / "nbdbackupctl").write_text(
+        f'#!/bin/sh\ncd {TOP} && exec {sys.executable} -m nbdbackupd "$@"\n'
+    )
+    with (directory / "images").open("w") as images:
+        fcntl.flock(images, fcntl.LOCK_SH)
+        reader = subprocess.Popen(["sleep", "60"], pass_fds=[images.fileno()])
+    server = lease.ProcessId.of(reader.pid)
+    assert server is not None
+    with reader:
+        try:
+            (directory / "lease.json").write_text(
+                f'{{"version": 1, "domain": "vm1", "uuid": "{UUID}", "run_id": "r", '
+                f'"boot": "{server.boot}", "pid": 1, "start": 0, '
+                f'"server_pid": {server.pid}, "server_start": {server.start}}}'
+            )
+            dash.hook("vm1", "prepare", "begin", "-")
+            assert reader.wait(timeout=1) == -signal.SIGKILL
+        finally:
+            reader.kill()
+    assert [each[0] for each in dash.calls()] == ["logger"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names(host: Host, name: str) -> None:
+    host.hook(name, "prepare", "begin", "-")
+    assert lease.marker(host.runtime, name).exists()
+    assert len(list((host.runtime / "starting").iterdir())) == 1
+    host.hook(name, "started", "begin", "-")
+    assert host.kept(name).read_text() == XML
+    assert host.calls() == queued(f"nbdbackup-checkpoints@{escaped(name)}")
+    (host.top / "running").write_text("stopping\n")
+    host.hook(name, "release", "end", "shutdown")
+    assert [each.name for each in host.pending.iterdir()] == [escaped(name)]
+    host.leave_lease()
+    host.hook(name, "prepare", "begin", "-")
+    assert host.calls()[0][-2:] == ["--", name]
+
+
+@pytest.mark.parametrize("name", ["l" * 240, "ö" * 85, "-" * 70])
+def test_names_that_are_too_long_for_a_unit(host: Host, name: str) -> None:
+    host.hook(name, "prepare", "begin", "-")
+    assert lease.marker(host.runtime, name).exists()
+    host.hook(name, "release", "end", "-")
+    assert host.calls() == queued(f"nbdbackup-offline@{escaped(UUID)}")
+    host.hook(name, "release", "end", "-", xml="")
+    host.kept(name).unlink()
+    host.calls()
+    host.hook(name, "release", "end", "-", xml="")
+    assert "its name can't be made a unit's" in host.calls()[-1][-1]
+
+
+@pytest.mark.parametrize("xml", [b"", b"<domain>", XML.encode() * 20000, bytes(3 << 20)])
+def test_xml_that_is_not_whole(host: Host, xml: bytes) -> None:
+    host.hook("vm1", "started", "begin", "-")
+    assert host.calls() == CHECK
+    host.hook("vm1", "reconnect", "begin", "-", xml=xml)
+    assert host.calls() == CHECK
+    assert [each.read_text() for each in host.kept("vm1").parent.iterdir()] == [XML]
+
+
+def test_closed_and_endless_input(host: Host) -> None:
+    subprocess.run(
+        [host.shell, "-c", f'{host.shell} "$@" <&-', "-", HOOK, "vm1", "started", "begin", "-"],
+        env=host.environment(), check=True,
+    )  # fmt: skip
+    assert host.calls() == CHECK
+    process = host.start("vm1", "started", "begin", "-")
+    assert process.wait(timeout=10) == 0
+    process.communicate()
+    assert host.calls() == CHECK
+    assert list(host.kept("vm1").parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("operation", ["prepare", "started", "release"])
+def test_directories_that_can_not_be_written(host: Host, operation: str) -> None:
+    for name in ("run", "state"):
+        (host.top / name).write_text("in the way\n")
+    (host.top / "running").write_text("stopping\n")
+    host.hook("vm1", operation, "begin", "shutdown")
+    called = [each[0] for each in host.calls()]
+    assert called == (["systemctl"] if operation == "started" else ["logger"])
+
+
+@pytest.mark.parametrize("operation", ["started", "release"])
+def test_systemd_hangs(dash: Host, operation: str) -> None:
+    dash.bid("systemctl", "trap '' TERM; sleep 30")
+    assert dash.hook("vm1", operation, "end", "-") < 8
+    if operation == "release":
+        assert [each.name for each in dash.pending.iterdir()] == ["vm1"]
+    else:
+        assert "can't start nbdbackup-checkpoints@vm1.service" in dash.calls()[-1][-1]
+
+
+def test_everything_hangs(dash: Host) -> None:
+    for name in ("systemctl", "nbdbackupctl", "logger"):
+        dash.bid(name, "sleep 30")
+    dash.leave_lease()
+    assert dash.hook("vm1", "prepare", "begin", "-") < 13
+    assert dash.hook("vm1", "release", "end", "-") < 5
+
+
+def test_programs_get_no_descriptor_of_libvirt(host: Host) -> None:
+    host.leave_lease()
+    for operation in ("started", "release", "prepare"):
+        host.hook("vm1", operation, "begin", "-")
+    told = (host.top / "descriptors").read_text().splitlines()
+    targets = {line.partition(" -> ")[2] for line in told if " -> " in line}
+    # "ls" lists its own directory; yield's output is read by the hook
+    strange = {each for each in targets if not each.startswith(("/dev/null", "/proc/"))}
+    assert {each for each in strange if "pipe:" not in each} <= {str(host.top / "descriptors")}
+    assert len({each for each in strange if "pipe:" in each}) <= 1
+
+
+def test_killed_in_the_middle(dash: Host) -> None:
+    dash.hook("vm1", "started", "begin", "-")
+    process = dash.start("vm1", "reconnect", "begin", "-")
+    assert process.stdin is not None
+    process.stdin.write(b"<domain>" * 100)
+    process.stdin.flush()
+    until = time.monotonic() + 5
+    while not list((dash.runtime / "xml").glob(".*")) and time.monotonic() < until:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert dash.kept("vm1").read_text() == XML
+    dash.calls()
+    dash.hook("vm1", "release", "end", "-")
+    assert dash.calls() == SAVE
+
+
+def test_package_is_removed(dash: Host) -> None:
+    environment = dash.environment() | {"NBDBACKUP_LIB_DIR": str(dash.top / "gone")}
+    for operation in ("prepare", "started", "release"):
+        subprocess.run(
+            [HOOK, "vm1", operation, "begin", "-"], env=environment, check=True, input=b""
+        )
+    assert dash.calls() == []
+    assert not dash.runtime.exists()
+
+
+@pytest.mark.parametrize(
+    ("operation", "most"), [("start", 0.05), ("prepare", 0.05), ("stopped", 0.05), ("started", 0.2)]
+)
+def test_time(dash: Host, operation: str, most: float) -> None:
+    seconds = [dash.hook("vm1", operation, "begin", "-") for _ in range(15)]
+    assert statistics.median(seconds) < most
+    if operation != "started":
+        assert dash.calls() == []
+
+
+def test_put_off_backups_are_caught_up(dash: Host) -> None:
+    (dash.top / "running").write_text("stopping\n")
+    for name in ("a b", "c-d", ".e"):
+        dash.hook(name, "release", "end", "shutdown")
+    assert dash.calls() == []
+    notes = sorted(each.name for each in dash.pending.iterdir())
+    assert notes == sorted(escaped(each) for each in ("a b", "c-d", ".e"))
+    dash.bid("systemctl", "case $5 in *c*d*) exit 1 ;; esac")
+    assert subprocess.run([CATCH_UP], env=dash.environment(), check=False).returncode == 1
+    assert dash.calls() == [queued(f"nbdbackup-offline@{each}")[0] for each in notes]
+    assert [each.name for each in dash.pending.iterdir()] == [escaped("c-d")]
+    dash.bid("systemctl", "")
+    subprocess.run([CATCH_UP], env=dash.environment(), check=True)
+    assert list(dash.pending.iterdir()) == []
+    dash.calls()
+    subprocess.run([CATCH_UP], env=dash.environment(), check=True)
+    assert dash.calls() == []
