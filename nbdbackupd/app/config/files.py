@@ -120,7 +120,7 @@ def contradictions(files: Sequence[ConfigFile]) -> list[Problem]:
         return values[path].value if path in values else schema.BY_PATH[path].default
 
     def complain(first: str, second: str, message: str) -> None:
-        path = max((path for path in (first, second) if path in values), key=_age(files, values))
+        path = max((path for path in (second, first) if path in values), key=_age(files, values))
         found.append(Problem(values[path].file, values[path].line, path, message))
 
     both = set(get("disks.include")) & set(get("disks.exclude"))

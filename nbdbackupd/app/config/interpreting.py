@@ -8,16 +8,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from nbdbackupd.app.config import kinds, reading, schema
 from nbdbackupd.app.config.matching import Match
-from nbdbackupd.app.config.reading import Problem
+from nbdbackupd.app.config.reading import MappingNode, Node, Problem, ScalarNode, SequenceNode
 from nbdbackupd.app.config.schema import BY_PATH, MATCH, MATCHERS, METADATA, SECTIONS, Setting
 
 SECRETS: Final = frozenset({"password", "passwd", "passphrase", "secret", "token", "key"})
 MAX_ITEMS: Final = 1000
-Pairs = dict[str, tuple[yaml.Node, yaml.Node]]
+Pairs = dict[str, tuple[Node, Node]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,7 @@ class Interpreter:
         self._event_fault = event_fault
         self._values: dict[str, Value] = {}
 
-    def interpret(self, root: yaml.Node | None) -> tuple[Match | None, dict[str, Value]]:
+    def interpret(self, root: Node | None) -> tuple[Match | None, dict[str, Value]]:
         """The file's condition, None for the main file, and its values.
 
         Raises Unreadable if the tree as a whole is of no use.
@@ -62,7 +60,7 @@ class Interpreter:
                 self._unknown(key, name, "", [*SECTIONS, *_lone(), *([MATCH] * (not self.is_main))])
         return match, self._values
 
-    def _section(self, section: str, node: yaml.Node) -> None:
+    def _section(self, section: str, node: Node) -> None:
         if _is_empty(node):
             return  # a section whose settings are all commented out
         for key, (name, value) in self._pairs(node, section).items():
@@ -73,7 +71,7 @@ class Interpreter:
                 known = [each.key for each in BY_PATH.values() if each.section == section]
                 self._unknown(key, name, section, known)
 
-    def _setting(self, setting: Setting, name: yaml.Node, node: yaml.Node) -> None:
+    def _setting(self, setting: Setting, name: Node, node: Node) -> None:
         line = _line(name)
         if not setting.everywhere and not self.is_main:
             self._complain(line, setting.path, f"is for all domains; move it to {schema.MAIN}")
@@ -87,7 +85,7 @@ class Interpreter:
                 return
         self._values[setting.path] = Value(value, self.file, line)
 
-    def _list(self, setting: Setting, node: yaml.Node) -> tuple[Any, ...]:
+    def _list(self, setting: Setting, node: Node) -> tuple[Any, ...]:
         found = []
         for text, line in self._texts(node, setting.path):
             value = self._parse(setting, text, line)
@@ -110,11 +108,11 @@ class Interpreter:
             self._complain(line, setting.path, fault)
         return _Bad() if fault else value
 
-    def _match(self, node: yaml.Node) -> Match:
+    def _match(self, node: Node) -> Match:
         found: dict[str, tuple[str, ...]] = {}
         metadata: dict[str, tuple[str, ...]] = {}
         pairs = {} if _is_empty(node) else self._pairs(node, MATCH)
-        if not pairs and isinstance(node, yaml.MappingNode | yaml.ScalarNode):
+        if not pairs and isinstance(node, MappingNode | ScalarNode):
             words = ", ".join(MATCHERS)
             self._complain(_line(node), MATCH, f"says nothing; give one of {words}")
         for key, (name, value) in pairs.items():
@@ -139,13 +137,13 @@ class Interpreter:
             metadata=metadata,
         )
 
-    def _patterns(self, node: yaml.Node, path: str) -> tuple[str, ...]:
+    def _patterns(self, node: Node, path: str) -> tuple[str, ...]:
         texts = tuple(text for text, _ in self._texts(node, path))
-        if not texts and isinstance(node, yaml.SequenceNode):
+        if not texts and isinstance(node, SequenceNode):
             self._complain(_line(node), path, "an empty list fits no domain; give a text")
         return texts
 
-    def _check_regexes(self, node: yaml.Node, path: str) -> None:
+    def _check_regexes(self, node: Node, path: str) -> None:
         for text, line in self._texts(node, path, silent=True):
             try:
                 with warnings.catch_warnings():
@@ -154,9 +152,9 @@ class Interpreter:
             except (re.error, OverflowError, RecursionError, FutureWarning) as err:
                 self._complain(line, path, f"not a regular expression: {text!r}: {err}; mend it")
 
-    def _texts(self, node: yaml.Node, path: str, *, silent: bool = False) -> list[tuple[str, int]]:
+    def _texts(self, node: Node, path: str, *, silent: bool = False) -> list[tuple[str, int]]:
         """The texts of a list, each with its line; a single one counts as a list."""
-        items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        items = node.value if isinstance(node, SequenceNode) else [node]
         if len(items) > MAX_ITEMS:
             self._complain(_line(node), path, f"more than {MAX_ITEMS} values; drop some")
             return []
@@ -166,25 +164,27 @@ class Interpreter:
             del self.problems[known:]
         return [(text, line) for text, line in found if text is not None]
 
-    def _scalar(self, node: yaml.Node, path: str) -> str | None:
+    def _scalar(self, node: Node, path: str) -> str | None:
         """The text of a scalar, None with a problem for everything else."""
-        if isinstance(node, yaml.ScalarNode) and node.tag in reading.TAGS:
+        if isinstance(node, ScalarNode) and node.tag in reading.TAGS:
             if not _is_empty(node):
                 return node.value
             setting = BY_PATH.get(path)
             example = f" (default: {setting.kind.show(setting.default)})" if setting else ""
-            self._complain(_line(node), path, f"has no value; give one{example} or remove the line")
+            quotes = f"; if {node.value} is the text, put it in quotes" if node.value else ""
+            message = f"has no value; give one{example} or remove the line{quotes}"
+            self._complain(_line(node), path, message)
         elif node.tag not in reading.TAGS:
             self._complain(_line(node), path, f"the tag {_tag(node)} is not allowed; remove it")
         else:
-            form = "list" if isinstance(node, yaml.SequenceNode) else "section"
+            form = "list" if isinstance(node, SequenceNode) else "section"
             self._complain(_line(node), path, f"a single value is wanted here, not a {form}")
         return None
 
-    def _pairs(self, node: yaml.Node, path: str) -> Pairs:
+    def _pairs(self, node: Node, path: str) -> Pairs:
         """Keys and values of a section; duplicates and odd keys are problems."""
         found: Pairs = {}
-        if not isinstance(node, yaml.MappingNode) or node.tag not in reading.TAGS:
+        if not isinstance(node, MappingNode) or node.tag not in reading.TAGS:
             if node.tag not in reading.TAGS:
                 message = f"the tag {_tag(node)} is not allowed; remove it"
             else:
@@ -192,7 +192,7 @@ class Interpreter:
             self._complain(_line(node), path, message)
             return found
         for key, value, merged in reading.pairs(node):
-            if not isinstance(key, yaml.ScalarNode) or key.tag not in reading.TAGS:
+            if not isinstance(key, ScalarNode) or key.tag not in reading.TAGS:
                 self._complain(_line(key), path, "a key must be a plain word")
             elif key.value not in found:
                 found[key.value] = key, value
@@ -204,7 +204,7 @@ class Interpreter:
                 )  # fmt: skip
         return found
 
-    def _unknown(self, key: str, name: yaml.Node, section: str, known: list[str]) -> None:
+    def _unknown(self, key: str, name: Node, section: str, known: list[str]) -> None:
         path = _join(section, key)
         if key == MATCH:
             message = f"belongs into a file of {schema.DOMAINS}"
@@ -250,17 +250,13 @@ def _join(section: str, key: str) -> str:
     return f"{section}.{shown}" if section else shown
 
 
-def _is_empty(node: yaml.Node) -> bool:
-    return (
-        isinstance(node, yaml.ScalarNode)
-        and node.style is None
-        and node.value.lower() in kinds.EMPTY
-    )
+def _is_empty(node: Node) -> bool:
+    return isinstance(node, ScalarNode) and node.style is None and node.value.lower() in kinds.EMPTY
 
 
-def _line(node: yaml.Node) -> int:
+def _line(node: Node) -> int:
     return node.start_mark.line + 1
 
 
-def _tag(node: yaml.Node) -> str:
+def _tag(node: Node) -> str:
     return node.tag.replace("tag:yaml.org,2002:", "!!")

@@ -23,9 +23,11 @@ EMPTY: Final = frozenset({"", "~", "null"})
 
 UNITS: Final = ((1 << 40, "T"), (1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K"))
 TIMES: Final = ((604800, "w"), (86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
-PLAIN: Final = re.compile(r"[A-Za-z/][\w./@+-]*", re.ASCII)
+PLAIN: Final = re.compile(r"\.?[A-Za-z/][\w./@+-]*", re.ASCII)
+SPECIAL: Final = frozenset({"y", "n", ".inf", ".nan"})
+"""Others that some readers of YAML take for something else than a text."""
+
 MAX_TEXT: Final = 4096
-DAY_SECONDS: Final = 86400
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +54,7 @@ class Kind:
 
 def quoted(text: str) -> str:
     """A text as a YAML scalar: plain where every reader of YAML takes it for a text."""
-    if PLAIN.fullmatch(text) and text.lower() not in TRUE | FALSE | EMPTY | {"y", "n"}:
+    if PLAIN.fullmatch(text) and text.lower() not in TRUE | FALSE | EMPTY | SPECIAL:
         return text
     return "'" + text.replace("'", "''") + "'"
 
@@ -141,7 +143,7 @@ FILE_NAME: Final = Kind(name="file name", parse=_file_name, render=quoted)
 BOOL: Final = Kind(name="yes or no", parse=_bool, render=lambda value: "yes" if value else "no")
 SIZE: Final = Kind(name="size", parse=parse_size, render=_size_text)
 DURATION: Final = Kind(name="duration", parse=parse_duration, render=_duration_text)
-DAYS: Final = Kind(name="days", parse=_days, render=lambda days: _duration_text(days * DAY_SECONDS))
+DAYS: Final = Kind(name="days", parse=_days, render=lambda days: f"{days}d")
 URI: Final = Kind(name="URI", parse=_uri, render=quoted)
 CALENDAR: Final = Kind(name="calendar event", parse=_calendar, render=quoted)
 COMMAND: Final = Kind(

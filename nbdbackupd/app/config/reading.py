@@ -12,13 +12,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
+from nbdbackupd.errors import ConfigError
+
+try:
+    import yaml
+except ImportError as err:
+    raise ConfigError(
+        "PyYAML is missing: install python3-yaml (Debian) or python3-pyyaml (Fedora, EL)"
+    ) from err
+
+Node = yaml.Node
+ScalarNode = yaml.ScalarNode
+SequenceNode = yaml.SequenceNode
+MappingNode = yaml.MappingNode
 
 MAX_SIZE: Final = 256 << 10
 MAX_DEPTH: Final = 20
 BOM: Final = b"\xef\xbb\xbf"
 MERGE: Final = "<<"
-MAX_MERGES: Final = 1000
+MAX_MERGES: Final = 100
 TAGS: Final = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:str")
 
 HINTS: Final = (
@@ -70,7 +82,7 @@ class _Loader(yaml.BaseLoader):
 
     depth = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Unreadable(0, f"nested more than {MAX_DEPTH} levels deep")
@@ -79,7 +91,7 @@ class _Loader(yaml.BaseLoader):
         return node
 
 
-def read(path: Path) -> yaml.Node | None:
+def read(path: Path) -> Node | None:
     """The root of a file's tree, None if it holds nothing but comments.
 
     Raises Unreadable.
@@ -87,7 +99,7 @@ def read(path: Path) -> yaml.Node | None:
     return parse(_text(_bytes(path)))
 
 
-def parse(text: str) -> yaml.Node | None:
+def parse(text: str) -> Node | None:
     """The same of a text."""
     # everything that a YAML reader refuses, found here since the reader tells no line
     bad = re.search("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", text)
@@ -107,7 +119,7 @@ def parse(text: str) -> yaml.Node | None:
         raise Unreadable(0, f"nested more than {MAX_DEPTH} levels deep") from err
 
 
-def pairs(node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node, bool]]:
+def pairs(node: MappingNode) -> Iterator[tuple[Node, Node, bool]]:
     """Key, value, and whether it came by a merge key (``<<``), of a mapping.
 
     What stands in the mapping itself comes first, then what is merged, the earlier merge first.
@@ -118,17 +130,17 @@ def pairs(node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node, bool]]
 
 
 def _pairs(
-    node: yaml.MappingNode, budget: list[int], *, merged: bool
-) -> Iterator[tuple[yaml.Node, yaml.Node, bool]]:
+    node: MappingNode, budget: list[int], *, merged: bool
+) -> Iterator[tuple[Node, Node, bool]]:
     budget[0] -= 1
-    sources: list[yaml.Node] = []
+    sources: list[Node] = []
     for key, value in node.value:
         if _is_merge(key):
-            sources += value.value if isinstance(value, yaml.SequenceNode) else [value]
+            sources += value.value if isinstance(value, SequenceNode) else [value]
         else:
             yield key, value, merged
     for source in sources:
-        if not isinstance(source, yaml.MappingNode):
+        if not isinstance(source, MappingNode):
             line = source.start_mark.line + 1
             raise Unreadable(line, "'<<' can merge sections only, each an alias such as *name")
         if budget[0] <= 0:
@@ -136,8 +148,8 @@ def _pairs(
         yield from _pairs(source, budget, merged=True)
 
 
-def _is_merge(key: yaml.Node) -> bool:
-    return isinstance(key, yaml.ScalarNode) and key.value == MERGE and key.style is None
+def _is_merge(key: Node) -> bool:
+    return isinstance(key, ScalarNode) and key.value == MERGE and key.style is None
 
 
 def _bytes(path: Path) -> bytes:

@@ -188,6 +188,12 @@ _GUEST: Final = (
 
 _RUN: Final = (
     Setting(
+        path="start_paused", kind=kinds.BOOL, default=False,
+        help="Start a domain that is off for the run, paused, and end it again, instead of "
+        "reading its images without it.",
+        option="--start-paused",
+    ),
+    Setting(
         path="threshold", kind=optional(kinds.SIZE, "none"), default=None, example="16M",
         help="Save nothing, successfully, if an increment would hold less than this.",
         option="--threshold",

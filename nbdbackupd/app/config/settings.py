@@ -55,6 +55,7 @@ class DomainSettings:
     scratch_directory: Path
     scratch_reserve: int
     checkpoint_directory: Path
+    start_paused: bool
     threshold: int | None
     strict: bool
     limits_bandwidth: int | None
@@ -154,8 +155,8 @@ def _merged(files: Sequence[ConfigFile], name: str) -> DomainSettings:
 def request_fields(settings: DomainSettings) -> dict[str, Any]:
     """Fields of ``ops.backup_request.BackupRequest`` that the settings decide.
 
-    Left out is what the command computes from the host where no file says anything: the scratch
-    directory and the number of workers.
+    Left out is what the command computes from the host or the user where no file says anything:
+    the directories for scratch files and checkpoints, and the number of workers.
     """
     from nbdbackupd.source.quiesce import FreezePolicy
 
@@ -169,6 +170,7 @@ def request_fields(settings: DomainSettings) -> dict[str, Any]:
         "freeze": FreezePolicy.NEVER if pause else FreezePolicy(settings.freeze_policy),
         "mountpoints": tuple(map(str, settings.freeze_mountpoints)) if freezes else (),
         "pause": pause,
+        "start_paused": settings.start_paused,
         "scratch_reserve": settings.scratch_reserve,
         "threshold": settings.threshold,
         "strict": settings.strict,
@@ -177,6 +179,8 @@ def request_fields(settings: DomainSettings) -> dict[str, Any]:
     }
     if not settings.is_default("scratch.directory"):
         found["scratch_dir"] = settings.scratch_directory
+    if not settings.is_default("checkpoint_directory"):
+        found["state_dir"] = settings.checkpoint_directory
     if settings.limits_workers is not None:
         found["workers"] = settings.limits_workers
     return found

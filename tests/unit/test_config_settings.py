@@ -1,0 +1,456 @@
+"""What the configuration says for a domain, where it says so, and what a backup makes of it."""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbdbackupd.app import context as app_context
+from nbdbackupd.app import parser as app_parser
+from nbdbackupd.app.config import files, matching, schema, settings
+from nbdbackupd.app.config.files import Configuration
+from nbdbackupd.app.config.settings import DomainSettings
+from nbdbackupd.errors import ConfigError, DomainError, FormatError, RepositoryError
+from nbdbackupd.model.policy import Rotate
+from nbdbackupd.ops.backup_request import BackupRequest
+from nbdbackupd.source.quiesce import FreezePolicy
+from scripts import gen_config
+from tests.lib.pages import TOP
+
+UUID = "4a64cc71-19c4-2fd0-2323-3050941ea3c3"
+NOVA = "http://openstack.org/xmlns/libvirt/nova/1.1"
+METADATA = f"""\
+<metadata>
+  <a:labels xmlns:a="urn:nbdbackup:1" tier="gold" site=""/>
+  <nova:instance xmlns:nova="{NOVA}" xmlns:o="urn:o">
+    <nova:flavor name="m1.small"><nova:memory> 512 </nova:memory></nova:flavor>
+    <o:x o:id="1" id="2"/>
+  </nova:instance>
+</metadata>"""
+NODE = f"""\
+<node><domain type='test'><name>vm1</name><uuid>{UUID}</uuid><memory>8192</memory><vcpu>1</vcpu>
+<os><type>hvm</type></os>{METADATA}</domain></node>"""
+
+
+def write(directory: Path, main: str = "", **others: str) -> Path:
+    """Files of these texts; ``others`` are files of domains.d, by stem."""
+    (directory / "domains.d").mkdir(parents=True)
+    (directory / "nbdbackup.yaml").write_text(main)
+    for name, text in others.items():
+        (directory / f"domains.d/{name}.yaml").write_text(text)
+    return directory
+
+
+def read(directory: Path, main: str = "", **others: str) -> Configuration:
+    return files.read_all(write(directory, main, **others)).require_sound()
+
+
+def defaults() -> DomainSettings:
+    return settings.settings_for("vm", "", {}, Configuration())
+
+
+# -- the schema
+
+
+def test_settings_are_those_of_the_schema() -> None:
+    named = [each.name for each in fields(DomainSettings)]
+    assert named == [*(each.field for each in schema.SETTINGS), "origins", "applied"]
+    assert {each.section for each in schema.SETTINGS} == {*schema.SECTIONS, ""}
+    assert len(schema.BY_PATH) == len(schema.SETTINGS)
+
+
+def test_rotation_is_that_of_the_policy() -> None:
+    assert schema.BY_PATH["level.rotate"].kind.words == tuple(Rotate)
+    assert schema.BY_PATH["freeze.policy"].kind.words == (*FreezePolicy, "pause")
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    return app_parser.build_parser().parse_args(["backup", "vm", "-o", "/x", *argv])
+
+
+def test_options_exist() -> None:
+    known: set[str] = set()
+    for action in app_parser.build_parser()._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            known |= {name for each in action.choices["backup"]._actions
+                      for name in each.option_strings}  # fmt: skip
+    for setting in schema.SETTINGS:
+        assert not setting.option or setting.option in known, setting.path
+
+
+def test_defaults_are_those_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file, and a file with the defaults, change nothing of what ``backup`` does."""
+    args = parse()
+    got = defaults()
+    assert settings.request_fields(got) == {
+        "include": args.include,
+        "exclude": args.exclude,
+        "raw": args.raw,
+        "compression": args.compress,
+        "freeze": FreezePolicy(args.freeze),
+        "mountpoints": args.freeze_mountpoint,
+        "pause": args.pause,
+        "start_paused": args.start_paused,
+        "scratch_reserve": args.scratch_reserve,
+        "threshold": args.threshold,
+        "strict": args.strict,
+        "wait_seconds": args.wait,
+        "timeout_seconds": args.timeout,
+    }
+    assert got.libvirt_uri == app_context.DEFAULT_URI
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: 0)
+        assert got.scratch_directory == app_context.default_scratch_dir({})
+        assert got.checkpoint_directory == app_context.default_state_dir({})
+
+
+def test_every_setting_reaches_the_request(tmp_path: Path) -> None:
+    main = """\
+disks: {include: [vda, vdb], exclude: vdc, raw: yes}
+compression: 7
+freeze: {policy: require, mountpoints: [/, /var]}
+scratch: {directory: /s, reserve: 1G}
+checkpoint_directory: /c
+start_paused: yes
+threshold: 16M
+strict: on
+limits: {workers: 3, wait: 5m, timeout: 10}
+"""
+    got = settings.settings_for("vm", "", {}, read(tmp_path / "a", main))
+    found = settings.request_fields(got)
+    assert found == {
+        "include": ("vda", "vdb"),
+        "exclude": ("vdc",),
+        "raw": True,
+        "compression": 7,
+        "freeze": FreezePolicy.REQUIRE,
+        "mountpoints": ("/", "/var"),
+        "pause": False,
+        "start_paused": True,
+        "state_dir": Path("/c"),
+        "scratch_dir": Path("/s"),
+        "scratch_reserve": 1 << 30,
+        "threshold": 16 << 20,
+        "strict": True,
+        "workers": 3,
+        "wait_seconds": 300.0,
+        "timeout_seconds": 10.0,
+    }
+    # what a run is, and what a configuration has no business with
+    others = {"domain", "directory", "run_id", "now", "runtime_dir", "program"}
+    others |= {"level", "layout", "by_nbdinfo"}
+    assert set(found) | others == {each.name for each in fields(BackupRequest)}
+    pause = read(tmp_path / "b", "freeze: {policy: pause}")
+    found = settings.request_fields(settings.settings_for("vm", "", {}, pause))
+    assert (found["pause"], found["freeze"]) == (True, FreezePolicy.NEVER)
+    never = read(tmp_path / "c", "freeze: {mountpoints: /}", x="match: {glob: '*'}\n"
+                 "freeze: {policy: never}")  # fmt: skip
+    assert settings.request_fields(settings.settings_for("vm", "", {}, never))["mountpoints"] == ()
+
+
+# -- matching and merging
+
+
+@pytest.mark.parametrize(
+    ("match", "fitting", "others"),
+    [
+        ("name: web", ["web"], ["web1", "Web", "xweb", ""]),
+        ("name: [web, mail]", ["web", "mail"], ["mai"]),
+        ("name: 'web*'", ["web*"], ["web1"]),
+        ("glob: 'web-*'", ["web-", "web-1", "web-\n"], ["web", "xweb-1", "WEB-1"]),
+        ("glob: ['?', '[ab]c']", ["x", "ac"], ["cc", ""]),
+        ("regex: 'db[0-9]+'", ["db1", "db22"], ["db", "xdb1", "db1x", "db1\n"]),
+        ("regex: '(?i)DB.*|x'", ["db", "DBx", "x"], ["xx"]),
+        ("glob: 'a*'\n  regex: '.*z'", ["az", "a-z"], ["a", "z"]),
+        (f"name: {UUID.upper()}", [], [UUID.upper(), "vm"]),
+    ],
+)
+def test_names(tmp_path: Path, match: str, fitting: list[str], others: list[str]) -> None:
+    found = read(tmp_path / "a", one=f"match:\n  {match}\nstrict: yes")
+    for name in fitting:
+        assert settings.settings_for(name, "", {}, found).strict, name
+    for name in others:
+        assert not settings.settings_for(name, "", {}, found).strict, name
+
+
+def test_uuids(tmp_path: Path) -> None:
+    found = read(tmp_path / "a", one=f"match: {{name: {UUID.upper()}}}\nstrict: yes")
+    assert settings.settings_for("any", UUID, {}, found).strict
+    assert not settings.settings_for("any", UUID.replace("4", "5"), {}, found).strict
+
+
+def test_labels() -> None:
+    labels = matching.labels_of(f"<domain>{METADATA}<devices/></domain>")
+    assert labels == {
+        "tier": "gold",
+        "site": "",
+        f"{{{NOVA}}}instance/flavor@name": "m1.small",
+        f"{{{NOVA}}}instance/flavor/memory": "512",
+        f"{{{NOVA}}}instance/{{urn:o}}x@{{urn:o}}id": "1",
+        f"{{{NOVA}}}instance/{{urn:o}}x@id": "2",
+    }
+    assert matching.labels_of("<domain/>") == {}
+    with pytest.raises(DomainError, match="can't be parsed"):
+        matching.labels_of("<domain>")
+
+
+def test_metadata(tmp_path: Path) -> None:
+    text = "match:\n  glob: 'v*'\n  metadata: {tier: [go*, silver], site: '*'}\nstrict: yes"
+    found = read(tmp_path / "a", one=text)
+    for labels, fits in (
+        ({"tier": "gold", "site": ""}, True),
+        ({"tier": "silver", "site": "b", "x": "y"}, True),
+        ({"tier": "gold"}, False),
+        ({"tier": "iron", "site": "b"}, False),
+        ({}, False),
+    ):
+        assert settings.settings_for("vm", "", labels, found).strict == fits
+        assert not settings.settings_for("xm", "", labels, found).strict
+
+
+def test_libvirt_is_asked_only_where_it_must_be(tmp_path: Path) -> None:
+    found = read(
+        tmp_path / "a",
+        a="match: {glob: 'a*', metadata: {tier: gold}}",
+        b="match: {name: b}",
+    )
+    assert settings.needs_libvirt("b", found) == ()
+    assert [path.stem for path in settings.needs_libvirt("a1", found)] == ["a"]
+    assert [path.stem for path in settings.needs_libvirt(UUID, found)] == ["a", "b"]
+    assert settings.needs_libvirt(UUID, Configuration()) == ()
+    by_uuid = read(tmp_path / "b", a=f"match: {{name: [x, {UUID}]}}")
+    assert [path.stem for path in settings.needs_libvirt("y", by_uuid)] == ["a"]
+
+
+def test_the_later_file_wins_setting_by_setting(tmp_path: Path) -> None:
+    main = "threshold: 1M\ncompression: 1\ndisks:\n  exclude: [vda, vdb]\n  raw: yes\n"
+    found = read(
+        tmp_path / "a",
+        main,
+        **{
+            "10": "match: {glob: '*'}\ncompression: 2\ndisks:\n\n  exclude: [vdc]\n",
+            "20": "match: {name: other}\nstrict: yes\n",
+            "9": "match: {glob: '*'}\ncompression: none\n",
+        },
+    )
+    got = settings.settings_for("vm", "", {}, found)
+    assert [path.name for path in got.applied] == ["nbdbackup.yaml", "10.yaml", "9.yaml"]
+    assert (got.threshold, got.compression, got.disks_exclude) == (1 << 20, None, ("vdc",))
+    assert (got.disks_raw, got.strict) == (True, False)
+    places = {
+        path: f"{Path(each.file).name}:{each.line}"
+        for path, each in got.origins.items()
+        if each.file
+    }
+    assert places == {
+        "threshold": "nbdbackup.yaml:1",
+        "compression": "9.yaml:2",
+        "disks.exclude": "10.yaml:5",
+        "disks.raw": "nbdbackup.yaml:5",
+    }
+    assert str(got.origins["strict"]) == "default"
+    assert settings.global_settings(found).compression == 1
+
+
+def test_files_that_contradict_one_another_for_a_domain(tmp_path: Path) -> None:
+    found = read(
+        tmp_path / "a",
+        a="match: {glob: 'v*'}\ndisks: {include: vda}",
+        b="match: {glob: '*m'}\ndisks: {exclude: vda}",
+    )
+    with pytest.raises(ConfigError, match=r"domain vm: .*b.yaml:2: disks.exclude: both included"):
+        settings.settings_for("vm", "", {}, found)
+    assert settings.settings_for("vx", "", {}, found).disks_include == ("vda",)
+
+
+# -- directories, marker, secrets
+
+
+def test_directory_of_a_domain() -> None:
+    base = Path("/var/lib/nbdbackup/repository")
+    assert settings.domain_directory(defaults(), "web 1") == base / "web 1"
+    assert settings.domain_directory(defaults(), "../x") == base / "%2E.%2Fx"
+    with pytest.raises(FormatError):
+        settings.domain_directory(defaults(), "")
+
+
+def test_marker(tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    main = f"repository:\n  path: {repository}\n  marker: .here\n"
+    got = settings.settings_for("vm", "", {}, read(tmp_path / "a", main))
+    for _ in range(2):
+        with pytest.raises(RepositoryError, match=r"marker .*\.here is missing.*yaml:3"):
+            settings.check_mounted(got)
+        repository.mkdir(exist_ok=True)
+    (repository / ".here").touch()
+    settings.check_mounted(got)
+    repository.rename(tmp_path / "moved")
+    repository.write_text("")
+    with pytest.raises(RepositoryError, match="can't look at the marker"):
+        settings.check_mounted(got)
+    settings.check_mounted(defaults())
+
+
+def test_mount_point(tmp_path: Path) -> None:
+    folder = tmp_path / "backup"
+    folder.mkdir()
+    for mount_point, is_mounted in ((folder, False), (folder / "x", False), (Path("/"), True)):
+        main = f"repository: {{path: {folder / 'x'}, mount_point: {mount_point}}}"
+        found = read(tmp_path / f"c{len(str(mount_point))}", main)
+        got = settings.settings_for("vm", "", {}, found)
+        if is_mounted:
+            settings.check_mounted(got)
+        else:
+            with pytest.raises(RepositoryError, match=f"nothing is mounted on {mount_point}"):
+                settings.check_mounted(got)
+
+
+def test_password(tmp_path: Path) -> None:
+    by_file = settings.global_settings(read(tmp_path / "a", "libvirt: {password_file: /p}"))
+    assert settings.password_file(by_file, {}) == Path("/p")
+    main = "libvirt: {password_credential: pw}"
+    by_name = settings.global_settings(read(tmp_path / "b", main))
+    assert settings.password_file(by_name, {"CREDENTIALS_DIRECTORY": "/c"}) == Path("/c/pw")
+    with pytest.raises(ConfigError, match="LoadCredential"):
+        settings.password_file(by_name, {})
+    assert settings.password_file(defaults(), {}) is None
+
+
+# -- the verb
+
+
+def ctl(*argv: str | Path, code: int = 0, uri: str = "") -> subprocess.CompletedProcess[str]:
+    head = ["/usr/bin/python3", "-m", "nbdbackupd", *(["-c", uri] if uri else []), "config"]
+    done = subprocess.run(
+        [*head, *map(str, argv)], cwd=TOP, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_check_tells_all(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", "strikt: yes\ncompression: 99\nschedule: {calendar: noon}\n")
+    done = ctl("check", "--config-dir", folder, code=10)
+    assert [line.split(":")[1] for line in done.stderr.splitlines()] == ["1", "2", "3"]
+    assert done.stdout == ""
+    done = ctl("check", "--config-dir", folder, "--json", code=10)
+    document = json.loads(done.stdout)
+    assert (document["version"], document["result"]) == (1, "bad")
+    assert document["problems"][0] == {
+        "file": str(folder / "nbdbackup.yaml"),
+        "line": 1,
+        "path": "strikt",
+        "message": "unknown key (did you mean 'strict'?)",
+    }
+    assert "2 more" in ctl("show", "vm", "--config-dir", folder, code=10).stderr
+
+
+def test_check_of_sound_files(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", "strict: yes", b="match: {name: b}")
+    assert ctl("check", "--config-dir", folder).stdout == "sound: 2 files\n"
+    document = json.loads(ctl("check", "--config-dir", folder, "--json").stdout)
+    assert document["result"] == "sound"
+    assert [Path(each).name for each in document["files"]] == ["nbdbackup.yaml", "b.yaml"]
+    assert "give an existing one" in ctl("check", "--config-dir", tmp_path / "b", code=10).stderr
+
+
+def test_show(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", "strict: yes\n", b="match: {name: b}\nlimits:\n  wait: 2h\n")
+    done = ctl("show", "b", "--config-dir", folder)
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()[1:]}
+    assert set(rows) == set(schema.BY_PATH)
+    assert rows["limits.wait"] == ["2h", f"{folder}/domains.d/b.yaml:3"]
+    assert rows["strict"] == ["yes", f"{folder}/nbdbackup.yaml:1"]
+    assert rows["threshold"] == ["none", "default"]
+    document: dict[str, Any] = json.loads(ctl("show", "b", "--config-dir", folder, "--json").stdout)
+    by_path = {each["path"]: each for each in document["settings"]}
+    assert by_path["limits.wait"] == {
+        "path": "limits.wait",
+        "value": 7200.0,
+        "text": "2h",
+        "file": f"{folder}/domains.d/b.yaml",
+        "line": 3,
+    }
+    assert by_path["scratch.reserve"]["value"] == 512 << 20
+    assert (document["version"], document["domain"], document["uuid"]) == (1, "b", "")
+
+
+def test_show_asks_libvirt_for_labels(tmp_path: Path) -> None:
+    """libvirt's own test driver: a real client, and a host that is a file."""
+    node = tmp_path / "node.xml"
+    node.write_text(NODE)
+    uri = f"test://{node}"
+    text = f"match:\n  metadata: {{tier: gold, '{{{NOVA}}}instance/flavor/memory': 512}}\n"
+    folder = write(tmp_path / "a", "", gold=f"{text}strict: yes")
+    for name in ("vm1", UUID):
+        found = json.loads(ctl("show", name, "--config-dir", folder, "--json", uri=uri).stdout)
+        assert (found["domain"], found["uuid"]) == ("vm1", UUID)
+        assert [Path(each).name for each in found["files"]] == ["nbdbackup.yaml", "gold.yaml"]
+    missing = ctl("show", "vm2", "--config-dir", folder, uri=uri, code=20).stderr
+    assert "gold.yaml is for depends on what libvirt knows: no domain vm2" in missing
+    # the URI of the configuration
+    (folder / "nbdbackup.yaml").write_text(f"libvirt: {{uri: '{uri}'}}")
+    assert "gold.yaml" in ctl("show", "vm1", "--config-dir", folder).stdout
+    (folder / "nbdbackup.yaml").write_text("libvirt: {uri: 'qemu+unix:///system?socket=/none'}")
+    away = ctl("show", "vm1", "--config-dir", folder, code=20).stderr
+    assert "gold.yaml is for depends on what libvirt knows: can't connect" in away
+
+
+def test_wrong_usage(tmp_path: Path) -> None:
+    assert "wants a DOMAIN" in ctl("show", code=2).stderr
+    assert "takes no DOMAIN" in ctl("check", "vm", code=2).stderr
+    assert "invalid choice" in ctl("chekc", code=2).stderr
+    assert ctl("show", "vm", "--config-dir", tmp_path / "x", code=10).stdout == ""
+
+
+def test_sample_is_the_file_in_etc() -> None:
+    text = (TOP / "etc/nbdbackup/nbdbackup.yaml").read_text()
+    assert ctl("sample").stdout == text
+    assert json.loads(ctl("sample", "--json").stdout)["sample"] == text
+
+
+def test_a_missing_library_is_one_line() -> None:
+    script = (
+        "import sys; sys.modules['yaml'] = None\n"
+        "from nbdbackupd.app import ctl; sys.exit(ctl.main(['config', 'check']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=TOP, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 10
+    assert done.stderr.splitlines() == [
+        "nbdbackupctl: PyYAML is missing: install python3-yaml (Debian) or python3-pyyaml "
+        "(Fedora, EL)"
+    ]
+
+
+# -- generated files
+
+
+def test_generated_files_are_current() -> None:
+    assert gen_config.stale() == [], "run scripts/gen-config"
+
+
+@pytest.mark.skipif(shutil.which("groff") is None, reason="groff is not installed")
+def test_manual_renders_every_setting() -> None:
+    page = TOP / "docs/man/nbdbackup.yaml.5"
+    done = subprocess.run(
+        ["groff", "-man", "-ww", "-Tascii", "-P-cbou", "-rLL=200n", page],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = " ".join(done.stdout.replace("\b", "").split())
+    for setting in schema.SETTINGS:
+        assert f"{setting.path} (" in shown, setting.path
+    # no mark-up is left over
+    assert "*nbd" not in shown
+    assert "--*" not in shown
