@@ -7,7 +7,7 @@ from typing import Any
 
 from nbdbackupd import durable
 from nbdbackupd.ops import leftovers
-from nbdbackupd.source import sweep
+from nbdbackupd.source import paused_start, sweep
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
@@ -68,9 +68,9 @@ def run(request: AbortRequest, connection: Connection) -> AbortReport:
     domain = Domain.find(connection, request.domain)
     directory = leftovers.prepare_domain_dir(request.runtime_dir, domain.uuid)
     with durable.Lock(directory / leftovers.LOCK, owner=f"abort of {domain.name}"):
-        swept = sweep.sweep(
-            domain, leftovers.socket_dir(request.runtime_dir, domain.uuid), request.scratch_dir
-        )
+        own = leftovers.socket_dir(request.runtime_dir, domain.uuid)
+        swept = sweep.sweep(domain, own, request.scratch_dir)
+        ended_guest = paused_start.release(domain, own)
         ended = [swept.job] if swept.job else []
         left = swept.foreign
         if left and request.any:
@@ -82,5 +82,5 @@ def run(request: AbortRequest, connection: Connection) -> AbortReport:
         ended=tuple(ended),
         left=left,
         files=tuple(os.fspath(file) for file in swept.files),
-        guest=swept.guest,
+        guest="; ".join(text for text in (swept.guest, ended_guest) if text),
     )

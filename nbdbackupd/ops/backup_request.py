@@ -37,6 +37,7 @@ class BackupRequest:
     freeze: FreezePolicy = FreezePolicy.AUTO
     mountpoints: tuple[str, ...] = ()
     pause: bool = False
+    start_paused: bool = False
     workers: int = 2
     threshold: int | None = None
     strict: bool = False

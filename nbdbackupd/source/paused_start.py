@@ -45,16 +45,22 @@ def marker(runtime_dir: Path) -> Path:
 
 
 @contextlib.contextmanager
-def started_paused(domain: Domain, runtime_dir: Path) -> Iterator[PausedStart]:
+def started_paused(
+    domain: Domain, runtime_dir: Path, *, wanted: bool = True
+) -> Iterator[PausedStart]:
     """Have the domain there for the body, paused if it was off; then end it if still untouched.
 
-    ``runtime_dir`` as in ``RunningRequest``; the domain's lock is held. A domain that runs is
-    left as it is. Raises NotSupportedError (a saved state would be restored), DomainError,
-    RepositoryError (the marker can't be written). An instance that can't be ended on leaving is
-    told in ``left`` and left to the next run; that is no reason to lose a point.
+    ``runtime_dir`` as in ``RunningRequest``; the domain's lock is held. What a killed run left is
+    ended first, also if nothing is ``wanted``. A domain that runs is left as it is. Raises
+    NotSupportedError (a saved state would be restored), DomainError, RepositoryError (the marker
+    can't be written). An instance that can't be ended on leaving is told in ``left`` and left to
+    the next run; that is no reason to lose a point.
     """
     started = PausedStart()
-    if domain.is_active():
+    old = release(domain, runtime_dir)
+    if old:
+        LOG.info("removed what a dead run left: %s", old)
+    if not wanted or domain.is_active():
         yield started
         return
     at_rest = _at_rest(domain)

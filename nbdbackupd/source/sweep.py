@@ -1,9 +1,9 @@
-"""Clear away what a killed run has left: its job, its files, a guest that it held or started."""
+"""Clear away what a killed run has left: its job, its files, a guest that it held."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdbackupd.source import paused_start, quiesce, running, scratch
+from nbdbackupd.source import quiesce, running, scratch
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.domain import Domain
 
@@ -30,8 +30,9 @@ def sweep(domain: Domain, runtime_dir: Path, scratch_dir: Path) -> Swept:
     """End our own orphaned job and remove its files; other people's jobs are left alone.
 
     The caller holds the domain's lock: otherwise the job may be that of a run that lives.
-    Raises DomainError if the job can't be ended or the guest can't be released; a domain that a
-    killed run has started paused is ended if nobody has resumed it.
+    Raises DomainError if the job can't be ended or the guest can't be released. A domain that a
+    killed run has started paused is not ended here (source/paused_start.py): it may be the
+    caller's own by now.
     """
     guest = quiesce.release(domain, runtime_dir / running.MARKER_NAME)
     job = jobs.active_job(domain)
@@ -42,12 +43,11 @@ def sweep(domain: Domain, runtime_dir: Path, scratch_dir: Path) -> Swept:
         named = job.backup.scratch.values() if job.backup is not None else ()
         files |= {Path(name) for name in named if scratch.is_ours(Path(name), domain.uuid)}
         jobs.abort(domain)
-    started = paused_start.release(domain, runtime_dir)
     files.add(runtime_dir / running.SOCKET_NAME)
     return Swept(
         job=str(job) if is_own else "",
         foreign=str(job) if job is not None and not is_own else "",
-        guest="; ".join(text for text in (guest, started) if text),
+        guest=guest,
         files=tuple(file for file in sorted(files) if _remove(file)),
     )
 

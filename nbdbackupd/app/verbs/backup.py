@@ -99,6 +99,11 @@ def _guest_options(parser: argparse.ArgumentParser) -> None:
         "--pause", action="store_true", help="pause the domain at the instant instead of freezing"
     )
     group.add_argument(
+        "-S", "--start-paused", action="store_true",
+        help="start a domain that is off, paused, and end it after the run unless somebody has "
+        "resumed it (default: read its images)",
+    )  # fmt: skip
+    group.add_argument(
         "--scratch-dir", metavar="DIR", type=Path,
         help="where QEMU keeps blocks that the guest overwrites during the run; local and fast "
         "(default: /var/lib/nbdbackup/scratch)",
@@ -176,6 +181,7 @@ def _request(args: Arguments, context: Context) -> "BackupRequest":
         freeze=FreezePolicy.NEVER if args.pause else FreezePolicy(args.freeze),
         mountpoints=args.freeze_mountpoint,
         pause=args.pause,
+        start_paused=args.start_paused,
         scratch_dir=context.scratch_dir.absolute(),
         scratch_reserve=args.scratch_reserve,
         runtime_dir=context.runtime_dir.absolute(),
