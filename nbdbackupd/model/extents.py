@@ -99,6 +99,27 @@ def plan_delta(dirty: Iterable[Extent], allocation: Iterable[Extent]) -> Iterato
     )
 
 
+def dirty_groups(dirty: Iterable[Extent], near: int) -> Iterator[list[Extent]]:
+    """The dirty extents of a cover, with the clean ones between those that are near one another.
+
+    Each group is a cover that begins and ends dirty, without a clean extent longer than ``near``.
+    """
+    group: list[Extent] = []
+    # clean extents that follow, of which nobody knows yet whether they lie in between
+    pending: list[Extent] = []
+    for extent in dirty:
+        if extent.flags & STATE_DIRTY:
+            if sum(each.length for each in pending) > near:
+                yield group
+                group, pending = [], []
+            group += [*pending, extent]
+            pending = []
+        elif group:
+            pending.append(extent)
+    if group:
+        yield group
+
+
 def merge(segments: Iterable[Segment]) -> Iterator[Segment]:
     """Join neighbours of one kind that touch."""
     held: Segment | None = None

@@ -19,6 +19,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -29,7 +30,14 @@ from nbdbackupd.errors import NbdError
 from nbdbackupd.model import extents
 from nbdbackupd.model.extents import Segment
 from nbdbackupd.nbdio.arena import Arena
-from nbdbackupd.nbdio.client import Connection, Endpoint, Patience, errno_name
+from nbdbackupd.nbdio.client import (
+    ALLOCATION,
+    DIRTY_PREFIX,
+    Connection,
+    Endpoint,
+    Patience,
+    errno_name,
+)
 from nbdbackupd.nbdio.extents import ExtentReader
 
 B = TypeVar("B")
@@ -93,10 +101,17 @@ def copy(
     Raises NbdError and whatever the sink or ``patience.cancelled`` raise.
     """
     pipeline = _Pipeline(sink, tuning, arena, patience, progress)
-    contexts = () if plan is not None else endpoint.contexts
-    with Connection(endpoint, contexts=contexts, patience=pipeline.patience) as control:
+    with ExitStack() as stack:
+
+        def connect(*contexts: str) -> Connection:
+            return stack.enter_context(
+                Connection(endpoint, contexts=contexts, patience=pipeline.patience)
+            )
+
+        control = connect() if plan is not None else connect(ALLOCATION)
         if plan is None:
-            plan = ExtentReader(control, bitmap=endpoint.bitmap).plan()
+            changes = connect(DIRTY_PREFIX + endpoint.bitmap) if endpoint.bitmap else None
+            plan = ExtentReader(control, bitmap=endpoint.bitmap, changes=changes).plan()
         several = control.can_multi_conn()
         pipeline.run(endpoint, plan, tuning.connections if several else 1)
 

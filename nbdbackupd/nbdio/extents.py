@@ -13,6 +13,10 @@ the asked offset on. The NBD specification (NBD_CMD_BLOCK_STATUS) leaves the ser
 So each context has a position of its own: what a reply says about bytes before that position is
 old news and dropped, what it says beyond the window is cut off. The window, not the disk, bounds
 the memory; it grows while replies are small, so that a huge empty disk takes few requests.
+
+A reply tells of all contexts that its connection negotiated. The changes of a disk are few, while
+saying what is allocated makes QEMU read all tables of an image (1.5 s for 1 TiB, QEMU 7.2). So
+each context can have a connection of its own, and what is allocated is asked near changes only.
 """
 
 from collections.abc import Iterator
@@ -32,6 +36,10 @@ MAX_WINDOW: Final = 2 << 30
 
 FEW: Final = 4096
 MANY: Final = 16384
+
+NEAR: Final = 64 << 20
+"""Changes that are not further apart share a request: one costs about as much as QEMU needs to
+look through so many bytes of a disk."""
 
 
 @dataclass(slots=True)
@@ -55,11 +63,18 @@ class _Cover:
 
 
 class ExtentReader:
-    """Reads covers window by window over a connection that negotiated the contexts."""
+    """Reads covers window by window over connections that negotiated the contexts."""
 
-    def __init__(self, connection: Connection, *, bitmap: str = "") -> None:
-        """``bitmap`` names the dirty bitmap; without it a plan reads the whole disk."""
+    def __init__(
+        self, connection: Connection, *, bitmap: str = "", changes: Connection | None = None
+    ) -> None:
+        """``bitmap`` names the dirty bitmap; without it a plan reads the whole disk.
+
+        ``changes`` is a connection that negotiated the bitmap alone, which is quicker; else
+        ``connection`` is asked for both.
+        """
         self._connection = connection
+        self._changes = changes or connection
         self._dirty = DIRTY_PREFIX + bitmap if bitmap else ""
         self._window = MIN_WINDOW
 
@@ -74,14 +89,22 @@ class ExtentReader:
         start, size = 0, self._connection.size
         while start < size:
             end = min(start + self._window, size)
-            covers = self._ask(start, end)
-            allocation = covers[ALLOCATION].extents
             if self._dirty:
-                yield from extents.plan_delta(covers[self._dirty].extents, allocation)
+                yield from self._delta(start, end)
             else:
+                allocation = _ask(self._connection, ALLOCATION, start, end)
                 yield from extents.plan_full(allocation)
-            self._adapt(max(len(cover.extents) for cover in covers.values()))
+                self._adapt(len(allocation))
             start = end
+
+    def _delta(self, start: int, end: int) -> Iterator[Segment]:
+        dirty = _ask(self._changes, self._dirty, start, end)
+        count = len(dirty)
+        for group in extents.dirty_groups(dirty, NEAR):
+            allocation = _ask(self._connection, ALLOCATION, group[0].offset, group[-1].end)
+            yield from extents.plan_delta(group, allocation)
+            count += len(allocation)
+        self._adapt(count)
 
     def _adapt(self, count: int) -> None:
         if count < FEW:
@@ -89,42 +112,41 @@ class ExtentReader:
         elif count > MANY:
             self._window = max(self._window // 2, MIN_WINDOW)
 
-    def _ask(self, start: int, end: int) -> dict[str, _Cover]:
-        """All contexts' covers of one window, complete."""
-        names = [ALLOCATION, self._dirty] if self._dirty else [ALLOCATION]
-        covers = {name: _Cover(start, end) for name in names}
-        while (position := min(cover.position for cover in covers.values())) < end:
-            self._request(position, end, covers)
-            if min(cover.position for cover in covers.values()) <= position:
-                raise NbdError(
-                    "the NBD server said nothing about a range",
-                    offset=position, **self._connection.where,
-                )  # fmt: skip
-        return covers
 
-    def _request(self, start: int, end: int, covers: dict[str, _Cover]) -> None:
-        failures: list[int] = []
-        done: list[int] = []
+def _ask(connection: Connection, context: str, start: int, end: int) -> list[Extent]:
+    """One context's cover of one window, complete."""
+    cover = _Cover(start, end)
+    while (position := cover.position) < end:
+        _request(connection, context, position, cover)
+        if cover.position <= position:
+            raise NbdError(
+                "the NBD server said nothing about a range", offset=position, **connection.where
+            )
+    return cover.extents
 
-        def extent(context: str, offset: int, entries: list[int], error: "nbd.CInt") -> int:
-            if error.value:
-                failures.append(error.value)
-            elif context in covers:
-                covers[context].extend(offset, entries)
-            return 0
 
-        def completed(error: "nbd.CInt") -> int:
-            done.append(error.value)
-            return 1
+def _request(connection: Connection, context: str, start: int, cover: _Cover) -> None:
+    failures: list[int] = []
+    done: list[int] = []
 
-        connection = self._connection
-        try:
-            connection.handle.aio_block_status(end - start, start, extent, completed)
-        except nbd.Error as err:
-            raise connection.translate("can't ask for block status", err) from err
-        connection.wait(lambda: bool(done), "asked for block status")
-        for code in [*done, *failures]:
-            if code:
-                raise NbdError(
-                    f"block status failed: {errno_name(code)}", offset=start, **connection.where
-                )
+    def extent(name: str, offset: int, entries: list[int], error: "nbd.CInt") -> int:
+        if error.value:
+            failures.append(error.value)
+        elif name == context:
+            cover.extend(offset, entries)
+        return 0
+
+    def completed(error: "nbd.CInt") -> int:
+        done.append(error.value)
+        return 1
+
+    try:
+        connection.handle.aio_block_status(cover.end - start, start, extent, completed)
+    except nbd.Error as err:
+        raise connection.translate("can't ask for block status", err) from err
+    connection.wait(lambda: bool(done), "asked for block status")
+    for code in [*done, *failures]:
+        if code:
+            raise NbdError(
+                f"block status failed: {errno_name(code)}", offset=start, **connection.where
+            )

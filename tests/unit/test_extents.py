@@ -113,3 +113,29 @@ def test_a_large_random_cover_needs_no_recursion() -> None:
         offset += length
     plan = list(extents.plan_delta(dirty, [Extent(0, offset, 0)]))
     assert sum(each.length for each in plan) == sum(each.length for each in dirty if each.flags)
+
+
+def test_dirty_groups() -> None:
+    cover = [
+        Extent(0, 10, 0), Extent(10, 5, 1), Extent(15, 4, 0), Extent(19, 1, 1), Extent(20, 3, 0),
+        Extent(23, 2, 0), Extent(25, 5, 1), Extent(30, 5, 1), Extent(35, 100, 0),
+    ]  # fmt: skip
+    assert list(extents.dirty_groups(cover, 4)) == [cover[1:4], cover[6:8]]
+    assert list(extents.dirty_groups(cover, 5)) == [cover[1:8]]
+    assert list(extents.dirty_groups(cover, 0)) == [cover[1:2], cover[3:4], cover[6:8]]
+    assert list(extents.dirty_groups(cover[:1], 9)) == []
+    assert list(extents.dirty_groups([], 9)) == []
+
+
+@given(
+    covers(st.sampled_from([0, 1])), covers(st.sampled_from([0, 1, 2, 3])), st.integers(0, SIZE)
+)
+def test_groups_plan_the_same_as_the_whole(
+    dirty: list[Extent], allocation: list[Extent], near: int
+) -> None:
+    """Asking near changes only leaves no byte out and brings none in."""
+    pieces = []
+    for group in extents.dirty_groups(dirty, near):
+        clipped = extents.clip(allocation, group[0].offset, group[-1].end)
+        pieces += list(extents.plan_delta(group, clipped))
+    assert list(extents.merge(pieces)) == list(extents.plan_delta(dirty, allocation))
