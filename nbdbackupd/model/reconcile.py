@@ -41,6 +41,7 @@ WHY = {
     Fate.UNKNOWN: "its chain is not known here",
 }
 USELESS = (Fate.SUPERSEDED, Fate.DEAD, Fate.STRAY)
+LEFT_ALONE = (Fate.ELSEWHERE, Fate.UNSURE)
 
 
 class Action(StrEnum):

@@ -14,10 +14,10 @@ from nbdbackupd.model.naming import point_of, tag_of, tag_of_chain
 from nbdbackupd.model.reconcile import WHY, Entry, KnownChain, Plan, drop, reconcile
 from nbdbackupd.ops import leftovers, reconciling
 from nbdbackupd.ops.reconciling import Done, Known
+from nbdbackupd.ops.sources import images_of
 from nbdbackupd.ops.survey import Looked, look
 from nbdbackupd.repo.repository import Repository
 from nbdbackupd.repo.state import Record, State
-from nbdbackupd.source import lease
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
 
@@ -181,16 +181,11 @@ def _reconcile(
     """What there is, and what is to be done about it, or was."""
     with ExitStack() as stack:
         erase = None
-        if request.changes and not domain.is_active():
-            held = lease.hold(
-                request.runtime_dir,
-                domain=domain.name,
-                uuid=domain.uuid,
-                run_id=request.run_id,
-                is_active=domain.is_active,
-                cancelled=cancelled,
+        if request.changes:
+            held = stack.enter_context(
+                images_of(domain, request.runtime_dir, request.run_id, cancelled)
             )
-            erase = reconciling.eraser(stack.enter_context(held))
+            erase = reconciling.eraser(held) if held is not None else None
         looked = look(domain)
         view = reconciling.view(domain, looked, [chain.base for chain in known.chains])
         plan = reconcile(view, known.chains, dead)
@@ -252,7 +247,8 @@ class _Sets:
         try:
             found = self._read(Path(record.set), records)
             if [chain.id for chain in found.chains] != [record.chain]:
-                raise RepositoryError(f"{record.set} holds another chain")
+                what = "another chain" if found.chains else "no full"
+                raise RepositoryError(f"{record.set} holds {what}")
         except NbdbackupError as err:
             self.missing[record.chain] = err.message
             return reconciling.of_record(record)

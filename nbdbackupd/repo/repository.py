@@ -85,7 +85,9 @@ class Repository:
         """
         for file in point.files if point is not None else ():
             if file.role == CHECKPOINT_XML:
-                return _read_small(self.file(file.name), manifest.MAX_SIZE).decode()
+                data = _read_small(self.file(file.name), manifest.MAX_SIZE)
+                # damaged, it is no XML either; whoever needs it has other ways
+                return data.decode(errors="replace")
         return ""
 
     def log_path(self, run_id: str) -> Path:

@@ -90,14 +90,18 @@ def render(report: "CheckpointsReport", *, dropping: bool = False) -> str:
         lines += ["", "chains that are not known here (--drop removes them):"]
         lines += _table(unknown, report)
     if report.plan.foreign:
-        count = report.plan.foreign
-        lines += ["", f"{count} of other programs, left alone"]
+        lines += [
+            "",
+            f"checkpoints and bitmaps of other programs, left alone: {report.plan.foreign}",
+        ]
     if not report.plan.entries and not report.chains:
         lines.append("no checkpoints of ours")
     return "\n".join([*lines, "", *_todo_lines(report, dropping=dropping)])
 
 
 def _chain_lines(report: "CheckpointsReport", chain: "KnownChain") -> list[str]:
+    from nbdbackupd.model.reconcile import LEFT_ALONE, WHY
+
     lines = [f"chain {chain.id}", f"  set   {chain.set}"]
     if chain.id in report.missing:
         lines.append(f"        not readable: {report.missing[chain.id]}")
@@ -105,6 +109,8 @@ def _chain_lines(report: "CheckpointsReport", chain: "KnownChain") -> list[str]:
         lines.append("  base  none: its disks can't be tracked")
     entries = [entry for entry in report.plan.entries if entry.chain == chain.id]
     lines += _table(entries, report)
+    explained = {entry.fate: WHY[entry.fate] for entry in entries if entry.fate in LEFT_ALONE}
+    lines += [f"  {fate}: {why}; left alone" for fate, why in explained.items()]
     for entry in entries:
         lines += [
             f"  next increment reads {target} whole: {why}"
@@ -135,24 +141,32 @@ def _table(entries: "list[Entry]", report: "CheckpointsReport") -> list[str]:
 
 def _bitmaps(entry: "Entry", report: "CheckpointsReport") -> str:
     """Disks that hold the bitmap; how many images of each, where it is more than one."""
+    if report.is_active and entry.in_libvirt:
+        # what is stored in the images says little of it
+        sound = [target for target in _disks(entry, report) if target not in entry.problems]
+        return ", ".join(sound) or ("none" if entry.problems else "in QEMU")
     found: dict[str, list[bool | None]] = {}
     for held in entry.held:
         found.setdefault(held.target, []).append(held.is_sound)
     parts = []
-    for target, sound in found.items():
-        text = target if len(sound) == 1 else f"{target} ({len(sound)} images)"
-        parts.append(f"{text} inconsistent" if False in sound else text)
-    if not parts:
-        return "in QEMU's memory, if any" if report.is_active and entry.in_libvirt else "none"
-    return ", ".join(parts)
+    for target, images in found.items():
+        text = target if len(images) == 1 else f"{target} ({len(images)} images)"
+        parts.append(f"{text} inconsistent" if False in images else text)
+    return ", ".join(parts) or "none"
+
+
+def _disks(entry: "Entry", report: "CheckpointsReport") -> list[str]:
+    """The disks that a base covers."""
+    return [
+        disk.target for chain in report.chains if chain.base == entry.name for disk in chain.disks
+    ]
 
 
 def _todo_lines(report: "CheckpointsReport", *, dropping: bool) -> list[str]:
     if not report.steps:
         return ["nothing to do"]
-    option = "--drop" if dropping else "--repair"
-    lines = [f"to do, by the next backup or by {option}:" if not dropping else "to do:"]
-    return lines + [f"  {_step(each.step)}" for each in report.steps]
+    what = "to do:" if dropping else "to do, by --repair or by the next backup into the set:"
+    return [what, *(f"  {_step(each.step)}" for each in report.steps)]
 
 
 def _done_lines(report: "CheckpointsReport") -> list[str]:
