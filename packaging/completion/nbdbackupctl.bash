@@ -28,7 +28,7 @@ _nbdbackupctl_value() {
 }
 
 _nbdbackupctl_verbs() {
-    echo 'backup restore list show verify estimate abort'
+    echo 'backup restore list show verify estimate check checkpoints abort yield config'
 }
 
 # $1: the verb, empty before it
@@ -41,15 +41,16 @@ _nbdbackupctl_options() {
     backup)
         echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
         --verbose -q --quiet -l --level -o --output -i --include -x --exclude --raw -z --compress
-        --no-compress -t --type --extents --freeze -F --freeze-mountpoint --pause --scratch-dir
-        --scratch-reserve --threshold --strict -w --workers --wait --timeout'
+        --no-compress -t --type --extents --freeze -F --freeze-mountpoint --pause -S
+        --start-paused --scratch-dir --scratch-reserve --checkpoint-dir --threshold --strict -w
+        --workers --wait --timeout'
         ;;
     restore)
         echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
         --verbose -q --quiet -o --output -d --disk --point --until --at --sequence --format
         --preallocate --force -w --workers'
         ;;
-    list)
+    list | yield)
         echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
         --verbose -q --quiet'
         ;;
@@ -65,20 +66,35 @@ _nbdbackupctl_options() {
         echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
         --verbose -q --quiet -o --output'
         ;;
+    check)
+        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
+        --verbose -q --quiet -o --output --scratch-dir --scratch-reserve --checkpoint-dir'
+        ;;
+    checkpoints)
+        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
+        --verbose -q --quiet -o --output -n --dry-run --repair --drop --checkpoint-dir --wait'
+        ;;
     abort)
         echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
         --verbose -q --quiet --any'
+        ;;
+    config)
+        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
+        --verbose -q --quiet --config-dir'
         ;;
     esac
 }
 
 _nbdbackupctl_positional() {
     case "$1" in
-    backup | estimate | abort)
+    backup | estimate | check | checkpoints | abort | yield)
         echo 'domain'
         ;;
     restore | list | show | verify)
         echo 'directory'
+        ;;
+    config)
+        echo 'other'
         ;;
     esac
 }
@@ -88,7 +104,8 @@ _nbdbackupctl_kind() {
     case "$1:$2" in
     *:-c | *:--connect | *:--user | *:-i | *:--include | *:-x | *:--exclude | *:-z | \
     *:--compress | *:-F | *:--freeze-mountpoint | *:--scratch-reserve | *:--threshold | *:-w | \
-    *:--workers | *:--wait | *:--timeout | *:-d | *:--disk | *:--point | *:--until | *:--at)
+    *:--workers | *:--wait | *:--timeout | *:-d | *:--disk | *:--point | *:--until | *:--at | \
+    *:--drop)
         echo 'other'
         ;;
     *:--password-file | *:--sequence)
@@ -97,7 +114,8 @@ _nbdbackupctl_kind() {
     *:--progress)
         echo 'wordsauto line plain none'
         ;;
-    *:--runtime-dir | *:-o | *:--output | *:--scratch-dir)
+    *:--runtime-dir | *:-o | *:--output | *:--scratch-dir | *:--checkpoint-dir | \
+    *:--config-dir)
         echo 'directory'
         ;;
     *:-l | *:--level)

@@ -26,7 +26,19 @@ REPORTS: Final = {
     "restore": [("ops/restore.py", "to_json")],
     "verify": [("ops/verify.py", "to_json"), ("ops/findings.py", "to_json")],
     "estimate": [("ops/estimate.py", "to_json")],
+    "check": [("ops/check.py", "to_json"), ("model/finding.py", "to_json")],
+    "checkpoints": [
+        ("ops/checkpoints.py", "to_json"),
+        ("ops/checkpoints.py", "_entry_json"),
+        ("ops/checkpoints.py", "_step_json"),
+    ],
     "abort": [("ops/abort.py", "to_json")],
+    "yield": [("ops/give_way.py", "to_json")],
+    "config": [
+        ("app/verbs/config.py", "_check"),
+        ("app/verbs/config.py", "_document"),
+        ("app/verbs/config.py", "_sample"),
+    ],
 }
 
 
