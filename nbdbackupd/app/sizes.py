@@ -8,6 +8,7 @@ from nbdbackupd.model.units import human_size
 __all__ = ["human_size", "human_time", "parse_duration", "parse_size"]
 
 UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+MAX_SIZE: Final = float(1 << 63)
 PATTERN: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 TIMES: Final = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 TIME_PART: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(min|[smhdw]?)\s*", re.ASCII)
@@ -19,9 +20,10 @@ def parse_size(text: str) -> int:
     Raises ValueError for anything else.
     """
     found = PATTERN.fullmatch(text.strip())
-    if found is None:
+    size = float(found[1]) * UNITS[found[2].lower()] if found else MAX_SIZE
+    if size >= MAX_SIZE:
         raise ValueError(f"not a size: {text!r} (examples: 4096, 512M, 1.5GiB)")
-    return int(float(found[1]) * UNITS[found[2].lower()])
+    return int(size)
 
 
 def parse_duration(text: str) -> float:

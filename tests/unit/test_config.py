@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from nbdbackupd.app.config import calendar, files, kinds, reading, sample, schema
 from nbdbackupd.app.config.files import Configuration
 from nbdbackupd.app.config.settings import settings_for
-from nbdbackupd.app.sizes import parse_duration
+from nbdbackupd.app.sizes import parse_duration, parse_size
 from nbdbackupd.errors import ConfigError
 
 
@@ -290,6 +291,12 @@ def test_no_durations(text: str) -> None:
         parse_duration(text)
 
 
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 400 + "T", "9223372036854775808", "1e3", "-1"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match="not a size"):
+        parse_size(text)
+
+
 @given(st.integers(0, 10**8))
 def test_durations_and_sizes_survive_being_shown(number: int) -> None:
     for kind in (kinds.DURATION, kinds.SIZE):
@@ -333,6 +340,10 @@ def test_calendar_events_by_their_form() -> None:
         assert not calendar.plain_fault(event), event
     for event in BAD_EVENTS:
         assert "systemd.time(7)" in calendar.plain_fault(event), event
+    began = time.monotonic()
+    for event in ("1," * 2000, "Mon," * 1000, "*-" * 2000, "1:" * 2000, " " * 4000, "1..1" * 1000):
+        calendar.plain_fault(f"{event}x")
+    assert time.monotonic() - began < 5
 
 
 def systemd_takes(event: str) -> bool:

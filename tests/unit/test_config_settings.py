@@ -18,7 +18,7 @@ from nbdbackupd.app.config import files, matching, schema, settings
 from nbdbackupd.app.config.files import Configuration
 from nbdbackupd.app.config.settings import DomainSettings
 from nbdbackupd.errors import ConfigError, DomainError, FormatError, RepositoryError
-from nbdbackupd.model.policy import Rotate
+from nbdbackupd.model.policy import LevelPolicy, Rotate
 from nbdbackupd.ops.backup_request import BackupRequest
 from nbdbackupd.source.quiesce import FreezePolicy
 from scripts import gen_config
@@ -64,6 +64,15 @@ def test_settings_are_those_of_the_schema() -> None:
     assert named == [*(each.field for each in schema.SETTINGS), "origins", "applied"]
     assert {each.section for each in schema.SETTINGS} == {*schema.SECTIONS, ""}
     assert len(schema.BY_PATH) == len(schema.SETTINGS)
+
+
+def test_level_policy(tmp_path: Path) -> None:
+    assert settings.level_policy(defaults()) == LevelPolicy()
+    main = "level: {rotate: never, full_every: 2w, max_increments: 30}"
+    got = settings.settings_for("vm", "", {}, read(tmp_path / "a", main))
+    assert settings.level_policy(got) == LevelPolicy(
+        rotate=Rotate.NEVER, full_every=14, max_increments=30
+    )
 
 
 def test_rotation_is_that_of_the_policy() -> None:
@@ -169,7 +178,7 @@ limits: {workers: 3, wait: 5m, timeout: 10}
         ("regex: 'db[0-9]+'", ["db1", "db22"], ["db", "xdb1", "db1x", "db1\n"]),
         ("regex: '(?i)DB.*|x'", ["db", "DBx", "x"], ["xx"]),
         ("glob: 'a*'\n  regex: '.*z'", ["az", "a-z"], ["a", "z"]),
-        (f"name: {UUID.upper()}", [], [UUID.upper(), "vm"]),
+        (f"name: {UUID.upper()}", [UUID.upper()], [UUID, "vm", ""]),
     ],
 )
 def test_names(tmp_path: Path, match: str, fitting: list[str], others: list[str]) -> None:

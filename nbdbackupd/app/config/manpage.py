@@ -93,7 +93,7 @@ def render() -> str:
         ".SH SYNOPSIS",
         *(f".I {_plain(path)}\n.br" for path, _ in FILES),
         ".SH DESCRIPTION",
-        *_text(DESCRIPTION),
+        *_text(f"{schema.USE}\n\n{DESCRIPTION}" if schema.USE else DESCRIPTION),
         ".SH SYNTAX",
         *_text(SYNTAX),
         *_tagged(KINDS),

@@ -24,8 +24,8 @@ class Match:
 
     def fits_name(self, name: str, uuid: str) -> bool:
         """Whether the conditions but for the metadata hold."""
-        names = {each.lower() if is_uuid(each) else each for each in self.names}
-        if names and not {name, uuid.lower()} & names:
+        uuids = {each.lower() for each in self.names if is_uuid(each)}
+        if self.names and name not in self.names and uuid.lower() not in uuids:
             return False
         if self.globs and not any(fnmatchcase(name, each) for each in self.globs):
             return False

@@ -8,9 +8,8 @@ from nbdbackupd.app.config.kinds import spoken
 from nbdbackupd.app.config.schema import MATCHERS, SECTIONS, Setting
 
 WIDTH: Final = 88
+TITLE: Final = f"Configuration of nbdbackupd: {schema.DIRECTORY}/{schema.MAIN}"
 HEAD: Final = f"""\
-Configuration of nbdbackupd: {schema.DIRECTORY}/{schema.MAIN}
-
 Every setting stands here with its default. To change one, remove the # before its name; \
 the line of its section needs no change. The manual page nbdbackup.yaml(5) tells more.
 
@@ -31,7 +30,8 @@ An example of a file in {schema.DOMAINS}, say web.yaml, for all domains whose na
 
 def render() -> str:
     """The file."""
-    lines = [*_comment(HEAD), ""]
+    use = [*_comment(schema.USE), "#"] if schema.USE else []
+    lines = [*_comment(TITLE), "#", *use, *_comment(HEAD), ""]
     for section, settings in schema.groups():
         if section:
             lines += [*_comment(SECTIONS[section]), f"{section}:"]

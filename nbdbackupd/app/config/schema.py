@@ -15,6 +15,12 @@ MATCH: Final = "match"
 METADATA: Final = "metadata"
 LABELS_URI: Final = "urn:nbdbackup:1"
 
+USE: Final = (
+    "In this version only the verb 'config' of nbdbackupctl reads these files; backups are not "
+    "yet made by them."
+)
+"""What the generated pages must tell as long as it is so; empty when it is not."""
+
 MATCHERS: Final[Mapping[str, str]] = {
     "name": "The domain's name or UUID, letter for letter.",
     "glob": "A pattern for the whole name: * for any text, ? for one character, [ab] for one "
@@ -169,7 +175,8 @@ _GUEST: Final = (
     ),
     Setting(
         path="scratch.directory", kind=kinds.PATH, default=Path("/var/lib/nbdbackup/scratch"),
-        help="Take fast local storage: its speed is that of the guest's writes during a run.",
+        help="Take fast local storage: its speed is that of the guest's writes during a run. "
+        "Default for others than root: nbdbackup/scratch below XDG_STATE_HOME.",
         option="--scratch-dir",
     ),
     Setting(
@@ -181,7 +188,8 @@ _GUEST: Final = (
     Setting(
         path="checkpoint_directory", kind=kinds.PATH, default=Path("/var/lib/nbdbackup/state"),
         help="Where this host notes the checkpoints of each chain. Put it on shared storage if "
-        "domains move between hosts.",
+        "domains move between hosts. Default for others than root: nbdbackup/state below "
+        "XDG_STATE_HOME.",
         option="--checkpoint-dir",
     ),
 )  # fmt: skip

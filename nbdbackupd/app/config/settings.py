@@ -11,6 +11,7 @@ from nbdbackupd.app.config.files import ConfigFile, Configuration
 from nbdbackupd.app.config.matching import is_uuid
 from nbdbackupd.app.config.schema import BY_PATH, SETTINGS
 from nbdbackupd.errors import ConfigError, RepositoryError
+from nbdbackupd.model.policy import LevelPolicy, Rotate
 from nbdbackupd.repo import layout
 
 DEFAULT: Final = "default"
@@ -184,6 +185,15 @@ def request_fields(settings: DomainSettings) -> dict[str, Any]:
     if settings.limits_workers is not None:
         found["workers"] = settings.limits_workers
     return found
+
+
+def level_policy(settings: DomainSettings) -> LevelPolicy:
+    """What ``model.policy.next_run`` needs of the settings."""
+    return LevelPolicy(
+        rotate=Rotate(settings.level_rotate),
+        full_every=settings.level_full_every,
+        max_increments=settings.level_max_increments,
+    )
 
 
 def domain_directory(settings: DomainSettings, name: str) -> Path:
