@@ -277,9 +277,10 @@ def test_what_only_libvirt_can_open(scene: Off, tmp_path: Path, what: str) -> No
     elif what == "no image":
         layers = ()
     elif what == "encrypted":
+        # not luks: to tune that, qemu-img measures the processor, and fails where clocks are coarse
         images.make(
             path, SIZE, "--object", "secret,id=s,data=abc",
-            "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100",
+            "-o", "encrypt.format=aes,encrypt.key-secret=s",
         )  # fmt: skip
     else:
         subprocess.run(

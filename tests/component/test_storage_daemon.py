@@ -187,16 +187,17 @@ def test_locked_image(folder: Path, server: Server) -> None:
 
 
 def test_images_that_cannot_be_opened(tmp_path: Path, server: Server) -> None:
-    locked = tmp_path / "luks"
+    locked = tmp_path / "locked"
+    # not luks: to tune that, qemu-img measures the processor, and fails where clocks are coarse
     images.make(
         locked, SIZE, "--object", "secret,id=s,data=abc",
-        "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100",
+        "-o", "encrypt.format=aes,encrypt.key-secret=s",
     )  # fmt: skip
     for open_ in (
         lambda: server.open_chain([Image(os.fspath(locked), "qcow2")]),
         lambda: bitmaps.add(os.fspath(locked), "cp"),
     ):
-        with pytest.raises(NotSupportedError, match=r"luks is encrypted .*--start-paused"):
+        with pytest.raises(NotSupportedError, match=r"locked is encrypted .*--start-paused"):
             open_()
     with pytest.raises(NotSupportedError, match="pool/image is no local file"):
         server.open_chain([Image("pool/image", "raw")])
