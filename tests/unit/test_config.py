@@ -38,7 +38,7 @@ def problems(directory: Path, main: str | bytes = "", **others: str | bytes) -> 
 ALL_WRONG = """\
 repository:
   path: backup
-compresion: 2
+compressions: 2
 level:
   rotate: off
   full-every: 7
@@ -70,7 +70,7 @@ domains.d/web.yaml:4: match.regex: not a regular expression: 'a(': missing ), un
 subpattern at position 1; mend it
 domains.d/web.yaml:6: limits.concurrent_runs: is for all domains; move it to nbdbackup.yaml
 nbdbackup.yaml:2: repository.path: not an absolute path: 'backup'; begin with '/'
-nbdbackup.yaml:3: compresion: unknown key (did you mean 'compression'?)
+nbdbackup.yaml:3: compressions: unknown key (did you mean 'compression'?)
 nbdbackup.yaml:5: level.rotate: not a valid value: 'off'; use monthly, weekly or never (did you \
 mean 'never'?)
 nbdbackup.yaml:6: level.full-every: unknown key (did you mean 'full_every'?)

@@ -416,7 +416,7 @@ def test_show_asks_libvirt_for_labels(tmp_path: Path) -> None:
 def test_wrong_usage(tmp_path: Path) -> None:
     assert "wants a DOMAIN" in ctl("show", code=2).stderr
     assert "takes no DOMAIN" in ctl("check", "vm", code=2).stderr
-    assert "invalid choice" in ctl("chekc", code=2).stderr
+    assert "invalid choice" in ctl("prove", code=2).stderr
     assert ctl("show", "vm", "--config-dir", tmp_path / "x", code=10).stdout == ""
 
 
