@@ -112,10 +112,21 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """The options and positional arguments of the program itself or of one verb."""
+    """The options and positional arguments of the program itself or of one verb.
+
+    ``words`` are what the first positional argument may be, if that is one of a few.
+    """
 
     options: tuple[Option, ...]
     positionals: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """What completes its first positional argument, in the script's words."""
+        if self.words:
+            return f"words{' '.join(self.words)}"
+        return POSITIONALS.get(self.positionals[0], "other") if self.positionals else "other"
 
 
 def read_parser() -> tuple[Command, Mapping[str, Command]]:
@@ -134,13 +145,15 @@ def _actions(parser: argparse.ArgumentParser) -> Iterable[argparse.Action]:
 
 def _command(parser: argparse.ArgumentParser) -> Command:
     actions = list(_actions(parser))
+    places = [
+        each
+        for each in actions
+        if not each.option_strings and not isinstance(each, argparse._SubParsersAction)  # noqa: SLF001 - as above
+    ]
     return Command(
         options=tuple(_option(each) for each in actions if each.option_strings),
-        positionals=tuple(
-            str(each.metavar)
-            for each in actions
-            if not each.option_strings and not isinstance(each, argparse._SubParsersAction)  # noqa: SLF001 - as above
-        ),
+        positionals=tuple(str(each.metavar) for each in places),
+        words=tuple(places[0].choices or ()) if places else (),
     )
 
 
@@ -165,10 +178,7 @@ def generate() -> str:
             _function(
                 "options", _cases("$1", {v or "''": _spellings(c) for v, c in commands.items()})
             ),
-            _function(
-                "positional",
-                _cases("$1", {v: POSITIONALS.get(_first(c), "other") for v, c in verbs.items()}),
-            ),
+            _function("positional", _cases("$1", {v: c.kind for v, c in verbs.items()})),
             "# $1: the verb, $2: an option; what its value is, nothing if it takes none",
             _function("kind", _cases("$1:$2", _kinds(commands))),
             BODY,
@@ -206,10 +216,6 @@ def _wrapped(text: str) -> list[str]:
 
 def _spellings(command: Command) -> str:
     return " ".join(name for option in command.options for name in option.names)
-
-
-def _first(command: Command) -> str:
-    return command.positionals[0] if command.positionals else ""
 
 
 def _kinds(commands: Mapping[str, Command]) -> dict[str, str]:

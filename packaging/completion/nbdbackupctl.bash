@@ -94,7 +94,7 @@ _nbdbackupctl_positional() {
         echo 'directory'
         ;;
     config)
-        echo 'other'
+        echo 'wordscheck show sample'
         ;;
     esac
 }

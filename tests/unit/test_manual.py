@@ -183,5 +183,6 @@ def test_completion_offers_what_fits(tmp_path: Path) -> None:
         (["restore", "--format", ""], ["qcow2", "raw"]),
         (["restore", "--sequence", "a f"], ["a file"]),
         (["verify", "--point", ""], []),
+        (["config", "s"], ["show", "sample"]),
     ):
         assert complete(tmp_path, *words) == wanted, words
