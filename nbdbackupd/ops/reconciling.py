@@ -292,7 +292,7 @@ def remember(state: State, repository: Repository, head: RestorePoint, xml: str)
 def _stored_xml(repository: Repository, point: RestorePoint | None) -> str:
     try:
         return repository.checkpoint_xml(point)
-    except (NbdbackupError, UnicodeDecodeError) as err:
+    except NbdbackupError as err:
         log.warning("the XML of a checkpoint can't be read: %s", err)
         return ""
 
