@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,17 +33,20 @@ MEMORY_MIB = 192
 CMDLINE = "console=ttyS0 panic=-1 quiet mitigations=off nokaslr no_timer_check"
 
 
-class AgentGuest:
-    """A guest whose agent answers; ``guest`` is what every lab guest can."""
+class AgentGuestBase(ABC):
+    """What a guest with an agent can do, wherever its libvirt is."""
 
-    def __init__(self, guest: Guest) -> None:
-        """Wrap a guest made by ``agent_guest``."""
-        self.guest = guest
-
+    @abstractmethod
     def start(self) -> None:
         """Boot and wait until the agent answers; raises ``LabError``."""
-        self.guest.start()
-        self.wait_ready()
+
+    @abstractmethod
+    def console(self) -> str:
+        """Return what the guest's serial console has printed."""
+
+    @abstractmethod
+    def _ask(self, request: str) -> str:
+        """Send JSON to the agent by libvirt and return its reply; raises ``LabError``."""
 
     def wait_ready(self, timeout_seconds: float = BOOT_TIMEOUT_SECONDS) -> None:
         """Wait until the agent answers; raises ``LabError`` with the console's last lines."""
@@ -60,8 +64,7 @@ class AgentGuest:
     def agent(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
         """Run an agent command and return its ``return`` value; raises ``LabError``."""
         request = json.dumps({"execute": command, "arguments": arguments or {}})
-        reply = self.guest.virsh.client(self.guest.name, CONNECT_SECONDS, "agent", request)
-        return json.loads(reply)["return"]
+        return json.loads(self._ask(request))["return"]
 
     def exec(self, command: str, timeout_seconds: float = CALL_TIMEOUT_SECONDS) -> str:
         """Run a shell command in the guest and return its output; raises ``LabError``."""
@@ -95,10 +98,26 @@ class AgentGuest:
         text = base64.b64encode(f"#!/bin/sh\n{script}\n".encode()).decode()
         self.exec(f"echo {text} | base64 -d >/tmp/freeze-hook && chmod 755 /tmp/freeze-hook")
 
+
+class AgentGuest(AgentGuestBase):
+    """A guest of a lab whose agent answers; ``guest`` is what every lab guest can."""
+
+    def __init__(self, guest: Guest) -> None:
+        """Wrap a guest made by ``agent_guest``."""
+        self.guest = guest
+
+    def start(self) -> None:
+        """Boot and wait until the agent answers; raises ``LabError``."""
+        self.guest.start()
+        self.wait_ready()
+
     def console(self) -> str:
         """Return what the guest's serial console has printed."""
         path = self.guest.options.console_log
         return path.read_text("utf-8", "replace") if path and path.exists() else ""
+
+    def _ask(self, request: str) -> str:
+        return self.guest.virsh.client(self.guest.name, CONNECT_SECONDS, "agent", request)
 
 
 def agent_guest(lab: Lab, name: str = "linux1", disks: Sequence[DiskSpec] = ()) -> AgentGuest:

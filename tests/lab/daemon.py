@@ -82,7 +82,7 @@ class DaemonLab(Lab):
         hide = [] if self.qemu_user == "root" else ["hide-kvm"]
         with (self.root / "log" / "stderr").open("ab") as log:
             self._daemon = subprocess.Popen(
-                ["unshare", "--mount", "--propagation", _propagation(), LAUNCHER, self.root, *hide],
+                ["unshare", "--mount", "--propagation", propagation(), LAUNCHER, self.root, *hide],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -142,8 +142,8 @@ class DaemonLab(Lab):
         return True
 
 
-def _propagation() -> str:
-    """Return how the namespace's mounts relate to the host's.
+def propagation() -> str:
+    """Return how a new namespace's mounts relate to the host's, for ``unshare --propagation``.
 
     As slaves: what the host mounts later is seen inside, but not the other way round.  In a
     chroot whose directory is no mount point, the kernel refuses that.

@@ -22,10 +22,10 @@ class BootFiles:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DomainSpec:
-    """What ``domain_xml`` needs to know; ``monitor`` is the lab's own QMP socket."""
+    """What ``domain_xml`` needs to know; ``monitor`` is the lab's own QMP socket, if any."""
 
     name: str
-    monitor: Path
+    monitor: Path | None = None
     disks: Sequence[tuple[DiskSpec, Path | None]]
     memory_mib: int = 64
     machine: str = "pc"
@@ -108,9 +108,10 @@ def _add_devices(devices: ET.Element, spec: DomainSpec) -> None:
 
 def _add_command_line(domain: ET.Element, spec: DomainSpec) -> None:
     line = ET.SubElement(domain, f"{{{QEMU_NAMESPACE}}}commandline")
-    # a comma in an option's value is written twice
-    socket = str(spec.monitor).replace(",", ",,")
-    for word in ("-qmp", f"unix:{socket},server=on,wait=off"):
-        ET.SubElement(line, f"{{{QEMU_NAMESPACE}}}arg", value=word)
+    if spec.monitor is not None:
+        # a comma in an option's value is written twice
+        socket = str(spec.monitor).replace(",", ",,")
+        for word in ("-qmp", f"unix:{socket},server=on,wait=off"):
+            ET.SubElement(line, f"{{{QEMU_NAMESPACE}}}arg", value=word)
     for name, value in spec.environment.items():
         ET.SubElement(line, f"{{{QEMU_NAMESPACE}}}env", name=name, value=value)
