@@ -19,6 +19,8 @@ STATES = {
     Power.OFF: "shut off",
     Power.SAVED: "shut off",
 }
+MARKERS = "starting"
+"""Where ``yield`` leaves its marks; they grow old."""
 KEPT_FILES = frozenset({"lock", "images"})
 
 
@@ -107,16 +109,19 @@ def check_only_base(world: World, target: SetModel) -> None:
     target.orphans = bitmaps
 
 
-def check_clean(world: World, own: SetModel, *, may_note: bool) -> None:
+def check_clean(world: World, own: SetModel, allow: frozenset[str]) -> None:
     """A run that could end by itself leaves no job, scratch, socket, note, draft or reader.
 
-    ``may_note``: its guest has ended, so that a note of its checkpoint stays for the next run.
+    ``allow`` names files of the runtime directory that may stay for the next run.
     """
     scratch = world.ctl.scratch
     assert not scratch.exists() or not list(scratch.iterdir()), list(scratch.iterdir())
-    left = [path for path in world.ctl.runtime.rglob("*") if not path.is_dir()]
-    notes = {"run.json"} if may_note else set()
-    assert {path.name for path in left} <= KEPT_FILES | notes, left
+    left = [
+        path
+        for path in world.ctl.runtime.rglob("*")
+        if not path.is_dir() and path.parent.name != MARKERS
+    ]
+    assert {path.name for path in left} <= KEPT_FILES | allow, left
     assert not list(own.path.glob(".draft*"))
     if world.is_active:
         assert world.guest.block_jobs() == []

@@ -97,6 +97,8 @@ class World:
     counts: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     number: int = 0
+    most_points: int = 10
+    """A set with so many points is left, and a new one begun in its place."""
 
     @property
     def state(self) -> Path:
@@ -147,7 +149,7 @@ class World:
             getattr(self.guest, how)()
         except LabError:
             # a transient domain is gone when "stop" looks for it
-            if self.persistent or not self._is_unknown():
+            if self.persistent or self._state_if_known():
                 raise
         self.ended()
         self.last_end = how
@@ -155,7 +157,7 @@ class World:
     def ended(self) -> None:
         """QEMU is gone: see libvirt notice; a transient domain is defined anew."""
         wait_until(self._is_over, "end of the domain", KILL_TIMEOUT_SECONDS)
-        if self._is_unknown():
+        if not self._state_if_known():
             self.guest.define()
         self.persistent = True
         self.power = Power.OFF
@@ -202,14 +204,14 @@ class World:
         }
 
     def bitmaps(self, target: str) -> set[str]:
-        """Names of the bitmaps of a disk: in QEMU's top node if it runs, else in its images."""
+        """Names of the bitmaps of a disk, in any of its images: as QEMU has them, if it runs."""
         if not self.is_active:
             return set(self.stored_bitmaps(target))
         # not by the device's node: during a job that is a filter
         return {
             bitmap["name"]
             for node in self.guest.qmp("query-named-block-nodes")
-            if node["file"] == self.chains[target][0] and node["drv"] == "qcow2"
+            if node["file"] in self.chains[target] and node["drv"] == "qcow2"
             for bitmap in node.get("dirty-bitmaps", [])
             if "name" in bitmap
         }
@@ -284,11 +286,13 @@ class World:
 
     def _is_over(self) -> bool:
         # libvirtd 9.0 that restarts takes a domain with a new snapshot for a persistent one
-        return self._is_unknown() or self.domain_state() == "shut off"
+        return self._state_if_known() in ("", "shut off")
 
-    def _is_unknown(self) -> bool:
+    def _state_if_known(self) -> str:
+        """What the domain does, or nothing if libvirt does not know it."""
         try:
-            self.domain_state()
+            return self.domain_state()
         except LabError as err:
-            return "failed to get domain" in str(err)
-        return False
+            if not any(said in str(err) for said in ("failed to get domain", "Domain not found")):
+                raise
+        return ""
