@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd import durable
-from nbdbackupd.errors import BusyError, NotSupportedError
+from nbdbackupd.errors import BusyError
 from nbdbackupd.model.chain import Level
 from nbdbackupd.ops import abort, backup, estimate, leftovers
 from nbdbackupd.ops.backup_request import BackupRequest
@@ -126,9 +126,18 @@ def save(lab: DaemonLab, connection: Connection, guest: Guest, run_id: str) -> N
     backup.run(request, connection, progress=lambda *_: None, cancelled=lambda: None)
 
 
+def estimate_request(lab: DaemonLab, guest: Guest, directory: str) -> estimate.EstimateRequest:
+    return estimate.EstimateRequest(
+        domain=guest.name,
+        directory=lab.directory / directory,
+        runtime_dir=lab.directory / "run",
+        run_id="estimate",
+    )
+
+
 def test_estimate(lab: DaemonLab, connection: Connection, guest: Guest) -> None:
     save(lab, connection, guest, "run-1")
-    request = estimate.EstimateRequest(domain=guest.name, directory=lab.directory / guest.name)
+    request = estimate_request(lab, guest, guest.name)
     report = estimate.run(request, connection)
     assert [(disk.mode, disk.bytes) for disk in report.disks] == [("delta", 0), ("delta", 0)]
     guest.write("vda", MIB, 3 * 64 * KIB, 1)
@@ -154,13 +163,13 @@ def test_estimate(lab: DaemonLab, connection: Connection, guest: Guest) -> None:
     assert json.loads(json.dumps(report.to_json()))["disks"][0]["mode"] == "full"
 
 
-def test_estimate_without_a_full_or_a_running_domain(
+def test_estimate_without_a_full_and_of_a_domain_that_is_off(
     lab: DaemonLab, connection: Connection, guest: Guest
 ) -> None:
-    request = estimate.EstimateRequest(domain=guest.name, directory=lab.directory / "none")
+    request = estimate_request(lab, guest, "none")
     report = estimate.run(request, connection)
     assert [disk.mode for disk in report.disks] == ["full", "full"]
     assert report.base == ""
     guest.destroy()
-    with pytest.raises(NotSupportedError, match="not running"):
-        estimate.run(request, connection)
+    assert estimate.run(request, connection) == report
+    assert not list((lab.directory / "run").rglob("lease.json"))
