@@ -4,6 +4,7 @@ import logging
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,10 @@ from nbdbackupd.virt.domain import Domain
 LOG = logging.getLogger(__name__)
 POLL_SECONDS: Final = 0.5
 JOIN_TIMEOUT_SECONDS: Final = 5.0
+START_SECONDS: Final = 5.0
+"""A start that fails because we hold the images is over sooner; until then libvirt calls the
+domain active (9.0, measured)."""
+
 WRITES_DONE: Final = slice(4, 7)
 """Of /sys/block/*/stat: writes completed, merged, sectors written (kernel: block/stat.rst)."""
 
@@ -48,8 +53,11 @@ def check(domain: Domain, before: Mapping[str, State]) -> None:
                 f"image {path} was written to or replaced while it was read: the copy is worth "
                 f"nothing; see that no other program uses it and run again"
             )
-    if domain.is_active():
-        raise _started(domain)
+    deadline = time.monotonic() + START_SECONDS
+    while domain.is_active():
+        if time.monotonic() > deadline:
+            raise _started(domain)
+        time.sleep(POLL_SECONDS)
 
 
 @contextmanager
@@ -70,6 +78,7 @@ def watch(domain: Domain, on_trouble: Callable[[NbdbackupError], None]) -> Itera
 def _watch(
     stop: threading.Event, domain: Domain, on_trouble: Callable[[NbdbackupError], None]
 ) -> None:
+    since = 0.0
     while not stop.wait(POLL_SECONDS):
         # without libvirtd nobody starts a domain, and the check at the end comes anyway
         if not domain.connection.is_alive():
@@ -79,7 +88,11 @@ def _watch(
         except NbdbackupError as err:
             LOG.debug("domain %s: %s", domain.name, err)
             continue
-        if is_active and not stop.is_set():
+        if not is_active:
+            since = 0.0
+            continue
+        since = since or time.monotonic()
+        if time.monotonic() - since > START_SECONDS and not stop.is_set():
             on_trouble(_started(domain))
             return
 

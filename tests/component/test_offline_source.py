@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -316,7 +317,7 @@ def test_a_domain_that_is_started_in_the_middle(scene: Off, folder: Path) -> Non
 
     def body(_: Export) -> None:
         scene.handle.create()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 15
         while not scene.trouble:
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -325,6 +326,21 @@ def test_a_domain_that_is_started_in_the_middle(scene: Off, folder: Path) -> Non
         read(scene.request(disk("vda", [path])), body)
     (trouble,) = scene.trouble
     assert "was started while" in trouble.message
+
+
+def test_a_start_that_fails_on_our_locks_ends_nothing(scene: Off, folder: Path) -> None:
+    """Until it has failed, libvirt calls the domain active."""
+    path = images.make(folder / "vda", SIZE)
+
+    def body(_: Export) -> None:
+        scene.handle.create()
+        time.sleep(4 * untouched.POLL_SECONDS)
+        scene.handle.destroy()
+        scene.handle.create()
+        threading.Timer(1.0, scene.handle.destroy).start()
+
+    read(scene.request(disk("vda", [path])), body)
+    assert not scene.trouble
 
 
 @pytest.mark.parametrize("how", ["written", "grown", "replaced", "removed"])

@@ -127,9 +127,7 @@ def test_dirty_groups() -> None:
     assert list(extents.dirty_groups([], 9)) == []
 
 
-@given(
-    covers(st.sampled_from([0, 1])), covers(st.sampled_from([0, 1, 2, 3])), st.integers(0, SIZE)
-)
+@given(covers(st.sampled_from([0, 1])), covers(st.sampled_from([0, 1, 2, 3])), st.integers(0, SIZE))
 def test_groups_plan_the_same_as_the_whole(
     dirty: list[Extent], allocation: list[Extent], near: int
 ) -> None:
