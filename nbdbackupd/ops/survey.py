@@ -129,7 +129,10 @@ def survey_domain(
     looked = looked or look(domain)
     facts = {
         target: ImageFacts(
-            format=chain[0].format, compat=chain[0].compat, size=chain[0].virtual_size
+            format=chain[0].format,
+            compat=chain[0].compat,
+            size=chain[0].virtual_size,
+            has_raw_data=chain[0].data_file_raw,
         )
         for target, chain in looked.chains.items()
     }

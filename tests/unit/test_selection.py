@@ -129,10 +129,13 @@ def test_disks_that_libvirt_tracks_no_changes_of() -> None:
         Disk(target="vde", type="vhostuser", source="/s"),
         Disk(target="vdf", format="qcow2"),
     )
-    found = select(domain)
+    facts = {"vdd": ImageFacts(format="qcow2", compat="1.1", has_raw_data=True)}
+    found = select(domain, facts=facts)
     assert {disk.target: disk.how for disk in found.chosen} == {
         "vda": How.BITMAP,
         "vdb": How.FULL_ONLY,
-        "vdd": How.BITMAP,
+        "vdd": How.FULL_ONLY,
     }
+    facts = {"vdd": ImageFacts(format="qcow2", compat="1.1")}
+    assert select(domain, facts=facts).chosen[-1].how is How.BITMAP
     assert [skip.target for skip in found.skipped] == ["vdc", "vde", "vdf"]
