@@ -299,6 +299,8 @@ def test_raw_and_old_images(lab: DaemonLab, tmp_path: Path) -> None:
 def test_a_raw_data_file_is_read_whole(lab: DaemonLab, tmp_path: Path) -> None:
     # what others write to it is in no bitmap
     data = lab.directory / "beside.raw"
+    data.touch()
+    data.chmod(0o666)  # QEMU's user must get at it, libvirt 9.0 does not see to that
     options = (f"data_file={data}", "data_file_raw=on")
     disks = (DiskSpec(target="vda", size=4 * MIB, options=options), DiskSpec(target="vdb"))
     with guest_with(lab, tmp_path, "raw-data", disks) as here:
@@ -306,7 +308,6 @@ def test_a_raw_data_file_is_read_whole(lab: DaemonLab, tmp_path: Path) -> None:
         with data.open("r+b") as file:
             file.seek(2 * MIB)
             file.write(b"unseen by QEMU")
-        data.chmod(0o666)  # QEMU's user must get at it, libvirt 9.0 does not see to that
         assert here.save().modes == {"vda": "full", "vdb": "delta"}
         here.guest.start()
         change(here, 1)
