@@ -34,6 +34,7 @@ class Context:
     runtime_dir: Path
     scratch_dir: Path
     state_dir: Path
+    config_dir: Path | None = None
 
     @classmethod
     def from_args(cls, args: "Arguments") -> "Context":
@@ -51,6 +52,7 @@ class Context:
             runtime_dir=runtime,
             scratch_dir=getattr(args, "scratch_dir", None) or default_scratch_dir(os.environ),
             state_dir=getattr(args, "checkpoint_dir", None) or default_state_dir(os.environ),
+            config_dir=getattr(args, "config_dir", None),
         )
 
     @contextmanager

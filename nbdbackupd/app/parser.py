@@ -49,6 +49,10 @@ def _global_options() -> argparse.ArgumentParser:
         "--password-file", metavar="FILE", type=Path,
         help="file with the password for the libvirt connection",
     )  # fmt: skip
+    group.add_argument(
+        "--config-dir", metavar="DIR", type=Path,
+        help="directory of the configuration (default: /etc/nbdbackup)",
+    )  # fmt: skip
     group.add_argument("--json", action="store_true", help="print the result as JSON")
     group.add_argument(
         "--progress", choices=("auto", "line", "plain", "none"),

@@ -35,52 +35,50 @@ _nbdbackupctl_verbs() {
 _nbdbackupctl_options() {
     case "$1" in
     '')
-        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
-        --verbose -q --quiet --version'
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet --version'
         ;;
     backup)
-        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
-        --verbose -q --quiet -l --level -o --output -i --include -x --exclude --raw -z --compress
-        --no-compress -t --type --extents --freeze -F --freeze-mountpoint --pause -S
-        --start-paused --scratch-dir --scratch-reserve --checkpoint-dir --threshold --strict -w
-        --workers --wait --timeout'
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet -l --level -o --output -i --include -x --exclude
+        --raw -z --compress --no-compress -t --type --extents --freeze -F --freeze-mountpoint
+        --pause -S --start-paused --scratch-dir --scratch-reserve --checkpoint-dir --threshold
+        --strict -w --workers --wait --timeout'
         ;;
     restore)
-        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
-        --verbose -q --quiet -o --output -d --disk --point --until --at --sequence --format
-        --preallocate --force -w --workers'
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet -o --output -d --disk --point --until --at
+        --sequence --format --preallocate --force -w --workers'
         ;;
-    list | yield)
-        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
-        --verbose -q --quiet'
+    list | yield | config)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet'
         ;;
     show)
-        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
-        --verbose -q --quiet --point'
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet --point'
         ;;
     verify)
-        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
-        --verbose -q --quiet --point -w --workers'
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet --point -w --workers'
         ;;
     estimate)
-        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
-        --verbose -q --quiet -o --output'
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet -o --output'
         ;;
     check)
-        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
-        --verbose -q --quiet -o --output --scratch-dir --scratch-reserve --checkpoint-dir'
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet -o --output --scratch-dir --scratch-reserve
+        --checkpoint-dir'
         ;;
     checkpoints)
-        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
-        --verbose -q --quiet -o --output -n --dry-run --repair --drop --checkpoint-dir --wait'
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet -o --output -n --dry-run --repair --drop
+        --checkpoint-dir --wait'
         ;;
     abort)
-        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
-        --verbose -q --quiet --any'
-        ;;
-    config)
-        echo '-h --help -c --connect --user --password-file --json --progress --runtime-dir -v
-        --verbose -q --quiet --config-dir'
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet --any'
         ;;
     esac
 }
@@ -111,12 +109,12 @@ _nbdbackupctl_kind() {
     *:--password-file | *:--sequence)
         echo 'file'
         ;;
+    *:--config-dir | *:--runtime-dir | *:-o | *:--output | *:--scratch-dir | \
+    *:--checkpoint-dir)
+        echo 'directory'
+        ;;
     *:--progress)
         echo 'wordsauto line plain none'
-        ;;
-    *:--runtime-dir | *:-o | *:--output | *:--scratch-dir | *:--checkpoint-dir | \
-    *:--config-dir)
-        echo 'directory'
         ;;
     *:-l | *:--level)
         echo 'wordsauto full inc diff copy'

@@ -1,16 +1,14 @@
 """``nbdbackupctl config``: prove, explain and begin the configuration."""
 
 import argparse
-import os
 import sys
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbdbackupd.app import configured
 from nbdbackupd.app.arguments import Arguments
-from nbdbackupd.app.context import DEFAULT_URI, Context
-from nbdbackupd.errors import ConfigError, DomainError, UsageError
+from nbdbackupd.app.context import Context
+from nbdbackupd.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from nbdbackupd.app.config.files import Configuration
@@ -35,10 +33,6 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "domain", metavar="DOMAIN", nargs="?", help="name or UUID of the domain, for show"
     )
-    parser.add_argument(
-        "--config-dir", metavar="DIR", type=Path,
-        help="directory of the configuration (default: /etc/nbdbackup)",
-    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -49,14 +43,11 @@ def run(args: Arguments, context: Context) -> int:
         raise UsageError(f"config {args.action} {wants}")
     if args.action == "sample":
         return _sample(context)
-    from nbdbackupd.app.config import calendar, files, schema
+    from nbdbackupd.app.config import calendar
 
-    directory = (args.config_dir or schema.DIRECTORY).absolute()
-    if args.config_dir is not None and not directory.is_dir():
-        raise ConfigError(f"no configuration directory {directory}: give an existing one")
     if args.action == "check":
-        return _check(files.read_all(directory, event_fault=calendar.systemd_fault), context)
-    return _show(args.domain, files.read_all(directory).require_sound(), context)
+        return _check(configured.read(context, event_fault=calendar.systemd_fault), context)
+    return _show(args.domain, configured.read(context).require_sound(), context)
 
 
 def _sample(context: Context) -> int:
@@ -87,46 +78,9 @@ def _check(configuration: "Configuration", context: Context) -> int:
 
 
 def _show(domain: str, configuration: "Configuration", context: Context) -> int:
-    from nbdbackupd.app.config import settings
-
-    name, uuid = domain, ""
-    labels: Mapping[str, str] = {}
-    asking = settings.needs_libvirt(domain, configuration)
-    if asking:
-        connection = _connection(settings.global_settings(configuration), context)
-        try:
-            name, uuid, labels = _ask_libvirt(domain, connection)
-        except DomainError as err:
-            raise type(err)(
-                f"which domains {asking[0]} is for depends on what libvirt knows: {err.message}",
-                **err.fields,
-            ) from err
-    found = settings.settings_for(name, uuid, labels, configuration)
+    name, uuid, found = configured.settings_of(domain, configuration, context)
     context.show(_document(found, name, uuid), _render(found, name))
     return 0
-
-
-def _connection(settings: "DomainSettings", context: Context) -> Context:
-    """The context with the connection of the configuration where the command line has none."""
-    from nbdbackupd.app.config.settings import password_file
-
-    return replace(
-        context,
-        uri=settings.libvirt_uri if context.uri == DEFAULT_URI else context.uri,
-        user=context.user or settings.libvirt_user or "",
-        password_file=context.password_file or password_file(settings, os.environ),
-    )
-
-
-def _ask_libvirt(domain: str, context: Context) -> tuple[str, str, Mapping[str, str]]:
-    """Name, UUID and labels; those of the running domain win over those of its definition."""
-    from nbdbackupd.app.config.matching import labels_of
-    from nbdbackupd.virt.domain import Domain
-
-    with context.connection() as connection:
-        found = Domain.find(connection, domain)
-        defined, live = labels_of(found.xml(inactive=True)), labels_of(found.xml())
-        return found.name, found.uuid, {**defined, **live}
 
 
 def _document(settings: "DomainSettings", name: str, uuid: str) -> dict[str, Any]:

@@ -1,0 +1,84 @@
+"""The configuration as verbs use it: read, connected to libvirt, merged for one domain."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from nbdbackupd.app.context import DEFAULT_URI, Context
+from nbdbackupd.errors import ConfigError, DomainError
+
+if TYPE_CHECKING:
+    from nbdbackupd.app.config.files import Configuration
+    from nbdbackupd.app.config.settings import DomainSettings
+    from nbdbackupd.virt.domain import Domain
+
+
+def read(context: Context, *, event_fault: Callable[[str], str] | None = None) -> "Configuration":
+    """Read all files of ``--config-dir`` or ``/etc/nbdbackup``; their problems are in the result.
+
+    ``event_fault`` is as of ``files.read_all``. Raises ConfigError if the directory was given and
+    is none.
+    """
+    from nbdbackupd.app.config import files, schema
+
+    directory = (context.config_dir or schema.DIRECTORY).absolute()
+    if context.config_dir is not None and not directory.is_dir():
+        raise ConfigError(f"no configuration directory {directory}: give an existing one")
+    return files.read_all(directory, event_fault=event_fault)
+
+
+def connected(configuration: "Configuration", context: Context) -> Context:
+    """The context with the connection of the configuration where the command line has none.
+
+    Raises ConfigError if the configuration has a problem, or lacks its credential.
+    """
+    from nbdbackupd.app.config.settings import global_settings, password_file
+
+    settings = global_settings(configuration)
+    return replace(
+        context,
+        uri=settings.libvirt_uri if context.uri == DEFAULT_URI else context.uri,
+        user=context.user or settings.libvirt_user or "",
+        password_file=context.password_file or password_file(settings, os.environ),
+    )
+
+
+def settings_of(
+    name: str, configuration: "Configuration", context: Context
+) -> "tuple[str, str, DomainSettings]":
+    """Name, UUID and settings of a domain; libvirt is asked only if they depend on it.
+
+    The UUID is empty if it was not asked. Raises ConfigError, DomainError.
+    """
+    from nbdbackupd.app.config.settings import needs_libvirt, settings_for
+
+    asking = needs_libvirt(name, configuration)
+    if not asking:
+        return name, "", settings_for(name, "", {}, configuration)
+    from nbdbackupd.virt.domain import Domain
+
+    try:
+        with connected(configuration, context).connection() as connection:
+            domain = Domain.find(connection, name)
+            return domain.name, domain.uuid, settings_of_domain(domain, configuration)
+    except DomainError as err:
+        raise type(err)(
+            f"which domains {asking[0]} is for depends on what libvirt knows: {err.message}",
+            **err.fields,
+        ) from err
+
+
+def settings_of_domain(domain: "Domain", configuration: "Configuration") -> "DomainSettings":
+    """The settings of a domain that libvirt knows. Raises ConfigError, DomainError."""
+    from nbdbackupd.app.config.settings import settings_for
+
+    return settings_for(domain.name, domain.uuid, _labels(domain), configuration)
+
+
+def _labels(domain: "Domain") -> Mapping[str, str]:
+    """Those of the running domain win over those of its definition."""
+    from nbdbackupd.app.config.matching import labels_of
+
+    # a transient domain has no definition: libvirt then tells what it would be
+    return {**labels_of(domain.xml(inactive=True)), **labels_of(domain.xml())}
