@@ -332,6 +332,7 @@ def test_systemd_hangs(dash: Host, operation: str) -> None:
         assert "can't start nbdbackup-checkpoints@vm1.service" in dash.calls()[-1][-1]
 
 
+@pytest.mark.slow
 def test_everything_hangs(dash: Host) -> None:
     for name in ("systemctl", "nbdbackupctl", "logger"):
         dash.bid(name, "sleep 30")
