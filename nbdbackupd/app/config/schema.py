@@ -77,6 +77,7 @@ SECTIONS: Final[Mapping[str, str]] = {
     "removes nothing.",
     "commands": "Programs to run around a backup. They are started directly, not by a shell.",
     "notification": "Whom to tell about the end of a run.",
+    "monitoring": "How old the newest point may be, and what is told to Prometheus.",
     "libvirt": "The connection to libvirt. Secrets never stand in these files: they come from a "
     "file that only its owner can read, or from systemd's credentials.",
 }
@@ -132,6 +133,11 @@ _SCHEDULE: Final = (
     Setting(
         path="schedule.random_delay", kind=kinds.DURATION, default=1800.0,
         help="Begin up to so much later. Each domain has its own delay, the same every day.",
+    ),
+    Setting(
+        path="schedule.enable", kind=kinds.BOOL, default=False,
+        help="Also begin the timer, without 'systemctl enable'. Works for domains that a file "
+        "names letter for letter.",
     ),
     Setting(
         path="on_shutdown", kind=kinds.BOOL, default=False,
@@ -273,6 +279,23 @@ _AROUND: Final = (
     ),
 )  # fmt: skip
 
+_MONITORING: Final = (
+    Setting(
+        path="monitoring.warning_age", kind=kinds.DURATION, default=36 * 3600.0,
+        help="'nbdbackupctl status' warns if the newest point is older.",
+    ),
+    Setting(
+        path="monitoring.critical_age", kind=kinds.DURATION, default=72 * 3600.0,
+        help="And calls it critical if it is older than this.",
+    ),
+    Setting(
+        path="monitoring.metrics_directory", kind=optional(kinds.PATH, "none"), default=None,
+        example="/var/lib/prometheus/node-exporter", everywhere=False,
+        help="Where each run writes metrics for the textfile collector of Prometheus' node "
+        "exporter, a file for each domain. The directory must exist.",
+    ),
+)  # fmt: skip
+
 _LIBVIRT: Final = (
     Setting(
         path="libvirt.uri", kind=kinds.URI, default="qemu:///system", everywhere=False,
@@ -296,7 +319,8 @@ _LIBVIRT: Final = (
 )  # fmt: skip
 
 SETTINGS: Final = (
-    *_REPOSITORY, *_LEVEL, *_SCHEDULE, *_DISKS, *_GUEST, *_RUN, *_RETENTION, *_AROUND, *_LIBVIRT,
+    *_REPOSITORY, *_LEVEL, *_SCHEDULE, *_DISKS, *_GUEST, *_RUN, *_RETENTION, *_AROUND,
+    *_MONITORING, *_LIBVIRT,
 )  # fmt: skip
 """All settings, in the order of the sample and the manual."""
 

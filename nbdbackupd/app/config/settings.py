@@ -46,6 +46,7 @@ class DomainSettings:
     level_max_increments: int | None
     schedule_calendar: tuple[str, ...]
     schedule_random_delay: float
+    schedule_enable: bool
     on_shutdown: bool
     disks_include: tuple[str, ...]
     disks_exclude: tuple[str, ...]
@@ -76,6 +77,9 @@ class DomainSettings:
     notification_events: tuple[str, ...]
     notification_mail: tuple[str, ...]
     notification_command: tuple[str, ...] | None
+    monitoring_warning_age: float
+    monitoring_critical_age: float
+    monitoring_metrics_directory: Path | None
     libvirt_uri: str
     libvirt_user: str | None
     libvirt_password_file: Path | None
