@@ -137,8 +137,10 @@ class _Pipeline(Generic[B]):
         self._plan_lock = threading.Lock()
         self._tickets = 0
         self._reading = 0
-        self._work: queue.SimpleQueue[tuple[int, Segment, int] | None] = queue.SimpleQueue()
-        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        # not SimpleQueue: its timed get waits for ever if a signal interrupts it and the time is
+        # over when it looks again (CPython 3.11, seen with a process that was stopped)
+        self._work: queue.Queue[tuple[int, Segment, int] | None] = queue.Queue()
+        self._free: queue.Queue[int] = queue.Queue()
         self._order_lock = threading.Lock()
         self._ready: dict[int, tuple[B, Segment, int]] = {}
         self._next = 0

@@ -60,7 +60,7 @@ def _ask(
     seconds: float,
 ) -> Result:
     """Run an agent command in a thread, so that not even a hanging libvirtd holds us."""
-    answer: queue.SimpleQueue[Result | NbdbackupError] = queue.SimpleQueue()
+    answer: queue.Queue[Result | NbdbackupError] = queue.Queue()
 
     def work() -> None:
         try:
