@@ -323,7 +323,7 @@ class TestStart:
     def reading(self, here: Scene, *options: str) -> Iterator[subprocess.Popen[str]]:
         """A run that reads the images, slowly."""
         with (
-            here.ctl.rigged("SLOW0.2@nbdbackupd.format.writer:StreamWriter.write#1"),
+            here.ctl.rigged("SLOW1@nbdbackupd.format.writer:StreamWriter.write#1"),
             here.ctl.start(
                 "backup", here.guest.name, "-o", here.set, "--json", *options
             ) as process,
