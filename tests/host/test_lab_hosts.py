@@ -42,10 +42,15 @@ set -e
 systemctl daemon-reload
 systemctl enable --now labtrial.timer
 """,
-    "DEBIAN/prerm": "#!/bin/sh\nsystemctl disable --now labtrial.timer\n",
+    "DEBIAN/prerm": """#!/bin/sh
+systemctl disable --now labtrial.timer
+systemctl stop labtrial.service
+""",
     "DEBIAN/postrm": "#!/bin/sh\nsystemctl daemon-reload\n",
+    # stopped in its work it would count as failed, and so it would after the purge
     "usr/lib/systemd/system/labtrial.service": """[Service]
 Type=oneshot
+SuccessExitStatus=SIGTERM 143
 ExecStart=/usr/bin/labtrial
 """,
     "usr/lib/systemd/system/labtrial.timer": """[Timer]
@@ -92,6 +97,12 @@ def trial_package(directory: Path) -> Path:
     return package
 
 
+def assert_healthy(host: Host) -> None:
+    """Systemd has started all, and nothing has failed."""
+    assert host.run("systemctl", "--failed", "--plain", "--no-legend") == ""
+    assert host.run("systemctl", "is-system-running") == "running\n"
+
+
 def outside() -> tuple[str, str, list[str], list[str]]:
     """What hosts must not change on this machine; the mounts are those of the lab only."""
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
@@ -105,7 +116,7 @@ def outside() -> tuple[str, str, list[str], list[str]]:
 
 def test_a_hypervisor_is_complete(pair: tuple[HostLab, Host, Host], suite: str) -> None:
     for host in pair[1:]:
-        assert host.run("systemctl", "is-system-running") == "running\n"
+        assert_healthy(host)
         assert host.run("systemctl", "is-active", "libvirtd") == "active\n"
         assert LIBVIRT[suite] in host.run("virsh", "version")
         assert host.run("hostname").strip() == host.name
@@ -217,7 +228,7 @@ def test_power_loss(suite: str) -> None:
 def test_a_package_in_a_bare_host(suite: str, tmp_path: Path) -> None:
     with HostLab() as lab:
         host = lab.host("lab-a", bare(suite))
-        assert host.run("systemctl", "is-system-running") == "running\n"
+        assert_healthy(host)
         for missing in ("python3", "nbdkit", "virsh"):
             assert host.call("which", missing).returncode == 1
         host.copy_in(trial_package(tmp_path), "/root")
@@ -240,7 +251,7 @@ def test_a_package_in_a_bare_host(suite: str, tmp_path: Path) -> None:
         assert host.run("systemctl", "is-active", "labtrial.timer") == "active\n"
         host.apt("purge", "labtrial")
         assert host.call("systemctl", "cat", "labtrial.timer").returncode == 1
-        assert host.run("systemctl", "is-system-running") == "running\n"
+        assert_healthy(host)
 
 
 def test_nothing_is_left_outside() -> None:

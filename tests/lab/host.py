@@ -117,6 +117,22 @@ class Host:
         """Switch off and leave nothing but the directory; safe to call twice."""
         self.crash()
 
+    def argv(self, *words: str, outer_network: bool = False) -> list[str]:
+        """Return the command that runs ``words`` inside, as root in /, in a clean environment.
+
+        With ``outer_network`` it has the network of the machine below, nothing else of it.  It
+        ends with its parent here.  Raises ``LabError`` when the host is off.
+        """
+        namespaces = ["--mount", "--uts", "--ipc", "--pid", "--cgroup"]
+        if not outer_network:
+            namespaces.append("--net")
+        settings = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
+        # "nsenter" forks; when a deadline kills it, the command must not run on
+        bound = ["setpriv", "--pdeathsig", "KILL", "--"]
+        # "env -C" and not "nsenter --wd": that one opens the directory before it enters
+        clean = ["env", "-i", "-C", "/", *settings]
+        return ["nsenter", f"--target={self.leader}", *namespaces, "--", *bound, *clean, *words]
+
     def call(
         self,
         *words: str,
@@ -124,12 +140,11 @@ class Host:
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
         outer_network: bool = False,
     ) -> subprocess.CompletedProcess[bytes]:
-        """Run a command inside, as root in /; returns whatever its exit status is.
+        """Run a command inside (see ``argv``); returns whatever its exit status is.
 
-        With ``outer_network`` it has the network of the machine below, nothing else of it.
         Raises ``LabError`` when the host is off or the command takes too long.
         """
-        argv = [*self._enter(self.leader, outer_network=outer_network), *words]
+        argv = self.argv(*words, outer_network=outer_network)
         try:
             return subprocess.run(
                 argv, input=stdin, capture_output=True, timeout=timeout_seconds, check=False
@@ -294,18 +309,6 @@ class Host:
             self._leader.close()
         self._process = self._leader = None
         cgroup.remove(self.spec.group)
-
-    def _enter(self, leader: int, *, outer_network: bool) -> list[str]:
-        """Return the words that bring a command inside, with a clean environment."""
-        namespaces = ["--mount", "--uts", "--ipc", "--pid", "--cgroup"]
-        if not outer_network:
-            namespaces.append("--net")
-        settings = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
-        # "nsenter" forks; when a deadline kills it, the command must not run on
-        bound = ["setpriv", "--pdeathsig", "KILL", "--"]
-        # "env -C" and not "nsenter --wd": that one opens the directory before it enters
-        clean = ["env", "-i", "-C", "/", *settings]
-        return ["nsenter", f"--target={leader}", *namespaces, "--", *bound, *clean]
 
     def _output(self, words: Sequence[str], done: subprocess.CompletedProcess[bytes]) -> str:
         out = done.stdout.decode("utf-8", "surrogateescape")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tests.lab.base import cache_directory
 from tests.lab.command import LabError, run
+from tests.lab.daemon import propagation
 
 MAKE_TIMEOUT_SECONDS = 900.0
 DEFAULT_MIRROR = "http://deb.debian.org/debian"
@@ -102,7 +103,8 @@ def _maker(spec: RootSpec, tree: Path) -> list[str | Path]:
     It mounts /proc and /sys into the tree.  In namespaces of its own, which end when we do,
     however we end, those mounts never meet the removal of what it left.
     """
-    contained = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    namespaces = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    contained = ["unshare", *namespaces, "--propagation", propagation()]
     return [
         *("setpriv", "--pdeathsig", "KILL", *contained, "--"),
         "mmdebstrap",
