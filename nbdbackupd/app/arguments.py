@@ -7,6 +7,9 @@ from nbdbackupd.app import sizes
 
 Arguments = argparse.Namespace
 
+LEAST_RATE = 64 << 10
+"""Bytes per second: slower than this a single block of a disk would take minutes."""
+
 
 def size(text: str) -> int:
     """An argument in bytes, for argparse."""
@@ -14,6 +17,14 @@ def size(text: str) -> int:
         return sizes.parse_size(text)
     except ValueError as err:
         raise argparse.ArgumentTypeError(str(err)) from err
+
+
+def rate(text: str) -> int:
+    """An argument in bytes per second, 64 KiB or more, for argparse."""
+    value = size(text)
+    if value < LEAST_RATE:
+        raise argparse.ArgumentTypeError(f"a rate of at least 64K is needed, not {text!r}")
+    return value
 
 
 def seconds(text: str) -> float:

@@ -39,6 +39,7 @@ from nbdbackupd.nbdio.client import (
     errno_name,
 )
 from nbdbackupd.nbdio.extents import ExtentReader
+from nbdbackupd.nbdio.throttle import Throttle
 
 B = TypeVar("B")
 TICK: Final = 0.1
@@ -92,15 +93,17 @@ def copy(
     patience: Patience,
     progress: Callable[[Segment], None],
     plan: Iterator[Segment] | None = None,
+    throttle: Throttle | None = None,
 ) -> None:
     """Copy what the plan says of one export into ``sink``, in guest order.
 
     ``plan`` replaces our own block status queries. ``progress`` gets each piece of the plan
-    that found its place, in guest order, from any thread, never two at once.
+    that found its place, in guest order, from any thread, never two at once. ``throttle`` limits
+    how fast data is read; zeroes and holes are not counted.
 
     Raises NbdError and whatever the sink or ``patience.cancelled`` raise.
     """
-    pipeline = _Pipeline(sink, tuning, arena, patience, progress)
+    pipeline = _Pipeline(sink, tuning, arena, patience, progress, throttle=throttle)
     with ExitStack() as stack:
 
         def connect(*contexts: str) -> Connection:
@@ -126,7 +129,10 @@ class _Pipeline(Generic[B]):
         arena: Arena,
         patience: Patience,
         progress: Callable[[Segment], None],
+        *,
+        throttle: Throttle | None = None,
     ) -> None:
+        self._throttle = throttle
         self._sink = sink
         self._tuning = tuning
         self._arena = arena
@@ -171,6 +177,8 @@ class _Pipeline(Generic[B]):
             while not exhausted or reader.in_flight:
                 self._crew.check()
                 while not exhausted and reader.in_flight < self._tuning.depth:
+                    if not self._may_read(wait=not reader.in_flight):
+                        break
                     slot = self._slot(wait=not reader.in_flight)
                     if slot is None:
                         break
@@ -182,6 +190,15 @@ class _Pipeline(Generic[B]):
             is_last = not self._reading
         for _ in range(self._tuning.workers if is_last else 0):
             self._work.put(None)
+
+    def _may_read(self, *, wait: bool) -> bool:
+        """Whether the throttle lets one more request go; False only if not to ``wait`` for it."""
+        while self._throttle is not None and (delay := self._throttle.delay()) > 0:
+            if not wait:
+                return False
+            self._crew.check()
+            time.sleep(min(delay, TICK))
+        return True
 
     def _slot(self, *, wait: bool) -> int | None:
         """A free buffer; None if there is none now and the caller has something to poll for."""
@@ -210,6 +227,8 @@ class _Pipeline(Generic[B]):
         if segment is None:
             self._free.put(slot)
             return False
+        if self._throttle is not None:
+            self._throttle.take(segment.length)
         reader.submit(ticket, segment, slot)
         return True
 

@@ -100,6 +100,8 @@ class _Run:
 def _run_locked(run: _Run) -> BackupReport:
     """Reconcile, decide, make the point, let the base advance."""
     request, domain, repository = run.request, run.domain, run.repository
+    if request.only_off and run.lease is None:
+        return BackupReport(point=None, skipped="the domain runs")
     erase = reconciling.eraser(run.lease) if run.lease is not None else None
     state = State(request.state_dir) if request.state_dir is not None else None
     dead = leftovers.sweep(domain, repository, request.runtime_dir, request.scratch_dir)

@@ -15,7 +15,8 @@ from nbdbackupd.source.quiesce import FreezePolicy
 class BackupRequest:
     """What to save, where to and how. Sizes in bytes, times in seconds; ``now`` is UTC.
 
-    Without a ``state_dir`` nothing is noted of the chain beside its set.
+    Without a ``state_dir`` nothing is noted of the chain beside its set. ``limit_rate`` is in
+    bytes per second, read of all disks together. ``only_off``: save nothing if the domain runs.
     """
 
     domain: str
@@ -41,6 +42,8 @@ class BackupRequest:
     workers: int = 2
     threshold: int | None = None
     strict: bool = False
+    limit_rate: int | None = None
+    only_off: bool = False
     wait_seconds: float = 0.0
     timeout_seconds: float = 60.0
 

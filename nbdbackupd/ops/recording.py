@@ -18,6 +18,7 @@ from nbdbackupd.model.chain import DiskMode, DiskPoint, RestorePoint, StoredFile
 from nbdbackupd.model.plan import DiskState
 from nbdbackupd.nbdio import copy
 from nbdbackupd.nbdio.client import Patience
+from nbdbackupd.nbdio.throttle import Throttle
 from nbdbackupd.ops import leftovers, metadata, reconciling
 from nbdbackupd.ops.backup_job import Job
 from nbdbackupd.ops.sources import open_source
@@ -172,6 +173,7 @@ def _copy_disks(
         layout=request.layout,
         by_nbdinfo=request.by_nbdinfo,
         progress=job.progress,
+        throttle=Throttle(request.limit_rate) if request.limit_rate is not None else None,
     )
     disks = []
     for target, export in snapshot.exports.items():

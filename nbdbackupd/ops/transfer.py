@@ -15,6 +15,7 @@ from nbdbackupd.model.extents import Segment
 from nbdbackupd.nbdio import copy, nbdinfo
 from nbdbackupd.nbdio.arena import Arena
 from nbdbackupd.nbdio.client import Connection, Endpoint, Patience
+from nbdbackupd.nbdio.throttle import Throttle
 from nbdbackupd.source import Export
 
 
@@ -29,6 +30,7 @@ class Transfer:
     layout: Layout
     by_nbdinfo: bool
     progress: Callable[[str, int, int, int], None]
+    throttle: Throttle | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ def copy_disk(
             patience=transfer.patience,
             progress=progress,
             plan=nbdinfo.plan(endpoint) if transfer.by_nbdinfo else None,
+            throttle=transfer.throttle,
         )
         written = writer.finish()
     transfer.progress(export.target, size, size, data)

@@ -43,7 +43,7 @@ _nbdbackupctl_options() {
         --runtime-dir -v --verbose -q --quiet -l --level -o --output -i --include -x --exclude
         --raw -z --compress --no-compress -t --type --extents --freeze -F --freeze-mountpoint
         --pause -S --start-paused --scratch-dir --scratch-reserve --checkpoint-dir --threshold
-        --strict -w --workers --wait --timeout'
+        --strict --limit-rate -w --workers --wait --timeout'
         ;;
     restore)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -101,9 +101,9 @@ _nbdbackupctl_positional() {
 _nbdbackupctl_kind() {
     case "$1:$2" in
     *:-c | *:--connect | *:--user | *:-i | *:--include | *:-x | *:--exclude | *:-z | \
-    *:--compress | *:-F | *:--freeze-mountpoint | *:--scratch-reserve | *:--threshold | *:-w | \
-    *:--workers | *:--wait | *:--timeout | *:-d | *:--disk | *:--point | *:--until | *:--at | \
-    *:--drop)
+    *:--compress | *:-F | *:--freeze-mountpoint | *:--scratch-reserve | *:--threshold | \
+    *:--limit-rate | *:-w | *:--workers | *:--wait | *:--timeout | *:-d | *:--disk | *:--point \
+    | *:--until | *:--at | *:--drop)
         echo 'other'
         ;;
     *:--password-file | *:--sequence)

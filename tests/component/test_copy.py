@@ -1,5 +1,6 @@
 """The copy pipeline and the extent queries against real NBD servers."""
 
+import itertools
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ from nbdbackupd.model.extents import Segment
 from nbdbackupd.nbdio import copy, nbdinfo
 from nbdbackupd.nbdio.client import Connection, Endpoint, Patience
 from nbdbackupd.nbdio.extents import ExtentReader
+from nbdbackupd.nbdio.throttle import BURST_SECONDS, Throttle
 
 pytestmark = pytest.mark.component
 
@@ -263,3 +265,30 @@ def test_short_replies_are_asked_again(tmp_path: Path) -> None:
     assert plan == [
         Segment(start, 4096, bool(start >> 12 & 1)) for start in range(0, 1 << 20, 4096)
     ]
+
+
+def test_a_throttle_counts_each_byte_that_is_read(tmp_path: Path) -> None:
+    image = make_image(tmp_path, 8 * MIB)
+    qemu_io(image, "write -P 7 0 3M", "write -P 8 5M 1M", "write -z 4M 1M")
+    moments = itertools.count()
+
+    def clock() -> float:
+        # a hundredth of a second with each look: nothing here depends on real time
+        return next(moments) / 100
+
+    rate = 4 * MIB
+    throttle = Throttle(rate, clock)
+    sink = Memory()
+    with qemu_nbd(tmp_path, image) as socket:
+        copy.copy(
+            Endpoint(socket=socket, export="vda"), sink, tuning=TUNING, arena=TUNING.arena(),
+            patience=Patience(), progress=lambda _: None, throttle=throttle,
+        )  # fmt: skip
+    assert sink.image(8 * MIB) == reference(image, tmp_path)
+    # 4 MiB of data: the clock has moved by what they take, less the burst and two requests
+    least = (4 * MIB - 2 * TUNING.block) / rate - BURST_SECONDS
+    assert least > 0
+    assert next(moments) / 100 >= least
+    # and what was taken is exactly what was read, zeroes and holes left out
+    spent = throttle.taken
+    assert spent == 4 * MIB

@@ -6,18 +6,21 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nbdbackupd.app import context as app_context
+from nbdbackupd.app import making
 from nbdbackupd.app import parser as app_parser
 from nbdbackupd.app.config import files, matching, schema, settings
 from nbdbackupd.app.config.files import Configuration
 from nbdbackupd.app.config.settings import DomainSettings
-from nbdbackupd.errors import ConfigError, DomainError, FormatError, RepositoryError
+from nbdbackupd.app.context import Context
+from nbdbackupd.errors import ConfigError, DomainError, FormatError, RepositoryError, UsageError
 from nbdbackupd.model.policy import LevelPolicy, Rotate
 from nbdbackupd.ops.backup_request import BackupRequest
 from nbdbackupd.source.quiesce import FreezePolicy
@@ -96,23 +99,16 @@ def test_options_exist() -> None:
 
 def test_defaults_are_those_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     """No file, and a file with the defaults, change nothing of what ``backup`` does."""
-    args = parse()
     got = defaults()
-    assert settings.request_fields(got) == {
-        "include": args.include,
-        "exclude": args.exclude,
-        "raw": args.raw,
-        "compression": args.compress,
-        "freeze": FreezePolicy(args.freeze),
-        "mountpoints": args.freeze_mountpoint,
-        "pause": args.pause,
-        "start_paused": args.start_paused,
-        "scratch_reserve": args.scratch_reserve,
-        "threshold": args.threshold,
-        "strict": args.strict,
-        "wait_seconds": args.wait,
-        "timeout_seconds": args.timeout,
-    }
+    bare = settings.request_fields(got)
+    # no option given decides nothing
+    assert making.given(parse(), bare) == {}
+    context = Context.from_args(parse())
+    without, with_files = (
+        making.request("vm", Path("/x"), context, fields) for fields in ({}, bare)
+    )
+    same: dict[str, Any] = {"run_id": "", "now": datetime(2026, 1, 31, tzinfo=UTC)}
+    assert replace(without, **same) == replace(with_files, **same)
     assert got.libvirt_uri == app_context.DEFAULT_URI
     with monkeypatch.context() as patch:
         patch.setattr(os, "geteuid", lambda: 0)
@@ -130,7 +126,7 @@ checkpoint_directory: /c
 start_paused: yes
 threshold: 16M
 strict: on
-limits: {workers: 3, wait: 5m, timeout: 10}
+limits: {workers: 3, wait: 5m, timeout: 10, bandwidth: 64K}
 """
     got = settings.settings_for("vm", "", {}, read(tmp_path / "a", main))
     found = settings.request_fields(got)
@@ -151,10 +147,11 @@ limits: {workers: 3, wait: 5m, timeout: 10}
         "workers": 3,
         "wait_seconds": 300.0,
         "timeout_seconds": 10.0,
+        "limit_rate": 64 << 10,
     }
     # what a run is, and what a configuration has no business with
     others = {"domain", "directory", "run_id", "now", "runtime_dir", "program"}
-    others |= {"level", "layout", "by_nbdinfo"}
+    others |= {"level", "layout", "by_nbdinfo", "only_off"}
     assert set(found) | others == {each.name for each in fields(BackupRequest)}
     pause = read(tmp_path / "b", "freeze: {policy: pause}")
     found = settings.request_fields(settings.settings_for("vm", "", {}, pause))
@@ -162,6 +159,33 @@ limits: {workers: 3, wait: 5m, timeout: 10}
     never = read(tmp_path / "c", "freeze: {mountpoints: /}", x="match: {glob: '*'}\n"
                  "freeze: {policy: never}")  # fmt: skip
     assert settings.request_fields(settings.settings_for("vm", "", {}, never))["mountpoints"] == ()
+    slow = settings.settings_for("vm", "", {}, read(tmp_path / "d", "limits: {bandwidth: 9K}"))
+    with pytest.raises(ConfigError, match=r"yaml:1: limits.bandwidth is 9216 .* 65536"):
+        settings.request_fields(slow)
+
+
+def test_options_win_over_settings(tmp_path: Path) -> None:
+    main = "disks: {exclude: vda}\nfreeze: {policy: pause}\ncompression: 5\nthreshold: 9M\n"
+    found = settings.request_fields(settings.settings_for("vm", "", {}, read(tmp_path, main)))
+
+    def merged(*argv: str) -> dict[str, Any]:
+        return found | making.given(parse(*argv), found)
+
+    assert merged() == found
+    assert merged("--no-compress")["compression"] is None
+    assert merged("-z")["compression"] == 2
+    assert merged("--threshold", "0")["threshold"] == 0
+    chosen = merged("-i", "vda")
+    assert (chosen["include"], chosen["exclude"]) == (("vda",), ())
+    frozen = merged("--freeze", "require")
+    assert (frozen["freeze"], frozen["pause"]) == (FreezePolicy.REQUIRE, False)
+    some = merged("-F", "/var")
+    assert (some["freeze"], some["pause"]) == (FreezePolicy.AUTO, False)
+    assert some["mountpoints"] == ("/var",)
+    assert merged("-t", "raw", "-l", "copy")["compression"] is None
+    for wrong in (("-t", "raw"), ("-t", "raw", "-l", "copy", "-z"), ("--pause", "-F", "/")):
+        with pytest.raises(UsageError):
+            merged(*wrong)
 
 
 # -- matching and merging

@@ -16,8 +16,8 @@ METADATA: Final = "metadata"
 LABELS_URI: Final = "urn:nbdbackup:1"
 
 USE: Final = (
-    "In this version only the verb 'config' of nbdbackupctl reads these files; backups are not "
-    "yet made by them."
+    "They are read by the verbs run, which timers start, and backup without -o, and to find the "
+    "sets of a domain by its name."
 )
 """What the generated pages must tell as long as it is so; empty when it is not."""
 
@@ -218,7 +218,9 @@ _RUN: Final = (
     ),
     Setting(
         path="limits.bandwidth", kind=optional(kinds.SIZE, "unlimited"), default=None,
-        example="200M", help="Read no more than so many bytes of the disks per second.",
+        example="200M",
+        help="Read no more than so many bytes of the disks per second, 64K or more.",
+        option="--limit-rate",
     ),
     Setting(
         path="limits.workers", kind=optional(count(1, 64), "auto"), default=None, example="4",

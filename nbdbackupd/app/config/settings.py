@@ -1,11 +1,14 @@
 """What the configuration says for one domain, and what that means for a backup."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from nbdbackupd import events
+from nbdbackupd.app.arguments import LEAST_RATE
 from nbdbackupd.app.config import files as config_files
 from nbdbackupd.app.config.files import ConfigFile, Configuration
 from nbdbackupd.app.config.matching import is_uuid
@@ -13,6 +16,8 @@ from nbdbackupd.app.config.schema import BY_PATH, SETTINGS
 from nbdbackupd.errors import ConfigError, RepositoryError
 from nbdbackupd.model.policy import LevelPolicy, Rotate
 from nbdbackupd.repo import layout
+
+log = logging.getLogger(__name__)
 
 DEFAULT: Final = "default"
 CREDENTIALS: Final = "CREDENTIALS_DIRECTORY"
@@ -162,6 +167,8 @@ def request_fields(settings: DomainSettings) -> dict[str, Any]:
 
     Left out is what the command computes from the host or the user where no file says anything:
     the directories for scratch files and checkpoints, and the number of workers.
+
+    Raises ConfigError for a bandwidth with which a run would never end.
     """
     from nbdbackupd.source.quiesce import FreezePolicy
 
@@ -181,6 +188,7 @@ def request_fields(settings: DomainSettings) -> dict[str, Any]:
         "strict": settings.strict,
         "wait_seconds": settings.limits_wait,
         "timeout_seconds": settings.limits_timeout,
+        "limit_rate": _rate(settings),
     }
     if not settings.is_default("scratch.directory"):
         found["scratch_dir"] = settings.scratch_directory
@@ -189,6 +197,16 @@ def request_fields(settings: DomainSettings) -> dict[str, Any]:
     if settings.limits_workers is not None:
         found["workers"] = settings.limits_workers
     return found
+
+
+def _rate(settings: DomainSettings) -> int | None:
+    rate = settings.limits_bandwidth
+    if rate is not None and rate < LEAST_RATE:
+        raise ConfigError(
+            f"{settings.origins['limits.bandwidth']}: limits.bandwidth is {rate} bytes per second, "
+            f"at least {LEAST_RATE} are needed"
+        )
+    return rate
 
 
 def level_policy(settings: DomainSettings) -> LevelPolicy:
@@ -227,8 +245,16 @@ def password_file(settings: DomainSettings, environ: Mapping[str, str]) -> Path 
 def check_mounted(settings: DomainSettings) -> None:
     """Prove by the marker or mount point that the repository is what it should be.
 
-    Raises RepositoryError if it is not, or can't be looked at.
+    Raises RepositoryError if it is not, or can't be looked at; that is an event, too.
     """
+    try:
+        _prove_mounted(settings)
+    except RepositoryError as err:
+        events.emit(log, events.REPOSITORY_NOT_MOUNTED, reason=err)
+        raise
+
+
+def _prove_mounted(settings: DomainSettings) -> None:
     mount_point, marker = settings.repository_mount_point, settings.repository_marker
     if mount_point is not None and not os.path.ismount(mount_point):
         raise RepositoryError(

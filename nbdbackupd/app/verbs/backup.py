@@ -1,34 +1,36 @@
 """``nbdbackupctl backup``."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbdbackupd import __version__
+from nbdbackupd.app import configured, making, signals
 from nbdbackupd.app import context as app_context
-from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import (
     Arguments,
     add_checkpoint_dir,
     lz4_level,
     names,
     positive,
+    rate,
     seconds,
     size,
 )
 from nbdbackupd.app.context import Context
+from nbdbackupd.app.making import UNSET
 from nbdbackupd.app.sizes import human_size, human_time
-from nbdbackupd.errors import UsageError
 
 if TYPE_CHECKING:
+    from nbdbackupd.app.config.files import Configuration
     from nbdbackupd.ops.backup_request import BackupReport, BackupRequest
+    from nbdbackupd.virt.connection import Connection
 
 LEVELS = ("auto", "full", "inc", "diff", "copy")
-DEFAULT_RESERVE = 512 << 20
 DESCRIPTION = """\
-Save a running domain into a backup set. The first run makes a full, later ones save only
-what changed since. The set's directory is given with -o; nothing else must live in it.
+Save a domain into a backup set. The first run makes a full, later ones save only what changed
+since. The set's directory is given with -o; nothing else must live in it. With -o no
+configuration is read. Without it the set is chosen as the configuration says, and what no option
+says comes from there, too; programs of the configuration are not run, see the verb run.
 """
 
 
@@ -45,8 +47,9 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         "since the last point; diff: the same without moving on; copy: a full beside the chain",
     )  # fmt: skip
     parser.add_argument(
-        "-o", "--output", metavar="DIR", type=Path, required=True, help="directory of the set"
-    )
+        "-o", "--output", metavar="DIR", type=Path,
+        help="directory of the set (default: as the configuration says)",
+    )  # fmt: skip
     _disk_options(parser)
     _guest_options(parser)
     _run_options(parser)
@@ -56,22 +59,26 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 def _disk_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("disks")
     group.add_argument(
-        "-i", "--include", metavar="DISKS", type=names, default=(),
+        "-i", "--include", metavar="DISKS", type=names, default=UNSET,
         help="only these disks (vda,vdb)",
     )  # fmt: skip
     group.add_argument(
-        "-x", "--exclude", metavar="DISKS", type=names, default=(), help="not these disks"
+        "-x", "--exclude", metavar="DISKS", type=names, default=UNSET, help="not these disks"
     )
     group.add_argument(
-        "--raw", action="store_true", help="save raw disks, too: in full at each point"
+        "--raw",
+        action="store_true",
+        default=UNSET,
+        help="save raw disks, too: in full at each point",
     )
     compress = group.add_mutually_exclusive_group()
     compress.add_argument(
-        "-z", "--compress", metavar="LEVEL", nargs="?", type=lz4_level, const=2, default=None,
+        "-z", "--compress", metavar="LEVEL", nargs="?", type=lz4_level, const=2, default=UNSET,
         help="compress with lz4, level 1 to 16 (without one: 2; then give DOMAIN before it)",
     )  # fmt: skip
     compress.add_argument(
         "--no-compress", action="store_const", dest="compress", const=None,
+        default=UNSET,
         help="store blocks as they are (default)",
     )  # fmt: skip
     group.add_argument(
@@ -87,19 +94,22 @@ def _disk_options(parser: argparse.ArgumentParser) -> None:
 def _guest_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("guest")
     group.add_argument(
-        "--freeze", choices=("auto", "require", "never"), default="auto",
+        "--freeze", choices=("auto", "require", "never"), default=UNSET,
         help="freeze the guest's file systems at the instant of the point: if the agent answers "
         "(auto, default), or fail (require), or not at all (never)",
     )  # fmt: skip
     group.add_argument(
-        "-F", "--freeze-mountpoint", metavar="DIRS", type=names, default=(),
+        "-F", "--freeze-mountpoint", metavar="DIRS", type=names, default=UNSET,
         help="freeze only these mount points of the guest (/mnt,/var)",
     )  # fmt: skip
     group.add_argument(
-        "--pause", action="store_true", help="pause the domain at the instant instead of freezing"
+        "--pause",
+        action="store_true",
+        default=UNSET,
+        help="pause the domain at the instant instead of freezing",
     )
     group.add_argument(
-        "-S", "--start-paused", action="store_true",
+        "-S", "--start-paused", action="store_true", default=UNSET,
         help="start a domain that is off, paused, and end it after the run unless somebody has "
         "resumed it (default: read its images)",
     )  # fmt: skip
@@ -109,7 +119,7 @@ def _guest_options(parser: argparse.ArgumentParser) -> None:
         "(default: /var/lib/nbdbackup/scratch)",
     )  # fmt: skip
     group.add_argument(
-        "--scratch-reserve", metavar="SIZE", type=size, default=DEFAULT_RESERVE,
+        "--scratch-reserve", metavar="SIZE", type=size, default=UNSET,
         help="space that must stay free there; the run needs twice as much to begin and ends "
         "before less is left (default: 512M)",
     )  # fmt: skip
@@ -119,22 +129,29 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     add_checkpoint_dir(group)
     group.add_argument(
-        "--threshold", metavar="SIZE", type=size,
+        "--threshold", metavar="SIZE", type=size, default=UNSET,
         help="do nothing, successfully, if less than this would be saved by an increment",
     )  # fmt: skip
     group.add_argument(
-        "--strict", action="store_true", help="fail, and keep nothing, instead of warning"
+        "--strict",
+        action="store_true",
+        default=UNSET,
+        help="fail, and keep nothing, instead of warning",
     )
     group.add_argument(
-        "-w", "--workers", metavar="N", type=positive, default=min(8, os.cpu_count() or 2),
+        "--limit-rate", metavar="SIZE", type=rate, default=UNSET,
+        help="read no more than this per second of all disks together (64K or more)",
+    )  # fmt: skip
+    group.add_argument(
+        "-w", "--workers", metavar="N", type=positive, default=UNSET,
         help="threads that hash and compress (default: one for each processor, at most 8)",
     )  # fmt: skip
     group.add_argument(
-        "--wait", metavar="SECONDS", type=seconds, default=0.0,
+        "--wait", metavar="SECONDS", type=seconds, default=UNSET,
         help="wait so long for the lock of the set or domain (default: 0, exit 75 at once)",
     )  # fmt: skip
     group.add_argument(
-        "--timeout", metavar="SECONDS", type=seconds, default=60.0,
+        "--timeout", metavar="SECONDS", type=seconds, default=UNSET,
         help="give up after so long without an answer from QEMU (default: 60)",
     )  # fmt: skip
 
@@ -143,13 +160,17 @@ def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 with warnings."""
     from nbdbackupd.ops import backup
 
+    configuration = None
+    if args.output is None:
+        configuration = configured.read(context)
+        context = configured.connected(configuration, context)
     with (
         signals.listen() as cancel,
         context.connection() as connection,
         context.progress() as progress,
     ):
         report = backup.run(
-            _request(args, context),
+            _request(args, context, connection, configuration),
             connection,
             progress=progress.disk,
             cancelled=cancel.check,
@@ -158,43 +179,38 @@ def run(args: Arguments, context: Context) -> int:
     return 3 if report.warnings else 0
 
 
-def _request(args: Arguments, context: Context) -> "BackupRequest":
+def _request(
+    args: Arguments,
+    context: Context,
+    connection: "Connection",
+    configuration: "Configuration | None",
+) -> "BackupRequest":
     from nbdbackupd.model.chain import Layout, Level
-    from nbdbackupd.ops.backup_request import BackupRequest
-    from nbdbackupd.source.quiesce import FreezePolicy
 
-    if args.type == "raw" and (args.level != "copy" or args.compress is not None):
-        raise UsageError("--type raw needs '-l copy' and goes without --compress")
-    if args.pause and (args.freeze == "require" or args.freeze_mountpoint):
-        raise UsageError("--pause and freezing exclude one another")
-    moment = app_context.now()
-    return BackupRequest(
-        domain=args.domain,
-        directory=args.output.absolute(),
-        level=Level(args.level),
-        include=args.include,
-        exclude=args.exclude,
-        raw=args.raw,
-        compression=args.compress,
-        layout=Layout(args.type),
-        by_nbdinfo=args.extents == "nbdinfo",
-        freeze=FreezePolicy.NEVER if args.pause else FreezePolicy(args.freeze),
-        mountpoints=args.freeze_mountpoint,
-        pause=args.pause,
-        start_paused=args.start_paused,
-        scratch_dir=context.scratch_dir.absolute(),
-        scratch_reserve=args.scratch_reserve,
-        runtime_dir=context.runtime_dir.absolute(),
-        state_dir=context.state_dir.absolute(),
-        workers=args.workers,
-        threshold=args.threshold,
-        strict=args.strict,
-        wait_seconds=args.wait,
-        timeout_seconds=args.timeout,
-        program=f"nbdbackupd {__version__}",
-        run_id=app_context.new_run_id(moment),
-        now=moment,
-    )
+    level = Level(args.level)
+    settings: dict[str, Any] = {}
+    name, directory = args.domain, args.output
+    if configuration is not None:
+        from nbdbackupd.app.config.settings import request_fields
+        from nbdbackupd.virt.domain import Domain
+
+        domain = Domain.find(connection, args.domain)
+        found = configured.settings_of_domain(domain, configuration)
+        settings = request_fields(found)
+        planned = making.plan(domain, found, app_context.now(), level)
+        name, directory = domain.uuid, planned.set
+    fields = {
+        "level": level,
+        "layout": Layout(args.type),
+        "by_nbdinfo": args.extents == "nbdinfo",
+        **settings,
+        **making.given(args, settings),
+    }
+    # the context has them where they are given
+    for option, field in (("scratch_dir", "scratch_dir"), ("checkpoint_dir", "state_dir")):
+        if getattr(args, option) is not None:
+            fields.pop(field, None)
+    return making.request(name, directory, context, fields)
 
 
 def render(report: "BackupReport") -> str:

@@ -1,0 +1,132 @@
+"""The sets of one domain, side by side in one directory: which there are, what they hold."""
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from nbdbackupd import durable
+from nbdbackupd.errors import ChainBrokenError, FormatError, NbdbackupError
+from nbdbackupd.model import policy
+from nbdbackupd.model.chain import BackupSet, Level
+from nbdbackupd.model.policy import LevelPolicy, NextRun, SetFacts
+from nbdbackupd.repo import layout
+from nbdbackupd.repo.repository import Repository
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainSet:
+    """A set: what of it is sound (``known``), and a line for each point that is not."""
+
+    path: Path
+    known: BackupSet
+    problems: tuple[str, ...] = ()
+
+    @property
+    def began(self) -> datetime | None:
+        """When its full was made, in local time; None as long as it has none.
+
+        Of a damaged set the oldest sound point counts, or else when the manifests last changed.
+        """
+        full = self.known.full
+        if full is not None:
+            return _local(full.created)
+        if not self.problems:
+            return None
+        if self.known.points:
+            return min(_local(point.created) for point in self.known.points)
+        changed = (self.path / layout.POINTS).stat().st_mtime
+        return datetime.fromtimestamp(changed, UTC).astimezone()
+
+
+def sets_of(directory: Path) -> tuple[DomainSet, ...]:
+    """All sets in a directory, the one that began last at the end; those without a full first.
+
+    A directory is a set if it holds manifests, or has the name that runs give to sets. Raises
+    RepositoryError if something can't be read; a directory that is missing holds no sets.
+    """
+    with durable.translate_os_errors("read", directory):
+        try:
+            paths = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
+        except FileNotFoundError:
+            return ()
+        found = [_read(path) for path in paths if _is_set(path)]
+        begun = [(each.began, each) for each in found]
+    with_full = [(began.timestamp(), each) for began, each in begun if began is not None]
+    with_full.sort(key=lambda each: (each[0], each[1].path.name))
+    return (*(each for began, each in begun if began is None), *(each for _, each in with_full))
+
+
+def next_run(
+    directory: Path, uuid: str, rules: LevelPolicy, now: datetime, wanted: Level = Level.AUTO
+) -> NextRun:
+    """Which set below ``directory`` the domain's next run goes into, and at which level.
+
+    Sets that are damaged or belong to another UUID are not continued. Raises NoFullError as
+    ``policy.next_run`` does, RepositoryError if the directory or a set can't be read.
+    """
+    found = [each for each in sets_of(directory) if policy.is_set_name(each.path.name)]
+    facts = [_facts(each, uuid) for each in found]
+    if facts and facts[-1].began is not None and not facts[-1].problem:
+        facts[-1] = replace(facts[-1], problem=_missing_files(found[-1]))
+    local = now.astimezone()
+    return policy.next_run(rules, facts, local, wanted=wanted, taken=_others(directory, facts))
+
+
+def _facts(found: DomainSet, uuid: str) -> SetFacts:
+    problem = found.problems[0] if found.problems else ""
+    foreign = next((point.uuid for point in found.known.points if point.uuid != uuid), "")
+    if foreign and not problem:
+        problem = f"it is of another domain, with UUID {foreign}"
+    levels = [point.level for point in found.known.points]
+    return SetFacts(
+        name=found.path.name,
+        began=found.began,
+        increments=levels.count(Level.INC),
+        problem=problem,
+    )
+
+
+def _missing_files(found: DomainSet) -> str:
+    try:
+        Repository.open(found.path).check_present(found.known.points)
+    except (ChainBrokenError, FormatError) as err:
+        return err.message
+    return ""
+
+
+def _others(directory: Path, facts: Iterable[SetFacts]) -> frozenset[str]:
+    """The names of what is no set."""
+    with durable.translate_os_errors("read", directory):
+        try:
+            names = os.listdir(directory)  # noqa: PTH208 - names are enough
+        except FileNotFoundError:
+            return frozenset()
+    return frozenset(names) - {each.name for each in facts}
+
+
+def _is_set(path: Path) -> bool:
+    if path.is_symlink() and not path.exists():
+        return False
+    return path.is_dir() and (policy.is_set_name(path.name) or (path / layout.POINTS).is_dir())
+
+
+def _read(path: Path) -> DomainSet:
+    repository = Repository.open(path)
+    try:
+        return DomainSet(path=path, known=repository.load())
+    except (ChainBrokenError, FormatError) as err:
+        known, problems = repository.load_sound()
+        return DomainSet(path=path, known=known, problems=problems or (_line(err),))
+
+
+def _line(err: NbdbackupError) -> str:
+    return " ".join(str(err).split())
+
+
+def _local(created: str) -> datetime:
+    return datetime.fromisoformat(created).astimezone()
