@@ -56,15 +56,15 @@ def grow(world: World, target: str, by: int) -> str:
     size = world.sizes[target] + by
     if size > LARGEST_DISK:
         return "large enough"
-    if world.is_active:
-        world.lab.virsh("blockresize", "--domain", world.guest.name, target, f"{size}B")
-    else:
-        try:
+    try:
+        if world.is_active:
+            world.lab.virsh("blockresize", "--domain", world.guest.name, target, f"{size}B")
+        else:
             world.unlocked(["qemu-img", "resize", "-q", world.chains[target][0], str(size)])
-        except LabError as err:
-            if "is inconsistent and cannot be used" not in str(err):
-                raise
-            return "a broken bitmap forbids it"
+    except LabError as err:
+        if "is inconsistent and cannot be used" not in str(err):
+            raise
+        return "a broken bitmap forbids it"
     world.sizes[target] = size
     world.lose([target])
     return str(size)
@@ -101,7 +101,15 @@ def roll_back(world: World, which: int, *, in_place: bool) -> str:
     return f"{copy.target} {copy.path.name}"
 
 
-@step(1, is_off, lambda world, rng: {**any_disk(world, rng), "in_place": rng.random() < 0.3})
+def draw_swap(world: World, rng: random.Random) -> Arguments:
+    """Never in place: same file, size and bitmap's name are all that tells one disk's images.
+
+    A log may have it in place: after that a delta of the disk can't be right (see ``put``).
+    """
+    return {**any_disk(world, rng), "in_place": False}
+
+
+@step(1, is_off, draw_swap)
 def swap_for_other(world: World, target: str, *, in_place: bool) -> str:
     """The image becomes a copy of the other disk's: it holds bitmaps of the same names."""
     (other,) = (each for each in world.sizes if each != target)
@@ -206,10 +214,14 @@ def remove_bitmaps(world: World, target: str) -> str:
 
 
 def put(world: World, source: Path, target: Path, *, in_place: bool) -> None:
-    """Replace an image's content: as the same file, or as a new one of that name."""
+    """Replace an image's content: as the same file, or as a new one of that name.
+
+    The old file is kept elsewhere, so that its inode does not come back in another one.
+    """
     if in_place:
         target.write_bytes(source.read_bytes())
         return
+    target.with_name(f"{target.name}.was{world.next_number()}").hardlink_to(target)
     new = target.with_name(f"{target.name}.new")
     world.copy_file(source, new)
     new.replace(target)

@@ -293,8 +293,8 @@ def allowed(world: World, code: int, *, was_active: bool) -> frozenset[str]:
         return frozenset()
     # a checkpoint or bitmap that can't be removed now
     notes = {"run.json"} if was_active != world.is_active else set()
-    # of a dead run; the next one puts its own in its place
-    return frozenset(notes | ({"offline.sock"} if not world.is_active else set()))
+    # of a dead run; the next one that comes so far removes it or puts its own in its place
+    return frozenset({*notes, "offline.sock"})
 
 
 def take_up(
