@@ -4,6 +4,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from nbdbackupd import log
+
 TICK_SECONDS: Final = 0.1
 """How often the starting thread looks at the cancel callback."""
 
@@ -33,7 +35,7 @@ class Crew:
         Raises the first error of a thread or of ``cancelled``.
         """
         threads = [
-            threading.Thread(name=name, target=self._guarded, args=(body,))
+            threading.Thread(name=name, target=log.carried(self._guarded), args=(body,))
             for name, body in bodies.items()
         ]
         started = []

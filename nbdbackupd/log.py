@@ -1,17 +1,21 @@
-"""Log lines: to standard error, and to a file of the set.
+"""Log lines: to standard error or the journal, and to a file of the set.
 
 Modules log through ``logging.getLogger(__name__)``; everything hangs on the logger of the
-package. Fields for queries go into ``extra=fields(DOMAIN=…)``.
+package. Fields for queries go into ``extra=fields(DISK=…)``, those of a whole run into
+``context``; what is worth asking for is an event (``events.py``).
 """
 
+import contextvars
+import functools
 import logging
 import os
 import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, TextIO
+from typing import Any, Final, TextIO
 
 from nbdbackupd import durable
 
@@ -36,10 +40,22 @@ RESERVED: Final = frozenset(
 )
 """Journal fields (systemd.journal-fields(7)) and what journal handlers set of themselves."""
 
+MESSAGE_ID: Final = "message_id"
+PRIORITY: Final = "priority"
+"""Attributes of a record that is an event: its id, and its priority if the level's is not meant."""
+
+FIELD_PREFIX: Final = "NBDBACKUP_"
+IDENTIFIER: Final = "nbdbackupctl"
+"""``SYSLOG_IDENTIFIER``; systemd gives the same to what the command prints."""
+
+Send = Callable[..., object]
+"""As ``systemd.journal.send``: the message, and fields as keywords."""
+
 _NAME: Final = re.compile(r"[A-Z][A-Z0-9_]{0,63}", re.ASCII)
 _SECRET: Final = re.compile(r"PASS(WORD|PHRASE|WD)|SECRET|TOKEN|CREDENTIAL")
 
 _hidden: set[str] = set()
+_context: contextvars.ContextVar[Mapping[str, object]] = contextvars.ContextVar("fields")
 
 
 def fields(**names: object) -> dict[str, object]:
@@ -54,6 +70,29 @@ def fields(**names: object) -> dict[str, object]:
         if _SECRET.search(name):
             raise ValueError(f"log field {name} would carry a secret")
     return dict(names)
+
+
+@contextmanager
+def context(**names: object) -> Iterator[None]:
+    """Add fields to every record while the block runs; threads get them by ``carried``.
+
+    Raises ValueError as ``fields`` does.
+    """
+    token = _context.set({**present(), **fields(**names)})
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def present() -> Mapping[str, object]:
+    """The fields of the context."""
+    return _context.get({})
+
+
+def carried(body: Callable[..., None]) -> Callable[..., None]:
+    """``body`` for a thread that is to say what it says in the context of the present one."""
+    return functools.partial(contextvars.copy_context().run, body)
 
 
 @contextmanager
@@ -73,6 +112,14 @@ def _redacted(text: str) -> str:
     return text
 
 
+def _priority(record: logging.LogRecord) -> int:
+    """Syslog's number for a record: an event's own, or that of its level."""
+    own = record.__dict__.get(PRIORITY)
+    if own is not None:
+        return int(own)
+    return next((n for level, n in PRIORITIES if record.levelno >= level), 7)
+
+
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return _redacted(super().format(record))
@@ -82,7 +129,7 @@ class _PriorityFormatter(_Formatter):
     """``<N>`` before each line, as sd-daemon(3) wants it: a traceback keeps its priority."""
 
     def format(self, record: logging.LogRecord) -> str:
-        number = next((n for level, n in PRIORITIES if record.levelno >= level), 7)
+        number = _priority(record)
         return "\n".join(f"<{number}>{line}" for line in super().format(record).split("\n"))
 
 
@@ -120,28 +167,95 @@ class _FileHandler(logging.StreamHandler[TextIO]):
         self.failed = True
 
 
-def setup(level: int, stream: TextIO, journal_stream: str = "") -> None:
+class _JournalHandler(logging.StreamHandler[TextIO]):
+    """Sends records with their fields; one that can't be sent becomes a line on the stream."""
+
+    def __init__(self, send: Send, stream: TextIO) -> None:
+        super().__init__(stream)
+        self.setFormatter(_PriorityFormatter())
+        self._send = send
+        self._text = _Formatter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._send(_clean(self._text.format(record)), **_journal_fields(record))
+        except (OSError, ValueError):
+            super().emit(record)
+
+
+def _journal_fields(record: logging.LogRecord) -> dict[str, Any]:
+    """All but the message; texts as the journal takes them, without secrets."""
+    found: dict[str, Any] = {
+        "PRIORITY": str(_priority(record)),
+        "SYSLOG_IDENTIFIER": IDENTIFIER,
+        "LOGGER": record.name,
+        "CODE_FILE": record.pathname,
+        "CODE_LINE": record.lineno,
+        "CODE_FUNC": record.funcName,
+        "THREAD_NAME": _clean(record.threadName or ""),
+    }
+    if MESSAGE_ID in record.__dict__:
+        found["MESSAGE_ID"] = record.__dict__[MESSAGE_ID]
+    own = {name: value for name, value in record.__dict__.items() if _NAME.fullmatch(name)}
+    for name, value in {**present(), **own}.items():
+        if str(value):
+            found[FIELD_PREFIX + name] = _clean(_redacted(str(value)))
+    return found
+
+
+def _clean(text: str) -> str:
+    """Text that can be encoded: names of files may hold bytes that are no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def setup(level: int, stream: TextIO, journal_stream: str = "", send: Send | None = None) -> None:
     """Send the package's log lines of ``level`` and above to a stream; replaces an earlier setup.
 
     ``journal_stream`` is the value of the environment's ``JOURNAL_STREAM``: if it names the
-    stream's file (systemd.exec(5)), each line begins with its priority, ``<N>``.
+    stream's file (systemd.exec(5)), the stream is the journal. Then events come whatever the level
+    is. If Python's systemd package is there, too, records are sent with their fields, from level
+    INFO on; else each line begins with its priority, ``<N>``. ``send`` takes that package's place.
     """
     logger = logging.getLogger(ROOT)
     for handler in list(logger.handlers):
         if getattr(handler, "is_setup", False):
             logger.removeHandler(handler)
-    handler = logging.StreamHandler(stream)
+    handler = _handler(level, stream, journal_stream, send)
     handler.__dict__["is_setup"] = True
-    handler.setLevel(level)
-    handler.setFormatter(
-        _PriorityFormatter() if _is_journal(stream, journal_stream) else _TerminalFormatter()
-    )
     logger.addHandler(handler)
     # The run's log tells the run's story even where the terminal is to be quiet.
     logger.setLevel(min(level, logging.INFO))
 
 
-def _is_journal(stream: TextIO, journal_stream: str) -> bool:
+def _handler(level: int, stream: TextIO, journal_stream: str, send: Send | None) -> logging.Handler:
+    handler: logging.Handler = logging.StreamHandler(stream)
+    if not is_journal(stream, journal_stream):
+        handler.setLevel(level)
+        handler.setFormatter(_TerminalFormatter())
+        return handler
+    # a file would not have the socket's other end, where fields go
+    is_socket = stat.S_ISSOCK(os.fstat(stream.fileno()).st_mode)
+    send = (send or _systemd_send()) if is_socket else None
+    if send is not None:
+        handler = _JournalHandler(send, stream)
+        level = min(level, logging.INFO)
+    else:
+        handler.setFormatter(_PriorityFormatter())
+    handler.addFilter(lambda record: record.levelno >= level or MESSAGE_ID in record.__dict__)
+    return handler
+
+
+def _systemd_send() -> Send | None:
+    try:
+        from systemd import journal
+    except ImportError:
+        return None
+    send: Send = journal.send
+    return send
+
+
+def is_journal(stream: TextIO, journal_stream: str) -> bool:
+    """Whether a stream is the one that ``JOURNAL_STREAM`` names."""
     try:
         status = os.fstat(stream.fileno())
     except (OSError, ValueError):

@@ -7,16 +7,15 @@ out the draft and the new checkpoint go away and the old base stays what it was.
 """
 
 import logging
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from nbdbackupd import durable
+from nbdbackupd import durable, events
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import CheckpointError, RepositoryError
 from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint, effective_level
-from nbdbackupd.ops import leftovers, reconciling, recording
+from nbdbackupd.ops import leftovers, reconciling, recording, telling
 from nbdbackupd.ops.backup_job import Job
 from nbdbackupd.ops.backup_request import BackupReport, BackupRequest
 from nbdbackupd.ops.sources import changed_bytes, images_of
@@ -43,9 +42,14 @@ def run(
     Raises BusyError if set or domain are locked, and the errors of all layers; whatever is
     raised, nothing of this run is left and the old base is valid.
     """
-    begun = time.monotonic()
-    domain = Domain.find(connection, request.domain)
+    ending = telling.Ending(log, telling.backup_ending)
     with ExitStack() as stack:
+        stack.enter_context(
+            runlog.context(DOMAIN=request.domain, RUN=request.run_id, SET=request.directory)
+        )
+        stack.enter_context(ending.told())
+        domain = Domain.find(connection, request.domain)
+        stack.enter_context(runlog.context(DOMAIN=domain.name, UUID=domain.uuid))
         directory = leftovers.prepare_domain_dir(request.runtime_dir, domain.uuid)
         who = f"backup of {domain.name}"
         wait = request.wait_seconds
@@ -58,27 +62,25 @@ def run(
         repository.check_can_begin()
         stack.enter_context(repository.lock(owner=who, wait_seconds=wait, cancelled=cancelled))
         stack.enter_context(runlog.run_log(repository.log_path(request.run_id)))
-        log.info("backup of %s (%s), level %s", domain.name, domain.uuid, request.level)
-        try:
-            with (
-                started_paused(
-                    domain,
-                    leftovers.socket_dir(request.runtime_dir, domain.uuid),
-                    wanted=request.start_paused,
-                ) as started,
-                images_of(domain, request.runtime_dir, request.run_id, cancelled) as lease,
-            ):
-                report = _run_locked(
-                    _Run(
-                        request=request, domain=domain, repository=repository, lease=lease,
-                        at_rest=started.at_rest, progress=progress, cancelled=cancelled,
-                    )
-                )  # fmt: skip
-        except BaseException as err:
-            log.info("run %s failed: %s", request.run_id, err)
-            raise
-        log.info("run %s done", request.run_id)
-    return replace(report, seconds=time.monotonic() - begun)
+        stack.enter_context(ending.told())
+        events.emit(log, events.BACKUP_STARTED, level=request.level)
+        with (
+            started_paused(
+                domain,
+                leftovers.socket_dir(request.runtime_dir, domain.uuid),
+                wanted=request.start_paused,
+            ) as started,
+            images_of(domain, request.runtime_dir, request.run_id, cancelled) as lease,
+        ):
+            report = _run_locked(
+                _Run(
+                    request=request, domain=domain, repository=repository, lease=lease,
+                    at_rest=started.at_rest, progress=progress, cancelled=cancelled,
+                )
+            )  # fmt: skip
+        report = replace(report, seconds=ending.seconds)
+        telling.backup(log, report)
+    return report
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +124,6 @@ def _run_locked(run: _Run) -> BackupReport:
     run.cancelled()
     small = _below_threshold(run, survey, parent)
     if small:
-        log.info("nothing saved: %s", small)
         return BackupReport(point=None, skipped=small)
     point, seconds = recording.record(
         Job(

@@ -1,10 +1,16 @@
 """``yield``: make backups let go of the images of a domain that is to start."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nbdbackupd import events
+from nbdbackupd import log as runlog
+from nbdbackupd.errors import BusyError
 from nbdbackupd.source import lease
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,10 +49,19 @@ def run(domain: str, runtime_dir: Path) -> GiveWayReport:
 
     Raises BusyError if an image is still open after two seconds.
     """
-    given = lease.give_way(runtime_dir, domain)
-    return GiveWayReport(
-        domain=domain,
-        runs=tuple((holder.run_id, holder.run.pid) for holder in given.holders),
-        killed=given.killed,
-        seconds=given.seconds,
-    )
+    with runlog.context(DOMAIN=domain):
+        try:
+            given = lease.give_way(runtime_dir, domain)
+        except BusyError as err:
+            events.emit(log, events.IMAGES_HELD, reason=err)
+            raise
+        report = GiveWayReport(
+            domain=domain,
+            runs=tuple((holder.run_id, holder.run.pid) for holder in given.holders),
+            killed=given.killed,
+            seconds=given.seconds,
+        )
+        if report.runs or report.killed:
+            duration = events.usec(given.seconds)
+            events.emit(log, events.IMAGES_RELEASED, reason=report.message, duration_usec=duration)
+    return report

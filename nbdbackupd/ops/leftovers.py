@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd import durable
+from nbdbackupd import durable, events
 from nbdbackupd.errors import FormatError
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Intent
@@ -67,7 +67,7 @@ def sweep(
     """
     swept = source_sweep.sweep(domain, socket_dir(runtime_dir, domain.uuid), scratch_dir)
     if swept:
-        log.info("removed what a dead run left: %s", swept)
+        events.emit(log, events.DEAD_RUN_SWEPT, reason=swept)
     if domain.is_active():
         # of a run that read the images of the domain while it was off
         lease.forget(domain_dir(runtime_dir, domain.uuid))

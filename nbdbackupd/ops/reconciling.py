@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from nbdbackupd import events
 from nbdbackupd.errors import BusyError, CheckpointError, GaveWayError, NbdbackupError
 from nbdbackupd.model import jobxml
 from nbdbackupd.model.chain import BackupSet, RestorePoint
@@ -141,14 +142,17 @@ def apply(
             raise
         except NbdbackupError as err:
             problem = err.message
-            log.warning("checkpoint %s is left as it is: %s", step.name, problem)
+            events.emit(log, events.CHECKPOINT_LEFT, checkpoint=step.name, reason=problem)
         else:
-            log.info("checkpoint %s: %s, %s", step.name, _PAST[step.action], step.why)
+            events.emit(log, _EVENTS[step.action], checkpoint=step.name, reason=step.why)
         results.append(Done(step, problem))
     return tuple(results)
 
 
-_PAST = {Action.REDEFINE: "redefined", Action.REMOVE: "removed"}
+_EVENTS = {
+    Action.REDEFINE: events.CHECKPOINT_REDEFINED,
+    Action.REMOVE: events.CHECKPOINT_REMOVED,
+}
 
 
 def _carry_out(

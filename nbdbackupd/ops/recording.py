@@ -11,10 +11,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nbdbackupd import durable
+from nbdbackupd import durable, events
 from nbdbackupd.errors import DomainError, GaveWayError, NbdbackupError
 from nbdbackupd.format.stream import StreamMeta
-from nbdbackupd.model.chain import DiskMode, DiskPoint, RestorePoint, StoredFile
+from nbdbackupd.model.chain import DiskMode, DiskPoint, Level, RestorePoint, StoredFile
 from nbdbackupd.model.plan import DiskState
 from nbdbackupd.nbdio import copy
 from nbdbackupd.nbdio.client import Patience
@@ -34,9 +34,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Notes:
-    """What comes up while the point is made."""
+    """What comes up while the point is made; ``told``: warnings that were events already."""
 
     warnings: list[str] = field(default_factory=list)
+    told: set[str] = field(default_factory=set)
     trouble: NbdbackupError | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -95,7 +96,8 @@ def _fill(job: Job, draft: Draft, notes: _Notes) -> RestorePoint:
         _check_strict(job, notes)
         disks = _copy_disks(job, draft, snapshot, reasons, notes)
     for warning in notes.warnings:
-        log.warning("%s", warning)
+        if warning not in notes.told:
+            log.warning("%s", warning)
     return _describe(job, snapshot, disks, files, notes, autostart=collected.autostart)
 
 
@@ -115,9 +117,14 @@ def _reasons(job: Job, snapshot: Snapshot, notes: _Notes) -> dict[str, str]:
     """Why disks are read in full that should not be; each is a warning."""
     reasons = {plan.target: plan.reason for plan in job.survey.plans if plan.reason}
     reasons |= snapshot.demoted
-    notes.warnings += [
-        f"disk {target} is read in full: {reason}" for target, reason in reasons.items()
-    ]
+    for target, reason in reasons.items():
+        warning = f"disk {target} is read in full: {reason}"
+        notes.warnings.append(warning)
+        notes.told.add(warning)
+        events.emit(log, events.DISK_DEMOTED, disk=target, reason=reason)
+    wanted = job.level in (Level.INC, Level.DIFF) and job.parent is not None
+    if wanted and reasons and not any(each.bitmap for each in snapshot.exports.values()):
+        events.emit(log, events.BASE_LOST, checkpoint=job.parent.checkpoint if job.parent else "")
     return reasons
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nbdbackupd import durable
+from nbdbackupd import log as runlog
 from nbdbackupd.crew import Crew
 from nbdbackupd.errors import (
     BusyError,
@@ -37,6 +38,7 @@ from nbdbackupd.ops import (
     restore_files,
     restore_options,
     sequence,
+    telling,
 )
 from nbdbackupd.ops.fill import fill
 from nbdbackupd.ops.layers import Layer
@@ -162,9 +164,11 @@ def run(
     for an existing target without ``force``), ChainBrokenError, FormatError, IntegrityError,
     NoSpaceError, BusyError, and ProcessError or NbdError of qemu-nbd.
     """
-    begun = time.monotonic()
     _check_request(request)
+    ending = telling.Ending(log, telling.restore_ending)
     with ExitStack() as stack:
+        stack.enter_context(runlog.context(SET=request.source or ""))
+        stack.enter_context(ending.told())
         if request.sequence:
             plan = _plan_sequence(request, stack, cancelled)
         else:
@@ -181,7 +185,7 @@ def run(
                 restore_files.copy(each, cancelled, point=plan.point)
         _name_all(plan, force=request.force)
     xml = [each.final for each in plan.files if each.stored.role == restore_files.XML_ROLE]
-    return RestoreReport(
+    report = RestoreReport(
         point=plan.point,
         domain=plan.domain,
         created=plan.created,
@@ -189,8 +193,11 @@ def run(
         config=xml[0] if xml else None,
         files=tuple(each.final for each in plan.files if each.final not in xml),
         warnings=plan.warnings,
-        seconds=time.monotonic() - begun,
+        seconds=ending.seconds,
     )
+    with runlog.context(DOMAIN=plan.domain, SET=request.source or ""):
+        telling.restored(log, report)
+    return report
 
 
 def _check_request(request: RestoreRequest) -> None:

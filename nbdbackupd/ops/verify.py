@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nbdbackupd import durable
+from nbdbackupd import log as runlog
 from nbdbackupd.errors import (
     ChainBrokenError,
     FormatError,
@@ -22,7 +23,7 @@ from nbdbackupd.errors import (
 )
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import BackupSet, RestorePoint, StoredFile
-from nbdbackupd.ops import layers, points
+from nbdbackupd.ops import layers, points, telling
 from nbdbackupd.ops.findings import Findings, Problem
 from nbdbackupd.ops.verify_blocks import Prover
 from nbdbackupd.ops.verify_disk import DiskCheck
@@ -74,9 +75,18 @@ def run(
     ``cancelled`` is polled and raises to end the run. Raises UsageError, and RepositoryError if
     there is no set or no such point; never for damage.
     """
-    begun = time.monotonic()
     if request.workers < 1:
         raise UsageError("at least one worker is needed")
+    with runlog.context(SET=request.path):
+        report = _verify(request, progress, cancelled)
+        telling.verified(log, report)
+    return report
+
+
+def _verify(
+    request: VerifyRequest, progress: Progress, cancelled: Callable[[], None]
+) -> VerifyReport:
+    begun = time.monotonic()
     findings = Findings()
     # before the manifests: a backup that publishes meanwhile must not seem to have lost its own
     streams = _list_streams(request.path)

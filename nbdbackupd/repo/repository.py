@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd import durable
+from nbdbackupd import durable, events
 from nbdbackupd.errors import (
     ChainBrokenError,
     FormatError,
@@ -251,7 +251,7 @@ class Repository:
         kept = {name for point in points for name in _all_names(point)}
         with durable.translate_os_errors("sweep", self.path):
             for leftover in found:
-                log.info("removing %s, left by a run that died", leftover.path)
+                events.emit(log, events.DEAD_RUN_SWEPT, reason=leftover.path)
                 for name in sorted(leftover.names - kept):
                     self._remove_leftover(name, leftover.path)
                 durable.fsync_directory(self.path)

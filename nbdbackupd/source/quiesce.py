@@ -14,6 +14,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
+from nbdbackupd import events
+from nbdbackupd import log as runlog
 from nbdbackupd.errors import FreezeError, NbdbackupError
 from nbdbackupd.model.chain import Consistency
 from nbdbackupd.model.domain import Agent
@@ -170,7 +172,7 @@ class _Ice:
         self._lock = threading.Lock()
         self._count = 0
         self._is_attempted = False
-        self._watchdog = threading.Timer(wish.seconds, self._expire)
+        self._watchdog = threading.Timer(wish.seconds, runlog.carried(self._expire))
         self._watchdog.daemon = True
 
     def freeze(self) -> None:
@@ -190,6 +192,7 @@ class _Ice:
             return
         # it may be frozen all the same: the answer came too late
         self.thaw()
+        events.emit(LOG, events.FREEZE_FAILED, reason=failure)
         if self._wish.freeze is FreezePolicy.REQUIRE:
             raise FreezeError(
                 f"domain {self._domain.name} was not frozen: {failure}", domain=self._domain.name
@@ -209,10 +212,11 @@ class _Ice:
             if not self._is_attempted:
                 return
             self._is_attempted = False
-            self._warn(
-                f"thawed after {self._wish.seconds:g} s, since the job had not begun by then"
-            )
             self._thaw()
+            self._warn(
+                events.THAW_FORCED,
+                f"thawed after {self._wish.seconds:g} s, since the job had not begun by then",
+            )
 
     def _thaw(self) -> None:
         problem = ""
@@ -225,14 +229,21 @@ class _Ice:
             self._wish.marker.unlink(missing_ok=True)
             if thawed < self._count:
                 # Windows ends a freeze after 10 s by itself
-                self._warn(f"only {thawed} of {self._count} file systems were still frozen")
+                self._warn(
+                    events.THAW_FORCED,
+                    f"only {thawed} of {self._count} file systems were still frozen",
+                )
             return
         if self._count:
-            self._warn(f"THE GUEST MAY STILL BE FROZEN: {problem}; try 'virsh domfsthaw'")
+            self._warn(
+                events.THAW_FAILED,
+                f"THE GUEST MAY STILL BE FROZEN: {problem}; try 'virsh domfsthaw'",
+            )
         else:
             self._moment.warnings.append(f"thawing after the failed freeze failed, too: {problem}")
 
-    def _warn(self, text: str) -> None:
+    def _warn(self, event: events.Event, text: str) -> None:
         self._moment.consistency = Consistency.CRASH
         self._moment.warnings.append(text)
-        LOG.error("domain %s: %s", self._domain.name, text)
+        with runlog.context(DOMAIN=self._domain.name):
+            events.emit(LOG, event, reason=text)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from nbdbackupd import events
 from nbdbackupd.errors import (
     BusyError,
     CheckpointError,
@@ -191,7 +192,9 @@ def changed_bytes(
         if not stored:
             raise CheckpointError(f"libvirt does not know checkpoint {base}")
         checkpoints.redefine(domain, stored, targets)
-        LOG.info("domain %s: checkpoint %s was redefined", domain.name, base)
+        events.emit(
+            LOG, events.CHECKPOINT_REDEFINED, checkpoint=base, reason="libvirt did not know it"
+        )
     return checkpoints.sound_sizes(domain, base)
 
 

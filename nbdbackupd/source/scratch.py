@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from nbdbackupd import events
+from nbdbackupd import log as runlog
 from nbdbackupd.errors import (
     ConfigError,
     NbdbackupError,
@@ -91,13 +93,16 @@ def watch(
     # two threads, since a libvirt that hangs must not keep the other from looking
     threads = [
         threading.Thread(
-            target=_watch_space,
+            target=runlog.carried(_watch_space),
             args=(stop, domain, directory, reserve, on_trouble),
             name="scratch-space",
             daemon=True,
         ),
         threading.Thread(
-            target=_watch_job, args=(stop, domain, on_trouble), name="backup-job", daemon=True
+            target=runlog.carried(_watch_job),
+            args=(stop, domain, on_trouble),
+            name="backup-job",
+            daemon=True,
         ),
     ]
     for thread in threads:
@@ -125,18 +130,19 @@ def _watch_space(
             LOG.warning("scratch directory %s: %s", directory, err)
         if free >= reserve:
             continue
-        on_trouble(
-            ScratchSpaceError(
-                f"scratch directory {directory} is filling up: the job was ended before the "
-                f"guest could see an error; give more space with --scratch-dir",
-                free=free,
-                reserve=reserve,
-            )
+        error = ScratchSpaceError(
+            f"scratch directory {directory} is filling up: the job was ended before the "
+            f"guest could see an error; give more space with --scratch-dir",
+            free=free,
+            reserve=reserve,
         )
+        on_trouble(error)
         try:
             jobs.abort(domain)
         except NbdbackupError as err:
             LOG.warning("domain %s: %s", domain.name, err)
+        # only now: the job's end must not wait for a log
+        events.emit(LOG, events.SCRATCH_LOW, reason=error, bytes=free)
         return
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from nbdbackupd import log as runlog
 from nbdbackupd.errors import NbdbackupError, SourceError
 from nbdbackupd.virt.domain import Domain
 
@@ -65,7 +66,10 @@ def watch(domain: Domain, on_trouble: Callable[[NbdbackupError], None]) -> Itera
     """Call ``on_trouble`` once, from another thread, if the domain is started during the body."""
     stop = threading.Event()
     thread = threading.Thread(
-        target=_watch, args=(stop, domain, on_trouble), name="domain-off", daemon=True
+        target=runlog.carried(_watch),
+        args=(stop, domain, on_trouble),
+        name="domain-off",
+        daemon=True,
     )
     thread.start()
     try:

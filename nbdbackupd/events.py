@@ -1,0 +1,360 @@
+"""What is worth asking the journal for: each event with its id, text, meaning and cure.
+
+``scripts/gen-events`` makes docs/reference/events.md and systemd's message catalogue of this. An
+id never changes and is never used again (``journalctl --new-id128`` makes one): people filter by
+it. Texts name fields in braces; the journal has each as ``NBDBACKUP_<field>``.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from nbdbackupd import log as runlog
+
+CONTEXT: Final = ("DOMAIN", "UUID", "RUN", "SET")
+"""Fields that ``log.context`` sets once for everything that a run says, as far as it knows them."""
+
+FIELDS: Final[Mapping[str, str]] = {
+    "DOMAIN": "name of the domain",
+    "UUID": "its UUID",
+    "RUN": "id of the run; all records of one run share it",
+    "SET": "path of the backup set",
+    "POINT": "id of the restore point",
+    "LEVEL": "level of the point, or the one that was asked for",
+    "DISK": "target of the disk, as `vda`",
+    "CHECKPOINT": "name of the checkpoint",
+    "BYTES": "number of bytes, see the event",
+    "DURATION_USEC": "how long it took, in microseconds",
+    "REASON": "why, in words",
+}
+"""What each field means, in the order of the page."""
+
+CRITICAL: Final = 2
+ERROR: Final = 3
+WARNING: Final = 4
+NOTICE: Final = 5
+INFO: Final = 6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """One kind of event. ``priority`` is syslog's, as the journal keeps it.
+
+    ``level`` is what terminals and the run's log go by: lower than the priority where the command
+    says the same by itself. ``fields`` come with each event of this kind; ``text``, ``meaning``
+    and ``cure`` may name them and those of the context.
+    """
+
+    name: str
+    id: str
+    priority: int
+    level: int
+    text: str
+    fields: tuple[str, ...]
+    meaning: str
+    cure: str
+
+
+def emit(logger: logging.Logger, event: Event, /, **values: object) -> None:
+    """Log one event with its fields, named in lower case; the context adds its own.
+
+    Raises ValueError for fields that are not those of the event.
+    """
+    given = runlog.fields(**{name.upper(): value for name, value in values.items()})
+    if set(given) != set(event.fields):
+        raise ValueError(f"event {event.name} has fields {event.fields}, not {tuple(given)}")
+    known = defaultdict(lambda: "?", {**runlog.present(), **given})
+    extra = {**given, runlog.MESSAGE_ID: event.id, runlog.PRIORITY: event.priority}
+    logger.log(event.level, "%s", event.text.format_map(known), extra=extra, stacklevel=2)
+
+
+def usec(seconds: float) -> int:
+    """A duration as the journal has it."""
+    return round(seconds * 1_000_000)
+
+
+BACKUP_STARTED: Final = Event(
+    name="backup-started",
+    id="f55f72089d824b4f93e3524f426a71d6",
+    priority=INFO,
+    level=logging.INFO,
+    text="backup of {DOMAIN} ({UUID}), level {LEVEL}",
+    fields=("LEVEL",),
+    meaning="A run has the locks of the domain and of the set, and begins. {LEVEL} is what was "
+    "asked for; auto becomes a full or an increment.",
+    cure="Nothing is to be done.",
+)
+BACKUP_COMMITTED: Final = Event(
+    name="backup-committed",
+    id="fc784c664edf4627aa3b57fa23ee0f81",
+    priority=NOTICE,
+    level=logging.INFO,
+    text="restore point {POINT} of {DOMAIN} is committed: {LEVEL}, {BYTES} bytes",
+    fields=("POINT", "LEVEL", "CHECKPOINT", "BYTES", "DURATION_USEC"),
+    meaning="The point can be restored from now on, and its checkpoint is where the next increment "
+    "starts. {BYTES} is what its streams take in the set.",
+    cure="Nothing is to be done.",
+)
+BACKUP_WARNED: Final = Event(
+    name="backup-warned",
+    id="20bc033206534b20bb90f60099b6dd70",
+    priority=WARNING,
+    level=logging.INFO,
+    text="restore point {POINT} of {DOMAIN} is committed with warnings: {REASON}",
+    fields=("POINT", "LEVEL", "CHECKPOINT", "BYTES", "DURATION_USEC", "REASON"),
+    meaning="The point can be restored, but something is not as it was asked for: a disk was read "
+    "in full or left out, the guest was not frozen, a file beside the disks is missing.",
+    cure="Read the warnings: the records of run {RUN}, or 'nbdbackupctl list', name them all. The "
+    "exit status is 3; with --strict such a run makes no point.",
+)
+BACKUP_SKIPPED: Final = Event(
+    name="backup-skipped",
+    id="63df2dea153048dd8e953fa8a839f786",
+    priority=INFO,
+    level=logging.INFO,
+    text="nothing saved: {REASON}",
+    fields=("REASON",),
+    meaning="The run found that there is nothing worth saving, and ended successfully. The next "
+    "increment saves everything since the newest point.",
+    cure="Nothing is to be done. If points are missed, lower or leave out the threshold.",
+)
+BACKUP_FAILED: Final = Event(
+    name="backup-failed",
+    id="3e863430261945c99d40f6d0e6796530",
+    priority=ERROR,
+    level=logging.INFO,
+    text="backup of {DOMAIN} failed: {REASON}",
+    fields=("REASON", "DURATION_USEC"),
+    meaning="No point was made. The points that were there are sound, and the next increment saves "
+    "everything since the newest of them.",
+    cure="Mend what the reason names, then run again: 'systemctl start nbdbackup@NAME.service'. "
+    "'nbdbackupctl check {DOMAIN}' tells whether the next run will work. nbdbackupctl(1), EXIT "
+    "STATUS, tells what each status stands for.",
+)
+BACKUP_GAVE_WAY: Final = Event(
+    name="backup-gave-way",
+    id="bc0bb32f0ce048bebe577df70735fb9d",
+    priority=NOTICE,
+    level=logging.INFO,
+    text="backup of {DOMAIN} gave way to its start: {REASON}",
+    fields=("REASON", "DURATION_USEC"),
+    meaning="The domain was off and its images were being read when it was to start, which comes "
+    "first. No point was made; the newest one is still the base of the next increment.",
+    cure="Nothing is to be done: the next run saves the changes.",
+)
+BACKUP_BUSY: Final = Event(
+    name="backup-busy",
+    id="d545f5e376684672b66755cdabb29970",
+    priority=WARNING,
+    level=logging.INFO,
+    text="backup of {DOMAIN} was not begun: {REASON}",
+    fields=("REASON", "DURATION_USEC"),
+    meaning="Another run holds the lock of the domain or of the set, or the domain has a job of "
+    "somebody else. No point was made. The exit status is 75.",
+    cure="Let the other one end, or give --wait. The kernel drops locks when their holder dies, so "
+    "none is ever stale. 'nbdbackupctl check {DOMAIN}' names the holder.",
+)
+DISK_DEMOTED: Final = Event(
+    name="disk-demoted",
+    id="a2e9335eff1245478f3ae80a78a46dd9",
+    priority=WARNING,
+    level=logging.WARNING,
+    text="disk {DISK} is read in full: {REASON}",
+    fields=("DISK", "REASON"),
+    meaning="Within an increment this disk is saved whole, since what changed of it is not known. "
+    "The point is sound; it takes more space and time. The next one is an increment again.",
+    cure="Seen once, after a power cut, a crash of QEMU or a change of the disk, it is what must "
+    "be. Seen again and again, something removes bitmaps: 'nbdbackupctl checkpoints {DOMAIN}' and "
+    "'nbdbackupctl check {DOMAIN}' tell more.",
+)
+BASE_LOST: Final = Event(
+    name="base-lost",
+    id="6c5b59685c774d92b38de758dcb048f1",
+    priority=WARNING,
+    level=logging.WARNING,
+    text="the base of {DOMAIN} is lost: no disk has its changes since checkpoint {CHECKPOINT}",
+    fields=("CHECKPOINT",),
+    meaning="An increment was to be made, and not one disk could be read by its bitmap. All are "
+    "saved whole in this point, which is sound and is the base from now on.",
+    cure="Find out what removed the checkpoint: another backup program, 'virsh checkpoint-delete', "
+    "images that were copied or converted while the domain was off, a revert to a snapshot.",
+)
+CHECKPOINT_REDEFINED: Final = Event(
+    name="checkpoint-redefined",
+    id="be58d1842be5492db320ebad7ef4d7d9",
+    priority=INFO,
+    level=logging.INFO,
+    text="checkpoint {CHECKPOINT}: redefined, {REASON}",
+    fields=("CHECKPOINT", "REASON"),
+    meaning="libvirt did not know the checkpoint any more (the domain was undefined, migrated, or "
+    "is transient) and was told of it again. The bitmaps in the images are as they were.",
+    cure="Nothing is to be done.",
+)
+CHECKPOINT_REMOVED: Final = Event(
+    name="checkpoint-removed",
+    id="c4e001407f8140af85b462a5cae856cc",
+    priority=INFO,
+    level=logging.INFO,
+    text="checkpoint {CHECKPOINT}: removed, {REASON}",
+    fields=("CHECKPOINT", "REASON"),
+    meaning="No later increment needs this checkpoint of ours: a newer base has taken its place, "
+    "or the run that made it died. It would only have collected changes.",
+    cure="Nothing is to be done.",
+)
+CHECKPOINT_LEFT: Final = Event(
+    name="checkpoint-left",
+    id="2b8e9bd2deb54b67a2a68ffe4efe717b",
+    priority=WARNING,
+    level=logging.WARNING,
+    text="checkpoint {CHECKPOINT} is left as it is: {REASON}",
+    fields=("CHECKPOINT", "REASON"),
+    meaning="It should have been redefined or removed, which did not work. Restore points are not "
+    "concerned; the next run tries again.",
+    cure="If it comes again, see 'nbdbackupctl checkpoints {DOMAIN}', and mend what the reason "
+    "names.",
+)
+DEAD_RUN_SWEPT: Final = Event(
+    name="dead-run-swept",
+    id="1d5c019f747742428631fb432ad489fd",
+    priority=NOTICE,
+    level=logging.INFO,
+    text="removed what a dead run left: {REASON}",
+    fields=("REASON",),
+    meaning="An earlier run was killed. What it left (a job, scratch files, a draft, a guest that "
+    "it held) was cleared away. It had made no point, and none is harmed.",
+    cure="Find out what killed it: the out-of-memory killer, the watchdog of the unit, a power "
+    "cut, an administrator.",
+)
+SCRATCH_LOW: Final = Event(
+    name="scratch-low",
+    id="a188d108d4b84298999d5d779a11521c",
+    priority=ERROR,
+    level=logging.INFO,
+    text="scratch space is filling up, the job is ended: {REASON}",
+    fields=("REASON", "BYTES"),
+    meaning="QEMU keeps blocks in scratch files that the guest overwrites during a job. Had they "
+    "filled the file system, the guest would have seen an error; so the run was ended before. "
+    "{BYTES} is what was free.",
+    cure="Give more space (--scratch-dir, or 'scratch' in the configuration), or back the domain "
+    "up when it writes less.",
+)
+FREEZE_FAILED: Final = Event(
+    name="freeze-failed",
+    id="78e5f358be634f84b6ba4395a1c8213f",
+    priority=WARNING,
+    level=logging.INFO,
+    text="the file systems of {DOMAIN} were not frozen: {REASON}",
+    fields=("REASON",),
+    meaning="The guest agent refused, or answered too late. The guest was thawed in any case. The "
+    "point, if one is made, is what a power cut would leave: crash consistent.",
+    cure="Look into the guest: the agent's own log, file systems that hang, a hook of the agent "
+    "that fails. 'virsh domfsfreeze' shows the same outside a backup.",
+)
+THAW_FORCED: Final = Event(
+    name="thaw-forced",
+    id="fa8f473c621849b3bcc13b94fb47af6a",
+    priority=ERROR,
+    level=logging.ERROR,
+    text="domain {DOMAIN}: {REASON}",
+    fields=("REASON",),
+    meaning="The guest was frozen, and the freeze ended otherwise than it should: too early, or by "
+    "our deadline since the job had not begun. The point is crash consistent.",
+    cure="Find out what held the job up: a loaded host, storage that hangs, another job. A guest "
+    "with Windows ends each freeze after 10 seconds by itself.",
+)
+THAW_FAILED: Final = Event(
+    name="thaw-failed",
+    id="af0dc1d43df948e79fa114b39db87bca",
+    priority=CRITICAL,
+    level=logging.ERROR,
+    text="domain {DOMAIN}: {REASON}",
+    fields=("REASON",),
+    meaning="The guest agent did not confirm the thaw. The guest may still be frozen, and then "
+    "everything that writes in it hangs.",
+    cure="Run 'virsh domfsthaw {DOMAIN}' at once, or restart the agent in the guest. The next run "
+    "tries again, too.",
+)
+IMAGES_RELEASED: Final = Event(
+    name="images-released",
+    id="ba7debf760834685ad02f9f495ef8e79",
+    priority=NOTICE,
+    level=logging.INFO,
+    text="images of {DOMAIN} were let go of for its start: {REASON}",
+    fields=("REASON", "DURATION_USEC"),
+    meaning="libvirt's hook, or somebody, asked a backup to let go of the images of a domain that "
+    "is to start. {DURATION_USEC} is how long the start was held up.",
+    cure="Nothing is to be done.",
+)
+IMAGES_HELD: Final = Event(
+    name="images-held",
+    id="ddf086a4fbee4f089c69390738e003fb",
+    priority=ERROR,
+    level=logging.INFO,
+    text="images of {DOMAIN} are still held, its start may fail: {REASON}",
+    fields=("REASON",),
+    meaning="A reader did not let go in time. QEMU can't lock a qcow2 image that is still read, "
+    "and says so.",
+    cure="See who holds the file that the reason names ('fuser -v FILE'), end that process, and "
+    "start the domain again.",
+)
+VERIFY_SOUND: Final = Event(
+    name="verify-sound",
+    id="d69cec48de17451181e5865d358720f0",
+    priority=NOTICE,
+    level=logging.INFO,
+    text="backup set {SET} is sound: {BYTES} bytes checked",
+    fields=("BYTES", "DURATION_USEC"),
+    meaning="Manifests, links, sizes and digests of all blocks that were to be looked at are as "
+    "they should be.",
+    cure="Nothing is to be done.",
+)
+VERIFY_DAMAGED: Final = Event(
+    name="verify-damaged",
+    id="94b23f15859344f29e336b08d8115f82",
+    priority=CRITICAL,
+    level=logging.INFO,
+    text="backup set {SET} is damaged: {REASON}",
+    fields=("REASON", "BYTES", "DURATION_USEC"),
+    meaning="Points of this set can't be restored as they were saved. 'nbdbackupctl verify {SET}' "
+    "names each damaged file, position, disk and point.",
+    cure="Make a new full into a new set now. Keep the damaged set: points that do not need what "
+    "is damaged can be restored by name. Then look after the storage.",
+)
+RESTORE_DONE: Final = Event(
+    name="restore-done",
+    id="efd253c894444e5dad2d35961cb2757d",
+    priority=NOTICE,
+    level=logging.INFO,
+    text="restore point {POINT} of {DOMAIN} was restored",
+    fields=("POINT", "BYTES", "DURATION_USEC"),
+    meaning="All images are complete and carry their names. {BYTES} is what was written to them.",
+    cure="Nothing is to be done.",
+)
+RESTORE_FAILED: Final = Event(
+    name="restore-failed",
+    id="0994473d240849cf83edfb6617ac76ea",
+    priority=ERROR,
+    level=logging.INFO,
+    text="restore failed: {REASON}",
+    fields=("REASON", "DURATION_USEC"),
+    meaning="Images that were there before are as they were. What is not complete carries the "
+    "suffix '.incomplete'.",
+    cure="Mend what the reason names and restore again. If data is damaged, 'nbdbackupctl verify' "
+    "names all of it, and an older point may be sound.",
+)
+REPOSITORY_NOT_MOUNTED: Final = Event(
+    name="repository-not-mounted",
+    id="0de8c46365e3410fafb823f469d1d39c",
+    priority=ERROR,
+    level=logging.INFO,
+    text="the repository is not there: {REASON}",
+    fields=("REASON",),
+    meaning="The configuration demands a marker file or a mount point, which is missing: the file "
+    "system of the repository is most likely not mounted. Nothing was written.",
+    cure="Mount it and run again. If the repository is new, make its marker file by hand.",
+)
+
+ALL: Final = tuple(value for value in list(globals().values()) if isinstance(value, Event))
+"""Every event, in the order of this module."""

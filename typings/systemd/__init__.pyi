@@ -1,0 +1,1 @@
+# What we use of python3-systemd.

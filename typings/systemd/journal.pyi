@@ -1,0 +1,3 @@
+# What we use of python3-systemd: see systemd.journal(3) of that package.
+
+def send(MESSAGE: str, MESSAGE_ID: str | None = ..., **kwargs: object) -> int: ...
