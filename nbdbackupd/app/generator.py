@@ -1,0 +1,171 @@
+"""systemd's generator: makes timers of what the configuration says about schedules.
+
+systemd calls it at boot and at ``daemon-reload``, before anything else runs, with a directory for
+units of its own. It writes drop-ins for ``nbdbackup@NAME.timer`` there, and links for those that
+are to begin by themselves. It never fails: what it can't do it tells, and does the rest.
+
+Only instances that have a name get a drop-in: those that a file names letter for letter, and those
+that the administrator has enabled. What the main file says goes to all others.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from nbdbackupd.model import unitname
+
+if TYPE_CHECKING:
+    from nbdbackupd.app.config.files import Configuration
+    from nbdbackupd.app.config.timers import TimerSettings
+
+UNITS: Final = Path("/etc/systemd/system")
+VENDOR: Final = Path("/usr/lib/systemd/system")
+TEMPLATE: Final = f"{unitname.RUNNER}@.timer"
+DROP_IN: Final = "50-schedule.conf"
+WANTS: Final = "timers.target.wants"
+NEVER: Final = "1970-01-02 00:00:00 UTC"
+"""An event that is over."""
+
+KMSG: Final = Path("/dev/kmsg")
+MAX_TOLD: Final = 20
+
+Tell = Callable[[str], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write what belongs into the first of systemd's directories; always 0."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    tell = _teller(os.environ)
+    try:
+        if os.environ.get("SYSTEMD_IN_INITRD") == "1":
+            return 0
+        if not words:
+            tell("no directory given: systemd calls this program, see systemd.generator(7)")
+            return 0
+        generate(Path(words[0]), tell=tell)
+    except Exception as err:  # noqa: BLE001 - a boot must not end here, whatever it is
+        tell(f"timers are as the units have them: {type(err).__name__}: {err}")
+    return 0
+
+
+def generate(
+    output: Path, *, config: Path | None = None, units: Path = UNITS, tell: Tell
+) -> tuple[str, ...]:
+    """Write drop-ins and links below ``output``; returns the names that got one.
+
+    ``config`` is the directory of the configuration, by default the usual one; ``units`` is where
+    the administrator's links are. ``tell`` gets a line for each thing that is wrong.
+    """
+    from nbdbackupd.app.config import calendar, files, schema, timers
+
+    configuration = files.read_all(
+        config or schema.DIRECTORY, event_fault=cache(calendar.systemd_fault)
+    )
+    problems = configuration.problems
+    for problem in problems[:MAX_TOLD]:
+        tell(str(problem))
+    if len(problems) > MAX_TOLD:
+        tell(f"{len(problems) - MAX_TOLD} more: 'nbdbackupctl config check' shows all")
+    common = timers.timer_for("", _main_only(configuration))
+    _try(tell, TEMPLATE, partial(_write, output, TEMPLATE, _drop_in(common)))
+    exact = timers.exact_names(configuration)
+    done = []
+    for name in dict.fromkeys((*exact, *enabled_names(units))):
+        unit = unitname.unit(unitname.RUNNER, name, "timer")
+        # the directory of a drop-in has two characters more than the unit
+        if unitname.is_too_long(f"{unit}.d"):
+            tell(f"domain {name}: its name is too long for a unit; use its UUID: {unit[:60]}…")
+            continue
+        found = timers.timer_for(name, configuration)
+        if _try(tell, unit, partial(_write_timer, output, unit, found, name in exact)):
+            done.append(name)
+    return tuple(done)
+
+
+def enabled_names(units: Path) -> tuple[str, ...]:
+    """The domains whose timers the administrator has enabled, by name."""
+    try:
+        links = [path.name for folder in units.glob("*.wants") for path in folder.iterdir()]
+    except OSError:
+        return ()
+    names = (unitname.domain_of(link) for link in sorted(links) if link.endswith(".timer"))
+    ours = {unitname.unit(unitname.RUNNER, name, "timer"): name for name in names if name}
+    return tuple(name for unit, name in ours.items() if unit in links)
+
+
+def _main_only(configuration: "Configuration") -> "Configuration":
+    from nbdbackupd.app.config.files import Configuration
+
+    files = tuple(file for file in configuration.files if file.match is None)
+    return Configuration(files=files, problems=configuration.problems)
+
+
+def _write_timer(output: Path, unit: str, timer: "TimerSettings", is_exact: bool) -> None:
+    _write(output, unit, _drop_in(timer))
+    if timer.enable and is_exact and timer.calendar != ():
+        wants = output / WANTS
+        wants.mkdir(exist_ok=True)
+        (wants / unit).symlink_to(VENDOR / TEMPLATE)
+
+
+def _write(output: Path, unit: str, lines: Sequence[str]) -> None:
+    if not lines:
+        return
+    folder = output / f"{unit}.d"
+    folder.mkdir(exist_ok=True)
+    text = "\n".join(["# Made by nbdbackup-generator from /etc/nbdbackup", *lines])
+    (folder / DROP_IN).write_text(text + "\n")
+
+
+def _drop_in(timer: "TimerSettings") -> list[str]:
+    """The lines of a drop-in; none if the unit's own values hold."""
+    lines: list[str] = []
+    if timer.calendar == ():
+        # a timer without an event would be refused, and shown as broken
+        lines += ["[Timer]", "OnCalendar=", f"OnCalendar={NEVER}"]
+    elif timer.calendar is not None:
+        # the empty one takes away what the unit says
+        lines += ["[Timer]", "OnCalendar="]
+        lines += [f"OnCalendar={_literal(event)}" for event in timer.calendar]
+    if timer.random_delay is not None:
+        lines += ["[Timer]", f"RandomizedDelaySec={timer.random_delay:.3f}s"]
+    return lines
+
+
+def _literal(text: str) -> str:
+    """A value in which systemd sees no specifiers."""
+    return text.replace("%", "%%")
+
+
+def _try(tell: Tell, unit: str, write: Callable[[], None]) -> bool:
+    try:
+        write()
+    except OSError as err:
+        tell(f"{unit}: can't write its schedule: {err.strerror}")
+        return False
+    return True
+
+
+def _teller(environ: Mapping[str, str]) -> Tell:
+    """To the kernel's log if systemd calls, since the journal may not be there yet; else stderr."""
+
+    def tell(text: str) -> None:
+        line = f"nbdbackup-generator: {_one_line(text)}"
+        if "SYSTEMD_SCOPE" in environ:
+            try:
+                with KMSG.open("w") as log:
+                    log.write(f"<4>{line}\n")
+            except OSError:
+                pass
+            else:
+                return
+        print(line, file=sys.stderr)
+
+    return tell
+
+
+def _one_line(text: str) -> str:
+    return "".join(char if char.isprintable() else "?" for char in text)[:900]
