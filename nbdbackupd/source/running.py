@@ -185,8 +185,10 @@ def changed_bytes(
 ) -> dict[str, int]:
     """Return the bytes that changed since checkpoint ``base``, for each disk that can tell.
 
-    A checkpoint that libvirt has lost is redefined from its ``stored`` XML first. Raises
-    CheckpointError if that is not possible.
+    A checkpoint that libvirt has lost is redefined from its ``stored`` XML first. So is one of
+    which a disk beyond ``targets`` can't tell: of an overlay that has grown, libvirt 9.0 can't
+    merge the bitmaps, and then tells of no disk at all (measured). Raises CheckpointError if that
+    is not possible.
     """
     if base not in checkpoints.names(domain):
         if not stored:
@@ -195,6 +197,13 @@ def changed_bytes(
         events.emit(
             LOG, events.CHECKPOINT_REDEFINED, checkpoint=base, reason="libvirt did not know it"
         )
+    try:
+        return checkpoints.sound_sizes(domain, base)
+    except DomainError as err:
+        if not stored:
+            raise
+        LOG.info("checkpoint %s, disks %s alone: %s", base, ", ".join(targets), err)
+    checkpoints.redefine(domain, stored, targets)
     return checkpoints.sound_sizes(domain, base)
 
 
