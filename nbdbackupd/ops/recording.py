@@ -92,6 +92,7 @@ def _fill(job: Job, draft: Draft, notes: _Notes) -> RestorePoint:
         collected = metadata.collect(job.domain, job.survey.definition)
         notes.warnings += collected.warnings
         _check_strict(job, notes)
+        _tell_demotions(job, snapshot, reasons, notes)
         files = _save_metadata(job, draft, collected, snapshot, notes)
         _check_strict(job, notes)
         disks = _copy_disks(job, draft, snapshot, reasons, notes)
@@ -117,15 +118,23 @@ def _reasons(job: Job, snapshot: Snapshot, notes: _Notes) -> dict[str, str]:
     """Why disks are read in full that should not be; each is a warning."""
     reasons = {plan.target: plan.reason for plan in job.survey.plans if plan.reason}
     reasons |= snapshot.demoted
-    for target, reason in reasons.items():
-        warning = f"disk {target} is read in full: {reason}"
-        notes.warnings.append(warning)
-        notes.told.add(warning)
-        events.emit(log, events.DISK_DEMOTED, disk=target, reason=reason)
-    wanted = job.level in (Level.INC, Level.DIFF) and job.parent is not None
-    if wanted and reasons and not any(each.bitmap for each in snapshot.exports.values()):
-        events.emit(log, events.BASE_LOST, checkpoint=job.parent.checkpoint if job.parent else "")
+    notes.warnings += [_demotion(target, reason) for target, reason in reasons.items()]
     return reasons
+
+
+def _demotion(target: str, reason: str) -> str:
+    return f"disk {target} is read in full: {reason}"
+
+
+def _tell_demotions(
+    job: Job, snapshot: Snapshot, reasons: Mapping[str, str], notes: _Notes
+) -> None:
+    for target, reason in reasons.items():
+        notes.told.add(_demotion(target, reason))
+        events.emit(log, events.DISK_DEMOTED, disk=target, reason=reason)
+    is_delta = job.level in (Level.INC, Level.DIFF) and job.parent is not None
+    if is_delta and reasons and not any(each.bitmap for each in snapshot.exports.values()):
+        events.emit(log, events.BASE_LOST, checkpoint=job.parent.checkpoint if job.parent else "")
 
 
 def _check_strict(job: Job, notes: _Notes) -> None:
