@@ -1,5 +1,6 @@
 """The container lab itself: hosts boot, take packages, lose power, migrate, and leave nothing."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -300,3 +301,23 @@ def test_a_killed_lab_takes_its_hosts_along() -> None:
         assert not Path(directory).exists()
         assert lab.directory.is_dir()
     assert groups(f"nbdlab-{Path(directory).name.removeprefix('hosts-')}") == []
+
+
+MANY = """
+from tests.lab.hostlab import HostLab
+for _ in range(20):
+    with HostLab() as lab:
+        assert lab.shared.is_dir()
+"""
+
+
+def test_labs_begin_and_end_side_by_side() -> None:
+    """None takes another one, which is about to end, for the leftover of a killed one."""
+    with contextlib.ExitStack() as stack:
+        argv = [sys.executable, "-c", MANY]
+        labs = [
+            stack.enter_context(subprocess.Popen(argv, cwd=TOP, stderr=subprocess.PIPE, text=True))
+            for _ in range(3)
+        ]
+        said = [lab.communicate(timeout=100)[1] for lab in labs]
+        assert [lab.returncode for lab in labs] == [0, 0, 0], said

@@ -136,8 +136,7 @@ def _furnish(upper: Path, lower: Path, name: str, key: Path) -> None:
 @contextlib.contextmanager
 def _own_directory() -> Iterator[Path]:
     """Make a directory that is ours as long as we hold its lock; removed at the end."""
-    with (cache_directory() / "hosts.lock").open("w") as gate:
-        fcntl.flock(gate, fcntl.LOCK_EX)
+    with _gate():
         _sweep()
         directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=cache_directory()))
         # children do not inherit it, so it says whether this process lives
@@ -147,7 +146,16 @@ def _own_directory() -> Iterator[Path]:
         try:
             yield directory
         finally:
-            shutil.rmtree(directory)
+            with _gate():
+                shutil.rmtree(directory)
+
+
+@contextlib.contextmanager
+def _gate() -> Iterator[None]:
+    """Hold the right to make and remove directories of labs."""
+    with (cache_directory() / "hosts.lock").open("w") as gate:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        yield
 
 
 def _sweep() -> None:
