@@ -55,6 +55,11 @@ class Planned:
         """The set's directory."""
         return self.directory / self.next.directory
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What must not pass unnoticed: a set that can't be continued."""
+        return (self.next.problem,) if self.next.problem else ()
+
 
 def plan(domain: "Domain", settings: "DomainSettings", now: "datetime", wanted: "Level") -> Planned:
     """Choose set and level by the settings; nothing is created.

@@ -61,13 +61,15 @@ class SetFacts:
 class NextRun:
     """The directory of the set, whether a chain begins there, the level, and why.
 
-    A directory in which a chain begins may exist, if a run failed there.
+    A directory in which a chain begins may exist, if a run failed there. ``problem``: why the
+    newest set can't be continued, or empty.
     """
 
     directory: str
     is_new: bool
     level: Level
     reason: str
+    problem: str = ""
 
 
 def next_run(
@@ -102,6 +104,7 @@ def next_run(
         is_new=True,
         level=Level.FULL if wanted is Level.AUTO else wanted,
         reason=due if wanted is Level.AUTO else "asked for",
+        problem=due if newest is not None and newest.problem else "",
     )
 
 

@@ -28,7 +28,7 @@ _nbdbackupctl_value() {
 }
 
 _nbdbackupctl_verbs() {
-    echo 'backup restore list show verify estimate check checkpoints abort yield config'
+    echo 'backup run restore list show verify estimate check checkpoints abort yield config'
 }
 
 # $1: the verb, empty before it
@@ -44,6 +44,10 @@ _nbdbackupctl_options() {
         --raw -z --compress --no-compress -t --type --extents --freeze -F --freeze-mountpoint
         --pause -S --start-paused --scratch-dir --scratch-reserve --checkpoint-dir --threshold
         --strict --limit-rate -w --workers --wait --timeout'
+        ;;
+    run)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet --shutdown -n --dry-run --wait'
         ;;
     restore)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -85,7 +89,7 @@ _nbdbackupctl_options() {
 
 _nbdbackupctl_positional() {
     case "$1" in
-    backup | estimate | check | checkpoints | abort | yield)
+    backup | run | estimate | check | checkpoints | abort | yield)
         echo 'domain'
         ;;
     restore | list | show | verify)

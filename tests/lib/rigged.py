@@ -3,7 +3,8 @@
 A fault is ``WHAT@MODULE:FUNCTION#NUMBER`` and happens at that call of that function of the
 product (or of ``os``): a signal's name, such as ``KILL``, sends it to ourselves before the call;
 with a ``+`` (``KILL+``) after it; ``SLOW0.1`` makes each call from that one on take so much
-longer; ``NOSPACE`` and ``EIO`` raise that OSError instead of calling.
+longer; ``LATER40`` has a clock return a time so many days later; ``NOSPACE`` and ``EIO`` raise
+that OSError instead of calling.
 """
 
 import errno
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from tests.lib.ctl import Ctl
@@ -67,6 +69,8 @@ def rig(fault: str) -> None:
         if what == "SLOW":
             time.sleep(float(amount) if call >= int(number) else 0)
             return before(*args, **kwargs)
+        if what == "LATER":
+            return before(*args, **kwargs) + timedelta(days=float(amount))
         if call != int(number):
             return before(*args, **kwargs)
         if what in ERRORS:

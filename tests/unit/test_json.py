@@ -18,6 +18,7 @@ ROOT: Final = TOP / "nbdbackupd"
 REPORTS: Final = {
     "error": [("app/ctl.py", "_report")],
     "backup": [("ops/backup_request.py", "to_json")],
+    "run": [("app/runner.py", "to_json")],
     "list": [
         ("ops/catalog.py", "to_json"),
         ("ops/catalog.py", "describe"),

@@ -10,7 +10,8 @@ from nbdbackupd.app.verbs import (
     estimate,
     give_way,
     restore,
+    run,
     verify,
 )
 
-ALL = (backup, restore, catalog, verify, estimate, check, checkpoints, abort, give_way, config)
+ALL = (backup, run, restore, catalog, verify, estimate, check, checkpoints, abort, give_way, config)

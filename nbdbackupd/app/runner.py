@@ -1,0 +1,278 @@
+"""A run as the configuration says: what the units do for one domain."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from nbdbackupd.app import configured, making
+from nbdbackupd.app import context as app_context
+from nbdbackupd.app.context import Context
+from nbdbackupd.errors import DomainNotFoundError, NbdbackupError
+
+if TYPE_CHECKING:
+    from nbdbackupd.app.config.settings import DomainSettings
+    from nbdbackupd.app.making import Planned
+    from nbdbackupd.ops.backup_request import BackupReport
+    from nbdbackupd.virt.connection import Connection
+    from nbdbackupd.virt.domain import Domain
+
+log = logging.getLogger(__name__)
+SLOT_SECONDS: Final = 86400.0
+"""A run that finds no place among the concurrent ones in a day has its next one waiting."""
+
+INTERRUPTED_SECONDS: Final = 30.0
+"""Programs after a run that was told to end: systemd kills soon."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wish:
+    """Which domain; ``shutdown``: its guest has just ended; ``wait`` in seconds, None: defaults."""
+
+    domain: str
+    shutdown: bool = False
+    dry_run: bool = False
+    wait: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Watch:
+    """Who looks on: ``cancelled`` raises to end the run, ``doing`` gets what is begun.
+
+    ``alive`` is called where a run waits that can't be ended any more.
+    """
+
+    progress: Callable[[str, int, int, int], None]
+    cancelled: Callable[[], None]
+    doing: Callable[[str], None]
+    alive: Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunReport:
+    """What became of a run; ``reason``: why this set and level, or why nothing was saved.
+
+    ``set`` is None if none was chosen, ``backup`` if none was tried. ``problems`` are those
+    beside the point: of programs, of checkpoints that were to be dropped.
+    """
+
+    domain: str
+    uuid: str
+    result: str
+    reason: str = ""
+    set: Path | None = None
+    level: str = ""
+    problems: tuple[str, ...] = ()
+    backup: "BackupReport | None" = field(default=None)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Those of the point, and the problems."""
+        return (*(self.backup.warnings if self.backup is not None else ()), *self.problems)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as a JSON document, schema version 1."""
+        return {
+            "version": 1,
+            "domain": self.domain,
+            "uuid": self.uuid,
+            "result": self.result,
+            "reason": self.reason,
+            "set": str(self.set) if self.set is not None else "",
+            "level": self.level,
+            "problems": list(self.problems),
+            "backup": self.backup.to_json() if self.backup is not None else None,
+        }
+
+
+def run(wish: Wish, context: Context, watch: Watch) -> RunReport:
+    """Save a domain as the configuration says.
+
+    Raises ConfigError, DomainNotFoundError (not after the guest's end), BusyError if there is no
+    place or another run of the domain, ProcessError of a program before it, RepositoryError if
+    the repository is not mounted, and what a backup raises.
+    """
+    from nbdbackupd.virt.domain import Domain
+
+    configuration = configured.read(context).require_sound()
+    context = configured.connected(configuration, context)
+    with context.connection() as connection:
+        try:
+            domain = Domain.find(connection, wish.domain)
+        except DomainNotFoundError:
+            if not wish.shutdown:
+                raise
+            gone = "libvirt no longer knows it: it was transient, undefined or migrated away"
+            return RunReport(domain=wish.domain, uuid="", result="skipped", reason=gone)
+        settings = configured.settings_of_domain(domain, configuration)
+        one = _Run(
+            wish=wish, context=context, watch=watch, connection=connection, domain=domain,
+            settings=settings,
+        )  # fmt: skip
+        why_not = one.why_not() if wish.shutdown else ""
+        if why_not:
+            return one.report("skipped", why_not)
+        return one.plan_only() if wish.dry_run else one.in_slot()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """One run of a domain that was found."""
+
+    wish: Wish
+    context: Context
+    watch: Watch
+    connection: "Connection"
+    domain: "Domain"
+    settings: "DomainSettings"
+
+    def report(self, result: str, reason: str, **more: Any) -> RunReport:
+        return RunReport(
+            domain=self.domain.name, uuid=self.domain.uuid, result=result, reason=reason, **more
+        )
+
+    def why_not(self) -> str:
+        """Why there is nothing to do after the guest's end; empty if there is."""
+        from nbdbackupd.ops import after_end
+
+        if not self.settings.on_shutdown:
+            return "on_shutdown is off in its configuration"
+        if self.settings.start_paused:
+            # its end would be the end of a guest, too, and start the next run
+            return "start_paused is on in its configuration: it is saved by schedule only"
+        return after_end.why_not(self.domain)
+
+    def plan(self) -> "Planned":
+        from nbdbackupd.model.chain import Level
+
+        return making.plan(self.domain, self.settings, app_context.now(), Level.AUTO)
+
+    def plan_only(self) -> RunReport:
+        planned = self.plan()
+        level = planned.next.level.value
+        return self.report("planned", planned.next.reason, set=planned.set, level=level)
+
+    def in_slot(self) -> RunReport:
+        """Wait for a place, then run, with the programs before and after."""
+        from nbdbackupd.ops import slots
+
+        self.watch.doing("waiting for a place among the concurrent runs")
+        with slots.slot(
+            self.context.runtime_dir.absolute(),
+            self.settings.limits_concurrent_runs,
+            owner=f"run of {self.domain.name}",
+            wait_seconds=SLOT_SECONDS if self.wish.wait is None else self.wish.wait,
+            cancelled=self.watch.cancelled,
+        ):
+            return self.with_programs()
+
+    def with_programs(self) -> RunReport:
+        from nbdbackupd.app.config.settings import domain_directory
+        from nbdbackupd.ops import commands
+
+        settings = self.settings
+        about = {
+            "NBDBACKUP_DOMAIN": self.domain.name,
+            "NBDBACKUP_UUID": self.domain.uuid,
+            "NBDBACKUP_DIRECTORY": str(domain_directory(settings, self.domain.name)),
+        }
+        try:
+            self.watch.doing("running the programs before the backup")
+            commands.run_each(
+                settings.commands_pre, about,
+                timeout=settings.commands_timeout, cancelled=self.watch.cancelled,
+            )  # fmt: skip
+            report = self.backup()
+        except BaseException as err:
+            about |= {"NBDBACKUP_RESULT": "failure", "NBDBACKUP_REASON": _one_line(err)}
+            expected = isinstance(err, NbdbackupError)
+            limit = settings.commands_timeout if expected else INTERRUPTED_SECONDS
+            for problem in self._after(about, min(limit, settings.commands_timeout)):
+                log.warning("%s", problem)
+            raise
+        problems = self._after(about | _about(report), settings.commands_timeout)
+        return RunReport(
+            domain=report.domain, uuid=report.uuid, result=report.result, reason=report.reason,
+            set=report.set, level=report.level, problems=(*report.problems, *problems),
+            backup=report.backup,
+        )  # fmt: skip
+
+    def _after(self, about: Mapping[str, str], timeout: float) -> tuple[str, ...]:
+        from nbdbackupd.ops import commands
+
+        self.watch.doing("running the programs after the backup")
+        return commands.run_all(
+            self.settings.commands_post, about, timeout=timeout, waiting=self.watch.alive
+        )
+
+    def backup(self) -> RunReport:
+        """Choose the set, make the point, drop what older sets have left at libvirt."""
+        from nbdbackupd.ops import backup
+
+        # only now: a program before the run may have mounted the repository
+        planned = self.plan()
+        self.watch.doing(f"saving into {planned.set}: {planned.next.reason}")
+        log.info("set %s, level %s: %s", planned.set, planned.next.level, planned.next.reason)
+        request = making.request(self.domain.uuid, planned.set, self.context, self._fields())
+        made = backup.run(
+            request, self.connection, progress=self.watch.progress, cancelled=self.watch.cancelled
+        )
+        if made.point is None:
+            return self.report("skipped", made.skipped, set=planned.set, backup=made)
+        problems = planned.warnings
+        if made.point.makes_base:
+            problems += self._retire(planned, request.run_id, request.state_dir, made.point.chain)
+        return self.report(
+            "saved", planned.next.reason, set=planned.set, level=made.point.level.value,
+            problems=problems, backup=made,
+        )  # fmt: skip
+
+    def _fields(self) -> dict[str, Any]:
+        from nbdbackupd.app.config.settings import request_fields
+
+        # level auto: should another run have begun the set meanwhile, this one goes on with it
+        fields = request_fields(self.settings)
+        if self.wish.wait is not None:
+            fields["wait_seconds"] = self.wish.wait
+        if self.wish.shutdown:
+            # nothing changed since the last point: that one is already of this state
+            fields |= {"only_off": True, "threshold": max(1, self.settings.threshold or 0)}
+        return fields
+
+    def _retire(
+        self, planned: "Planned", run_id: str, state_dir: Path | None, chain: str
+    ) -> tuple[str, ...]:
+        from nbdbackupd.ops import retiring
+
+        if state_dir is None:
+            return ()
+        return retiring.retire(
+            retiring.RetireRequest(
+                uuid=self.domain.uuid,
+                directory=planned.directory,
+                chain=chain,
+                runtime_dir=self.context.runtime_dir.absolute(),
+                state_dir=state_dir,
+                run_id=run_id,
+            ),
+            self.connection,
+            self.watch.cancelled,
+        )
+
+
+def _about(report: RunReport) -> dict[str, str]:
+    """What programs after a run that did not fail are told of it."""
+    result = {"saved": "success", "skipped": "skipped"}[report.result]
+    point = report.backup.point if report.backup is not None else None
+    return {
+        "NBDBACKUP_RESULT": "warning" if report.warnings else result,
+        "NBDBACKUP_REASON": report.reason,
+        "NBDBACKUP_SET": str(report.set),
+        "NBDBACKUP_LEVEL": report.level,
+        "NBDBACKUP_POINT": point.id if point is not None else "",
+    }
+
+
+def _one_line(err: BaseException) -> str:
+    return " ".join(str(err).split()) or type(err).__name__

@@ -1,0 +1,79 @@
+"""``nbdbackupctl run``."""
+
+import argparse
+import os
+from typing import TYPE_CHECKING, Any
+
+from nbdbackupd.app import signals
+from nbdbackupd.app.arguments import Arguments, seconds
+from nbdbackupd.app.context import Context
+
+if TYPE_CHECKING:
+    from nbdbackupd.app.runner import RunReport
+
+WARNED = 3
+DESCRIPTION = """\
+Save a domain as the configuration says: into the set whose turn it is, within the limit of
+concurrent runs, with the programs before and after. This is what nbdbackup@DOMAIN.service does.
+"""
+
+
+def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "run", help="save a domain as the configuration says", description=DESCRIPTION,
+        parents=[shared], allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
+    parser.add_argument(
+        "--shutdown", action="store_true",
+        help="the guest has just ended: save what it left, if on_shutdown is configured, and "
+        "nothing else has to be done first",
+    )  # fmt: skip
+    parser.add_argument("-n", "--dry-run", action="store_true", help="only say what would be done")
+    parser.add_argument(
+        "--wait", metavar="SECONDS", type=seconds,
+        help="wait so long for a place among the concurrent runs (default: a day), and for the "
+        "lock of the set or domain (default: limits.wait)",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def run(args: Arguments, context: Context) -> int:
+    """Carry the verb out; 3 with warnings."""
+    from nbdbackupd.app import pulse, runner
+
+    beat = pulse.Pulse(os.environ)
+    wish = runner.Wish(
+        domain=args.domain, shutdown=args.shutdown, dry_run=args.dry_run, wait=args.wait
+    )
+    with signals.listen() as cancel, context.progress() as progress:
+
+        def cancelled() -> None:
+            beat.alive()
+            cancel.check()
+
+        def moved(disk: str, position: int, size: int, data: int) -> None:
+            beat.progress(disk, position, size, data)
+            progress.disk(disk, position, size, data)
+
+        watch = runner.Watch(
+            progress=moved, cancelled=cancelled, doing=beat.status, alive=beat.alive
+        )
+        report = runner.run(wish, context, watch)
+    text = render(report)
+    beat.status(text.partition("\n")[0])
+    context.show(report.to_json(), text)
+    return WARNED if report.warnings else 0
+
+
+def render(report: "RunReport") -> str:
+    """The report for people."""
+    from nbdbackupd.app.verbs import backup
+
+    if report.result == "planned":
+        return f"would save {report.domain} into {report.set}, {report.level}: {report.reason}"
+    if report.backup is None or report.backup.point is None:
+        return f"nothing saved of {report.domain}: {report.reason}"
+    lines = [backup.render(report.backup), f"  into {report.set}: {report.reason}"]
+    return "\n".join([*lines, *(f"  warning: {each}" for each in report.problems)])

@@ -1,0 +1,359 @@
+"""Runs as the configuration says, with real domains: sets, places, programs, ends of guests."""
+
+import json
+import shlex
+import signal
+import socket
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbdbackupd.model.policy import Rotate, period
+from tests.lab.daemon import DaemonLab
+from tests.lab.disks import MIB, DiskSpec
+from tests.lab.guest import GuestOptions
+from tests.lab.process import wait_until
+from tests.lib.scene import WARNED, Saved, Scene, scene, tree
+
+pytestmark = pytest.mark.system
+KIB = 1024
+DISK = DiskSpec(target="vda", size=8 * MIB)
+DOMAIN, SOURCE, REPOSITORY, BUSY = 20, 30, 50, 75
+LATER = "LATER40@nbdbackupd.app.context:now#1"
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[DaemonLab]:
+    with DaemonLab() as lab:
+        yield lab
+
+
+@dataclass(frozen=True)
+class Appliance:
+    """A scene whose runs read a configuration below ``directory``."""
+
+    scene: Scene
+    directory: Path
+
+    @property
+    def repository(self) -> Path:
+        return self.directory / "repository"
+
+    @property
+    def home(self) -> Path:
+        """Where the domain's sets are, its name being harmless."""
+        return self.repository / self.scene.guest.name
+
+    def configure(self, **settings: Any) -> None:
+        """Write the main file; section and key are parted by two underscores."""
+        ctl = self.scene.ctl
+        document: dict[str, Any] = {
+            "repository": {"path": str(self.repository)},
+            "scratch": {"directory": str(ctl.scratch), "reserve": "16M"},
+            "checkpoint_directory": str(ctl.state),
+        }
+        for name, value in settings.items():
+            section, _, key = name.rpartition("__")
+            (document.setdefault(section, {}) if section else document)[key] = value
+        (self.directory / "etc").mkdir(exist_ok=True)
+        # JSON is YAML
+        (self.directory / "etc/nbdbackup.yaml").write_text(json.dumps(document))
+
+    def argv(self, *options: str) -> tuple[str, ...]:
+        return (self.scene.guest.name, "--config-dir", str(self.directory / "etc"), *options)
+
+    def run(self, *options: str, code: int = 0) -> Any:
+        """Run and return the report; nothing is left but the point."""
+        report = self.scene.ctl("run", *self.argv("--json", *options), code=code).json
+        self.scene.assert_clean()
+        return report
+
+    def save(self, *options: str, code: int = 0) -> Saved:
+        """Take references, run, remember the point for ``prove_all``."""
+        references = self.scene.references()
+        report = self.run(*options, code=code)
+        assert report["result"] == "saved", report
+        saved = Saved(set=Path(report["set"]), report=report["backup"], references=references)
+        self.scene.history.append(saved)
+        return saved
+
+    def refuse(self, *options: str, code: int) -> str:
+        """Have a run refused; the line that says why."""
+        result = self.scene.ctl("run", *self.argv(*options), code=code)
+        (line,) = [each for each in result.stderr.splitlines() if each.startswith("nbdbackupctl:")]
+        self.scene.assert_clean()
+        return line
+
+
+def change(here: Scene, number: int) -> None:
+    """Write some data and some zeroes."""
+    here.guest.write("vda", number * 64 * KIB, 64 * KIB, number)
+    here.guest.write_zeroes("vda", 4 * MIB + number * 64 * KIB, 64 * KIB, unmap=True)
+
+
+@pytest.fixture
+def one(lab: DaemonLab, tmp_path: Path) -> Iterator[Appliance]:
+    options = GuestOptions(uuid=str(uuid.uuid4()))
+    with scene(lab, tmp_path, f"run-{uuid.uuid4().hex[:8]}", [DISK], options) as here:
+        here.guest.write("vda", 0, 4 * MIB, 0xEE)
+        appliance = Appliance(here, tmp_path)
+        appliance.configure()
+        yield appliance
+
+
+def test_a_set_for_each_month(one: Appliance) -> None:
+    here = one.scene
+    planned = one.run("--dry-run")
+    assert (planned["result"], planned["level"]) == ("planned", "full")
+    assert not one.repository.exists()
+    month = period(Rotate.MONTHLY, datetime.now().astimezone())
+    full = one.save()
+    assert full.set == one.home / month
+    assert str(full.set) == planned["set"]
+    assert full.point["level"] == "full"
+    change(here, 1)
+    second = one.save()
+    assert (second.set, second.point["level"], second.modes) == (full.set, "inc", {"vda": "delta"})
+    old = second.point["checkpoint"]
+    assert here.checkpoints() == [old]
+    with here.ctl.rigged(LATER):
+        change(here, 2)
+        third = one.save()
+        later = datetime.now().astimezone() + timedelta(days=40)
+        assert third.set == one.home / period(Rotate.MONTHLY, later)
+        assert third.point["level"] == "full"
+        # nothing of the old set weighs on the guest any more
+        assert here.checkpoints() == [third.point["checkpoint"]]
+        assert list(here.guest.bitmaps("vda")) == here.checkpoints()
+        change(here, 3)
+        # off or not, the set goes on
+        here.guest.stop()
+        fourth = one.save()
+        assert (fourth.set, fourth.modes) == (third.set, {"vda": "delta"})
+    assert sorted(path.name for path in one.home.iterdir()) == [full.set.name, third.set.name]
+    here.prove_all()
+
+
+def test_a_damaged_set_is_not_continued(one: Appliance) -> None:
+    full = one.save()
+    (stream,) = full.set.glob("vda.full.data")
+    stream.unlink()
+    report = one.run(code=WARNED)
+    assert report["set"] == f"{full.set}.2"
+    assert report["level"] == "full"
+    assert "vda.full.data" in report["problems"][0]
+    assert one.run()["level"] == "inc"
+    one.scene.ctl("verify", report["set"])
+
+
+def test_a_repository_that_is_not_mounted(one: Appliance, tmp_path: Path) -> None:
+    one.configure(repository__marker=".marker")
+    assert ".marker is missing" in one.refuse(code=REPOSITORY)
+    one.configure(repository__mount_point=str(one.repository))
+    assert "nothing is mounted" in one.refuse(code=REPOSITORY)
+    assert not one.repository.exists()
+    # a program before the run may be what mounts it
+    marker = one.repository / ".marker"
+    mount = tmp_path / "mount"
+    mount.write_text(f"#!/bin/sh\nmkdir -p {one.repository} && touch {marker}\n")
+    mount.chmod(0o755)
+    one.configure(repository__marker=".marker", commands__pre=[str(mount)])
+    one.save()
+    one.scene.prove_all()
+
+
+def program(path: Path, status: int = 0) -> str:
+    """A program that appends what it is told to a file beside it."""
+    body = f"env | grep ^NBDBACKUP_ | sort >>{shlex.quote(f'{path}.env')}"
+    path.write_text(f"#!/bin/sh\n{body}\necho all is lost >&2\nexit {status}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def told(path: Path) -> dict[str, str]:
+    """What a program was told since it was asked last."""
+    file = Path(f"{path}.env")
+    lines = file.read_text().splitlines()
+    file.unlink()
+    return dict(line.removeprefix("NBDBACKUP_").split("=", 1) for line in lines)
+
+
+def test_programs_around_a_run(one: Appliance, tmp_path: Path) -> None:
+    pre, post = tmp_path / "pre", tmp_path / "post"
+    both = {"commands__pre": [program(pre)], "commands__post": [program(post)]}
+    one.configure(**both)
+    name = one.scene.guest.name
+    saved = one.save()
+    common = {"DOMAIN": name, "UUID": saved.point["uuid"], "DIRECTORY": str(one.home)}
+    assert told(pre) == common
+    after = told(post)
+    reason = after.pop("REASON")
+    assert "no set yet" in reason
+    assert after == common | {
+        "RESULT": "success", "SET": str(saved.set), "LEVEL": "full", "POINT": saved.id,
+    }  # fmt: skip
+    # one that fails before the run ends it, and those after are told
+    program(pre, 5)
+    before = tree(one.repository)
+    assert "pre failed with exit status 5: all is lost" in one.refuse(code=SOURCE)
+    assert tree(one.repository) == before
+    after = told(post)
+    assert after["RESULT"] == "failure"
+    assert "all is lost" in after["REASON"]
+    # one that fails after it costs a warning, and takes no other one with it
+    program(pre)
+    program(tmp_path / "bad", 7)
+    one.configure(**both | {"commands__post": [str(tmp_path / "bad"), str(post)]})
+    report = one.run(code=WARNED)
+    assert report["result"] == "saved"
+    assert "bad failed with exit status 7" in report["problems"][0]
+    assert told(post)["RESULT"] == "success"
+    # one that hangs is ended; and so is a run that is told to end meanwhile
+    one.configure(commands__pre=["/bin/sleep 1000"], commands__timeout="1")
+    assert "sleep did not end within 1 s" in one.refuse(code=SOURCE)
+    one.configure(commands__pre=["/bin/sleep 1000"])
+    with one.scene.ctl.start("run", *one.argv()) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        wait_until(lambda: bool(children.read_text()), "program", 30)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 128 + signal.SIGTERM
+
+
+def test_one_place_for_two_domains(one: Appliance, lab: DaemonLab, tmp_path: Path) -> None:
+    here = one.scene
+    options = GuestOptions(uuid=str(uuid.uuid4()))
+    one.configure(limits__concurrent_runs=1)
+    with scene(lab, tmp_path / "b", f"two-{uuid.uuid4().hex[:8]}", [DISK], options) as there:
+        # both on one host: one runtime directory
+        there.ctl.runtime = here.ctl.runtime
+        other = Appliance(there, one.directory)
+        with (
+            here.ctl.rigged("STOP@nbdbackupd.ops.recording:copy_disk#1"),
+            here.ctl.start("run", *one.argv()) as first,
+        ):
+            here.ctl.faults = ()
+            stat = Path(f"/proc/{first.pid}/stat")
+            wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "stop", 60)
+            busy = there.ctl("run", *other.argv("--wait", "1"), code=BUSY).stderr
+            assert "at most 1 run at a time (limits.concurrent_runs)" in busy
+            assert f"process {first.pid} (run of {here.guest.name})" in busy
+            with there.ctl.start("run", *other.argv("--json")) as second:
+                first.send_signal(signal.SIGCONT)
+                assert first.wait(60) == 0
+                out, _ = second.communicate(timeout=60)
+                assert second.returncode == 0
+        assert json.loads(out)["result"] == "saved"
+        assert other.run()["level"] == "inc"
+        # a run that was killed leaves no place taken
+        with there.ctl.rigged("KILL@nbdbackupd.ops.recording:copy_disk#1"):
+            there.ctl("run", *other.argv(), code=-signal.SIGKILL)
+        here.ctl("run", *one.argv())
+        assert other.run()["result"] == "saved"
+
+
+def test_after_the_guests_end(one: Appliance) -> None:
+    here = one.scene
+    one.save()
+
+    def nothing(why: str) -> None:
+        before = tree(one.repository)
+        report = one.run("--shutdown")
+        assert (report["result"], tree(one.repository)) == ("skipped", before)
+        assert why in report["reason"]
+
+    nothing("on_shutdown is off")
+    one.configure(on_shutdown=True, start_paused=True)
+    nothing("start_paused is on")
+    one.configure(on_shutdown=True)
+    nothing("runs again")
+    # nothing was written since
+    here.guest.stop()
+    nothing("0 bytes changed")
+    here.guest.start()
+    change(here, 1)
+    here.guest.stop()
+    saved = one.save("--shutdown")
+    assert (saved.point["level"], saved.modes) == ("inc", {"vda": "delta"})
+    nothing("0 bytes changed")
+    # a saved state is no end
+    here.guest.start()
+    change(here, 2)
+    here.lab.virsh("managedsave", "--domain", here.guest.name)
+    nothing("its state is saved")
+    here.lab.virsh("managedsave-remove", "--domain", here.guest.name)
+    here.prove_all()
+
+
+def test_after_a_crash_the_bitmaps_decide(one: Appliance) -> None:
+    here = one.scene
+    one.configure(on_shutdown=True)
+    one.save()
+    change(here, 1)
+    here.guest.kill9()
+    wait_until(lambda: "crashed" in state(here), "libvirt sees the crash", 30)
+    saved = one.save("--shutdown", code=WARNED)
+    assert saved.modes == {"vda": "full"}
+    here.prove_all()
+
+
+def state(here: Scene) -> str:
+    return here.lab.virsh("domstate", "--reason", "--domain", here.guest.name)
+
+
+def test_a_domain_that_is_gone(one: Appliance) -> None:
+    gone = ("no-such", "--config-dir", str(one.directory / "etc"))
+    assert "no-such" in one.scene.ctl("run", *gone, code=DOMAIN).stderr
+    done = one.scene.ctl("run", "--shutdown", *gone)
+    assert "nothing saved of no-such: libvirt no longer knows it" in done.stdout
+
+
+def test_systemd_is_told(one: Appliance, tmp_path: Path) -> None:
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(str(path))
+        receiver.settimeout(1)
+        one.scene.ctl.environment |= {"NOTIFY_SOCKET": str(path), "WATCHDOG_USEC": "300000000"}
+        one.run()
+        lines = receive(receiver)
+    assert "WATCHDOG=1" in lines
+    assert "STATUS=vda: 100 %" in lines
+    assert any(f"STATUS=saving into {one.home}" in line for line in lines)
+    assert any(line.startswith("STATUS=saved ") for line in lines)
+    # while fsync runs, and until the next disk is copied
+    assert "WATCHDOG_USEC=1800000000" in lines
+
+
+def receive(receiver: socket.socket) -> list[str]:
+    lines = []
+    while True:
+        try:
+            lines += receiver.recv(4096).decode().split("\n")
+        except TimeoutError:
+            return lines
+
+
+def test_backup_without_a_set(one: Appliance) -> None:
+    here = one.scene
+    one.configure(compression=3, threshold="1M")
+    config = ("--config-dir", str(one.directory / "etc"))
+    name = here.guest.name
+
+    def backup(*options: str) -> Any:
+        return here.ctl("backup", name, *config, "--json", *options).json
+
+    first = backup()["point"]
+    assert first["disks"][0]["compressed"]
+    assert one.home.is_dir()
+    change(here, 1)
+    assert backup()["result"] == "skipped"
+    second = backup("--threshold", "0", "--no-compress", "--limit-rate", "1G")["point"]
+    assert (second["level"], second["disks"][0]["compressed"]) == ("inc", False)
+    # with -o the configuration is not even read
+    (one.directory / "etc/nbdbackup.yaml").write_text("nonsense: yes\n")
+    assert not backup("-o", str(here.set))["point"]["disks"][0]["compressed"]
+    assert "nonsense" in here.ctl("backup", name, *config, code=10).stderr
