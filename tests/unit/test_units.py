@@ -117,19 +117,10 @@ def commands() -> list[tuple[str, list[str]]]:
     ]
 
 
-NOT_YET = {"run", "notify"}
-
-
 @pytest.mark.parametrize(
     ("unit", "words"),
-    [
-        pytest.param(
-            unit, words, id=f"{unit}-{words[1]}",
-            marks=[pytest.mark.xfail(reason="no such verb yet")] if words[1] in NOT_YET else [],
-        )
-        for unit, words in commands()
-    ],
-)  # fmt: skip
+    [pytest.param(unit, words, id=f"{unit}-{words[1]}") for unit, words in commands()],
+)
 def test_units_call_what_the_command_knows(unit: str, words: list[str]) -> None:
     assert words[0] == "/usr/bin/nbdbackupctl"
     # a name that looks like an option must be none
