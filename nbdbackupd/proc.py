@@ -40,10 +40,13 @@ PACKAGES: Final = {
     "nbdcopy": "libnbd-bin (Debian) or libnbd (Fedora, EL)",
     "nbdinfo": "libnbd-bin (Debian) or libnbd (Fedora, EL)",
     "nbdkit": "nbdkit",
+    "journalctl": "systemd",
     "qemu-img": "qemu-utils (Debian) or qemu-img (Fedora, EL)",
     "qemu-io": "qemu-utils (Debian) or qemu-img (Fedora, EL)",
     "qemu-nbd": "qemu-utils (Debian) or qemu-img (Fedora, EL)",
     "qemu-storage-daemon": "qemu-system-common (Debian) or qemu-img (Fedora, EL)",
+    "sendmail": "postfix, exim4 or msmtp-mta (Debian)",
+    "systemctl": "systemd",
 }
 """Which distribution package brings a program."""
 

@@ -28,7 +28,7 @@ _nbdbackupctl_value() {
 }
 
 _nbdbackupctl_verbs() {
-    echo 'backup run restore list show verify estimate check checkpoints abort yield config'
+    echo 'backup run restore list show verify estimate check checkpoints abort yield config notify'
 }
 
 # $1: the verb, empty before it
@@ -84,6 +84,10 @@ _nbdbackupctl_options() {
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet --any'
         ;;
+    notify)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet --print'
+        ;;
     esac
 }
 
@@ -97,6 +101,9 @@ _nbdbackupctl_positional() {
         ;;
     config)
         echo 'wordscheck show sample'
+        ;;
+    notify)
+        echo 'other'
         ;;
     esac
 }

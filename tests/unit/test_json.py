@@ -40,6 +40,7 @@ REPORTS: Final = {
         ("app/verbs/config.py", "_document"),
         ("app/verbs/config.py", "_sample"),
     ],
+    "notify": [("app/verbs/notify.py", "run")],
 }
 
 

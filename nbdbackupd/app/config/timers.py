@@ -7,10 +7,9 @@ the timers of all others away.
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from nbdbackupd.app.config.files import ConfigFile, Configuration
-from nbdbackupd.app.config.interpreting import Value
 from nbdbackupd.app.config.matching import is_uuid
 from nbdbackupd.app.config.reading import Problem
 from nbdbackupd.app.config.schema import MATCH
@@ -48,18 +47,26 @@ def exact_names(configuration: Configuration) -> tuple[str, ...]:
 
 def timer_for(name: str, configuration: Configuration) -> TimerSettings:
     """What the files say about a domain's timer."""
+    values = sound_values(name, configuration, SCHEDULE)
+    return TimerSettings(
+        calendar=values.get(CALENDAR), random_delay=values.get(RANDOM_DELAY),
+        enable=values.get(ENABLE, False),
+    )  # fmt: skip
+
+
+def sound_values(name: str, configuration: Configuration, paths: Collection[str]) -> dict[str, Any]:
+    """What the files say of some settings for a domain, by path; without what has an error."""
     bad = {(each.file, each.path) for each in configuration.problems}
-    values: dict[str, Value] = {}
+    values: dict[str, Any] = {}
     for file in _usable(configuration):
         if file.match is None or file.match.fits_name(name, ""):
             # a list may have lost the event that was wrong, so all of it is dropped
-            sound = {path: v for path, v in file.values.items() if (v.file, path) not in bad}
-            values |= {path: v for path, v in sound.items() if path in SCHEDULE}
-    return TimerSettings(
-        calendar=values[CALENDAR].value if CALENDAR in values else None,
-        random_delay=values[RANDOM_DELAY].value if RANDOM_DELAY in values else None,
-        enable=ENABLE in values and values[ENABLE].value,
-    )
+            values |= {
+                path: found.value
+                for path, found in file.values.items()
+                if path in paths and (found.file, path) not in bad
+            }
+    return values
 
 
 def remarks(configuration: Configuration) -> tuple[Problem, ...]:

@@ -9,9 +9,25 @@ from nbdbackupd.app.verbs import (
     config,
     estimate,
     give_way,
+    log,
+    notify,
     restore,
     run,
     verify,
 )
 
-ALL = (backup, run, restore, catalog, verify, estimate, check, checkpoints, abort, give_way, config)
+ALL = (
+    backup,
+    run,
+    restore,
+    catalog,
+    verify,
+    estimate,
+    check,
+    checkpoints,
+    abort,
+    give_way,
+    config,
+    notify,
+    log,
+)

@@ -1,0 +1,219 @@
+"""What is told about the end of a unit, and how it gets to people: by mail, or by a program."""
+
+import shlex
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from email.message import EmailMessage
+from email.utils import format_datetime, make_msgid
+from pathlib import Path
+from typing import Any, Final
+
+from nbdbackupd import proc
+from nbdbackupd.errors import ConfigError, ProcessError
+
+TEMPLATE: Final = "notify.txt.j2"
+MAX_TEMPLATE: Final = 64 << 10
+MAX_TEXT: Final = 1 << 20
+DELIVERY_SECONDS: Final = 45.0
+"""For one mail, or one program: both fit into the unit's two minutes."""
+
+SENDMAIL: Final = ("/usr/sbin/sendmail", "/usr/lib/sendmail")
+
+EVENTS: Final = {
+    "failure": "failed",
+    "warning": "is done, with warnings",
+    "success": "is done",
+}
+
+MEANINGS: Final = {
+    0: "done",
+    1: "an error in the program",
+    2: "the command line is wrong",
+    3: "done, with warnings",
+    10: "the configuration",
+    20: "the domain or libvirt",
+    30: "the source of the blocks, or a program",
+    40: "damaged data",
+    50: "the backup set or its directory",
+    75: "locked or busy, to be tried later",
+}
+"""Exit statuses of ours, as in the manual."""
+
+DEFAULT: Final = """\
+{{ what }} {{ word }} on {{ host }}
+{{ what }} {{ word }} on {{ host }}.
+
+unit:    {{ unit }}
+{% if domain %}domain:  {{ domain }}
+{% endif %}result:  {{ result }}{% if meaning %} ({{ meaning }}){% endif %}
+
+{% if started %}started: {{ started }}
+{% endif %}{% if ended %}ended:   {{ ended }}
+{% endif %}
+{% if remark %}{{ remark }}
+
+{% endif %}{% if lines %}What it said last:
+
+{% for line in lines %}  {{ line }}
+{% endfor %}{% else %}It left nothing in the journal.
+{% endif %}
+More: {{ more }}
+"""
+"""The first line is the subject."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Notice:
+    """What a template may use.
+
+    ``event`` is ``failure``, ``warning`` or ``success``, ``word`` the same for a sentence, and
+    ``what`` its subject. ``result`` is ``exit status 20`` or systemd's word, ``meaning`` what the
+    status stands for. Times are texts, or empty. ``remark`` tells what is odd about this notice.
+    """
+
+    event: str
+    unit: str
+    domain: str
+    host: str
+    what: str
+    result: str
+    meaning: str
+    started: str
+    ended: str
+    lines: tuple[str, ...]
+    remark: str = ""
+
+    @property
+    def word(self) -> str:
+        """``failed``, for example."""
+        return EVENTS[self.event]
+
+    @property
+    def more(self) -> str:
+        """Commands that tell more."""
+        found = f"journalctl -u {shlex.quote(self.unit)}"
+        if not self.domain:
+            return found
+        return f"{found}; nbdbackupctl status -- {shlex.quote(self.domain)}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Text:
+    """A notice in words."""
+
+    subject: str
+    body: str
+
+
+def result_of(result: str, status: str) -> tuple[str, str, str]:
+    """Event, result and meaning of systemd's two words: ``exit-code`` and ``20``, for example."""
+    number = int(status) if status.isascii() and status.isdigit() else None
+    if number is not None and (result == "exit-code" or (result == "success" and number)):
+        event = "success" if result == "success" else "failure"
+        meaning = MEANINGS.get(number, "ended by a signal" if number > 128 else "")
+        return ("warning" if number == 3 else event), f"exit status {number}", meaning
+    if result == "success":
+        return "success", "success", ""
+    meanings = {
+        "timeout": "it took too long",
+        "watchdog": "it made no progress and was ended",
+        "oom-kill": "it was ended because memory ran out",
+        "resources": "systemd could not start it",
+    }
+    signal = f" {status}" if result in ("signal", "core-dump") and number is None else ""
+    return "failure", f"{result or 'unknown'}{signal}", meanings.get(result, "")
+
+
+def render(notice: Notice, directory: Path) -> Text:
+    """The notice in words, by the template in the directory, or by our own.
+
+    A template that is broken does not keep the notice back: ours takes its place and tells.
+    Raises ConfigError if jinja2 is not installed.
+    """
+    path = directory / TEMPLATE
+    try:
+        source = _read(path)
+        if source is not None:
+            return _fill(source, notice)
+    except ConfigError:
+        raise
+    except Exception as err:  # noqa: BLE001 - a template can fail in any way there is
+        reason = " ".join(str(err).split()) or type(err).__name__
+        remarks = [notice.remark, f"The template {path} can't be used: {reason}"]
+        notice = replace(notice, remark="\n".join(filter(None, remarks)))
+    return _fill(DEFAULT, notice)
+
+
+def send_mail(text: Text, addresses: tuple[str, ...], moment: datetime) -> None:
+    """Give a mail to the host's sendmail. Raises ConfigError, ProcessError."""
+    for address in addresses:
+        if address.startswith("-") or not address.isprintable():
+            raise ConfigError(f"not a mail address: {address!r}; mend notification.mail")
+    message = EmailMessage()
+    message["Subject"] = text.subject
+    message["To"] = ", ".join(addresses)
+    message["Date"] = format_datetime(moment)
+    message["Message-ID"] = make_msgid(domain="nbdbackup.invalid")
+    message["Auto-Submitted"] = "auto-generated"
+    message.set_content(text.body)
+    program = shutil.which("sendmail") or next(
+        (each for each in SENDMAIL if shutil.which(each)), "sendmail"
+    )
+    proc.output(
+        [program, "-i", "--", *addresses],
+        input=message.as_bytes(), timeout=DELIVERY_SECONDS, max_output=MAX_TEXT,
+    )  # fmt: skip
+
+
+def run_command(argv: tuple[str, ...], text: Text, notice: Notice) -> None:
+    """Run a program with the text as its input and the facts in its environment.
+
+    Raises ProcessError.
+    """
+    facts = {
+        "EVENT": notice.event, "UNIT": notice.unit, "DOMAIN": notice.domain, "HOST": notice.host,
+        "RESULT": notice.result, "SUBJECT": text.subject,
+    }  # fmt: skip
+    try:
+        proc.output(
+            argv, input=f"{text.subject}\n\n{text.body}", timeout=DELIVERY_SECONDS,
+            env={f"NBDBACKUP_{name}": value for name, value in facts.items()},
+            max_output=MAX_TEXT,
+        )  # fmt: skip
+    except ValueError as err:
+        raise ProcessError(f"{argv[0]}: can't be told of {notice.unit!r}: {err}") from err
+
+
+def _read(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_TEMPLATE + 1)
+    except FileNotFoundError:
+        return None
+    if len(data) > MAX_TEMPLATE:
+        raise ValueError(f"it is larger than {MAX_TEMPLATE} bytes")
+    return data.decode()
+
+
+def _fill(source: str, notice: Notice) -> Text:
+    try:
+        from jinja2 import StrictUndefined
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as err:
+        raise ConfigError("the text of notifications needs jinja2: install python3-jinja2") from err
+
+    # plain text, for people: nothing to be escaped
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, trim_blocks=False, autoescape=False
+    )
+    facts: Mapping[str, Any] = {**asdict(notice), "word": notice.word, "more": notice.more}
+    text = environment.from_string(source).render(facts)
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"it makes more than {MAX_TEXT} characters")
+    subject, _, body = text.lstrip("\n").partition("\n")
+    if not subject.strip():
+        raise ValueError("its first line, which is the subject, is empty")
+    shown = "".join(char if char.isprintable() else " " for char in subject).strip()
+    return Text(subject=shown[:200], body=body.strip("\n").encode(errors="replace").decode() + "\n")
