@@ -17,9 +17,9 @@ from typing import Self
 
 from tests.lab.command import DEFAULT_TIMEOUT_SECONDS, LabError, run
 from tests.lab.daemon import propagation
-from tests.lab.process import KILL_TIMEOUT_SECONDS
 
 START_TIMEOUT_SECONDS = 20.0
+END_TIMEOUT_SECONDS = 60.0  # on a busy disk, unmounting takes its time
 BRIDGE = "br0"
 READY = b"ready\n"
 OUTSIDE = "/run/outside"
@@ -89,10 +89,10 @@ class Ground:
         if process.stdout is not None:
             process.stdout.close()
         try:
-            process.wait(KILL_TIMEOUT_SECONDS)
+            process.wait(END_TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait(KILL_TIMEOUT_SECONDS)
+            process.wait(END_TIMEOUT_SECONDS)
 
     def _wait_ready(self) -> None:
         out = self._process.stdout

@@ -241,7 +241,10 @@ class Host:
         }
         for path in layers.values():
             path.mkdir(exist_ok=True)
-        options = ",".join(f"{key}={self._ground.outside(at)}" for key, at in layers.items())
+        places = [f"{key}={self._ground.outside(at)}" for key, at in layers.items()]
+        # else its end would write the whole file system below to disk, for other programs, too;
+        # a crash of the host keeps the kernel, and so what it has not written yet
+        options = ",".join(["volatile", *places])
         self._ground.run("mkdir", self._tree)
         self._ground.run("mount", "-t", "overlay", "-o", options, self.name, self._tree)
 
