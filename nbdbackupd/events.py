@@ -94,7 +94,7 @@ BACKUP_COMMITTED: Final = Event(
     text="restore point {POINT} of {DOMAIN} is committed: {LEVEL}, {BYTES} bytes",
     fields=("POINT", "LEVEL", "CHECKPOINT", "BYTES", "DURATION_USEC"),
     meaning="The point can be restored from now on, and its checkpoint is where the next increment "
-    "starts. {BYTES} is what its streams take in the set.",
+    "starts. {BYTES} is what its disks take in the set.",
     cure="Nothing is to be done.",
 )
 BACKUP_WARNED: Final = Event(

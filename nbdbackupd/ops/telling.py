@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from nbdbackupd import events
 from nbdbackupd.errors import BusyError, GaveWayError
 from nbdbackupd.events import Event, emit, usec
+from nbdbackupd.ops import catalog
 
 if TYPE_CHECKING:
     import logging
@@ -67,7 +68,7 @@ def backup(log: "logging.Logger", report: "BackupReport") -> None:
         "point": point.id,
         "level": point.level,
         "checkpoint": point.checkpoint,
-        "bytes": sum(disk.file_size for disk in point.disks),
+        "bytes": sum(catalog.disk_bytes(disk) for disk in point.disks),
         "duration_usec": usec(report.seconds),
     }
     if point.warnings:
