@@ -28,7 +28,7 @@ _nbdbackupctl_value() {
 }
 
 _nbdbackupctl_verbs() {
-    echo 'backup run restore list show verify estimate check checkpoints abort yield config notify'
+    echo 'backup run restore list show verify estimate check checkpoints abort yield config notify log'
 }
 
 # $1: the verb, empty before it
@@ -88,12 +88,16 @@ _nbdbackupctl_options() {
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet --print'
         ;;
+    log)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet --since -f --follow -n --lines --run -o --output'
+        ;;
     esac
 }
 
 _nbdbackupctl_positional() {
     case "$1" in
-    backup | run | estimate | check | checkpoints | abort | yield)
+    backup | run | estimate | check | checkpoints | abort | yield | log)
         echo 'domain'
         ;;
     restore | list | show | verify)
@@ -113,8 +117,8 @@ _nbdbackupctl_kind() {
     case "$1:$2" in
     *:-c | *:--connect | *:--user | *:-i | *:--include | *:-x | *:--exclude | *:-z | \
     *:--compress | *:-F | *:--freeze-mountpoint | *:--scratch-reserve | *:--threshold | \
-    *:--limit-rate | *:-w | *:--workers | *:--wait | *:--timeout | *:-d | *:--disk | *:--point \
-    | *:--until | *:--at | *:--drop)
+    *:--limit-rate | *:-w | *:--workers | *:--wait | *:--timeout | log:-n | *:-d | *:--disk | \
+    *:--point | *:--until | *:--at | *:--drop | *:--since | *:--lines | *:--run)
         echo 'other'
         ;;
     *:--password-file | *:--sequence)

@@ -41,6 +41,7 @@ REPORTS: Final = {
         ("app/verbs/config.py", "_sample"),
     ],
     "notify": [("app/verbs/notify.py", "run")],
+    "log": [("ops/journal.py", "to_json"), ("ops/journal.py", "describe")],
 }
 
 
