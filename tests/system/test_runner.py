@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import signal
 import socket
 import uuid
@@ -18,7 +19,7 @@ from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec
 from tests.lab.guest import GuestOptions
 from tests.lab.process import wait_until
-from tests.lib.scene import WARNED, Saved, Scene, scene, tree
+from tests.lib.scene import WARNED, Saved, Scene, assert_same, scene, tree
 
 pytestmark = pytest.mark.system
 KIB = 1024
@@ -137,6 +138,19 @@ def test_a_set_for_each_month(one: Appliance) -> None:
         assert (fourth.set, fourth.modes) == (third.set, {"vda": "delta"})
     assert sorted(path.name for path in one.home.iterdir()) == [full.set.name, third.set.name]
     here.prove_all()
+    # and by the domain's name, the newest set or the one that has the point
+    config = ("--config-dir", str(one.directory / "etc"))
+    name = here.guest.name
+    listed = here.ctl("list", name, *config, "--json").json
+    assert [len(each["points"]) for each in listed["sets"]] == [2, 2]
+    here.ctl("verify", name, *config)
+    for saved, wish in ((fourth, ()), (second, ("--until", old)), (full, ("--point", full.id))):
+        into = one.directory / "restored"
+        done = here.ctl("restore", name, *config, "-o", into, "--format", "raw", *wish, "--json")
+        assert done.json["point"] == saved.id
+        (disk,) = done.json["disks"]
+        assert_same(Path(disk["path"]), "raw", saved.references["vda"])
+        shutil.rmtree(into)
 
 
 def test_a_damaged_set_is_not_continued(one: Appliance) -> None:

@@ -23,6 +23,7 @@ REPORTS: Final = {
         ("ops/catalog.py", "to_json"),
         ("ops/catalog.py", "describe"),
         ("ops/catalog.py", "_describe_disk"),
+        ("app/verbs/catalog.py", "_document"),
     ],
     "restore": [("ops/restore.py", "to_json")],
     "verify": [("ops/verify.py", "to_json"), ("ops/findings.py", "to_json")],

@@ -2,11 +2,17 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from nbdbackupd.app import named
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
+
+if TYPE_CHECKING:
+    from nbdbackupd.ops.catalog import ListReport
+    from nbdbackupd.ops.lookup import DomainSets
 
 DAMAGED = 40
 
@@ -15,17 +21,17 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
     """Add both verbs."""
     parser = subparsers.add_parser(
         "list", help="list the restore points of a set",
-        description="List the restore points of a backup set, oldest first.",
+        description="List the restore points of a backup set, oldest first; of a domain, all sets.",
         parents=[shared], allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="directory of the set")
+    parser.add_argument("source", metavar="SOURCE", type=Path, help=named.HELP)
     parser.set_defaults(run=run_list)
     parser = subparsers.add_parser(
         "show", help="show all that a set says of itself",
         description="Show the metadata of each point and stream of a backup set.",
         parents=[shared], allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="directory of the set")
+    parser.add_argument("source", metavar="SOURCE", type=Path, help=named.HELP)
     parser.add_argument("--point", metavar="ID", help="only this point ('latest': the newest)")
     parser.set_defaults(run=run_show)
 
@@ -34,17 +40,31 @@ def run_list(args: Arguments, context: Context) -> int:
     """Carry ``list`` out; 40 if a point is damaged, the sound ones are listed all the same."""
     from nbdbackupd.ops import catalog
 
-    report = catalog.list_points(args.source.absolute())
-    context.show(report.to_json(), catalog.render_list(report))
-    for problem in report.problems:
+    domain = named.domain_of(args.source, context)
+    paths = [args.source.absolute()] if domain is None else [each.path for each in domain.sets]
+    reports = [catalog.list_points(path) for path in paths]
+    document = reports[0].to_json() if domain is None else _document(domain, reports)
+    context.show(document, "\n\n".join(map(catalog.render_list, reports)))
+    problems = [problem for report in reports for problem in report.problems]
+    for problem in problems:
         print(f"nbdbackupctl: {problem}", file=sys.stderr)
-    return DAMAGED if report.problems else 0
+    return DAMAGED if problems else 0
+
+
+def _document(domain: "DomainSets", reports: "Sequence[ListReport]") -> dict[str, Any]:
+    return {
+        "version": 1,
+        "domain": domain.name,
+        "directory": str(domain.directory),
+        "sets": [report.to_json() for report in reports],
+    }
 
 
 def run_show(args: Arguments, context: Context) -> int:
     """Carry ``show`` out."""
     from nbdbackupd.ops import catalog
 
-    report = catalog.show(args.source.absolute(), point=args.point or "")
+    point = args.point or ""
+    report = catalog.show(named.set_of(args.source, context, point=point), point=point)
     context.show(report.to_json(), catalog.render_show(report))
     return 0

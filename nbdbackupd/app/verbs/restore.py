@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbdbackupd.app import signals
+from nbdbackupd.app import named, signals
 from nbdbackupd.app.arguments import Arguments, names, positive
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size, human_time
@@ -28,9 +28,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         "restore", help="bring disks back", description=DESCRIPTION,
         parents=[shared], allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument(
-        "source", metavar="SOURCE", type=Path, nargs="?", help="directory of the set"
-    )
+    parser.add_argument("source", metavar="SOURCE", type=Path, nargs="?", help=named.HELP)
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=Path, required=True, help="directory for the images"
     )
@@ -81,8 +79,13 @@ def run(args: Arguments, context: Context) -> int:
 
     if (args.source is None) == (not args.sequence):
         raise UsageError("restore takes either a SOURCE directory or --sequence FILES")
+    source = None
+    if args.source is not None:
+        source = named.set_of(
+            args.source, context, point=args.point or "", until=args.until or "", at=args.at
+        )
     request = restore.RestoreRequest(
-        source=args.source.absolute() if args.source else None,
+        source=source,
         output=args.output.absolute(),
         disks=args.disk,
         point=args.point or "",

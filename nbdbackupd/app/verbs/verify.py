@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nbdbackupd.app import signals
+from nbdbackupd.app import named, signals
 from nbdbackupd.app.arguments import Arguments, positive
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size
@@ -25,7 +25,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         "verify", help="prove a backup set", description=DESCRIPTION,
         parents=[shared], allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="directory of the set")
+    parser.add_argument("source", metavar="SOURCE", type=Path, help=named.HELP)
     parser.add_argument("--point", metavar="ID", help="only this point and what it is made of")
     parser.add_argument(
         "-w", "--workers", metavar="N", type=positive, default=min(8, os.cpu_count() or 2),
@@ -38,9 +38,9 @@ def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 40 if anything is damaged."""
     from nbdbackupd.ops import verify
 
-    request = verify.VerifyRequest(
-        path=args.source.absolute(), point=args.point or "", workers=args.workers
-    )
+    point = args.point or ""
+    path = named.set_of(args.source, context, point=point)
+    request = verify.VerifyRequest(path=path, point=point, workers=args.workers)
     with signals.listen() as cancel, context.progress() as progress:
 
         def show(label: str, done: int, total: int) -> None:
@@ -54,7 +54,7 @@ def run(args: Arguments, context: Context) -> int:
     context.show(report.to_json(), "\n".join(problem.text for problem in report.problems))
     count = len(report.problems)
     print(
-        f"nbdbackupctl: {args.source} is damaged: {count} problem{'s' * (count > 1)} found",
+        f"nbdbackupctl: {path} is damaged: {count} problem{'s' * (count > 1)} found",
         file=sys.stderr,
     )
     return DAMAGED

@@ -1,0 +1,262 @@
+"""The sets of a domain side by side: which one goes on, which one a name and a wish mean."""
+
+import os
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbdbackupd.errors import BusyError, NoFullError, ProcessError, RepositoryError
+from nbdbackupd.model.chain import Level
+from nbdbackupd.model.policy import LevelPolicy, NextRun, Rotate
+from nbdbackupd.ops import commands, lookup, sets, slots
+from nbdbackupd.repo.repository import Repository
+from tests.lib import chains, points
+from tests.lib.ctl import Ctl
+
+OTHER = "11111111-2222-4333-8444-555555555555"
+RULES = LevelPolicy(rotate=Rotate.MONTHLY)
+
+
+def add(path: Path, number: int, day: str, *, uuid: str = points.UUID) -> None:
+    """Publish point ``p<number>``, made at noon of a day; the first of a set is a full."""
+    repository = Repository.open(path)
+    with repository.lock(owner="test"):
+        known = repository.load().points
+        level = Level.INC if known else Level.FULL
+        intent = replace(chains.intent_for(number, level=level), uuid=uuid)
+        with repository.draft(intent) as draft:
+            point = chains.fill(draft, known, level)
+            draft.publish(replace(point, created=f"{day}T12:00:00Z", uuid=uuid))
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A domain with a set of November and one of December."""
+    home = tmp_path / "repository" / "vm1"
+    for number, day in ((1, "2025-11-10"), (2, "2025-11-20")):
+        add(home / "2025-11", number, day)
+    for number, day in ((3, "2025-12-05"), (4, "2025-12-06"), (5, "2025-12-07")):
+        add(home / "2025-12", number, day)
+    return home
+
+
+def after(home: Path, day: str, wanted: Level = Level.AUTO, uuid: str = points.UUID) -> NextRun:
+    now = datetime.fromisoformat(f"{day}T12:00:00+00:00")
+    return sets.next_run(home, uuid, RULES, now, wanted)
+
+
+def test_a_set_goes_on_until_the_month_turns(home: Path) -> None:
+    found = sets.sets_of(home)
+    assert [each.path.name for each in found] == ["2025-11", "2025-12"]
+    assert found[1].began is not None
+    assert found[1].began.astimezone(UTC).isoformat() == "2025-12-05T12:00:00+00:00"
+    run = after(home, "2025-12-20")
+    assert (run.directory, run.is_new, run.level, run.problem) == (
+        "2025-12", False, Level.INC, "",
+    )  # fmt: skip
+    run = after(home, "2026-01-20")
+    assert (run.directory, run.is_new, run.level) == ("2026-01", True, Level.FULL)
+    assert after(home, "2025-12-20", Level.FULL).directory == "2025-12.2"
+
+
+def test_increments_are_counted(home: Path) -> None:
+    now = datetime(2025, 12, 20, tzinfo=UTC)
+    for limit, new in ((2, True), (3, False)):
+        rules = replace(RULES, max_increments=limit)
+        assert sets.next_run(home, points.UUID, rules, now).is_new == new
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert sets.sets_of(tmp_path / "none") == ()
+    assert after(tmp_path / "none", "2026-01-20").directory == "2026-01"
+    with pytest.raises(NoFullError):
+        after(tmp_path / "none", "2026-01-20", Level.INC)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("damage", ["manifest", "all manifests", "stream", "link"])
+def test_a_damaged_set_is_not_continued(home: Path, damage: str) -> None:
+    manifests = sorted((home / "2025-12/points").iterdir())
+    if damage in {"manifest", "all manifests"}:
+        # without the full nothing of it is sound
+        for path in manifests[: 1 if damage == "manifest" else None]:
+            path.write_text("{}")
+        moment = datetime(2025, 12, 7, 12, tzinfo=UTC).timestamp()
+        os.utime(home / "2025-12/points", (moment, moment))
+    elif damage == "stream":
+        next((home / "2025-12").glob("vdb.inc.*.data")).unlink()
+    else:
+        manifests[1].unlink()
+    run = after(home, "2025-12-20")
+    # a new one, not the older one, whose base is gone
+    assert (run.directory, run.level) == ("2025-12.2", Level.FULL)
+    assert "set 2025-12 can't be continued" in run.problem
+
+
+def test_the_set_of_another_domain_is_not_continued(home: Path) -> None:
+    run = after(home, "2025-12-20", uuid=OTHER)
+    assert run.directory == "2025-12.2"
+    assert points.UUID in run.problem
+
+
+def test_what_stands_in_the_way(home: Path) -> None:
+    (home / "2026-01").write_text("no directory")
+    assert after(home, "2026-01-20").directory == "2026-01.2"
+    # a run that failed in a new set has left a log, and the next one begins there
+    (home / "2026-02/logs").mkdir(parents=True)
+    assert after(home, "2026-02-20").directory == "2026-02"
+    (home / "2026-03").symlink_to("/nowhere")
+    assert after(home, "2026-03-20").directory == "2026-03.2"
+    (home / "kept").mkdir()
+    assert "kept" not in {each.path.name for each in sets.sets_of(home)}
+
+
+# -- by name
+
+
+def find(home: Path, name: str) -> lookup.DomainSets:
+    return lookup.find(name, [home.parent])
+
+
+def test_which_set_a_wish_means(home: Path) -> None:
+    found = find(home, "vm1")
+    assert [each.path.name for each in found.sets] == ["2025-11", "2025-12"]
+    at = datetime.fromisoformat
+    for wish, name in (
+        ({}, "2025-12"),
+        ({"point": "latest"}, "2025-12"),
+        ({"point": "p2"}, "2025-11"),
+        ({"until": f"nbdbackup-{points.CHAIN}-2"}, "2025-11"),
+        ({"at": at("2025-12-31T00:00:00+00:00")}, "2025-12"),
+        ({"at": at("2025-12-05T12:00:00+00:00")}, "2025-12"),
+        ({"at": at("2025-12-05T11:59:59+00:00")}, "2025-11"),
+    ):
+        wishes: dict[str, Any] = wish
+        assert found.choose(**wishes).name == name, wish
+    for wrong, why in (
+        ({"point": "p"}, "more than one restore point with id 'p'"),
+        ({"point": "x"}, "no restore point with id 'x' among the 2 sets"),
+        ({"until": "x"}, "no restore point made checkpoint 'x'"),
+        ({"at": at("2025-11-01T00:00:00+00:00")}, "no restore point is as old as 2025-11-01"),
+    ):
+        wishes = wrong
+        with pytest.raises(RepositoryError, match=why):
+            found.choose(**wishes)
+    # an id of its own is not the beginning of another one
+    add(home / "2025-12", 41, "2025-12-08")
+    assert find(home, "vm1").choose(point="p4").name == "2025-12"
+    # a new set whose first run has failed holds nothing that could be meant
+    (home / "2026-02/logs").mkdir(parents=True)
+    assert find(home, "vm1").choose().name == "2025-12"
+
+
+def test_names_and_typos(home: Path) -> None:
+    assert find(home, points.UUID.upper()).directory == home
+    for name, why in (
+        ("vm2", "did you mean vm1"),
+        ("database", "which holds vm1"),
+        (OTHER, "neither a directory nor a domain"),
+        ("", "neither"),
+    ):
+        with pytest.raises(RepositoryError, match=why):
+            find(home, name)
+    hostile = home.parent / "%2Evm%0A~x"
+    add(hostile / "2025-12", 1, "2025-12-01", uuid=OTHER)
+    assert find(home, OTHER).directory == hostile
+    # the same domain under its old and its new name
+    add(home.parent / "vm1-old/2025-10", 1, "2025-10-01")
+    with pytest.raises(RepositoryError, match="more than one place"):
+        find(home, points.UUID)
+    with pytest.raises(RepositoryError, match=r"neither .*give the path"):
+        lookup.find("vm1", [home / "nowhere"])
+
+
+def test_sources_by_name_on_the_command_line(home: Path, tmp_path: Path) -> None:
+    config = tmp_path / "etc"
+    config.mkdir()
+    (config / "nbdbackup.yaml").write_text(f"repository: {{path: {home.parent}}}\n")
+    ctl = Ctl("test:///default", tmp_path)
+
+    def run(verb: str, *argv: str, code: int = 0) -> Any:
+        return ctl(verb, *argv, "--config-dir", config, "--json", code=code).json
+
+    listed = run("list", "vm1")
+    assert (listed["domain"], listed["directory"]) == ("vm1", str(home))
+    assert [each["set"] for each in listed["sets"]] == [
+        str(home / "2025-11"), str(home / "2025-12"),
+    ]  # fmt: skip
+    assert listed["sets"][0] == ctl("list", home / "2025-11", "--json").json
+    text = ctl("list", "vm1", "--config-dir", config).stdout
+    assert text.index("2025-11: vm1") < text.index("2025-12: vm1")
+    assert run("show", "vm1", "--point", "p2")["set"] == str(home / "2025-11")
+    # these small sets do not cover their disks
+    verified = ctl("verify", "vm1", "--config-dir", config, code=40).stderr
+    assert f"{home / '2025-12'} is damaged" in verified
+    error = run("restore", "vm", "-o", str(tmp_path / "out"), code=50)["error"]["message"]
+    assert "did you mean vm1" in error
+    # what is a path stays one, whatever the configuration is like
+    (config / "nbdbackup.yaml").write_text("nonsense\n")
+    assert ctl("list", home / "2025-11", "--config-dir", config).code == 0
+    assert "nonsense" not in ctl("list", "./vm1/x", "--config-dir", config, code=50).stderr
+    ctl("list", "vm1", "--config-dir", config, code=10)
+    # a damaged set is told, the others are listed
+    (config / "nbdbackup.yaml").write_text(f"repository: {{path: {home.parent}}}\n")
+    next((home / "2025-11/points").glob("*p1.json")).write_text("{}")
+    listed = run("list", "vm1", code=40)
+    assert [len(each["points"]) for each in listed["sets"]] == [3, 0]
+
+
+# -- places and programs
+
+
+def test_places_are_taken_and_freed(tmp_path: Path) -> None:
+    calls = 0
+
+    def cancelled() -> None:
+        nonlocal calls
+        calls += 1
+
+    def place(wait: float = 0.0) -> Any:
+        return slots.slot(
+            tmp_path / "run", 2, owner="run of vm", wait_seconds=wait, cancelled=cancelled
+        )
+
+    with place() as first, place() as second:
+        assert (first, second) == (1, 2)
+        with pytest.raises(BusyError, match=f"at most 2 runs .*process {os.getpid()}"), place():
+            pass
+        assert calls == 0
+        with pytest.raises(BusyError, match=r"after 0.5 s"), place(0.5):
+            pass
+        assert calls >= 2
+    with place() as again:
+        assert again == 1
+
+
+def test_programs_one_after_the_other(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def tell(text: str) -> tuple[str, ...]:
+        return ("/bin/sh", "-c", f'echo "$0 $X" >>{log}; [ "$0" != bad ]', text)
+
+    commands.run_each([tell("a b"), tell("c")], {"X": "$1;"}, timeout=10)
+    assert log.read_text() == "a b $1;\nc $1;\n"
+    with pytest.raises(ProcessError, match="sh failed with exit status 1"):
+        commands.run_each([tell("bad"), tell("d")], {}, timeout=10)
+    assert log.read_text().splitlines()[2:] == ["bad "]
+    waits = 0
+
+    def waiting() -> None:
+        nonlocal waits
+        waits += 1
+
+    programs = [tell("bad"), ("/bin/sleep", "60"), tell("e"), ("/no/such",)]
+    problems = commands.run_all(programs, {}, timeout=0.5, waiting=waiting)
+    assert [each.split(": ")[1].split()[0] for each in problems] == ["sh", "sleep", "program"]
+    assert "sleep did not end within 0.5 s" in problems[1]
+    assert "program such was not found" in problems[2]
+    assert log.read_text().endswith("e \n")
+    assert waits > 3
