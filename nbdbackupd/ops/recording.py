@@ -19,7 +19,7 @@ from nbdbackupd.model.plan import DiskState
 from nbdbackupd.nbdio import copy
 from nbdbackupd.nbdio.client import Patience
 from nbdbackupd.nbdio.throttle import Throttle
-from nbdbackupd.ops import leftovers, metadata, reconciling
+from nbdbackupd.ops import leftovers, metadata, origin, reconciling
 from nbdbackupd.ops.backup_job import Job
 from nbdbackupd.ops.sources import open_source
 from nbdbackupd.ops.transfer import Copied, Transfer, copy_disk
@@ -86,7 +86,8 @@ def _fill(job: Job, draft: Draft, notes: _Notes) -> RestorePoint:
     def trouble(error: NbdbackupError) -> None:
         notes.trouble = notes.trouble or error
 
-    with open_source(job, trouble) as snapshot:
+    with open_source(job, trouble) as opened:
+        snapshot = _proven(job, opened, notes)
         notes.warnings += snapshot.warnings
         reasons = _reasons(job, snapshot, notes)
         collected = metadata.collect(job.domain, job.survey.definition)
@@ -100,6 +101,23 @@ def _fill(job: Job, draft: Draft, notes: _Notes) -> RestorePoint:
         if warning not in notes.told:
             log.warning("%s", warning)
     return _describe(job, snapshot, disks, files, notes, autostart=collected.autostart)
+
+
+def _proven(job: Job, snapshot: Snapshot, notes: _Notes) -> Snapshot:
+    """Without the changes of images that may not be those of their disks."""
+    if job.parent is None:
+        return snapshot
+    patience = _patience(job, notes)
+    return origin.prove(snapshot, job.repository.path, job.known, job.parent, patience)
+
+
+def _patience(job: Job, notes: _Notes) -> Patience:
+    def cancelled() -> None:
+        if notes.trouble is not None:
+            raise notes.trouble
+        job.cancelled()
+
+    return Patience(job.request.timeout_seconds, cancelled)
 
 
 def _lost(job: Job) -> list[str]:
@@ -175,16 +193,10 @@ def _copy_disks(
     """One disk after the other: the pipeline keeps all processors busy with one."""
     request = job.request
     tuning = copy.Tuning(workers=request.workers)
-
-    def cancelled() -> None:
-        if notes.trouble is not None:
-            raise notes.trouble
-        job.cancelled()
-
     transfer = Transfer(
         tuning=tuning,
         arena=tuning.arena(),
-        patience=Patience(request.timeout_seconds, cancelled),
+        patience=_patience(job, notes),
         level=request.compression,
         layout=request.layout,
         by_nbdinfo=request.by_nbdinfo,

@@ -230,6 +230,47 @@ def test_an_image_put_back_or_replaced(here: Scene) -> None:
     here.prove_all()
 
 
+def test_an_image_copied_over_that_of_another_disk(here: Scene) -> None:
+    # bitmaps of one checkpoint have one name: only what the disks held tells them apart
+    one, other = (here.guest.image(target) for target in ("vda", "vdb"))
+    for image, pattern in ((one, 1), (other, 2)):
+        run(["qemu-io", "-f", "qcow2", "-c", f"write -P {pattern} 5M 64k", image])
+    here.save()
+    change(here, 1)
+    here.save()
+    one.write_bytes(other.read_bytes())
+    saved = here.save(code=WARNED)
+    assert saved.modes == {"vda": "full", "vdb": "delta"}
+    assert "that of disk vdb" in saved.reasons["vda"]
+    # now both hold the same, and it makes no difference
+    one.write_bytes(other.read_bytes())
+    deltas(here.save())
+    # the same while it runs, with few differences and many changes
+    run(["qemu-io", "-f", "qcow2", "-c", "write -P 1 6M 512", one])
+    here.save()
+    one.write_bytes(other.read_bytes())
+    here.guest.start()
+    here.guest.write("vda", 0, 3 * MIB + 1024, 9)
+    saved = here.save(code=WARNED)
+    assert saved.modes == {"vda": "full", "vdb": "delta"}
+    here.guest.write("vda", 0, 64 * KIB, 9)
+    deltas(here.save())
+    here.prove_all()
+
+
+def test_disks_that_hold_the_same(here: Scene) -> None:
+    # a mirror within the guest: whose image it is makes no difference, as long as nothing else does
+    one, other = (here.guest.image(target) for target in ("vda", "vdb"))
+    here.save()
+    for image in (one, other):
+        run(["qemu-io", "-f", "qcow2", "-c", "write -P 3 3M 64k", image])
+    deltas(here.save())
+    here.guest.start()
+    here.guest.write("vda", 0, 64 * KIB, 1)
+    deltas(here.save())
+    here.prove_all()
+
+
 def test_external_snapshots(here: Scene) -> None:
     here.save()
     here.guest.start()
