@@ -13,7 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nbdbackupd import events
-from nbdbackupd.errors import BusyError, CheckpointError, GaveWayError, NbdbackupError
+from nbdbackupd.errors import (
+    BusyError,
+    CheckpointError,
+    DomainError,
+    GaveWayError,
+    NbdbackupError,
+)
 from nbdbackupd.model import jobxml
 from nbdbackupd.model.chain import BackupSet, RestorePoint
 from nbdbackupd.model.plan import BaseDisk, DiskState
@@ -88,13 +94,16 @@ def of_record(record: Record) -> Known:
 def view(domain: Domain, looked: Looked, ask: Iterable[str] = ()) -> View:
     """What is there now. A running domain is asked which disks can tell since checkpoints ``ask``.
 
-    Raises DomainError.
+    libvirt 9.0 tells nothing at all if one disk has grown since (measured): then nothing is
+    known of any. Raises DomainError.
     """
     found = frozenset(checkpoints.names(domain))
     sound = {}
-    if looked.is_active:
-        for name in found.intersection(ask):
+    for name in found.intersection(ask) if looked.is_active else ():
+        try:
             sound[name] = frozenset(checkpoints.sound_sizes(domain, name))
+        except DomainError as err:
+            log.info("%s", err.message)
     return View(is_active=looked.is_active, checkpoints=found, disks=looked.states, sound=sound)
 
 

@@ -102,14 +102,11 @@ def roll_back(world: World, which: int, *, in_place: bool) -> str:
 
 
 def draw_swap(world: World, rng: random.Random) -> Arguments:
-    """Never in place: same file, size and bitmap's name are all that tells one disk's images.
-
-    A log may have it in place: after that a delta of the disk can't be right (see ``put``).
-    """
-    return {**any_disk(world, rng), "in_place": False}
+    """A disk, and whether its file stays the same one."""
+    return {**any_disk(world, rng), "in_place": rng.random() < 0.5}
 
 
-@step(1, is_off, draw_swap)
+@step(2, is_off, draw_swap)
 def swap_for_other(world: World, target: str, *, in_place: bool) -> str:
     """The image becomes a copy of the other disk's: it holds bitmaps of the same names."""
     (other,) = (each for each in world.sizes if each != target)
@@ -214,14 +211,10 @@ def remove_bitmaps(world: World, target: str) -> str:
 
 
 def put(world: World, source: Path, target: Path, *, in_place: bool) -> None:
-    """Replace an image's content: as the same file, or as a new one of that name.
-
-    The old file is kept elsewhere, so that its inode does not come back in another one.
-    """
+    """Replace an image's content: as the same file, or as a new one of that name."""
     if in_place:
         target.write_bytes(source.read_bytes())
         return
-    target.with_name(f"{target.name}.was{world.next_number()}").hardlink_to(target)
     new = target.with_name(f"{target.name}.new")
     world.copy_file(source, new)
     new.replace(target)

@@ -23,6 +23,15 @@ FOUND = {
         ["stop", {}]
         ["backup", {"into": "plain", "level": "inc"}]
     """,
+    # bitmaps of one checkpoint have one name in all images
+    "an image that was copied over that of another disk": """
+        ["start", {}]
+        ["write", {"ops": [["data", "vda", 0, 65536, 1], ["data", "vdb", 0, 65536, 2]]}]
+        ["stop", {}]
+        ["backup", {"into": "plain", "level": "auto"}]
+        ["swap-for-other", {"target": "vda", "in_place": true}]
+        ["backup", {"into": "plain", "level": "inc"}]
+    """,
 }
 
 
