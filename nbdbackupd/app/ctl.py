@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + 13
     except OSError as err:
         streams.give_up_stdout()
-        print(f"nbdbackupctl: can't write the output: {err.strerror}", file=sys.stderr)
+        streams.complain(f"can't write the output: {err.strerror}")
         return code or 50
     return code
 
@@ -59,7 +59,7 @@ def _run(args: Arguments, context: Context) -> int:
 def _report(context: Context, err: BaseException, code: int) -> int:
     """One line on stderr, and the same as JSON on stdout if JSON was asked for."""
     text = " ".join(str(err).split()) or type(err).__name__
-    print(f"nbdbackupctl: {text}", file=sys.stderr)
+    streams.complain(text)
     if context.json:
         fields = {
             name: value if isinstance(value, int) else str(value)

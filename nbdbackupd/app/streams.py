@@ -32,3 +32,11 @@ def give_up_stdout() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)
+
+
+def complain(text: str) -> None:
+    """Say on standard error what went wrong, in one line; the journal takes it for an error."""
+    from nbdbackupd import log
+
+    is_journal = log.is_journal(sys.stderr, os.environ.get("JOURNAL_STREAM", ""))
+    print(f"{'<3>' if is_journal else ''}nbdbackupctl: {text}", file=sys.stderr)

@@ -1,16 +1,20 @@
 """``abort``: end a backup job that a dead run left behind."""
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbdbackupd import durable
+from nbdbackupd import durable, events
+from nbdbackupd import log as runlog
 from nbdbackupd.ops import leftovers
 from nbdbackupd.source import paused_start, sweep
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,9 +71,14 @@ def run(request: AbortRequest, connection: Connection) -> AbortReport:
     """
     domain = Domain.find(connection, request.domain)
     directory = leftovers.prepare_domain_dir(request.runtime_dir, domain.uuid)
-    with durable.Lock(directory / leftovers.LOCK, owner=f"abort of {domain.name}"):
+    with (
+        runlog.context(DOMAIN=domain.name, UUID=domain.uuid),
+        durable.Lock(directory / leftovers.LOCK, owner=f"abort of {domain.name}"),
+    ):
         own = leftovers.socket_dir(request.runtime_dir, domain.uuid)
         swept = sweep.sweep(domain, own, request.scratch_dir)
+        if swept:
+            events.emit(log, events.DEAD_RUN_SWEPT, reason=swept)
         ended_guest = paused_start.release(domain, own)
         ended = [swept.job] if swept.job else []
         left = swept.foreign

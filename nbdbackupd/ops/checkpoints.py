@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdbackupd import durable
+from nbdbackupd import log as runlog
 from nbdbackupd.errors import CheckpointError, NbdbackupError, RepositoryError
 from nbdbackupd.model.naming import point_of, tag_of, tag_of_chain
 from nbdbackupd.model.reconcile import WHY, Entry, KnownChain, Plan, drop, reconcile
@@ -143,6 +144,7 @@ def run(
     domain = Domain.find(connection, request.domain)
     lock = leftovers.domain_dir(request.runtime_dir, domain.uuid) / leftovers.LOCK
     with ExitStack() as stack:
+        stack.enter_context(runlog.context(DOMAIN=domain.name, UUID=domain.uuid))
         if request.changes:
             leftovers.prepare_domain_dir(request.runtime_dir, domain.uuid)
             owner = f"checkpoints of {domain.name}"

@@ -9,6 +9,7 @@ import shutil
 import socket
 import string
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from uuid import UUID
 import pytest
 
 from nbdbackupd import crew, events, log
+from nbdbackupd.app import ctl
 from nbdbackupd.events import ALL, Event
 from scripts import gen_events
 from tests.lib.pages import TOP
@@ -170,6 +172,21 @@ def test_events_take_their_own_fields_only() -> None:
         events.emit(logger, events.DISK_DEMOTED, disk="vda")
     with pytest.raises(ValueError, match="event disk-demoted has fields"):
         events.emit(logger, events.DISK_DEMOTED, disk="vda", reason="x", bytes=1)
+
+
+@pytest.mark.parametrize(("is_journal", "head"), [(True, "<3>"), (False, "")])
+def test_the_last_line_of_a_failure_is_an_error_in_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_journal: bool, head: str
+) -> None:
+    with (tmp_path / "stderr").open("w+", encoding="utf-8") as stream:
+        status = os.fstat(stream.fileno())
+        monkeypatch.setattr(sys, "stderr", stream)
+        inode = status.st_ino if is_journal else status.st_ino + 1
+        monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{inode}")
+        assert ctl.main(["verify", str(tmp_path / "none")]) == 50
+        stream.seek(0)
+        *_, last = stream.read().splitlines()
+    assert last.startswith(f"{head}nbdbackupctl: ")
 
 
 # -- the table of events
