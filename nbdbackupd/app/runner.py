@@ -1,6 +1,7 @@
 """A run as the configuration says: what the units do for one domain."""
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from nbdbackupd.virt.domain import Domain
 
 log = logging.getLogger(__name__)
+WARNED: Final = 3
 SLOT_SECONDS: Final = 86400.0
 """A run that finds no place among the concurrent ones in a day has its next one waiting."""
 
@@ -71,6 +73,11 @@ class RunReport:
         """Those of the point, and the problems."""
         return (*(self.backup.warnings if self.backup is not None else ()), *self.problems)
 
+    @property
+    def exit_code(self) -> int:
+        """The exit status of such a run."""
+        return WARNED if self.warnings else 0
+
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1."""
         return {
@@ -113,7 +120,7 @@ def run(wish: Wish, context: Context, watch: Watch) -> RunReport:
         why_not = one.why_not() if wish.shutdown else ""
         if why_not:
             return one.report("skipped", why_not)
-        return one.plan_only() if wish.dry_run else one.in_slot()
+        return one.plan_only() if wish.dry_run else one.recorded()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +159,42 @@ class _Run:
         planned = self.plan()
         level = planned.next.level.value
         return self.report("planned", planned.next.reason, set=planned.set, level=level)
+
+    def recorded(self) -> RunReport:
+        """Run, and write the metrics of it, good or bad."""
+        begun = time.monotonic()
+        try:
+            report = self.in_slot()
+        except BaseException as err:
+            self._record(time.monotonic() - begun, getattr(err, "exit_code", 1))
+            raise
+        self._record(time.monotonic() - begun, report.exit_code, report)
+        return report
+
+    def _record(self, seconds: float, code: int, report: RunReport | None = None) -> None:
+        directory = self.settings.monitoring_metrics_directory
+        if directory is None:
+            return
+        from nbdbackupd.ops import metrics
+        from nbdbackupd.repo.repository import Repository
+
+        point = report.backup.point if report is not None and report.backup is not None else None
+        try:
+            known = Repository.open(report.set).load() if report and report.set and point else None
+            metrics.record(
+                directory,
+                metrics.RunFacts(
+                    domain=self.domain.name,
+                    ended=app_context.now(),
+                    seconds=seconds,
+                    exit_status=code,
+                    succeeded=report is not None,
+                    point=point,
+                    chain_points=len(known.points) if known is not None else 0,
+                ),
+            )
+        except NbdbackupError as err:
+            log.warning("the metrics of this run are not written: %s", err)
 
     def in_slot(self) -> RunReport:
         """Wait for a place, then run, with the programs before and after."""

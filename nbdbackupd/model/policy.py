@@ -137,7 +137,8 @@ def _newest(sets: Sequence[SetFacts], now: datetime) -> SetFacts | None:
     """
     ages = {each.name: _since(each.began, now) for each in sets if each.began is not None}
     begun = [each for each in sets if each.name in ages and ages[each.name] > -FUTURE]
-    return min(begun, key=lambda each: (ages[each.name], each.name), default=None)
+    # of two that began in one second the one that _free named later
+    return max(begun, key=lambda each: (-ages[each.name], len(each.name), each.name), default=None)
 
 
 def _since(began: datetime, now: datetime) -> timedelta:

@@ -57,7 +57,7 @@ def sets_of(directory: Path) -> tuple[DomainSet, ...]:
         found = [_read(path) for path in paths if _is_set(path)]
         begun = [(each.began, each) for each in found]
     with_full = [(began.timestamp(), each) for began, each in begun if began is not None]
-    with_full.sort(key=lambda each: (each[0], each[1].path.name))
+    with_full.sort(key=lambda each: (each[0], len(each[1].path.name), each[1].path.name))
     return (*(each for began, each in begun if began is None), *(each for _, each in with_full))
 
 

@@ -326,6 +326,44 @@ def test_a_domain_that_is_gone(one: Appliance) -> None:
     assert "nothing saved of no-such: libvirt no longer knows it" in done.stdout
 
 
+def test_metrics_of_good_and_bad_runs(one: Appliance, tmp_path: Path) -> None:
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    one.configure(monitoring__metrics_directory=str(folder))
+    assert one.run("--dry-run")["result"] == "planned"
+    assert list(folder.iterdir()) == []
+    one.run()
+    change(one.scene, 1)
+    one.run()
+    good = metrics(folder)
+    for name, value in (
+        ("last_run_exit_status", 0), ("last_run_success", 1), ("runs_total", 2),
+        ("failed_runs_total", 0), ("chain_points", 2), ("last_point_full", 0),
+        ("last_point_data_bytes", 64 * KIB),
+    ):  # fmt: skip
+        assert good[name] == value, name
+    one.configure(monitoring__metrics_directory=str(folder), repository__marker="none-such")
+    one.refuse(code=REPOSITORY)
+    bad = metrics(folder)
+    assert (bad["last_run_exit_status"], bad["last_run_success"]) == (REPOSITORY, 0)
+    assert (bad["runs_total"], bad["failed_runs_total"]) == (3, 1)
+    for name in ("last_success_timestamp_seconds", "last_point_timestamp_seconds", "chain_points"):
+        assert bad[name] == good[name]
+    # no reason to lose a backup
+    one.configure(monitoring__metrics_directory=str(tmp_path / "away"))
+    assert one.run()["result"] == "saved"
+
+
+def metrics(folder: Path) -> dict[str, float]:
+    """The samples of the one file, by name without prefix."""
+    (file,) = folder.glob("*.prom")
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
+    pairs = [line.rpartition(" ") for line in lines]
+    return {
+        key.partition("{")[0].removeprefix("nbdbackup_"): float(value) for key, _, value in pairs
+    }
+
+
 def test_systemd_is_told(one: Appliance, tmp_path: Path) -> None:
     path = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:

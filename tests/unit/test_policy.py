@@ -206,3 +206,11 @@ def test_a_history_keeps_the_policy(
         )
         old = full_every is not None and (later[0].date() - earlier[0].date()).days >= full_every
         assert turned or old or (most is not None and len(earlier) == most + 1)
+
+
+def test_of_two_sets_of_one_second_the_later_name_is_the_newer() -> None:
+    began = datetime(2026, 1, 5, 12, tzinfo=UTC)
+    names = ("2026-01.10", "2026-01", "2026-01.2")
+    found = [SetFacts(name=name, began=began) for name in names]
+    for sets in (found, found[::-1]):
+        assert next_run(LevelPolicy(), sets, began).directory == "2026-01.10"

@@ -11,7 +11,6 @@ from nbdbackupd.app.context import Context
 if TYPE_CHECKING:
     from nbdbackupd.app.runner import RunReport
 
-WARNED = 3
 DESCRIPTION = """\
 Save a domain as the configuration says: into the set whose turn it is, within the limit of
 concurrent runs, with the programs before and after. This is what nbdbackup@DOMAIN.service does.
@@ -64,7 +63,7 @@ def run(args: Arguments, context: Context) -> int:
     text = render(report)
     beat.status(text.partition("\n")[0])
     context.show(report.to_json(), text)
-    return WARNED if report.warnings else 0
+    return report.exit_code
 
 
 def render(report: "RunReport") -> str:
