@@ -130,13 +130,17 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 def make_directory(path: Path, mode: int = 0o700) -> None:
-    """Create a directory and its missing parents, durably; one that exists is left as it is."""
+    """Create a directory and its missing parents, durably; one that exists is left as it is.
+
+    The mode holds whatever the umask is.
+    """
     if path.is_dir():
         return
     if path.parent != path:
         make_directory(path.parent, mode)
     with suppress(FileExistsError):
         path.mkdir(mode)
+        path.chmod(mode)
         fsync_directory(path.parent)
     if not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(path))

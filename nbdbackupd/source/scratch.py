@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd import events
+from nbdbackupd import durable, events
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import (
     ConfigError,
@@ -67,7 +67,8 @@ def prepare(directory: Path, reserve: int) -> None:
     if not directory.is_absolute():
         raise ConfigError(f"scratch directory {directory} must be an absolute path")
     try:
-        directory.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+        # with modes that no umask changes, since QEMU must get through
+        durable.make_directory(directory, DIRECTORY_MODE)
         free = free_bytes(directory)
     except OSError as err:
         raise ConfigError(f"scratch directory {directory} can't be used: {err.strerror}") from err

@@ -155,3 +155,15 @@ def test_nobody_else_reads_a_set(guest: Guest, ctl: RiggedCtl, tmp_path: Path) -
         if path.name != ".lock":
             assert path.stat().st_mode & 0o077 == 0, path
     assert (tmp_path / "set").stat().st_mode & 0o077 == 0
+
+
+def test_qemu_gets_through_whatever_the_umask_is(
+    lab: DaemonLab, guest: Guest, tmp_path: Path
+) -> None:
+    """QEMU runs as another user and must reach its socket and its scratch files."""
+    own = RiggedCtl(lab.uri, lab.directory / "ctl-of-a-strict-shell")
+    old = os.umask(0o077)
+    try:
+        own("backup", guest.name, "-o", tmp_path / "set")
+    finally:
+        os.umask(old)

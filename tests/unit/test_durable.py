@@ -166,6 +166,15 @@ def test_create_exclusive_refuses_existing(tmp_path: Path) -> None:
         durable.create_exclusive(tmp_path / "a")
 
 
+def test_modes_of_directories_hold_whatever_the_umask_is(tmp_path: Path) -> None:
+    old_mask = os.umask(0o077)
+    try:
+        durable.make_directory(tmp_path / "a" / "b", 0o711)
+    finally:
+        os.umask(old_mask)
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "a/b")} == {0o711}
+
+
 def test_make_directory(tmp_path: Path) -> None:
     durable.make_directory(tmp_path / "a" / "b")
     durable.make_directory(tmp_path / "a" / "b")
