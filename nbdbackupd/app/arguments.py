@@ -38,6 +38,14 @@ def seconds(text: str) -> float:
     return value
 
 
+def duration(text: str) -> float:
+    """``36h``, ``3d`` as seconds, for argparse."""
+    try:
+        return sizes.parse_duration(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(str(err)) from err
+
+
 def positive(text: str) -> int:
     """A number from 1 to 64, for argparse."""
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 64:

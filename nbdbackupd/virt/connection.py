@@ -100,6 +100,17 @@ class Connection:
             f"no domain {name} at {self.uri}; 'virsh list --all' shows them", domain=name
         )
 
+    def domains(self) -> tuple[tuple[str, str], ...]:
+        """Return name and UUID of each domain, running or not, in the order of names.
+
+        Raises DomainError.
+        """
+        _, handle = self.current()
+        with fault.translate("can't list the domains"):
+            return tuple(
+                sorted((each.name(), each.UUIDString()) for each in handle.listAllDomains())
+            )
+
     def base_owner(self) -> tuple[int, int] | None:
         """Return the (uid, gid) that libvirt gives to QEMU by default, or None if unknown.
 

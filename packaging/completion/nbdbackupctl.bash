@@ -28,7 +28,7 @@ _nbdbackupctl_value() {
 }
 
 _nbdbackupctl_verbs() {
-    echo 'backup run restore list show verify estimate check checkpoints abort yield config notify log'
+    echo 'backup run restore list show verify estimate check checkpoints abort yield config status timers notify log'
 }
 
 # $1: the verb, empty before it
@@ -54,7 +54,7 @@ _nbdbackupctl_options() {
         --runtime-dir -v --verbose -q --quiet -o --output -d --disk --point --until --at
         --sequence --format --preallocate --force -w --workers'
         ;;
-    list | yield | config)
+    list | yield | config | timers)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet'
         ;;
@@ -84,6 +84,10 @@ _nbdbackupctl_options() {
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet --any'
         ;;
+    status)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet --nagios --warning --critical --metrics'
+        ;;
     notify)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet --print'
@@ -97,7 +101,7 @@ _nbdbackupctl_options() {
 
 _nbdbackupctl_positional() {
     case "$1" in
-    backup | run | estimate | check | checkpoints | abort | yield | log)
+    backup | run | estimate | check | checkpoints | abort | yield | status | timers | log)
         echo 'domain'
         ;;
     restore | list | show | verify)
@@ -118,7 +122,8 @@ _nbdbackupctl_kind() {
     *:-c | *:--connect | *:--user | *:-i | *:--include | *:-x | *:--exclude | *:-z | \
     *:--compress | *:-F | *:--freeze-mountpoint | *:--scratch-reserve | *:--threshold | \
     *:--limit-rate | *:-w | *:--workers | *:--wait | *:--timeout | log:-n | *:-d | *:--disk | \
-    *:--point | *:--until | *:--at | *:--drop | *:--since | *:--lines | *:--run)
+    *:--point | *:--until | *:--at | *:--drop | *:--warning | *:--critical | *:--since | \
+    *:--lines | *:--run)
         echo 'other'
         ;;
     *:--password-file | *:--sequence)

@@ -41,6 +41,8 @@ REPORTS: Final = {
         ("app/verbs/config.py", "_document"),
         ("app/verbs/config.py", "_sample"),
     ],
+    "status": [("ops/status.py", "to_json"), ("ops/status.py", "describe")],
+    "timers": [("app/verbs/timers.py", "_document"), ("app/verbs/timers.py", "_entry")],
     "notify": [("app/verbs/notify.py", "run")],
     "log": [("ops/journal.py", "to_json"), ("ops/journal.py", "describe")],
 }

@@ -13,6 +13,8 @@ from nbdbackupd.app.verbs import (
     notify,
     restore,
     run,
+    status,
+    timers,
     verify,
 )
 
@@ -28,6 +30,8 @@ ALL = (
     abort,
     give_way,
     config,
+    status,
+    timers,
     notify,
     log,
 )

@@ -1,0 +1,242 @@
+"""What is known of all domains: from libvirt, the configuration, the repositories and systemd."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nbdbackupd.app import configured
+from nbdbackupd.app import context as app_context
+from nbdbackupd.app.context import Context
+from nbdbackupd.errors import DomainError, DomainNotFoundError, ProcessError, RepositoryError
+
+if TYPE_CHECKING:
+    from nbdbackupd.app.config.files import Configuration
+    from nbdbackupd.app.config.settings import DomainSettings
+    from nbdbackupd.app.systemd import Service, Timer
+    from nbdbackupd.model.health import Limits
+    from nbdbackupd.ops.status import DomainStatus, StatusReport, Stored
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Units:
+    """Timers and runs by the names of their units; nothing if systemd could not be asked."""
+
+    timers: "dict[str, Timer]" = field(default_factory=dict)
+    services: "dict[str, Service]" = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Known:
+    """What is known before the sets are read.
+
+    ``domains`` are libvirt's, with UUID and settings, None if it could not be asked; ``folders``
+    the directories of domains in the repositories.
+    """
+
+    configuration: "Configuration"
+    domains: "dict[str, tuple[str, DomainSettings]] | None"
+    units: Units
+    folders: dict[str, Path]
+    warning: float | None
+    critical: float | None
+
+    def limits(self, settings: "DomainSettings") -> "Limits":
+        """How old a domain's newest point may be."""
+        from nbdbackupd.model.health import Limits
+
+        warning, critical = self.warning, self.critical
+        return Limits(
+            warning=settings.monitoring_warning_age if warning is None else warning,
+            critical=settings.monitoring_critical_age if critical is None else critical,
+        )
+
+    def names(self) -> list[str]:
+        """All domains that anybody knows, in the order of names."""
+        from nbdbackupd.app.config import timers
+        from nbdbackupd.app.config.matching import is_uuid
+        from nbdbackupd.model import unitname
+
+        loaded = (unitname.domain_of(unit) for unit in self.units.timers)
+        found = {*timers.exact_names(self.configuration), *self.folders, *(self.domains or ())}
+        return sorted(found | {each for each in loaded if each and not is_uuid(each)})
+
+
+def gather(
+    names: Sequence[str],
+    context: Context,
+    *,
+    warning: float | None = None,
+    critical: float | None = None,
+) -> "StatusReport":
+    """Look at these domains, or at all.
+
+    ``warning`` and ``critical`` are ages in seconds that overrule those of the configuration.
+    Raises ConfigError if the configuration has a problem, DomainNotFoundError for a name that
+    nobody knows. What can't be asked is told in the report's notes.
+    """
+    from nbdbackupd.ops.status import StatusReport
+
+    configuration = configured.read(context).require_sound()
+    notes: list[str] = []
+    known = _Known(
+        configuration=configuration,
+        domains=_ask_libvirt(configuration, context, notes),
+        units=ask_systemd(notes),
+        folders=_folders(configuration),
+        warning=warning,
+        critical=critical,
+    )
+    every = known.names()
+    for name in names:
+        if name not in every:
+            near = difflib.get_close_matches(name, every, 3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise DomainNotFoundError(
+                f"no domain {name}: neither libvirt, nor the configuration, nor a repository "
+                f"knows it{hint}"
+            )
+    moment = app_context.now()
+    chosen = [name for name in every if name in names] if names else every
+    return StatusReport(
+        moment=moment,
+        domains=tuple(_look(name, known, context, notes) for name in chosen),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def ask_systemd(notes: list[str]) -> Units:
+    """The timers and services of our runs; a note if systemd can't be asked."""
+    from nbdbackupd.app import systemd
+    from nbdbackupd.model.unitname import RUNNER
+
+    if not systemd.is_booted():
+        notes.append("systemd does not run this host: no schedules")
+        return Units()
+    try:
+        timers = systemd.timers(f"{RUNNER}@*.timer")
+        services = systemd.services(f"{RUNNER}@*.service")
+    except ProcessError as err:
+        notes.append(f"systemd can't be asked: {err}")
+        return Units()
+    return Units(
+        timers={each.unit: each for each in timers},
+        services={each.unit: each for each in services},
+    )
+
+
+def failure_of(service: "Service | None") -> str:
+    """How the last run of a unit failed; empty if it did not."""
+    from nbdbackupd.app import notification
+
+    if service is None or service.active != "failed":
+        return ""
+    status = service.exit_status if service.result == "exit-code" else ""
+    event, result, meaning = notification.result_of(service.result, str(status))
+    if event != "failure":
+        return ""
+    return f"the last run failed: {result}" + (f" ({meaning})" if meaning else "")
+
+
+def _ask_libvirt(
+    configuration: "Configuration", context: Context, notes: list[str]
+) -> "dict[str, tuple[str, DomainSettings]] | None":
+    found: dict[str, tuple[str, DomainSettings]] = {}
+    try:
+        from nbdbackupd.virt.domain import Domain
+
+        with configured.connected(configuration, context).connection() as connection:
+            for name, uuid in connection.domains():
+                domain = Domain(connection, name, uuid)
+                try:
+                    found[name] = uuid, configured.settings_of_domain(domain, configuration)
+                except DomainNotFoundError:
+                    continue  # undefined meanwhile
+    except ImportError:
+        notes.append("libvirt can't be asked: python3-libvirt is not installed")
+        return None
+    except DomainError as err:
+        notes.append(f"libvirt can't be asked: {err.message}")
+        return None
+    return found
+
+
+def _folders(configuration: "Configuration") -> dict[str, Path]:
+    from nbdbackupd.app.config.settings import global_settings
+    from nbdbackupd.ops import status
+
+    path = "repository.path"
+    repositories: Iterable[Path] = (
+        global_settings(configuration).repository_path,
+        *(file.values[path].value for file in configuration.files if path in file.values),
+    )
+    found: dict[str, Path] = {}
+    for repository in dict.fromkeys(repositories):
+        for name, folder in status.names_in(repository).items():
+            found.setdefault(name, folder)
+    return found
+
+
+def _look(name: str, known: _Known, context: Context, notes: list[str]) -> "DomainStatus":
+    from nbdbackupd.model import unitname
+    from nbdbackupd.model.health import Facts
+    from nbdbackupd.ops import status
+
+    uuid, settings = _settings(name, known, notes)
+    timer = next(
+        (
+            known.units.timers[unit]
+            for each in (name, uuid)
+            if each
+            and (unit := unitname.unit(unitname.RUNNER, each, "timer")) in known.units.timers
+        ),
+        None,
+    )
+    service = known.units.services.get(timer.activates) if timer is not None else None
+    if service is None:
+        unit = unitname.unit(unitname.RUNNER, name, "service")
+        service = known.units.services.get(unit)
+    mains = {file.path for file in known.configuration.files if file.match is None}
+    found = _stored(name, settings, known)
+    newest = found.newest
+    facts = Facts(
+        newest=found.instant,
+        problem=found.problem,
+        damage=found.damage,
+        warnings=newest.warnings if newest is not None else (),
+        failure=failure_of(service),
+        is_covered=timer is not None or any(path not in mains for path in settings.applied),
+        is_wanted=settings.schedule_calendar != (),
+        is_known=None if known.domains is None else name in known.domains,
+    )
+    return status.status_of(
+        name, found, facts, known.limits(settings), app_context.now(),
+        next=timer.next if timer is not None else None,
+        busy=status.busy(context.runtime_dir, uuid or (newest.uuid if newest is not None else "")),
+    )  # fmt: skip
+
+
+def _settings(name: str, known: _Known, notes: list[str]) -> "tuple[str, DomainSettings]":
+    from nbdbackupd.app.config.settings import needs_libvirt, settings_for
+
+    if known.domains is not None and name in known.domains:
+        return known.domains[name]
+    if known.domains is None and needs_libvirt(name, known.configuration):
+        notes.append("without libvirt, files that choose domains by labels or UUID are left out")
+    return "", settings_for(name, "", {}, known.configuration)
+
+
+def _stored(name: str, settings: "DomainSettings", known: _Known) -> "Stored":
+    from nbdbackupd.app.config.settings import check_mounted, domain_directory
+    from nbdbackupd.ops import status
+
+    directory = domain_directory(settings, name)
+    try:
+        check_mounted(settings)
+    except RepositoryError as err:
+        return status.Stored(directory=directory, problem=" ".join(str(err).split()))
+    # sets of a domain that files no longer send here are still where they are
+    if not directory.exists() and name in known.folders:
+        directory = known.folders[name]
+    return status.stored(directory)

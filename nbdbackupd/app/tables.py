@@ -1,0 +1,39 @@
+"""Tables for people."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Final, TextIO
+
+GAP: Final = "  "
+COLOURS: Final = {"ok": "32", "warning": "33", "critical": "31", "unknown": "35", "failed": "31"}
+
+
+def render(rows: Sequence[Sequence[str]], *, coloured: bool = False) -> list[str]:
+    """Lines with aligned columns; ``coloured``: words of the last column that have a colour."""
+    clean = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*clean, strict=True)]
+    lines = []
+    for row in clean:
+        *first, last = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append(GAP.join([*first, paint(last.rstrip(), coloured=coloured)]).rstrip())
+    return lines
+
+
+def paint(word: str, *, coloured: bool) -> str:
+    """A word of ours in its colour."""
+    colour = COLOURS.get(word.partition(" ")[0], "")
+    return f"\x1b[{colour}m{word}\x1b[0m" if coloured and colour else word
+
+
+def wants_colour(stream: TextIO, environ: Mapping[str, str]) -> bool:
+    """Whether a stream is a terminal whose user has nothing against colours (no-color.org)."""
+    try:
+        terminal = os.isatty(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return terminal and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+
+
+def printable(text: str) -> str:
+    """A text that can't move the cursor, nor break its line."""
+    return "".join(char if char.isprintable() else "?" for char in text)

@@ -1,0 +1,124 @@
+"""``nbdbackupctl status``: how well the domains of this host are protected."""
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from nbdbackupd.app.arguments import Arguments, duration
+from nbdbackupd.app.context import Context
+from nbdbackupd.errors import ConfigError, NbdbackupError, UsageError
+
+if TYPE_CHECKING:
+    from nbdbackupd.ops.status import StatusReport
+
+WARNED = 3
+UNKNOWN = 3
+DESCRIPTION = """\
+Show the newest restore point of each domain, its next run, and what is wrong. Domains are those
+that libvirt, the configuration, the repositories and the timers know. Ages that are too high are
+told by the section monitoring of the configuration.
+"""
+
+
+def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "status", help="show how well domains are protected", description=DESCRIPTION,
+        parents=[shared], allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("domain", metavar="DOMAIN", nargs="*", help="only these (default: all)")
+    parser.add_argument(
+        "--nagios", action="store_true",
+        help="print one line with performance data; exit with 0, 1, 2 or 3 as Nagios' plugins do",
+    )  # fmt: skip
+    parser.add_argument(
+        "--warning", metavar="AGE", type=duration,
+        help="warn if the newest point is older (default: monitoring.warning_age)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--critical", metavar="AGE", type=duration,
+        help="and call it critical if it is older than this (default: monitoring.critical_age)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--metrics", action="store_true",
+        help="also write the host's metrics into monitoring.metrics_directory",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def run(args: Arguments, context: Context) -> int:
+    """Carry the verb out; 3 if a domain is not well."""
+    if not args.nagios:
+        return _show(args, context)
+    if context.json:
+        raise UsageError("--nagios and --json exclude one another")
+    from nbdbackupd.ops import status
+
+    try:
+        report = _gather(args, context)
+        if args.metrics:
+            _write_metrics(report, args, context)
+    except NbdbackupError as err:
+        message = " ".join(str(err).split()).replace("|", "?")
+        print(f"NBDBACKUP UNKNOWN - {message}")
+        return UNKNOWN
+    line, code = status.nagios(report)
+    print(line)
+    return code
+
+
+def _gather(args: Arguments, context: Context) -> "StatusReport":
+    from nbdbackupd.app import gathering
+
+    return gathering.gather(args.domain, context, warning=args.warning, critical=args.critical)
+
+
+def _show(args: Arguments, context: Context) -> int:
+    from nbdbackupd.model.health import Health
+
+    report = _gather(args, context)
+    if args.metrics:
+        _write_metrics(report, args, context)
+    context.show(report.to_json(), render(report))
+    return 0 if report.health is Health.OK else WARNED
+
+
+def render(report: "StatusReport") -> str:
+    """A table, below it what is wrong with each domain, and what could not be asked."""
+    from nbdbackupd.app import tables
+    from nbdbackupd.ops import status
+
+    coloured = tables.wants_colour(sys.stdout, os.environ)
+    lines = []
+    if report.domains:
+        lines += tables.render(status.rows(report.domains, report.moment), coloured=coloured)
+    else:
+        lines.append("no domains: libvirt, configuration and repository know none")
+    said = []
+    for each in report.domains:
+        name = tables.printable(each.name)
+        said += [f"{name}: {tables.printable(reason)}" for reason in each.verdict.reasons]
+        if each.busy:
+            said.append(f"{name}: in progress, {tables.printable(each.busy)}")
+    lines += ["", *said] if said else []
+    lines += ["", *map(tables.printable, report.notes)] if report.notes else []
+    return "\n".join(lines)
+
+
+def _write_metrics(report: "StatusReport", args: Arguments, context: Context) -> None:
+    from nbdbackupd.app import configured
+    from nbdbackupd.app.config.settings import global_settings
+    from nbdbackupd.ops import metrics
+
+    if args.domain:
+        raise UsageError("--metrics is about all domains: give none")
+    directory = global_settings(configured.read(context)).monitoring_metrics_directory
+    if directory is None:
+        raise ConfigError("no directory for metrics: set monitoring.metrics_directory")
+    metrics.record_host(
+        directory,
+        domains=len(report.domains),
+        unprotected=sum(not each.is_covered for each in report.domains),
+        moment=report.moment,
+    )

@@ -1,0 +1,436 @@
+"""How well domains are protected: real sets, libvirt's test driver, systemd's answers on file."""
+
+import json
+import os
+import re
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbdbackupd import durable
+from nbdbackupd.app import context as app_context
+from nbdbackupd.app import ctl, systemd, tables
+from nbdbackupd.model import unitname
+from nbdbackupd.model.chain import Level
+from nbdbackupd.model.health import Facts, Health, Limits, age_text, judge
+from nbdbackupd.repo import layout
+from nbdbackupd.repo.repository import Repository
+from tests.lib import chains, points
+
+NOW = datetime(2026, 2, 10, 12, 0, 0, tzinfo=UTC)
+LIMITS = Limits(warning=36 * 3600, critical=72 * 3600)
+HOSTILE = "a b|c='d'é"
+
+SYSTEMCTL = """\
+#!/usr/bin/python3
+import json, pathlib, sys
+host = pathlib.Path({host!r})
+if (host / "broken").exists():
+    sys.exit("Failed to connect to bus")
+if "list-timers" in sys.argv:
+    print((host / "timers.json").read_text())
+else:
+    print((host / "services").read_text())
+"""
+
+
+class Host:
+    """A repository, a configuration, libvirt's and systemd's answers."""
+
+    def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.root = root
+        self.repository = root / "repository"
+        self.config = root / "config"
+        self.capsys = capsys
+        self.uri = "test:///nonexistent"
+        (self.config / "domains.d").mkdir(parents=True)
+        self.repository.mkdir()
+        self.main()
+        self.systemd()
+
+    def main(self, text: str = "") -> None:
+        head = f"repository: {{path: {self.repository}}}\n"
+        (self.config / "nbdbackup.yaml").write_text(head + text)
+
+    def file(self, name: str, text: str) -> None:
+        (self.config / f"domains.d/{name}.yaml").write_text(text)
+
+    def libvirt(self, *names: str) -> None:
+        """Let libvirt know these domains and no others."""
+        domains = "".join(
+            f"<domain type='test'><name>{name}</name><uuid>{points.UUID[:-2]}{number:02}</uuid>"
+            "<memory>8192</memory><os><type>hvm</type></os></domain>"
+            for number, name in enumerate(names)
+        )
+        (self.root / "node.xml").write_text(f"<node>{domains}</node>")
+        self.uri = f"test://{self.root}/node.xml"
+
+    def systemd(self, *timers: dict[str, Any], services: str = "") -> None:
+        (self.root / "timers.json").write_text(json.dumps(timers))
+        (self.root / "services").write_text(services)
+
+    def save(self, domain: str, moment: datetime, *, set_name: str = "", warning: str = "") -> None:
+        """Publish a point; the first of a set is a full."""
+        folder = self.repository / layout.escape(domain, layout.MAX_DOMAIN)
+        repository = Repository.open(folder / (set_name or f"{moment:%Y-%m}"))
+        with repository.lock(owner="test"):
+            known = repository.load().points
+            level = Level.INC if known else Level.FULL
+            intent = chains.intent_for(len(known) + 1, level=level)
+            with repository.draft(intent) as draft:
+                point = chains.fill(draft, known, level)
+                created = moment.isoformat().replace("+00:00", "Z")
+                warnings = (warning,) if warning else ()
+                draft.publish(replace(point, created=created, warnings=warnings, domain=domain))
+
+    def run(self, *words: str) -> tuple[int, str]:
+        """Exit status and standard output of a command."""
+        self.capsys.readouterr()
+        head = ["-c", self.uri, "--config-dir", str(self.config)]
+        code = ctl.main([*head, "--runtime-dir", str(self.root / "run"), *words])
+        return code, self.capsys.readouterr().out
+
+    def status(self, *words: str) -> dict[str, Any]:
+        """The domains of the report, by name."""
+        _, out = self.run("status", "--json", *words)
+        return {each["domain"]: each for each in json.loads(out)["domains"]}
+
+
+@pytest.fixture
+def host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Host:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "systemctl").write_text(SYSTEMCTL.format(host=str(tmp_path)))
+    (programs / "systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    monkeypatch.setenv("TZ", "UTC")
+    monkeypatch.setattr(systemd, "BOOTED", tmp_path)
+    monkeypatch.setattr(app_context, "now", lambda: NOW)
+    return Host(tmp_path, capsys)
+
+
+def timer(name: str, template: str = "nbdbackup") -> dict[str, Any]:
+    """As systemctl 252 tells it."""
+    usec = int(NOW.timestamp()) * 1_000_000
+    return {
+        "next": usec + 3600_000_000, "left": 3600_000_000, "last": usec - 7200_000_000,
+        "passed": 7200_000_000, "unit": unitname.unit(template, name, "timer"),
+        "activates": unitname.unit(template, name, "service"),
+    }  # fmt: skip
+
+
+def service(
+    name: str, *, active: str = "inactive", result: str = "success", status: int = 0
+) -> str:
+    start = int(NOW.timestamp()) - 7200
+    return (
+        f"Id={unitname.unit('nbdbackup', name, 'service')}\nActiveState={active}\n"
+        f"Result={result}\nExecMainStatus={status}\nExecMainStartTimestamp=@{start}\n"
+        f"ExecMainExitTimestamp=@{start + 95}\nInvocationID=\n\n"
+    )
+
+
+# -- the verdict
+
+
+@pytest.mark.parametrize(
+    ("facts", "health", "words"),
+    [
+        (Facts(newest=NOW), Health.OK, ""),
+        (Facts(newest=NOW - timedelta(hours=36)), Health.OK, ""),
+        (Facts(newest=NOW - timedelta(hours=37)), Health.WARNING, "37 h old"),
+        (Facts(newest=NOW - timedelta(hours=73)), Health.CRITICAL, "3 days old"),
+        (Facts(newest=NOW + timedelta(hours=2)), Health.OK, ""),
+        (Facts(newest=NOW + timedelta(days=2)), Health.WARNING, "future"),
+        (Facts(), Health.WARNING, "no restore point yet"),
+        (Facts(failure="failed"), Health.CRITICAL, "failed"),
+        (Facts(newest=NOW, failure="failed"), Health.WARNING, "failed"),
+        (Facts(newest=NOW, damage="damaged"), Health.CRITICAL, "damaged"),
+        (Facts(problem="not mounted"), Health.CRITICAL, "not mounted"),
+        (Facts(newest=NOW, warnings=("vda was read whole",)), Health.WARNING, "vda"),
+        (Facts(is_covered=False), Health.WARNING, "unprotected"),
+        (Facts(is_covered=False, is_known=True, newest=NOW), Health.WARNING, "unprotected"),
+        (Facts(is_covered=False, is_known=False, newest=NOW - timedelta(days=99)), Health.OK, ""),
+        (Facts(is_known=False, newest=NOW), Health.WARNING, "libvirt knows no such"),
+        (Facts(is_wanted=False), Health.OK, ""),
+        (Facts(is_wanted=False, newest=NOW - timedelta(days=99)), Health.OK, ""),
+        (Facts(is_wanted=False, newest=NOW, damage="damaged"), Health.CRITICAL, "damaged"),
+    ],
+)
+def test_judge(facts: Facts, health: Health, words: str) -> None:
+    verdict = judge(facts, LIMITS, NOW)
+    assert verdict.health is health
+    assert words in " ".join(verdict.reasons[:1])
+    assert bool(words) == bool(verdict.reasons)
+
+
+def test_the_worst_comes_first() -> None:
+    facts = Facts(newest=NOW - timedelta(days=9), failure="failed", warnings=("w",), damage="bad")
+    assert judge(facts, LIMITS, NOW).reasons == (
+        "bad", "the newest point is 9 days old", "failed", "w",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-5, "0 s"), (59.9, "59 s"), (60, "1 min"), (7199, "1 h"), (172799, "47 h"),
+     (172800, "2 days"), (9e6, "104 days")],
+)  # fmt: skip
+def test_ages(seconds: float, text: str) -> None:
+    assert age_text(seconds) == text
+
+
+# -- the report
+
+
+def test_domains_of_all_kinds(host: Host) -> None:
+    host.libvirt("vm1", "vm2", "vm3", "off")
+    host.file("a", "match: {name: [vm1, vm4]}")
+    host.file("b", "match: {name: 'off'}\nschedule: {calendar: []}")
+    host.file("c", "match: {glob: 'gone*'}")
+    host.save("vm1", NOW - timedelta(days=30), set_name="2026-01")
+    host.save("vm1", NOW - timedelta(days=8))
+    host.save("vm1", NOW - timedelta(hours=2))
+    host.save("vm2", NOW - timedelta(days=4))
+    host.save("former", NOW - timedelta(days=90))
+    host.systemd(timer("vm1"), timer("vm2"), services=service("vm1") + service(
+        "vm2", active="failed", result="exit-code", status=20))  # fmt: skip
+    found = host.status()
+    healths = {name: each["health"] for name, each in found.items()}
+    assert healths == {
+        "former": "ok", "off": "ok", "vm1": "ok", "vm2": "critical", "vm3": "warning",
+        "vm4": "warning",
+    }  # fmt: skip
+    assert {name for name, each in found.items() if not each["protected"]} == {"former", "vm3"}
+    one = found["vm1"]
+    assert one["set"] == str(host.repository / "vm1/2026-02")
+    assert (one["points"], one["level"], one["age"]) == (2, "inc", 7200)
+    assert one["next_run"] == "2026-02-10T13:00:00Z"
+    assert found["vm2"]["reasons"] == [
+        "the newest point is 4 days old",
+        "the last run failed: exit status 20 (the domain or libvirt)",
+    ]
+    assert found["vm3"]["reasons"][0].startswith("unprotected")
+    assert found["vm4"]["reasons"] == ["libvirt knows no such domain"]
+    code, out = host.run("status")
+    assert code == 3
+    head, *lines = out.splitlines()
+    assert re.split("  +", head) == [
+        "DOMAIN", "LAST POINT", "AGE", "LEVEL", "SIZE", "NEXT RUN", "HEALTH"
+    ]  # fmt: skip
+    row = next(line for line in lines if line.startswith("vm1 "))
+    assert re.fullmatch(
+        r"vm1 +2026-02-10 10:00  2 h +inc +[\d.]+ [KM]?i?B +2026-02-10 13:00  ok", row
+    )
+    assert "vm2: the newest point is 4 days old" in lines
+    assert "\x1b" not in out
+
+
+def test_all_is_well(host: Host) -> None:
+    host.libvirt("vm1")
+    host.file("a", "match: {name: vm1}")
+    host.save("vm1", NOW)
+    code, out = host.run("status", "vm1")
+    assert (code, len(out.splitlines())) == (0, 2)
+    code, out = host.run("status", "--nagios")
+    assert (code, out) == (
+        0,
+        "NBDBACKUP OK - 1 domain | domains=1;;;0 unprotected=0;;;0 'vm1 age'=0s;129600;259200;0\n",
+    )
+
+
+NAGIOS = re.compile(
+    r"NBDBACKUP (OK|WARNING|CRITICAL|UNKNOWN) - [^|\n]+"
+    r"(?: \|(?: (?:[a-z]+|'(?:[^'=|]|'')+')=\d+s?(?:;\d*){2};0)+)?\n"
+)
+
+
+def test_nagios_line(host: Host) -> None:
+    host.libvirt("vm1")
+    host.main("monitoring: {warning_age: 1h, critical_age: 5h}")
+    host.file("a", "match: {glob: '*'}\nmonitoring: {critical_age: 9h}")
+    for name, hours in (("vm1", 0), (HOSTILE, 2)):
+        host.save(name, NOW - timedelta(hours=hours))
+    host.libvirt("vm1", "vm2", HOSTILE.replace("é", "&#233;"))
+    for words, code, word in (
+        ([], 1, "WARNING"),
+        (["vm1"], 0, "OK"),
+        (["--critical", "1h"], 2, "CRITICAL"),
+        (["--warning", "3h", HOSTILE], 0, "OK"),
+        (["nobody"], 3, "UNKNOWN"),
+    ):
+        got, out = host.run("status", "--nagios", *words)
+        found = NAGIOS.fullmatch(out)
+        assert found is not None, out
+        assert (got, found[1]) == (code, word), out
+    _, out = host.run("status", "--nagios")
+    assert out.endswith("'a b?c_''d''é age'=7200s;3600;32400;0 'vm1 age'=0s;3600;32400;0\n")
+    assert "2 of 3 domains" in out
+
+
+def test_nagios_with_a_broken_configuration(host: Host) -> None:
+    host.main("x: y")
+    code, out = host.run("status", "--nagios")
+    assert code == 3
+    assert re.fullmatch(r"NBDBACKUP UNKNOWN - .*unknown key.*\n", out)
+
+
+def test_without_libvirt_and_systemd(host: Host) -> None:
+    host.file("a", "match: {name: vm1}")
+    host.file("b", "match: {metadata: {tier: gold}}")
+    host.save("vm1", NOW)
+    (host.root / "broken").touch()
+    code, out = host.run("status")
+    assert code == 0
+    assert "libvirt can't be asked: " in out
+    assert "systemd can't be asked: " in out
+    assert "files that choose domains by labels" in out
+    code, out = host.run("timers")
+    assert (code, out) == (30, "")
+
+
+def test_nothing_is_known_and_nobody_could_be_asked(host: Host) -> None:
+    assert host.run("status", "--nagios")[0] == 3
+    host.libvirt()
+    assert host.run("status", "--nagios")[0] == 0
+    assert host.run("status")[0] == 0
+
+
+def test_a_repository_that_is_not_mounted(host: Host) -> None:
+    host.libvirt("vm1")
+    host.main("monitoring: {warning_age: 1h}")
+    head = f"repository: {{path: {host.repository}, marker: .here}}\n"
+    (host.config / "nbdbackup.yaml").write_text(head)
+    host.file("a", "match: {name: vm1}")
+    found = host.status()["vm1"]
+    assert found["health"] == "critical"
+    assert "marker" in found["reasons"][0]
+
+
+def test_a_damaged_set(host: Host) -> None:
+    host.libvirt("vm1")
+    host.file("a", "match: {name: vm1}")
+    host.save("vm1", NOW - timedelta(hours=3))
+    host.save("vm1", NOW)
+    newest = max((host.repository / "vm1/2026-02/points").iterdir())
+    newest.write_bytes(newest.read_bytes()[:-9])
+    found = host.status()["vm1"]
+    assert (found["health"], found["points"], found["age"]) == ("critical", 1, 3 * 3600)
+    assert "2026-02: " in found["reasons"][0]
+
+
+def test_what_the_newest_point_lacks(host: Host) -> None:
+    host.libvirt("vm1")
+    host.file("a", "match: {name: vm1}")
+    host.save("vm1", NOW, warning="vda was read whole: its bitmap is lost")
+    assert host.status()["vm1"]["reasons"] == ["vda was read whole: its bitmap is lost"]
+
+
+def test_names_that_are_too_long_for_a_directory(host: Host) -> None:
+    name = "ü" * 90
+    host.save(name, NOW)
+    assert list(host.status()) == [name]
+
+
+def test_a_run_in_progress(host: Host) -> None:
+    host.libvirt("vm1")
+    host.save("vm1", NOW)
+    folder = host.root / "run" / f"{points.UUID[:-2]}00"
+    folder.mkdir(parents=True)
+    with durable.Lock(folder / "lock", owner="backup of vm1"):
+        found = host.status()["vm1"]
+        assert found["busy"] == f"process {os.getpid()} (backup of vm1)"
+        assert "vm1: in progress, process" in host.run("status")[1]
+    assert host.status()["vm1"]["busy"] == ""
+
+
+def test_an_unknown_name(host: Host) -> None:
+    host.libvirt("vm1")
+    code, out = host.run("status", "--json", "wm1")
+    assert code == 20
+    assert "did you mean vm1?" in json.loads(out)["error"]["message"]
+
+
+def test_metrics_of_the_host(host: Host) -> None:
+    host.libvirt("vm1", "vm2")
+    host.file("a", "match: {name: vm1}")
+    assert host.run("status", "--metrics")[0] == 10
+    host.main(f"monitoring: {{metrics_directory: {host.root}}}")
+    assert host.run("status", "--metrics", "vm1")[0] == 2
+    assert host.run("status", "--nagios", "--metrics")[0] == 1
+    text = (host.root / "nbdbackup.prom").read_text()
+    assert "\nnbdbackup_domains 2\n" in text
+    assert "\nnbdbackup_unprotected_domains 1\n" in text
+
+
+# -- timers
+
+
+def test_timers(host: Host) -> None:
+    verify = {**timer("vm1", "nbdbackup-verify"), "next": None, "last": 0}
+    running = service("r", active="activating").replace(str(int(NOW.timestamp()) - 7105), "")
+    host.systemd(
+        verify, timer(HOSTILE), timer("vm2"), timer("w"), timer("r"), timer("new"),
+        services=service(HOSTILE) + running
+        + service("vm2", active="failed", result="exit-code", status=20)
+        + service("w", active="failed", result="exit-code", status=3),
+    )  # fmt: skip
+    code, out = host.run("timers", "--json")
+    assert code == 0
+    entries = json.loads(out)["timers"]
+    assert [each["domain"] for each in entries] == [HOSTILE, "new", "r", "vm2", "w", "vm1"]
+    assert [each["result"] for each in entries] == [
+        "done", "-", "running", "failed (exit status 20)", "warning (exit status 3)", "-",
+    ]  # fmt: skip
+    assert entries[0]["next"] == "2026-02-10T13:00:00Z"
+    assert entries[0]["ended"] == "2026-02-10T10:01:35Z"
+    assert (entries[5]["next"], entries[5]["last"]) == ("", "")
+    assert [each["running"] for each in entries] == [False, False, True, False, False, False]
+    code, out = host.run("timers")
+    lines = out.splitlines()
+    assert lines[0].split() == ["DOMAIN", "WHAT", "NEXT", "LAST", "TOOK", "RESULT"]
+    assert lines[1].split()[-3:] == ["10:00:00", "1:35", "done"]
+    assert lines[6].split() == ["vm1", "verify", "-", "-", "-", "-"]
+    code, out = host.run("timers", "--json", "vm2")
+    assert [each["domain"] for each in json.loads(out)["timers"]] == ["vm2"]
+
+
+def test_no_timers(host: Host) -> None:
+    code, out = host.run("timers")
+    assert code == 0
+    assert "systemctl enable --now" in out
+
+
+def test_timers_without_systemd(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(systemd, "BOOTED", Path("/nonexistent"))
+    code, out = host.run("timers", "--json")
+    assert code == 10
+    assert "systemd does not run this host" in json.loads(out)["error"]["message"]
+
+
+def test_an_answer_that_is_not_understood(host: Host) -> None:
+    for text in ("{", "[1]", '[{"next": 1}]', "3"):
+        (host.root / "timers.json").write_text(text)
+        code, out = host.run("timers", "--json")
+        assert (code, json.loads(out)["error"]["kind"]) == (30, "ProcessError")
+
+
+# -- tables
+
+
+def test_colours_only_on_a_terminal() -> None:
+    first, second = os.openpty()
+    with open(second, "w") as terminal, open(first, "rb"), open(os.devnull, "w") as null:  # noqa: PTH123
+        wants = tables.wants_colour
+        assert wants(terminal, {})
+        assert not wants(terminal, {"NO_COLOR": "1"})
+        assert not wants(terminal, {"TERM": "dumb"})
+        assert not wants(null, {})
+    rows = [("A", "HEALTH"), ("b\x1b[0m", "ok"), ("c", "critical")]
+    assert tables.render(rows) == ["A      HEALTH", "b?[0m  ok", "c      critical"]
+    assert tables.render(rows, coloured=True)[1].endswith("\x1b[32mok\x1b[0m")
