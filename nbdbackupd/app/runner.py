@@ -3,10 +3,13 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from nbdbackupd import events
+from nbdbackupd import log as runlog
 from nbdbackupd.app import configured, making
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app.context import Context
@@ -100,6 +103,19 @@ def run(wish: Wish, context: Context, watch: Watch) -> RunReport:
     place or another run of the domain, ProcessError of a program before it, RepositoryError if
     the repository is not mounted, and what a backup raises.
     """
+    from nbdbackupd.ops import telling
+
+    with ExitStack() as stack:
+        stack.enter_context(runlog.context(DOMAIN=wish.domain))
+        if not wish.dry_run:
+            stack.enter_context(telling.Ending(log, telling.backup_ending).told())
+        report = _find_and_run(wish, context, watch)
+        if report.result == "skipped" and report.backup is None:
+            events.emit(log, events.BACKUP_SKIPPED, reason=report.reason)
+    return report
+
+
+def _find_and_run(wish: Wish, context: Context, watch: Watch) -> RunReport:
     from nbdbackupd.virt.domain import Domain
 
     configuration = configured.read(context).require_sound()
@@ -208,7 +224,9 @@ class _Run:
             wait_seconds=SLOT_SECONDS if self.wish.wait is None else self.wish.wait,
             cancelled=self.watch.cancelled,
         ):
-            return self.with_programs()
+            # it may have taken hours
+            why_not = self.why_not() if self.wish.shutdown else ""
+            return self.report("skipped", why_not) if why_not else self.with_programs()
 
     def with_programs(self) -> RunReport:
         from nbdbackupd.app.config.settings import domain_directory

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from nbdbackupd import events
 from nbdbackupd.errors import BusyError, GaveWayError
@@ -18,14 +18,17 @@ if TYPE_CHECKING:
     from nbdbackupd.ops.verify import VerifyReport
 
 
+_TOLD: Final = "told_as_event"
+"""An attribute of exceptions."""
+
+
 class Ending:
-    """Tells of a run's failure once, however many of its contexts are left because of it."""
+    """Tells of a run's failure once, however many contexts are left because of it."""
 
     def __init__(self, log: "logging.Logger", event_of: Callable[[BaseException], Event]) -> None:
         self._log = log
         self._event_of = event_of
         self._begun = time.monotonic()
-        self._is_told = False
 
     @property
     def seconds(self) -> float:
@@ -34,12 +37,12 @@ class Ending:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """Tell of what ends the block early; it is raised on."""
+        """Tell of what ends the block early, unless one within has done so; it is raised on."""
         try:
             yield
         except BaseException as err:
-            if not self._is_told:
-                self._is_told = True
+            if _TOLD not in vars(err):
+                vars(err)[_TOLD] = True
                 reason = " ".join(str(err).split()) or type(err).__name__
                 event = self._event_of(err)
                 emit(self._log, event, reason=reason, duration_usec=usec(self.seconds))

@@ -21,7 +21,9 @@ import pytest
 
 from nbdbackupd import crew, events, log
 from nbdbackupd.app import ctl
+from nbdbackupd.errors import BusyError, DomainError, GaveWayError, Interrupted
 from nbdbackupd.events import ALL, Event
+from nbdbackupd.ops import telling
 from scripts import gen_events
 from tests.lib.pages import TOP
 
@@ -285,3 +287,32 @@ def test_systemd_takes_the_catalogue(tmp_path: Path) -> None:
     assert sorted(line.split(" ", 1)[0] for line in lines) == sorted(event.id for event in ALL)
     for event in ALL:
         assert any(event.id in line and "nbdbackupd: " in line for line in lines)
+
+
+# -- how runs end
+
+
+@pytest.mark.parametrize(
+    ("error", "event"),
+    [
+        (DomainError("gone"), events.BACKUP_FAILED),
+        (BusyError("locked"), events.BACKUP_BUSY),
+        (GaveWayError("starts"), events.BACKUP_GAVE_WAY),
+        (Interrupted(15), events.BACKUP_FAILED),
+        (ValueError(), events.BACKUP_FAILED),
+    ],
+)
+def test_an_ending_is_told_once_where_it_is_seen_first(error: BaseException, event: Event) -> None:
+    outer = telling.Ending(logger, telling.backup_ending)
+    inner = telling.Ending(logger, telling.backup_ending)
+    with journal() as (fake, _):
+        with pytest.raises(type(error)), outer.told(), log.context(RUN="r"), inner.told():
+            raise error
+        with pytest.raises(KeyError), outer.told():
+            raise KeyError("another")
+    first, second = fake.records
+    assert first["MESSAGE_ID"] == event.id
+    assert first["NBDBACKUP_RUN"] == "r"
+    assert first["NBDBACKUP_REASON"] == (str(error) or "ValueError")
+    assert second["MESSAGE_ID"] == events.BACKUP_FAILED.id
+    assert "NBDBACKUP_RUN" not in second
