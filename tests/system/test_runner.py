@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from nbdbackupd.model.policy import Rotate, period
+from nbdbackupd.repo import layout
 from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec
 from tests.lab.guest import GuestOptions
@@ -301,6 +302,43 @@ def test_after_the_guests_end(one: Appliance) -> None:
     nothing("its state is saved")
     here.lab.virsh("managedsave-remove", "--domain", here.guest.name)
     here.prove_all()
+
+
+def test_a_guest_that_is_started_again_meanwhile(one: Appliance) -> None:
+    here = one.scene
+    one.configure(on_shutdown=True)
+    one.save()
+    change(here, 1)
+    here.guest.stop()
+    # libvirt's hook announces a start: the run waits for it
+    here.ctl("yield", here.guest.name)
+    with here.ctl.start("run", *one.argv("--shutdown", "--json")) as process:
+        leases = here.ctl.runtime
+        wait_until(lambda: bool(list(leases.glob("*/lease.json"))), "run", 30)
+        here.guest.start()
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert (json.loads(out)["result"], json.loads(out)["reason"]) == ("skipped", "the domain runs")
+    assert len(here.ctl.points(here.history[0].set)) == 1
+    one.save()
+    here.prove_all()
+
+
+def test_a_name_that_needs_escaping(lab: DaemonLab, tmp_path: Path) -> None:
+    name = f"ü %41~{uuid.uuid4().hex[:6]} $x"
+    options = GuestOptions(uuid=str(uuid.uuid4()))
+    with scene(lab, tmp_path, name, [DISK], options) as here:
+        one = Appliance(here, tmp_path)
+        one.configure()
+        here.guest.write("vda", 0, MIB, 0xEE)
+        saved = one.save()
+        assert saved.set.parent == one.repository / layout.escape(name, layout.MAX_DOMAIN)
+        change(here, 1)
+        assert one.save().set == saved.set
+        here.prove_all()
+        config = ("--config-dir", str(one.directory / "etc"))
+        listed = here.ctl("list", name, *config, "--json").json
+        assert [len(each["points"]) for each in listed["sets"]] == [2]
 
 
 def test_after_a_crash_the_bitmaps_decide(one: Appliance) -> None:
