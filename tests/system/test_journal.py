@@ -19,6 +19,7 @@ from tests.lab.disks import MIB, DiskSpec
 from tests.lab.guest import Guest, GuestOptions
 from tests.lib.pages import TOP
 from tests.lib.scene import scene
+from tests.lib.sets import SetBuilder
 
 pytestmark = pytest.mark.system
 TWO = (DiskSpec(target="vda", size=8 * MIB), DiskSpec(target="vdb", size=8 * MIB))
@@ -184,3 +185,62 @@ def test_following(tmp_path: Path) -> None:
     shown = json.loads(line)
     assert (shown["message"], shown["event"]) == ("hello", "backup-started")
     assert shown["fields"] == {"domain": "vm x", "level": "inc"}
+
+
+def test_verify_and_restore_in_the_journal(tmp_path: Path) -> None:
+    """Sound, restored; then a byte is damaged, and both say so."""
+    made = SetBuilder(tmp_path / "set", disks={"vda": bytearray(b"some bytes " * 20000)})
+    made.full()
+    (stream,) = made.path.glob("vda*.data")
+    damage = f"printf X | dd of={shlex.quote(str(stream))} bs=1 seek=9000 conv=notrunc"
+    ctl = [sys.executable, "-m", "nbdbackupd"]
+    restore = [*ctl, "restore", str(made.path), "-o"]
+    ids = [
+        events.VERIFY_SOUND.id, events.RESTORE_DONE.id,
+        events.VERIFY_DAMAGED.id, events.RESTORE_FAILED.id,
+    ]  # fmt: skip
+    *found, (code, text) = play(
+        tmp_path,
+        Step([*ctl, "verify", str(made.path)], as_service=True),
+        Step([*restore, str(tmp_path / "one")], as_service=True),
+        Step(["sh", "-c", damage]),
+        Step([*ctl, "verify", str(made.path)], as_service=True),
+        Step([*restore, str(tmp_path / "two")], as_service=True),
+        Step((*JSON, *(f"MESSAGE_ID={each}" for each in ids))),
+    )
+    # 3: this set has no XML of its domain
+    assert [code for code, _ in found] == [0, 3, 0, 40, 40], found
+    assert code == 0
+    told = records(text)
+    assert [each["MESSAGE_ID"] for each in told] == ids
+    sound, restored, damaged, failed = map(ours, told)
+    assert {each["SET"] for each in (sound, restored, damaged, failed)} == {str(made.path)}
+    assert (restored["POINT"], restored["DOMAIN"]) == ("point1", "vm1")
+    assert stream.name in damaged["REASON"]
+    assert "vda" in failed["REASON"]
+    assert told[2]["PRIORITY"] == "2"
+
+
+def test_without_the_python_package_of_systemd(tmp_path: Path) -> None:
+    """Lines with their priorities, and who wrote them; no fields."""
+    stub = tmp_path / "stub/systemd"
+    stub.mkdir(parents=True)
+    (stub / "__init__.py").write_text("raise ImportError('not installed')\n")
+    ctl = ["env", f"PYTHONPATH={stub.parent}", sys.executable, "-m", "nbdbackupd"]
+    (tmp_path / "set/points").mkdir(parents=True)
+    (tmp_path / "set/points/000001-x.json").write_text("{}")
+    *found, (_, text), (_, shown) = play(
+        tmp_path,
+        Step([*ctl, "verify", str(tmp_path / "set")], as_service=True),
+        Step([*ctl, "verify", str(tmp_path / "none")], as_service=True),
+        Step((*JSON, "SYSLOG_IDENTIFIER=nbdbackupctl")),
+        Step([*ctl, "log"]),
+    )
+    assert [code for code, _ in found] == [40, 50]
+    lines = {each["MESSAGE"]: each["PRIORITY"] for each in records(text)}
+    assert all(each["_TRANSPORT"] == "stdout" for each in records(text))
+    told = next(line for line in lines if line.startswith(f"backup set {tmp_path / 'set'} is dam"))
+    assert lines[told] == "2"
+    ended = next(line for line in lines if str(tmp_path / "none") in line)
+    assert lines[ended] == "3"
+    assert f"critical  {told}" in shown
