@@ -13,12 +13,12 @@ from nbdbackupd import log as runlog
 from nbdbackupd.app import configured, making
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app.context import Context
-from nbdbackupd.errors import DomainNotFoundError, NbdbackupError
+from nbdbackupd.errors import DomainNotFoundError, Interrupted, NbdbackupError
 
 if TYPE_CHECKING:
     from nbdbackupd.app.config.settings import DomainSettings
     from nbdbackupd.app.making import Planned
-    from nbdbackupd.ops.backup_request import BackupReport
+    from nbdbackupd.ops.backup_request import BackupReport, BackupRequest
     from nbdbackupd.virt.connection import Connection
     from nbdbackupd.virt.domain import Domain
 
@@ -283,7 +283,7 @@ class _Run:
             return self.report("skipped", made.skipped, set=planned.set, backup=made)
         problems = planned.warnings
         if made.point.makes_base:
-            problems += self._retire(planned, request.run_id, request.state_dir, made.point.chain)
+            problems += self._retire(planned, request, made.point.chain)
         return self.report(
             "saved", planned.next.reason, set=planned.set, level=made.point.level.value,
             problems=problems, backup=made,
@@ -301,25 +301,27 @@ class _Run:
             fields |= {"only_off": True, "threshold": max(1, self.settings.threshold or 0)}
         return fields
 
-    def _retire(
-        self, planned: "Planned", run_id: str, state_dir: Path | None, chain: str
-    ) -> tuple[str, ...]:
+    def _retire(self, planned: "Planned", request: "BackupRequest", chain: str) -> tuple[str, ...]:
         from nbdbackupd.ops import retiring
 
-        if state_dir is None:
+        if request.state_dir is None:
             return ()
-        return retiring.retire(
-            retiring.RetireRequest(
-                uuid=self.domain.uuid,
-                directory=planned.directory,
-                chain=chain,
-                runtime_dir=self.context.runtime_dir.absolute(),
-                state_dir=state_dir,
-                run_id=run_id,
-            ),
-            self.connection,
-            self.watch.cancelled,
+        order = retiring.RetireRequest(
+            uuid=self.domain.uuid,
+            directory=planned.directory,
+            chain=chain,
+            runtime_dir=request.runtime_dir,
+            state_dir=request.state_dir,
+            run_id=request.run_id,
+            has_begun=planned.next.is_new,
         )
+        self.watch.doing("dropping checkpoints of older sets")
+        try:
+            return retiring.retire(order, self.connection, self.watch.cancelled)
+        except Interrupted:
+            # the point is made, which is what counts; the next run does the rest
+            log.info("told to end: checkpoints of older sets are left to the next run")
+            return ()
 
 
 def _about(report: RunReport) -> dict[str, str]:

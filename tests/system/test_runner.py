@@ -154,6 +154,25 @@ def test_a_set_for_each_month(one: Appliance) -> None:
         shutil.rmtree(into)
 
 
+def test_checkpoints_of_a_chain_without_a_record(one: Appliance) -> None:
+    here = one.scene
+    full = one.save()
+    shutil.rmtree(here.ctl.state)
+    # told to end when the point is made: it counts, and what is left is dropped later
+    with here.ctl.rigged(LATER, "TERM@nbdbackupd.ops.retiring:checkpoints.run#1"):
+        second = one.save()
+    assert second.set != full.set
+    assert len(here.checkpoints()) == 2
+    shutil.rmtree(second.set)
+    with here.ctl.rigged(LATER):
+        third = one.save()
+    assert third.point["checkpoint"] in here.checkpoints()
+    assert full.point["checkpoint"] not in here.checkpoints()
+    assert second.point["checkpoint"] not in here.checkpoints()
+    here.history.remove(second)
+    here.prove_all()
+
+
 def test_a_damaged_set_is_not_continued(one: Appliance) -> None:
     full = one.save()
     (stream,) = full.set.glob("vda.full.data")
