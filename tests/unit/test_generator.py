@@ -1,5 +1,6 @@
 """Timers made from the configuration, judged by systemd's own programs."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdbackupd.app import generator
+from nbdbackupd.app import ctl, generator
 from nbdbackupd.app.config import files, schema, timers
 from nbdbackupd.model import unitname
 from tests.lib.pages import TOP
@@ -264,7 +265,7 @@ def test_the_unit_alone_runs_when_the_configuration_says() -> None:
     assert f"RandomizedDelaySec={delay / 60:.0f}min" in lines
 
 
-def test_remarks_on_what_has_no_effect(host: Host) -> None:
+def test_remarks_on_what_has_no_effect(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     host.main("schedule: {enable: yes}")
     host.file("a", "match: {name: vm1}\nschedule: {calendar: daily, enable: yes}")
     host.file("b", "match: {glob: 'x*'}\nschedule: {calendar: daily, enable: yes}")
@@ -278,3 +279,9 @@ def test_remarks_on_what_has_no_effect(host: Host) -> None:
         ("b", 2, "schedule.enable"), ("c", 3, "schedule.calendar"),
         ("d", 3, "schedule.random_delay"),
     ]  # fmt: skip
+    assert ctl.main(["--config-dir", str(host.config), "config", "check", "--json"]) == 0
+    shown = capsys.readouterr()
+    document = json.loads(shown.out)
+    assert (document["result"], len(document["warnings"])) == ("sound", 3)
+    assert shown.err.splitlines() == [f"warning: {each}" for each in document["warnings"]]
+    assert "a pattern names no domain" in shown.err

@@ -136,8 +136,9 @@ _SCHEDULE: Final = (
     ),
     Setting(
         path="schedule.enable", kind=kinds.BOOL, default=False,
-        help="Also begin the timer, without 'systemctl enable'. Works for domains that a file "
-        "names letter for letter.",
+        help="Also begin the timer with the host, without 'systemctl enable'; or now, by "
+        "'systemctl daemon-reload' and 'systemctl start timers.target'. Works for domains that a "
+        "file names letter for letter.",
     ),
     Setting(
         path="on_shutdown", kind=kinds.BOOL, default=False,

@@ -59,7 +59,10 @@ def _sample(context: Context) -> int:
 
 
 def _check(configuration: "Configuration", context: Context) -> int:
+    from nbdbackupd.app.config import timers
+
     problems = configuration.problems
+    remarks = timers.remarks(configuration)
     document = {
         "version": JSON_VERSION,
         "result": "bad" if problems else "sound",
@@ -68,9 +71,12 @@ def _check(configuration: "Configuration", context: Context) -> int:
             {"file": each.file, "line": each.line, "path": each.path, "message": each.message}
             for each in problems
         ],
+        "warnings": [str(each) for each in remarks],
     }
     for problem in problems:
         print(problem, file=sys.stderr)
+    for remark in remarks:
+        print(f"warning: {remark}", file=sys.stderr)
     number = len(configuration.files)
     text = f"sound: {number} file{'s' * (number != 1)}" if number else "sound: no files, defaults"
     context.show(document, "" if problems else text)

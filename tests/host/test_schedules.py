@@ -1,0 +1,144 @@
+"""Schedules, reports and notifications under a real systemd, as the files are installed."""
+
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from nbdbackupd.model import unitname
+from tests.lab.command import run
+from tests.lab.host import Host
+from tests.lab.hostlab import HostLab
+from tests.lab.hostroot import SUITES, hypervisor
+from tests.lab.process import wait_until
+from tests.lib.pages import TOP
+
+pytestmark = [
+    pytest.mark.host,
+    pytest.mark.system,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),  # a root file system may have to be made first
+]
+
+HOSTILE = "a b-c.d%i\\x$HOME'ü"
+PACKAGES = ("python3-yaml", "python3-jinja2", "python3-lz4")
+PAGER = """\
+#!/bin/sh
+env | grep ^NBDBACKUP_ >"/var/log/told-$NBDBACKUP_EVENT.facts"
+cat >"/var/log/told-$NBDBACKUP_EVENT"
+"""
+MAIN = """\
+schedule: {calendar: '*-*-* 05:00 UTC', random_delay: 0}
+notification: {command: /usr/local/bin/pager, events: [failure, warning, success]}
+"""
+
+
+@pytest.fixture(scope="module", params=SUITES)
+def host(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Host]:
+    stage = tmp_path_factory.mktemp("stage")
+    run(["make", "-C", TOP, "install", f"DESTDIR={stage}"])
+    with HostLab() as lab:
+        host = lab.host("lab-a", hypervisor(request.param))
+        host.apt("update")
+        host.apt("install", "--no-install-recommends", *PACKAGES)
+        for name in ("usr", "etc"):
+            host.copy_in(stage / name, "/")
+        host.write("/usr/local/bin/pager", PAGER, 0o755)
+        host.write("/etc/nbdbackup/nbdbackup.yaml", MAIN)
+        host.run("systemd-tmpfiles", "--create", "nbdbackup.conf")
+        yield host
+
+
+def timer(name: str) -> str:
+    return unitname.unit("nbdbackup", name, "timer")
+
+
+def service(name: str) -> str:
+    return unitname.unit("nbdbackup", name, "service")
+
+
+def show(host: Host, unit: str, name: str) -> str:
+    return host.run("systemctl", "show", "--value", f"--property={name}", "--", unit).strip()
+
+
+def timers(host: Host) -> dict[str, dict[str, Any]]:
+    document = json.loads(host.run("nbdbackupctl", "timers", "--json"))
+    return {each["domain"]: each for each in document["timers"]}
+
+
+def reload(host: Host, **texts: str) -> None:
+    for name, text in texts.items():
+        host.write(f"/etc/nbdbackup/domains.d/{name}.yaml", text)
+    host.run("nbdbackupctl", "config", "check")
+    host.run("systemctl", "daemon-reload")
+
+
+def test_timers_follow_the_configuration(host: Host) -> None:
+    names = json.dumps(["vm1", HOSTILE])
+    reload(host, a=f"match: {{name: {names}}}\nschedule: {{calendar: '*-*-* 03:30 UTC', "
+           "enable: yes}",
+           b="match: {glob: 'web*'}\nschedule: {calendar: ['Sun 06:00 UTC', 'Mon 06:00 UTC']}",
+           c="match: {name: never}\nschedule: {calendar: []}")  # fmt: skip
+    host.run("systemctl", "start", "timers.target")
+    found = timers(host)
+    assert set(found) == {"vm1", HOSTILE}
+    for each in found.values():
+        at = datetime.fromisoformat(each["next"])
+        assert (at.hour, at.minute, at.second) == (3, 30, 0)
+    for name in ("web1", "never", "other"):
+        host.run("systemctl", "enable", "--quiet", "--now", timer(name))
+    # web1 has a drop-in only since it is enabled
+    host.run("systemctl", "daemon-reload")
+    found = timers(host)
+    assert datetime.fromisoformat(found["web1"]["next"]).weekday() in (6, 0)
+    assert datetime.fromisoformat(found["other"]["next"]).hour == 5
+    assert found["never"]["next"] == ""
+    assert show(host, timer("never"), "ActiveState") == "active"
+    assert show(host, timer(HOSTILE), "LoadState") == "loaded"
+    # a new schedule needs nothing but a daemon-reload
+    reload(host, a=f"match: {{name: {names}}}\nschedule: {{calendar: '*-*-* 04:45 UTC'}}")
+    assert datetime.fromisoformat(timers(host)["vm1"]["next"]).minute == 45
+
+
+def test_a_timer_that_fires_and_a_failure_that_is_told(host: Host) -> None:
+    reload(host, a=f"match: {{name: {json.dumps(HOSTILE)}}}\nschedule: {{calendar: '*:*:0/10', "
+           "enable: yes}")  # fmt: skip
+    host.run("systemctl", "start", "timers.target")
+    # its accuracy is a minute
+    wait_until(lambda: timers(host)[HOSTILE]["last"] != "", "the timer's run", 130)
+    reload(host, a=f"match: {{name: {json.dumps(HOSTILE)}}}\nschedule: {{calendar: []}}")
+    told = "/var/log/told-failure"
+    wait_until(lambda: host.call("test", "-s", told).returncode == 0, "the notice", 60)
+    text = host.run("cat", told)
+    assert text.startswith(f"backup of domain {HOSTILE} failed on lab-a\n")
+    assert "exit status 20 (the domain or libvirt)" in text
+    assert "no domain " in text
+    facts = host.run("cat", f"{told}.facts").splitlines()
+    assert f"NBDBACKUP_DOMAIN={HOSTILE}" in facts
+    assert f"NBDBACKUP_UNIT={service(HOSTILE)}" in facts
+    entry = timers(host)[HOSTILE]
+    assert (entry["result"], entry["exit_status"]) == ("failed (exit status 20)", 20)
+    assert entry["started"]
+    assert entry["started"] <= entry["ended"]
+    done = host.call("nbdbackupctl", "status", "--json", HOSTILE)
+    assert done.returncode == 3, done
+    (domain,) = json.loads(done.stdout)["domains"]
+    assert domain["reasons"][0] == "the last run failed: exit status 20 (the domain or libvirt)"
+    assert domain["health"] == "critical"
+
+
+def test_what_the_last_run_was_is_told_by_hand(host: Host) -> None:
+    printed = host.run("nbdbackupctl", "notify", "--print", "--", service(HOSTILE))
+    assert "exit status 20" in printed
+    assert "no domain " in printed
+
+
+def test_one_bad_file_leaves_the_timers_of_others(host: Host) -> None:
+    host.write("/etc/nbdbackup/domains.d/z.yaml", "match: {name: x\n")
+    host.run("systemctl", "daemon-reload")
+    assert datetime.fromisoformat(timers(host)["web1"]["next"]).weekday() in (6, 0)
+    host.run("rm", "/etc/nbdbackup/domains.d/z.yaml")
