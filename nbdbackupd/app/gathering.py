@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nbdbackupd.app.systemd import Service, Timer
     from nbdbackupd.model.health import Limits
     from nbdbackupd.ops.status import DomainStatus, StatusReport, Stored
+    from nbdbackupd.virt.connection import Connection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +107,27 @@ def gather(
     )
 
 
+def record_host(connection: "Connection", configuration: "Configuration", directory: Path) -> None:
+    """Count the domains, and those that nobody protects, and write the host's metrics.
+
+    Raises DomainError, RepositoryError, NoSpaceError.
+    """
+    from nbdbackupd.ops import metrics
+
+    units = ask_systemd([])
+    domains = _domains_of(connection, configuration)
+    covered = [
+        _is_covered(settings, _timer(units, name, uuid), configuration)
+        for name, (uuid, settings) in domains.items()
+    ]
+    metrics.record_host(
+        directory,
+        domains=len(covered),
+        unprotected=covered.count(False),
+        moment=app_context.now(),
+    )
+
+
 def ask_systemd(notes: list[str]) -> Units:
     """The timers and services of our runs; a note if systemd can't be asked."""
     from nbdbackupd.app import systemd
@@ -142,24 +164,46 @@ def failure_of(service: "Service | None") -> str:
 def _ask_libvirt(
     configuration: "Configuration", context: Context, notes: list[str]
 ) -> "dict[str, tuple[str, DomainSettings]] | None":
-    found: dict[str, tuple[str, DomainSettings]] = {}
     try:
-        from nbdbackupd.virt.domain import Domain
-
         with configured.connected(configuration, context).connection() as connection:
-            for name, uuid in connection.domains():
-                domain = Domain(connection, name, uuid)
-                try:
-                    found[name] = uuid, configured.settings_of_domain(domain, configuration)
-                except DomainNotFoundError:
-                    continue  # undefined meanwhile
+            return _domains_of(connection, configuration)
     except ImportError:
         notes.append("libvirt can't be asked: python3-libvirt is not installed")
-        return None
     except DomainError as err:
         notes.append(f"libvirt can't be asked: {err.message}")
-        return None
+    return None
+
+
+def _domains_of(
+    connection: "Connection", configuration: "Configuration"
+) -> "dict[str, tuple[str, DomainSettings]]":
+    """UUID and settings of each domain that libvirt knows, by name."""
+    from nbdbackupd.virt.domain import Domain
+
+    found: dict[str, tuple[str, DomainSettings]] = {}
+    for name, uuid in connection.domains():
+        domain = Domain(connection, name, uuid)
+        try:
+            found[name] = uuid, configured.settings_of_domain(domain, configuration)
+        except DomainNotFoundError:
+            continue  # undefined meanwhile
     return found
+
+
+def _timer(units: Units, name: str, uuid: str) -> "Timer | None":
+    """The timer whose instance is the domain's name, or its UUID."""
+    from nbdbackupd.model import unitname
+
+    wanted = [unitname.unit(unitname.RUNNER, each, "timer") for each in (name, uuid) if each]
+    return next((units.timers[unit] for unit in wanted if unit in units.timers), None)
+
+
+def _is_covered(
+    settings: "DomainSettings", timer: "Timer | None", configuration: "Configuration"
+) -> bool:
+    """Whether a timer, or a file that is not for all domains, is for a domain."""
+    mains = {file.path for file in configuration.files if file.match is None}
+    return timer is not None or any(path not in mains for path in settings.applied)
 
 
 def _folders(configuration: "Configuration") -> dict[str, Path]:
@@ -184,20 +228,11 @@ def _look(name: str, known: _Known, context: Context, notes: list[str]) -> "Doma
     from nbdbackupd.ops import status
 
     uuid, settings = _settings(name, known, notes)
-    timer = next(
-        (
-            known.units.timers[unit]
-            for each in (name, uuid)
-            if each
-            and (unit := unitname.unit(unitname.RUNNER, each, "timer")) in known.units.timers
-        ),
-        None,
-    )
+    timer = _timer(known.units, name, uuid)
     service = known.units.services.get(timer.activates) if timer is not None else None
     if service is None:
         unit = unitname.unit(unitname.RUNNER, name, "service")
         service = known.units.services.get(unit)
-    mains = {file.path for file in known.configuration.files if file.match is None}
     found = _stored(name, settings, known)
     newest = found.newest
     facts = Facts(
@@ -206,7 +241,7 @@ def _look(name: str, known: _Known, context: Context, notes: list[str]) -> "Doma
         damage=found.damage,
         warnings=newest.warnings if newest is not None else (),
         failure=failure_of(service),
-        is_covered=timer is not None or any(path not in mains for path in settings.applied),
+        is_covered=_is_covered(settings, timer, known.configuration),
         is_wanted=settings.schedule_calendar != (),
         is_known=None if known.domains is None else name in known.domains,
     )

@@ -1,7 +1,6 @@
 """A run as the configuration says: what the units do for one domain."""
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,9 +12,11 @@ from nbdbackupd import log as runlog
 from nbdbackupd.app import configured, making
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app.context import Context
+from nbdbackupd.app.run_metrics import RunMetrics
 from nbdbackupd.errors import DomainNotFoundError, Interrupted, NbdbackupError
 
 if TYPE_CHECKING:
+    from nbdbackupd.app.config.files import Configuration
     from nbdbackupd.app.config.settings import DomainSettings
     from nbdbackupd.app.making import Planned
     from nbdbackupd.ops.backup_request import BackupReport, BackupRequest
@@ -116,18 +117,27 @@ def run(wish: Wish, context: Context, watch: Watch) -> RunReport:
 
 
 def _find_and_run(wish: Wish, context: Context, watch: Watch) -> RunReport:
+    from nbdbackupd.app.config.matching import is_uuid
+    from nbdbackupd.app.config.settings import global_settings
     from nbdbackupd.virt.domain import Domain
 
     configuration = configured.read(context).require_sound()
     context = configured.connected(configuration, context)
-    with context.connection() as connection:
+    with ExitStack() as stack:
         try:
+            connection = stack.enter_context(context.connection())
             domain = Domain.find(connection, wish.domain)
         except DomainNotFoundError:
             if not wish.shutdown:
                 raise
             gone = "libvirt no longer knows it: it was transient, undefined or migrated away"
             return RunReport(domain=wish.domain, uuid="", result="skipped", reason=gone)
+        except NbdbackupError as err:
+            # libvirt is away, so there is only the name, and what holds for all domains
+            if not (wish.dry_run or is_uuid(wish.domain)):
+                directory = global_settings(configuration).monitoring_metrics_directory
+                RunMetrics(directory, wish.domain).failed(err)
+            raise
         settings = configured.settings_of_domain(domain, configuration)
         one = _Run(
             wish=wish, context=context, watch=watch, connection=connection, domain=domain,
@@ -136,7 +146,25 @@ def _find_and_run(wish: Wish, context: Context, watch: Watch) -> RunReport:
         why_not = one.why_not() if wish.shutdown else ""
         if why_not:
             return one.report("skipped", why_not)
-        return one.plan_only() if wish.dry_run else one.recorded()
+        if wish.dry_run:
+            return one.plan_only()
+        report = one.recorded()
+        _record_host(connection, configuration, settings)
+        return report
+
+
+def _record_host(
+    connection: "Connection", configuration: "Configuration", settings: "DomainSettings"
+) -> None:
+    """Write the metrics of the host, if that is configured: of domains that nobody protects."""
+    from nbdbackupd.app import gathering
+
+    if settings.monitoring_metrics_directory is None:
+        return
+    try:
+        gathering.record_host(connection, configuration, settings.monitoring_metrics_directory)
+    except NbdbackupError as err:
+        log.warning("the metrics of this host are not written: %s", err)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,39 +206,14 @@ class _Run:
 
     def recorded(self) -> RunReport:
         """Run, and write the metrics of it, good or bad."""
-        begun = time.monotonic()
+        run_metrics = RunMetrics(self.settings.monitoring_metrics_directory, self.domain.name)
         try:
             report = self.in_slot()
         except BaseException as err:
-            self._record(time.monotonic() - begun, getattr(err, "exit_code", 1))
+            run_metrics.failed(err)
             raise
-        self._record(time.monotonic() - begun, report.exit_code, report)
+        run_metrics.done(report.exit_code, report.set, report.backup)
         return report
-
-    def _record(self, seconds: float, code: int, report: RunReport | None = None) -> None:
-        directory = self.settings.monitoring_metrics_directory
-        if directory is None:
-            return
-        from nbdbackupd.ops import metrics
-        from nbdbackupd.repo.repository import Repository
-
-        point = report.backup.point if report is not None and report.backup is not None else None
-        try:
-            known = Repository.open(report.set).load() if report and report.set and point else None
-            metrics.record(
-                directory,
-                metrics.RunFacts(
-                    domain=self.domain.name,
-                    ended=app_context.now(),
-                    seconds=seconds,
-                    exit_status=code,
-                    succeeded=report is not None,
-                    point=point,
-                    chain_points=len(known.points) if known is not None else 0,
-                ),
-            )
-        except NbdbackupError as err:
-            log.warning("the metrics of this run are not written: %s", err)
 
     def in_slot(self) -> RunReport:
         """Wait for a place, then run, with the programs before and after."""

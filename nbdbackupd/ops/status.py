@@ -13,7 +13,7 @@ from nbdbackupd.model.units import human_size
 from nbdbackupd.ops.catalog import stored_bytes
 from nbdbackupd.ops.check_request import holder
 from nbdbackupd.ops.leftovers import LOCK
-from nbdbackupd.ops.sets import DomainSet, sets_of
+from nbdbackupd.ops.sets import sets_of
 from nbdbackupd.repo import layout
 
 JSON_VERSION: Final = 1
@@ -106,14 +106,16 @@ def stored(directory: Path) -> Stored:
         sets = sets_of(directory)
     except NbdbackupError as err:
         return Stored(directory=directory, problem=" ".join(str(err).split()))
-    found = max((each for each in sets if each.known.points), key=_latest, default=None)
+    # of two that were made in the same second, the set that began last
+    with_points = [each for each in reversed(sets) if each.known.points]
+    found = max(with_points, key=lambda each: each.known.newest.created, default=None)
     damage = next((f"{each.path.name}: {each.problems[0]}" for each in sets if each.problems), "")
     if found is None:
         return Stored(directory=directory, damage=damage)
     return Stored(
         directory=directory,
         set=found.path.name,
-        newest=max(found.known.points, key=lambda point: point.created),
+        newest=found.known.newest,
         points=len(found.known.points),
         damage=damage,
     )
@@ -205,10 +207,6 @@ def rows(domains: Sequence[DomainStatus], now: datetime) -> list[tuple[str, ...]
         next_run = each.next.astimezone().strftime("%Y-%m-%d %H:%M") if each.next else "-"
         found.append((each.name, *cells, next_run, each.verdict.health.value))
     return found
-
-
-def _latest(found: DomainSet) -> str:
-    return max(point.created for point in found.known.points)
 
 
 def _time(moment: datetime | None) -> str:

@@ -406,14 +406,57 @@ def test_metrics_of_good_and_bad_runs(one: Appliance, tmp_path: Path) -> None:
     assert (bad["runs_total"], bad["failed_runs_total"]) == (3, 1)
     for name in ("last_success_timestamp_seconds", "last_point_timestamp_seconds", "chain_points"):
         assert bad[name] == good[name]
+    # libvirt is away
+    ctl = one.scene.ctl
+    uri, ctl.uri = ctl.uri, "qemu:///system?socket=/nowhere"
+    ctl("run", *one.argv(), code=DOMAIN)
+    ctl.uri = uri
+    away = metrics(folder)
+    assert (away["last_run_exit_status"], away["failed_runs_total"]) == (DOMAIN, 2)
     # no reason to lose a backup
     one.configure(monitoring__metrics_directory=str(tmp_path / "away"))
     assert one.run()["result"] == "saved"
 
 
+def test_status_of_real_domains(one: Appliance, tmp_path: Path) -> None:
+    name = one.scene.guest.name
+    one.configure(monitoring__metrics_directory=str(tmp_path))
+
+    def status(code: int, *options: str) -> Any:
+        words = ("--config-dir", str(one.directory / "etc"), "--json", *options)
+        document = one.scene.ctl("status", *words, code=code).json
+        (found,) = (each for each in document["domains"] if each["domain"] == name)
+        return found
+
+    before = status(WARNED)
+    assert (before["protected"], before["point"], before["busy"]) == (False, "", "")
+    assert "unprotected" in before["reasons"][0]
+    one.run()
+    assert host_metrics(tmp_path)["unprotected_domains"] >= 1
+    (one.directory / "etc/domains.d").mkdir()
+    (one.directory / "etc/domains.d/a.yaml").write_text("match: {regex: '.*'}")
+    change(one.scene, 1)
+    point = one.run()["backup"]["point"]
+    after = status(0, name)
+    assert (after["health"], after["reasons"], after["protected"]) == ("ok", [], True)
+    assert (after["point"], after["level"], after["points"]) == (point["id"], "inc", 2)
+    assert after["stored_bytes"] == point["stored_bytes"]
+    assert 0 <= after["age"] < 600
+    assert host_metrics(tmp_path)["unprotected_domains"] == 0
+    assert host_metrics(tmp_path)["domains"] >= 1
+    assert status(WARNED, name, "--critical", "0s")["health"] == "critical"
+
+
+def host_metrics(folder: Path) -> dict[str, float]:
+    """The samples of the host's file."""
+    lines = (folder / "nbdbackup.prom").read_text().splitlines()
+    pairs = [line.split(" ") for line in lines if not line.startswith("#")]
+    return {key.removeprefix("nbdbackup_"): float(value) for key, value in pairs}
+
+
 def metrics(folder: Path) -> dict[str, float]:
     """The samples of the one file, by name without prefix."""
-    (file,) = folder.glob("*.prom")
+    (file,) = folder.glob("nbdbackup-*.prom")
     lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
     pairs = [line.rpartition(" ") for line in lines]
     return {
@@ -448,14 +491,17 @@ def receive(receiver: socket.socket) -> list[str]:
 
 def test_backup_without_a_set(one: Appliance) -> None:
     here = one.scene
-    one.configure(compression=3, threshold="1M")
+    one.configure(compression=3, threshold="1M", limits__bandwidth="2M")
     config = ("--config-dir", str(one.directory / "etc"))
     name = here.guest.name
 
     def backup(*options: str) -> Any:
         return here.ctl("backup", name, *config, "--json", *options).json
 
-    first = backup()["point"]
+    report = backup()
+    first = report["point"]
+    # 4 MiB: the limit has time pass, whatever the host is like
+    assert report["seconds"] > (4 - 1) / 2 - 0.25
     assert first["disks"][0]["compressed"]
     assert one.home.is_dir()
     change(here, 1)
