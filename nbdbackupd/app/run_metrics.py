@@ -1,0 +1,69 @@
+"""The metrics of one run, written when it has ended, well or not."""
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nbdbackupd.app import context as app_context
+from nbdbackupd.errors import NbdbackupError
+
+if TYPE_CHECKING:
+    from nbdbackupd.model.chain import RestorePoint
+    from nbdbackupd.ops.backup_request import BackupReport
+
+log = logging.getLogger(__name__)
+
+
+class RunMetrics:
+    """Made when the run begins; without a directory nothing is written.
+
+    What goes wrong here costs a warning: it must not make a failure of a backup.
+    """
+
+    def __init__(self, directory: Path | None, domain: str) -> None:
+        self._directory = directory
+        self._domain = domain
+        self._begun = time.monotonic()
+
+    def failed(self, err: BaseException) -> None:
+        """The run was ended by this."""
+        self._record(getattr(err, "exit_code", 1))
+
+    def done(self, exit_status: int, directory: Path | None, report: "BackupReport | None") -> None:
+        """The run did what it should; ``directory`` is its set, if one was chosen."""
+        from nbdbackupd.repo.repository import Repository
+
+        point, count = report.point if report is not None else None, 0
+        if point is not None and directory is not None:
+            try:
+                count = len(Repository.open(directory).load().points)
+            except NbdbackupError as err:
+                log.warning("the points of %s can't be counted: %s", directory, err)
+        self._record(exit_status, succeeded=True, point=point, count=count)
+
+    def _record(
+        self,
+        exit_status: int,
+        *,
+        succeeded: bool = False,
+        point: "RestorePoint | None" = None,
+        count: int = 0,
+    ) -> None:
+        if self._directory is None:
+            return
+        from nbdbackupd.ops import metrics
+
+        facts = metrics.RunFacts(
+            domain=self._domain,
+            ended=app_context.now(),
+            seconds=time.monotonic() - self._begun,
+            exit_status=exit_status,
+            succeeded=succeeded,
+            point=point,
+            chain_points=count,
+        )
+        try:
+            metrics.record(self._directory, facts)
+        except NbdbackupError as err:
+            log.warning("the metrics of this run are not written: %s", err)
