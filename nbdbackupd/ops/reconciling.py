@@ -21,7 +21,7 @@ from nbdbackupd.errors import (
     NbdbackupError,
 )
 from nbdbackupd.model import jobxml
-from nbdbackupd.model.chain import BackupSet, RestorePoint
+from nbdbackupd.model.chain import BackupSet, DiskMode, RestorePoint
 from nbdbackupd.model.plan import BaseDisk, DiskState
 from nbdbackupd.model.reconcile import (
     WHY,
@@ -278,10 +278,26 @@ def advance(
         why = WHY[Fate.BASE]
         steps.append(Step(action=Action.REDEFINE, name=point.checkpoint, why=why, targets=targets))
     if parent is not None and point.checkpoint and parent.checkpoint:
+        steps += _whole_again(point, parent, looked)
         steps.append(removal(parent.checkpoint, looked.states, WHY[Fate.SUPERSEDED]))
     if state is not None:
         remember(state, repository, point, xml[point.checkpoint])
     _try(domain, steps, xml, erase)
+
+
+def _whole_again(point: RestorePoint, parent: RestorePoint, looked: Looked) -> list[Step]:
+    """Tell libvirt of bitmaps that it would leave behind with the parent's checkpoint.
+
+    That one may have been redefined for those disks alone whose changes could be used.
+    """
+    targets = tuple(
+        disk.target for disk in parent.disks if disk.bitmap and disk.target in looked.states
+    )
+    unused = {disk.target for disk in point.disks if disk.mode is DiskMode.FULL}
+    if not looked.is_active or not unused.intersection(targets):
+        return []
+    why = "its bitmaps are to be removed"
+    return [Step(action=Action.REDEFINE, name=parent.checkpoint, why=why, targets=targets)]
 
 
 def remember(state: State, repository: Repository, head: RestorePoint, xml: str) -> None:

@@ -23,6 +23,15 @@ FOUND = {
         ["stop", {}]
         ["backup", {"into": "plain", "level": "inc"}]
     """,
+    # a base that was redefined for one disk has a bitmap on the other one, too
+    "a disk that has grown while libvirt forgot the checkpoint": """
+        ["start", {}]
+        ["backup", {"into": "plain", "level": "auto"}]
+        ["lose-metadata", {}]
+        ["grow", {"target": "vda", "by": 65536}]
+        ["backup", {"into": "plain", "level": "auto"}]
+        ["backup", {"into": "plain", "level": "diff"}]
+    """,
     # bitmaps of one checkpoint have one name in all images
     "an image that was copied over that of another disk": """
         ["start", {}]
