@@ -16,8 +16,8 @@ METADATA: Final = "metadata"
 LABELS_URI: Final = "urn:nbdbackup:1"
 
 USE: Final = (
-    "They are read by the verbs run, which timers start, and backup without -o, and to find the "
-    "sets of a domain by its name."
+    "They are read by the verbs run, which timers start, status, notify, and backup without -o, by "
+    "the generator of timers, and to find the sets of a domain by its name."
 )
 """What the generated pages must tell as long as it is so; empty when it is not."""
 
