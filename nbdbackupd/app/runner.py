@@ -28,6 +28,9 @@ WARNED: Final = 3
 SLOT_SECONDS: Final = 86400.0
 """A run that finds no place among the concurrent ones in a day has its next one waiting."""
 
+AFTER_END_SECONDS: Final = 600.0
+"""A run that the guest's end has broken off may still hold its locks: it cleans up."""
+
 INTERRUPTED_SECONDS: Final = 30.0
 """Programs after a run that was told to end: systemd kills soon."""
 
@@ -297,11 +300,15 @@ class _Run:
 
         # level auto: should another run have begun the set meanwhile, this one goes on with it
         fields = request_fields(self.settings)
+        if self.wish.shutdown:
+            fields |= {
+                "only_off": True,
+                # nothing changed since the last point: that one is already of this state
+                "threshold": max(1, self.settings.threshold or 0),
+                "wait_seconds": max(AFTER_END_SECONDS, self.settings.limits_wait),
+            }
         if self.wish.wait is not None:
             fields["wait_seconds"] = self.wish.wait
-        if self.wish.shutdown:
-            # nothing changed since the last point: that one is already of this state
-            fields |= {"only_off": True, "threshold": max(1, self.settings.threshold or 0)}
         return fields
 
     def _retire(self, planned: "Planned", request: "BackupRequest", chain: str) -> tuple[str, ...]:

@@ -323,6 +323,38 @@ def test_after_the_guests_end(one: Appliance) -> None:
     here.prove_all()
 
 
+def test_an_end_in_the_middle_of_a_run(one: Appliance) -> None:
+    here = one.scene
+    one.configure(on_shutdown=True)
+    one.save()
+    change(here, 1)
+    with (
+        here.ctl.rigged("STOP@nbdbackupd.ops.recording:copy_disk#1"),
+        here.ctl.start("run", *one.argv()) as first,
+    ):
+        here.ctl.faults = ()
+        stat = Path(f"/proc/{first.pid}/stat")
+        wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "stop", 60)
+        here.guest.stop()
+        references = here.references()
+        with here.ctl.start("run", *one.argv("--shutdown", "--json")) as second:
+            # it waits for the lock of a run that is about to find its guest gone
+            place = here.ctl.runtime / "slots/2"
+            wait_until(
+                lambda: place.exists() and f"{second.pid} " in place.read_text(), "place", 30
+            )
+            first.send_signal(signal.SIGCONT)
+            assert first.wait(60) == SOURCE
+            out, err = second.communicate(timeout=60)
+    assert second.returncode == 0, err
+    report = json.loads(out)
+    saved = Saved(set=Path(report["set"]), report=report["backup"], references=references)
+    assert (saved.point["level"], saved.modes) == ("inc", {"vda": "delta"})
+    here.assert_clean()
+    here.history.append(saved)
+    here.prove_all()
+
+
 def test_a_guest_that_is_started_again_meanwhile(one: Appliance) -> None:
     here = one.scene
     one.configure(on_shutdown=True)
