@@ -19,7 +19,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -234,7 +234,7 @@ def give_way(runtime_dir: Path, domain: str) -> GivenWay:
     while True:
         for directory in directories:
             # each time anew: the run may have been just about to start its server
-            lease = read(directory)
+            lease = _current(directory)
             if lease is not None and lease.server is not None:
                 killed |= lease.server.send(signal.SIGKILL)
         directories = [each for each in directories if not _is_free(each)]
@@ -287,13 +287,29 @@ def _directories(runtime_dir: Path, domain: str, found: dict[ProcessId, Holder])
     """
     directories = []
     for directory in sorted(runtime_dir.iterdir()) if runtime_dir.is_dir() else ():
-        holder = read(directory)
+        holder = _current(directory)
         if holder is None or domain not in (holder.domain, holder.uuid):
             continue
         directories.append(directory)
         if holder.run.is_alive():
             found[holder.run] = holder
     return directories
+
+
+def _current(directory: Path) -> Holder | None:
+    """The lease; one of this boot if images are open, whatever boot id it names.
+
+    In a container a unit of systemd may see the kernel's boot id, and libvirt's hook the one that
+    systemd-nspawn made (systemd 252, measured). A lock has not outlived a boot, though, and whoever
+    takes it has written the lease.
+    """
+    holder = read(directory)
+    this = ProcessId.of(os.getpid())
+    if holder is None or this is None or holder.run.boot == this.boot or _is_free(directory):
+        return holder
+    run = replace(holder.run, boot=this.boot)
+    server = replace(holder.server, boot=this.boot) if holder.server else None
+    return replace(holder, run=run, server=server)
 
 
 def _is_free(directory: Path) -> bool:

@@ -116,6 +116,21 @@ def test_a_run_gives_way(runtime: Path, tmp_path: Path, name: str) -> None:
     assert lease.read(runtime / UUID) is None
 
 
+def test_a_run_that_sees_another_boot_id_gives_way(runtime: Path, tmp_path: Path) -> None:
+    """As units do in a container; its lock proves that it is of this boot."""
+    with holder(runtime, tmp_path) as (process, server, image):
+        path = runtime / UUID / "lease.json"
+        document = json.loads(path.read_text())
+        path.write_text(json.dumps({**document, "boot": "of the kernel"}))
+        given = lease.give_way(runtime, NAME)
+        with images.opened(image):
+            pass
+        assert given.killed
+        assert [each.run.pid for each in given.holders] == [process.pid]
+        assert process.wait(5) == 75
+    assert not images.is_running(server)
+
+
 @pytest.mark.parametrize("how", ["blocked", "stopped"])
 def test_a_run_that_hangs_gives_way(runtime: Path, tmp_path: Path, how: str) -> None:
     with holder(runtime, tmp_path, how) as (process, _, image):
