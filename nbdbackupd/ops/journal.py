@@ -89,7 +89,7 @@ def read(query: Query, cancelled: Callable[[], None]) -> Iterator[Entry]:
         if child.stdout is None:
             raise ProcessError("journalctl has no output")
         for line in _lines(child.stdout, cancelled, endless=query.follow):
-            entry = parse(line)
+            entry = parse(line, query.domain)
             if entry is not None:
                 yield entry
         try:
@@ -102,7 +102,7 @@ def read(query: Query, cancelled: Callable[[], None]) -> Iterator[Entry]:
 
 def argv(query: Query) -> list[str]:
     """The command line of journalctl."""
-    wanted = ["MESSAGE", "PRIORITY", "MESSAGE_ID", "_SYSTEMD_UNIT"]
+    wanted = ["MESSAGE", "PRIORITY", "MESSAGE_ID", "SYSLOG_IDENTIFIER", "_SYSTEMD_UNIT"]
     wanted += [f"{log.FIELD_PREFIX}{name}" for name in events.FIELDS]
     words = [
         "journalctl", "--quiet", "--no-pager", "--all", "--output=json",
@@ -129,11 +129,15 @@ def _matches(query: Query) -> list[str]:
         return found
     # plain lines, and all of them where Python's systemd package is missing
     instance = unitname.escape(query.domain)
-    return [*found, "+", *(f"_SYSTEMD_UNIT={unit}@{instance}.service" for unit in UNITS)]
+    found += ["+", *(f"_SYSTEMD_UNIT={unit}@{instance}.service" for unit in UNITS)]
+    return [*found, "+", f"SYSLOG_IDENTIFIER={HOOK}"]
 
 
-def parse(line: bytes) -> Entry | None:
-    """One line of ``journalctl --output=json``, or None for what is no record."""
+def parse(line: bytes, wanted: str = "") -> Entry | None:
+    """One line of ``journalctl --output=json``, or None for what is no record.
+
+    None also for a line of the hook about another domain than ``wanted``: the hook has no fields.
+    """
     try:
         record = json.loads(line)
         microseconds = int(record["__REALTIME_TIMESTAMP"])
@@ -147,13 +151,18 @@ def parse(line: bytes) -> Entry | None:
         value = record.get(log.FIELD_PREFIX + name)
         if value is not None:
             found[name.lower()] = _text(value)
+    message = _text(record.get("MESSAGE", ""))
     domain = unitname.domain_of(_text(record.get("_SYSTEMD_UNIT", "")))
+    if wanted and record.get("SYSLOG_IDENTIFIER") == HOOK:
+        if not message.startswith(f"domain {wanted}: "):
+            return None
+        domain = wanted
     if domain:
         found.setdefault("domain", domain)
     return Entry(
         time=moment,
         priority=priority,
-        message=_text(record.get("MESSAGE", "")),
+        message=message,
         event=names.get(_text(record.get("MESSAGE_ID", "")), ""),
         fields=found,
     )

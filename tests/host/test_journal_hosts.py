@@ -120,6 +120,28 @@ def test_what_the_catalogue_and_the_verb_show(host: Host) -> None:
     assert shown.count("\n") > len(of_run["entries"])
 
 
+def test_a_run_that_gives_way(host: Host) -> None:
+    """The domain is started while its images are read: the run and the hook tell of it."""
+    # libvirt looks for hooks when it starts
+    host.run("systemctl", "restart", "libvirtd")
+    write(host, 3, 12 * MIB)
+    host.run("systemctl", "start", "--no-block", "nbdbackup@vm1.service")
+    wait_until(
+        lambda: any("reading changes" in each["MESSAGE"] for each in told(host, "-n", "3")),
+        "the reading", 30,
+    )  # fmt: skip
+    host.run("virsh", "start", "vm1")
+    ends(host, "nbdbackup@vm1.service")
+    host.run("virsh", "destroy", "vm1")
+    (gave_way,) = by_id(host, events.BACKUP_GAVE_WAY)
+    assert (gave_way["PRIORITY"], gave_way["NBDBACKUP_DOMAIN"]) == ("5", "vm1")
+    started = by_id(host, events.BACKUP_STARTED)
+    assert gave_way["NBDBACKUP_RUN"] == started[-1]["NBDBACKUP_RUN"]
+    (line,) = host.journal("-t", "nbdbackup-hook")
+    assert line["MESSAGE"].startswith(f"domain vm1: run {gave_way['NBDBACKUP_RUN']} ")
+    assert line["MESSAGE"] in host.run("nbdbackupctl", "log", "vm1")
+
+
 def test_a_run_that_fails(host: Host) -> None:
     unit = r"nbdbackup@no\x20such.service"
     assert host.call("systemctl", "start", unit).returncode != 0

@@ -34,6 +34,7 @@ def test_what_is_asked_for() -> None:
     asked = matches(Query(domain="vm 1"))
     assert asked[:3] == ["NBDBACKUP_DOMAIN=vm 1", "+", "NBDBACKUP_UUID=vm 1"]
     assert r"_SYSTEMD_UNIT=nbdbackup@vm\x201.service" in asked
+    assert asked[-2:] == ["+", "SYSLOG_IDENTIFIER=nbdbackup-hook"]
     words = journal.argv(Query(since="-2h", count=7, follow=True))
     assert {"--since=-2h", "--lines=7", "--follow"} < set(words)
     assert "--follow" not in journal.argv(Query())
@@ -62,6 +63,15 @@ def test_records_become_entries() -> None:
     foreign = journal.parse(record(MESSAGE="x", MESSAGE_ID="f" * 32, PRIORITY="7"))
     assert foreign is not None
     assert foreign.event == ""
+
+
+def test_lines_of_the_hook_tell_their_domain_in_words() -> None:
+    line = record(MESSAGE="domain vm1: let go", SYSLOG_IDENTIFIER="nbdbackup-hook", PRIORITY="4")
+    found = journal.parse(line, "vm1")
+    assert found is not None
+    assert found.fields == {"domain": "vm1"}
+    assert journal.parse(line, "vm") is None
+    assert journal.parse(line) is not None
 
 
 @pytest.mark.parametrize(
