@@ -29,9 +29,13 @@ PAGER = """\
 env | grep ^NBDBACKUP_ >"/var/log/told-$NBDBACKUP_EVENT.facts"
 cat >"/var/log/told-$NBDBACKUP_EVENT"
 """
+SENDMAIL = """\
+#!/bin/sh
+{ echo "$@"; cat; } >/var/spool/told-mail
+"""
 MAIN = """\
 schedule: {calendar: '*-*-* 05:00 UTC', random_delay: 0}
-notification: {command: /usr/local/bin/pager, events: [failure, warning, success]}
+notification: {mail: root, command: /usr/local/bin/pager, events: [failure, warning, success]}
 """
 
 
@@ -48,6 +52,7 @@ def host(
         for name in ("usr", "etc"):
             host.copy_in(stage / name, "/")
         host.write("/usr/local/bin/pager", PAGER, 0o755)
+        host.write("/usr/sbin/sendmail", SENDMAIL, 0o755)
         host.write("/etc/nbdbackup/nbdbackup.yaml", MAIN)
         host.run("systemd-tmpfiles", "--create", "nbdbackup.conf")
         yield host
@@ -120,6 +125,7 @@ def test_a_timer_that_fires_and_a_failure_that_is_told(host: Host) -> None:
     facts = host.run("cat", f"{told}.facts").splitlines()
     assert f"NBDBACKUP_DOMAIN={HOSTILE}" in facts
     assert f"NBDBACKUP_UNIT={service(HOSTILE)}" in facts
+    assert host.call("test", "-e", "/var/log/told-success").returncode == 1
     entry = timers(host)[HOSTILE]
     assert (entry["result"], entry["exit_status"]) == ("failed (exit status 20)", 20)
     assert entry["started"]
@@ -142,3 +148,24 @@ def test_one_bad_file_leaves_the_timers_of_others(host: Host) -> None:
     host.run("systemctl", "daemon-reload")
     assert datetime.fromisoformat(timers(host)["web1"]["next"]).weekday() in (6, 0)
     host.run("rm", "/etc/nbdbackup/domains.d/z.yaml")
+
+
+def test_a_success_is_told_by_mail(host: Host) -> None:
+    """After the end of a guest that libvirt does not know there is nothing to do."""
+    host.run("systemctl", "start", "nbdbackup-offline@gone.service")
+    told = "/var/log/told-success"
+    wait_until(lambda: host.call("test", "-s", told).returncode == 0, "the notice", 60)
+    assert "nothing saved of gone" in host.run("cat", told)
+    arguments, subject, *_ = host.run("cat", "/var/spool/told-mail").splitlines()
+    assert arguments == "-i -- root"
+    assert subject == "Subject: backup after the end of domain gone is done on lab-a"
+
+
+def test_timers_begin_with_the_host(host: Host) -> None:
+    reload(host, a="match: {name: [first, second]}\nschedule: {enable: yes}",
+           b="match: {name: second}\nschedule: {enable: no}")  # fmt: skip
+    host.poweroff()
+    host.boot()
+    wait_until(lambda: "first" in timers(host), "the timer", 60)
+    assert "second" not in timers(host)
+    assert datetime.fromisoformat(timers(host)["first"]["next"]).hour == 5
