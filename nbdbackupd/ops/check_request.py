@@ -1,17 +1,15 @@
 """What a check is asked, and what its parts are given to look at."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdbackupd import durable
 from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.ops import leftovers
+from nbdbackupd.ops.locks import holder
 from nbdbackupd.ops.survey import Looked
 from nbdbackupd.repo import layout
 from nbdbackupd.virt.domain import Domain
 
-LOCKS = Path("/proc/locks")
 RAW = "raw"
 
 
@@ -66,31 +64,6 @@ class Patient:
         """Who works on the set now, or nothing."""
         directory = self.request.directory
         return holder(directory / layout.LOCK) if directory is not None else ""
-
-
-def holder(path: Path) -> str:
-    """Who holds the lock on a file, or nothing.
-
-    Read from the kernel's list: to try the lock, even a shared one, could make a run that begins
-    at that moment find it taken. A holder on another host (NFS) is not in that list.
-    """
-    try:
-        status = path.stat()
-        lines = LOCKS.read_text().splitlines()
-    except OSError:
-        return ""
-    who = durable.holder(path)
-    for line in lines:
-        words = line.split()
-        if len(words) < 6 or words[1] != "FLOCK":
-            continue
-        major, minor, inode = words[5].split(":")
-        device = os.makedev(int(major, 16), int(minor, 16))
-        # stat(2) of some file systems (btrfs, overlay) tells another device: the pid will do then
-        is_this = device == status.st_dev or f"process {words[4]} " in who
-        if int(inode) == status.st_ino and is_this:
-            return who
-    return ""
 
 
 def existing(path: Path) -> Path:

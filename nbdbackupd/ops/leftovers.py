@@ -16,6 +16,7 @@ from typing import Final
 
 from nbdbackupd import durable, events
 from nbdbackupd.errors import FormatError
+from nbdbackupd.ops import locks
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Intent
 from nbdbackupd.repo.repository import Repository
@@ -25,7 +26,7 @@ from nbdbackupd.virt.domain import Domain
 
 log = logging.getLogger(__name__)
 NOTE: Final = "run.json"
-LOCK: Final = "lock"
+LOCK: Final = locks.DOMAIN_LOCK
 SOCKET_DIR: Final = "nbd"
 OFFLINE_SOCKET: Final = "offline.sock"
 

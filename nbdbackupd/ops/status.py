@@ -11,8 +11,7 @@ from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.model.health import Facts, Health, Limits, Verdict, age_text, judge
 from nbdbackupd.model.units import human_size
 from nbdbackupd.ops.catalog import stored_bytes
-from nbdbackupd.ops.check_request import holder
-from nbdbackupd.ops.leftovers import LOCK
+from nbdbackupd.ops.locks import DOMAIN_LOCK, holder
 from nbdbackupd.ops.sets import sets_of
 from nbdbackupd.repo import layout
 
@@ -146,7 +145,7 @@ def names_in(repository: Path) -> dict[str, Path]:
 
 def busy(runtime_dir: Path, uuid: str) -> str:
     """Who works on a domain now, or nothing."""
-    return holder(runtime_dir / uuid / LOCK) if uuid else ""
+    return holder(runtime_dir / uuid / DOMAIN_LOCK) if uuid else ""
 
 
 def status_of(

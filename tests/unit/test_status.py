@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +21,7 @@ from nbdbackupd.model.health import Facts, Health, Limits, age_text, judge
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.repository import Repository
 from tests.lib import chains, points
+from tests.lib.pages import TOP
 
 NOW = datetime(2026, 2, 10, 12, 0, 0, tzinfo=UTC)
 LIMITS = Limits(warning=36 * 3600, critical=72 * 3600)
@@ -292,6 +295,20 @@ def test_without_libvirt_and_systemd(host: Host) -> None:
     assert "files that choose domains by labels" in out
     code, out = host.run("timers")
     assert (code, out) == (30, "")
+
+
+def test_where_libvirt_is_not_installed(host: Host) -> None:
+    host.save("vm1", NOW)
+    (host.root / "libvirt.py").write_text("raise ImportError('it is gone')")
+    (host.root / "nbd.py").write_text("raise ImportError('it is gone')")
+    done = subprocess.run(
+        [sys.executable, "-m", "nbdbackupd", "--config-dir", host.config, "status"],
+        cwd=TOP, env={**os.environ, "PYTHONPATH": str(host.root)}, capture_output=True, text=True,
+        check=False, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (3, "")
+    assert "python3-libvirt is not installed" in done.stdout
+    assert "\nvm1 " in done.stdout
 
 
 def test_nothing_is_known_and_nobody_could_be_asked(host: Host) -> None:

@@ -140,7 +140,7 @@ def _wishes(domain: str, configuration: "Configuration", context: Context) -> _W
     from nbdbackupd.app.config import schema, timers
 
     values: dict[str, Any] = {}
-    with suppress(ConfigError, DomainError):
+    with suppress(ConfigError, DomainError, ImportError):
         if domain:
             _, _, found = configured.settings_of(domain, configuration.require_sound(), context)
             values = {path: found.get(path) for path in SETTINGS}
