@@ -145,7 +145,7 @@ def stored_bytes(point: RestorePoint) -> int:
 def _check_is_set(repository: Repository) -> None:
     if not repository.exists:
         raise RepositoryError(f"there is no backup set at {repository.path}: no such directory")
-    if repository.is_empty and any(repository.path.glob("*.data")):
+    if repository.is_empty and any(name.endswith(".data") for name in repository.foreign_files()):
         raise RepositoryError(
             f"{repository.path} holds backup files but no manifests in points/: "
             f"it is no set of this program"

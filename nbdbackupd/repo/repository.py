@@ -150,6 +150,21 @@ class Repository:
         known, broken = BackupSet.from_sound(found)
         return known, (*problems, *broken)
 
+    def foreign_files(self) -> list[str]:
+        """Names of what a directory without points holds that is not of this program, sorted.
+
+        Raises RepositoryError if it can't be read.
+        """
+        with durable.translate_os_errors("read", self.path):
+            names = sorted(entry.name for entry in self.path.iterdir())
+        # The next sweep removes what a killed first run has published in part.
+        swept = {name for each in self._read_leftovers() for name in each.names}
+        return [
+            name
+            for name in names
+            if name not in OURS and name not in swept and not name.startswith(".")
+        ]
+
     def check_can_begin(self) -> None:
         """Refuse a directory without points that holds files of others: no mixtures.
 
@@ -157,15 +172,7 @@ class Repository:
         """
         if not self.exists or not self.is_empty:
             return
-        with durable.translate_os_errors("read", self.path):
-            names = sorted(entry.name for entry in self.path.iterdir())
-        # The next sweep removes what a killed first run has published in part.
-        swept = {name for each in self._read_leftovers() for name in each.names}
-        foreign = [
-            name
-            for name in names
-            if name not in OURS and name not in swept and not name.startswith(".")
-        ]
+        foreign = self.foreign_files()
         if not foreign:
             return
         advice = "give an empty or new directory with -o"

@@ -9,6 +9,9 @@ from tests.lib.model_kinds import Step
 
 pytestmark = pytest.mark.system
 
+KILLED = (
+    '{"into": "packed", "level": "auto", "after": 0, "term": false, "fault": "KILL+@os:rename#4"}'
+)
 FOUND = {
     # libvirt can't merge bitmaps of different sizes, and then tells of no disk
     "an overlay that has grown": """
@@ -23,6 +26,13 @@ FOUND = {
         ["stop", {}]
         ["backup", {"into": "plain", "level": "inc"}]
     """,
+    # a first run that died while it published is no set of somebody else
+    "a full that was killed between its renames": """
+        ["start", {}]
+        ["backup-killed", %s]
+        ["backup", {"into": "packed", "level": "auto"}]
+    """
+    % KILLED,
     # a base that was redefined for one disk has a bitmap on the other one, too
     "a disk that has grown while libvirt forgot the checkpoint": """
         ["start", {}]
