@@ -29,10 +29,9 @@ FOUND = {
     # a first run that died while it published is no set of somebody else
     "a full that was killed between its renames": """
         ["start", {}]
-        ["backup-killed", %s]
+        ["backup-killed", KILLED]
         ["backup", {"into": "packed", "level": "auto"}]
-    """
-    % KILLED,
+    """.replace("KILLED", KILLED),
     # a base that was redefined for one disk has a bitmap on the other one, too
     "a disk that has grown while libvirt forgot the checkpoint": """
         ["start", {}]
