@@ -106,6 +106,27 @@ class Appliance:
         assert len(points) == before + 1
         return points[-1]
 
+    def begin(self, protected: "Protected", mib: int = 8) -> None:
+        """Have a slow run at work on so much that has changed, half a megabyte a second."""
+        name = protected.name
+        self.configure(name, limits__bandwidth="512K")
+        protected.change(mib)
+        reading = "MESSAGE=disk vdb: reading changes"
+        before = len(self.events(name, reading))
+        self.host.run("systemctl", "start", "--no-block", f"nbdbackup@{name}.service")
+        wait_until(lambda: len(self.events(name, reading)) > before, "the run", RUN_SECONDS)
+        self.configure(name)
+
+    def assert_nothing_is_left(self, name: str) -> None:
+        """The guest runs on, without a job, an export or a scratch file of ours."""
+        assert self.host.run("virsh", "domstate", name) == "running\n\n"
+        assert "None" in self.host.run("virsh", "domjobinfo", name)
+        jobs = ("virsh", "qemu-monitor-command", name, '{"execute": "query-block-jobs"}')
+        assert json.loads(self.host.run(*jobs))["return"] == []
+        exports = ("virsh", "qemu-monitor-command", name, '{"execute": "query-block-exports"}')
+        assert json.loads(self.host.run(*exports))["return"] == []
+        assert self.host.run("find", "/var/lib/nbdbackup/scratch", "-type", "f") == ""
+
     def events(self, name: str, *matches: str) -> list[dict[str, Any]]:
         """Return what the journal knows of a domain, oldest first."""
         return self.host.journal(f"NBDBACKUP_DOMAIN={name}", *matches)

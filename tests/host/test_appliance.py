@@ -23,6 +23,14 @@ pytestmark = [
 ]
 
 TOP = Path(__file__).parents[2]
+# docs/reference/events.md
+COMMITTED = "fc784c664edf4627aa3b57fa23ee0f81"
+NOT_MOUNTED = "0de8c46365e3410fafb823f469d1d39c"
+METRICS = "/var/lib/metrics"
+MAIL = "/var/spool/lab-mail"
+SENDMAIL = f"#!/bin/sh\ncat >{MAIL}.new && mv {MAIL}.new {MAIL}\n"
+HOOK = "/etc/libvirt/hooks/qemu.d/nbdbackup"
+SOCKETS = ("libvirtd.socket", "libvirtd-ro.socket", "libvirtd-admin.socket")
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +195,175 @@ def test_increments_go_on_after_migration(appliance: Appliance, other: Appliance
     protected.prove()
     protected.prove(other)
     guest.virsh("destroy", "vm4")
+
+
+def metrics(appliance: Appliance, name: str) -> dict[str, float]:
+    """Read a domain's metrics by name."""
+    text = appliance.host.run("cat", f"{METRICS}/nbdbackup-{name}.prom")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert all(f'{{domain="{name}"}} ' in line for line in lines)
+    return {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+
+def test_what_happened_is_told(appliance: Appliance) -> None:
+    """The journal, the status, the metrics; and people, of a failure."""
+    host = appliance.host
+    protected = Protected(appliance, "vm5")
+    host.run("mkdir", METRICS)
+    host.write("/etc/nbdbackup/nbdbackup.yaml", f"monitoring: {{metrics_directory: {METRICS}}}\n")
+    host.write("/usr/sbin/sendmail", SENDMAIL, mode=0o755)
+    settings = {"notification__mail": ["root"], "schedule__calendar": ["*-01-01"]}
+    appliance.configure("vm5", **settings)
+    host.run("systemctl", "daemon-reload")
+    host.run("systemctl", "enable", "--now", "nbdbackup@vm5.timer")
+    protected.guest.start()
+    protected.change()
+    point = appliance.save("vm5")
+
+    committed = appliance.events("vm5", f"MESSAGE_ID={COMMITTED}")[-1]
+    assert committed["NBDBACKUP_POINT"] == point["id"]
+    assert committed["NBDBACKUP_UUID"] == point["uuid"]
+    assert committed["NBDBACKUP_LEVEL"] == "full"
+    stored = sum(disk["stored_bytes"] for disk in point["disks"])
+    assert int(committed["NBDBACKUP_BYTES"]) == stored
+    assert 0 < int(committed["NBDBACKUP_DURATION_USEC"]) < 60e6
+    assert committed["_SYSTEMD_UNIT"] == "nbdbackup@vm5.service"
+    explained = host.run("journalctl", "--no-pager", "-x", f"NBDBACKUP_POINT={point['id']}")
+    assert "Subject: Backup committed" in explained
+    assert f"{stored} is what its disks take" in explained
+    entries = appliance.json("log", "vm5")["entries"]
+    told = next(each for each in entries if each["event"] == "backup-committed")
+    assert told["fields"]["point"] == point["id"]
+    state = next(d for d in appliance.json("status")["domains"] if d["domain"] == "vm5")
+    assert (state["health"], state["point"], state["points"]) == ("ok", point["id"], 1)
+    timers = host.run("nbdbackupctl", "timers")
+    assert "vm5" in timers
+    assert "-01-01" in timers
+    good = metrics(appliance, "vm5")
+    assert good["nbdbackup_last_run_success"] == 1
+    assert good["nbdbackup_last_point_data_bytes"] == sum(d["data_bytes"] for d in point["disks"])
+
+    appliance.configure("vm5", repository__marker=".mounted", **settings)
+    service = "nbdbackup@vm5.service"
+    assert host.call("systemctl", "start", service).returncode == 1
+    assert appliance.failed() == [service]
+    assert len(appliance.events("vm5", f"MESSAGE_ID={NOT_MOUNTED}")) == 1
+    wait_until(lambda: host.call("test", "-e", MAIL).returncode == 0, "the mail", 30)
+    mail = host.run("cat", MAIL)
+    assert "To: root" in mail
+    assert service in mail
+    assert "marker" in mail
+    assert len(appliance.points("vm5")) == 1
+    bad = metrics(appliance, "vm5")
+    assert bad["nbdbackup_last_run_success"] == 0
+    same = "nbdbackup_last_success_timestamp_seconds"
+    assert bad[same] == good[same]
+    assert host.call("nbdbackupctl", "status", "--nagios", "vm5").returncode == 2
+    host.run("systemctl", "reset-failed", service)
+    host.run("systemctl", "disable", "--now", "nbdbackup@vm5.timer")
+    protected.guest.virsh("destroy", "vm5")
+
+
+def test_daemons_restart_in_the_middle(appliance: Appliance) -> None:
+    host = appliance.host
+    protected = Protected(appliance, "vm6")
+    appliance.configure("vm6")
+    protected.guest.start()
+    protected.change()
+    protected.note(appliance.save("vm6"))
+
+    appliance.begin(protected)
+    host.run("systemctl", "restart", "systemd-journald")
+    point = appliance.wait_points("vm6", 2)[-1]
+    assert data(point) == 8 * MIB
+    protected.note(point)
+    committed = appliance.events("vm6", f"MESSAGE_ID={COMMITTED}")
+    assert committed[-1]["NBDBACKUP_POINT"] == point["id"]
+    assert appliance.failed() == []
+
+    appliance.begin(protected)
+    host.run("systemctl", "restart", "libvirtd")
+    wait_until(appliance.is_idle, "the end of the run", 60)
+    host.run("systemctl", "reset-failed", "nbdbackup*")
+    appliance.assert_nothing_is_left("vm6")
+    # whether or not that run has failed: nothing is lost, and nothing is whole again
+    protected.change()
+    protected.note(appliance.save("vm6"))
+    full, first, *rest = appliance.points("vm6")
+    assert (full["level"], first["level"]) == ("full", "inc")
+    assert {each["level"] for each in rest} == {"inc"}
+    assert data(*rest) == 9 * MIB
+    protected.prove()
+    protected.guest.virsh("destroy", "vm6")
+
+
+def test_packages_change_in_the_middle(appliance: Appliance, packages: list[Path]) -> None:
+    host = appliance.host
+    protected = Protected(appliance, "vm7")
+    appliance.configure("vm7")
+    protected.guest.start()
+    protected.change()
+    protected.note(appliance.save("vm7"))
+
+    appliance.begin(protected)
+    main = ("systemctl", "show", "--value", "-p", "MainPID", "nbdbackup@vm7.service")
+    pid = host.run(*main)
+    appliance.install(packages)
+    assert host.run(*main) == pid != "0\n"
+    point = appliance.wait_points("vm7", 2)[-1]
+    assert data(point) == 8 * MIB
+    protected.note(point)
+    assert appliance.failed() == []
+
+    appliance.begin(protected)
+    host.apt("remove", "nbdbackupd", "nbdbackup-restore")
+    assert host.call("which", "nbdbackupctl").returncode == 1
+    assert host.call("pgrep", "-f", "nbdbackupctl run").returncode == 1
+    appliance.assert_nothing_is_left("vm7")
+    appliance.install(packages)
+    assert appliance.failed() == []
+    assert appliance.levels("vm7") == ["full", "inc"]
+    point = appliance.save("vm7")
+    assert point["level"] == "inc"
+    assert data(point) == 8 * MIB
+    protected.note(point)
+    protected.prove()
+    protected.guest.virsh("destroy", "vm7")
+
+
+def test_the_hook_without_libvirt(appliance: Appliance) -> None:
+    """It holds nobody up, and its units say what is wrong."""
+    host = appliance.host
+    protected = Protected(appliance, "vm8")
+    appliance.configure("vm8", on_shutdown=True)
+    xml = protected.guest.virsh("dumpxml", "vm8").encode()
+
+    def hook(*words: str) -> None:
+        begun = time.monotonic()
+        done = host.call(HOOK, "vm8", *words, stdin=xml)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+        assert time.monotonic() - begun < 3
+
+    pid = host.run("systemctl", "show", "--value", "-p", "MainPID", "libvirtd.service").strip()
+    host.run("kill", "-STOP", pid)
+    try:
+        hook("prepare", "begin", "-")
+        hook("started", "begin", "-")
+        hook("release", "end", "-")
+    finally:
+        host.run("kill", "-CONT", pid)
+    wait_until(appliance.is_idle, "the units", 60)
+    assert appliance.failed() == []
+
+    host.run("systemctl", "stop", *SOCKETS, "libvirtd.service")
+    try:
+        hook("prepare", "begin", "-")
+        hook("started", "begin", "-")
+        wait_until(appliance.is_idle, "the unit", 60)
+        assert appliance.failed() == ["nbdbackup-checkpoints@vm8.service"]
+        said = host.journal("-u", "nbdbackup-checkpoints@vm8.service", "PRIORITY=3")
+        assert any("libvirt" in each["MESSAGE"] for each in said)
+        assert not any("Traceback" in each["MESSAGE"] for each in said)
+    finally:
+        host.run("systemctl", "start", *SOCKETS, "libvirtd.service")
+        host.run("systemctl", "reset-failed", "nbdbackup*")
