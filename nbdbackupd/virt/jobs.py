@@ -8,10 +8,10 @@ domain: libvirt refuses to begin beside it, with an internal error that names th
 """
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from operator import methodcaller
-from typing import Any, Final
+from typing import Final, TypeVar
 from weakref import WeakSet
 
 import libvirt
@@ -21,6 +21,7 @@ from nbdbackupd.model.jobxml import BackupJob, parse_backup_job
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
 
+Result = TypeVar("Result")
 ABORT_TIMEOUT_SECONDS: Final = 30.0
 POLL_SECONDS: Final = 0.01
 LOST_JOB_SECONDS: Final = 5.0
@@ -72,9 +73,9 @@ def active_job(domain: Domain) -> ActiveJob | None:
     """Return the job that runs on the domain, whoever began it, or None."""
     if not domain.is_active():
         return None
-    if domain.call("can't read its job", lambda each: each.jobInfo())[0] == _NONE:
+    if _ask(domain, lambda each: each.jobInfo())[0] == _NONE:
         return None
-    found = _active_stats(domain)
+    found = _ask(domain, lambda each: each.jobStats())
     if found.get("type", _NONE) == _NONE:
         return None
     number = found.get(libvirt.VIR_DOMAIN_JOB_OPERATION, 0)
@@ -91,8 +92,8 @@ def active_job(domain: Domain) -> ActiveJob | None:
     return ActiveJob("backup", parse_backup_job(xml))
 
 
-def _active_stats(domain: Domain) -> dict[str, Any]:
-    """Ask for the statistics of a job that libvirt says is there.
+def _ask(domain: Domain, question: Callable[[libvirt.virDomain], Result]) -> Result:
+    """Ask about the job that libvirt says is there.
 
     A libvirtd that was killed while a backup job began may come back with a job of which it knows
     nothing ("backup job data missing", seen with 9.0): for a moment, or until the guest ends.
@@ -101,14 +102,14 @@ def _active_stats(domain: Domain) -> dict[str, Any]:
     deadline = time.monotonic() + LOST_JOB_SECONDS
     while True:
         try:
-            return domain.call("can't read its job", lambda each: each.jobStats())
+            return domain.call("can't read its job", question)
         except DomainError as err:
             if not _is_code(err, libvirt.VIR_ERR_INTERNAL_ERROR):
                 raise
             if time.monotonic() > deadline:
                 raise BusyError(
-                    f"domain {domain.name} has a job that libvirt has lost track of: end it with "
-                    f"'virsh domjobabort', or power the guest off and start it again",
+                    f"domain {domain.name} has a job that libvirt has lost track of: restart "
+                    f"libvirtd (or virtqemud), which does the guest no harm, and try again",
                     domain=domain.name,
                 ) from err
         time.sleep(POLL_SECONDS)
