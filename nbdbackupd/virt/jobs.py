@@ -108,8 +108,8 @@ def _ask(domain: Domain, question: Callable[[libvirt.virDomain], Result]) -> Res
                 raise
             if time.monotonic() > deadline:
                 raise BusyError(
-                    f"domain {domain.name} has a job that libvirt has lost track of: restart "
-                    f"libvirtd (or virtqemud), which does the guest no harm, and try again",
+                    f"domain {domain.name} has a job that libvirt has lost track of: end it with "
+                    f"'virsh domjobabort', or power the guest off and restart libvirtd",
                     domain=domain.name,
                 ) from err
         time.sleep(POLL_SECONDS)
