@@ -107,9 +107,9 @@ class Appliance:
         return points[-1]
 
     def begin(self, protected: "Protected", mib: int = 8) -> None:
-        """Have a slow run at work on so much that has changed, half a megabyte a second."""
+        """Have a slow run at work on so much that has changed, a megabyte a second."""
         name = protected.name
-        self.configure(name, limits__bandwidth="512K")
+        self.configure(name, limits__bandwidth="1M")
         protected.change(mib)
         reading = "MESSAGE=disk vdb: reading changes"
         before = len(self.events(name, reading))

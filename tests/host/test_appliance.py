@@ -110,7 +110,12 @@ def test_a_guest_that_ends_is_saved(appliance: Appliance) -> None:
     appliance.configure("vm2", on_shutdown=True)
     guest.start()
     protected.change()
-    protected.note(appliance.save("vm2"))
+    assert guest.freeze_log() == []
+    first = appliance.save("vm2")
+    assert first["consistency"] == "filesystem"
+    assert guest.freeze_log() == ["freeze", "thaw"]
+    assert not guest.is_frozen()
+    protected.note(first)
 
     protected.change(2)
     guest.shutdown()
