@@ -2,6 +2,7 @@
 
 import random
 import signal
+from collections.abc import Generator
 
 import pytest
 
@@ -17,6 +18,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     # under nohup SIGHUP is ignored, and so it would be by all that the tests start
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Make captured output fit to be sent from one process to another: tests log odd bytes."""
+    report = yield
+    report.sections = [
+        (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from nbdbackupd.app.verbs import check as verb
 from nbdbackupd.model import access
 from nbdbackupd.model.access import Account
 from nbdbackupd.model.finding import Area, Finding, Notes, Severity, worst
-from nbdbackupd.ops import check_access, check_request
+from nbdbackupd.ops import check_access, check_request, locks
 from nbdbackupd.ops.check import CheckReport
 
 OWNER, GROUP, OTHER = 65001, 65002, 65003
@@ -123,4 +123,4 @@ def test_rules_of_apparmor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_path_that_is_to_be_made(tmp_path: Path) -> None:
     assert check_request.existing(tmp_path / "a" / "b") == tmp_path
     assert check_request.existing(tmp_path) == tmp_path
-    assert check_request.holder(tmp_path / "lock") == ""
+    assert locks.holder(tmp_path / "lock") == ""
