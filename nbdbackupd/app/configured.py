@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdbackupd.app.context import DEFAULT_URI, Context
@@ -67,6 +68,20 @@ def settings_of(
             f"which domains {asking[0]} is for depends on what libvirt knows: {err.message}",
             **err.fields,
         ) from err
+
+
+def state_directory(name: str, context: Context) -> Path:
+    """Where the bases of a domain's chains are noted, if the command line does not say it.
+
+    As the configuration has it, where a file sets it, since ``run`` writes there. Raises
+    ConfigError, DomainError.
+    """
+    if context.is_state_given:
+        return context.state_dir
+    _, _, settings = settings_of(name, read(context), context)
+    if settings.is_default("checkpoint_directory"):
+        return context.state_dir
+    return settings.checkpoint_directory
 
 
 def settings_of_domain(domain: "Domain", configuration: "Configuration") -> "DomainSettings":

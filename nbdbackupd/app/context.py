@@ -34,6 +34,7 @@ class Context:
     runtime_dir: Path
     scratch_dir: Path
     state_dir: Path
+    is_state_given: bool = False
     config_dir: Path | None = None
 
     @classmethod
@@ -52,6 +53,7 @@ class Context:
             runtime_dir=runtime,
             scratch_dir=getattr(args, "scratch_dir", None) or default_scratch_dir(os.environ),
             state_dir=getattr(args, "checkpoint_dir", None) or default_state_dir(os.environ),
+            is_state_given=getattr(args, "checkpoint_dir", None) is not None,
             config_dir=getattr(args, "config_dir", None),
         )
 

@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
+from nbdbackupd.app import configured
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, size
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import DomainError
@@ -67,7 +68,7 @@ def run(args: Arguments, context: Context) -> int:
         runtime_dir=context.runtime_dir.absolute(),
         scratch_dir=context.scratch_dir.absolute(),
         scratch_reserve=args.scratch_reserve,
-        state_dir=context.state_dir.absolute(),
+        state_dir=configured.state_directory(args.domain, context).absolute(),
     )
     with context.connection() as connection:
         report = check.run(request, connection)

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbdbackupd.app import configured, signals
 from nbdbackupd.app import context as app_context
-from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, seconds
 from nbdbackupd.app.context import Context
 
@@ -60,7 +60,7 @@ def run(args: Arguments, context: Context) -> int:
     request = checkpoints.CheckpointsRequest(
         domain=args.domain,
         runtime_dir=context.runtime_dir.absolute(),
-        state_dir=context.state_dir.absolute(),
+        state_dir=configured.state_directory(args.domain, context).absolute(),
         run_id=app_context.new_run_id(app_context.now()),
         directory=args.output.absolute() if args.output else None,
         repair=args.repair,
