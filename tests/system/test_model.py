@@ -16,10 +16,10 @@ import pytest
 from tests.lib import model_play
 
 log = logging.getLogger(__name__)
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(0)]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SEEDS = os.environ.get("NBDBACKUP_MODEL_SEED", "1,2").split(",")
-STEPS = int(os.environ.get("NBDBACKUP_MODEL_STEPS", "70"))
+STEPS = int(os.environ.get("NBDBACKUP_MODEL_STEPS", "120"))
 LOG = os.environ.get("NBDBACKUP_MODEL_LOG", "")
 
 
