@@ -81,6 +81,8 @@ def draw_writing(world: World, rng: random.Random) -> Arguments:
 @step(8, is_running, draw_writing)
 def backup_while_writing(world: World, into: str, level: str, ops: list[Op], *, hold: bool) -> str:
     """The guest writes during the job: the point holds what was there when it began."""
+    # the job of a run that was killed looks like that of this one
+    hold = hold or world.job_left
     target = world.sets[into]
     before = checks.look(world)
     references = world.take_references()
