@@ -20,6 +20,7 @@ from nbdbackupd.nbdio import copy, nbdinfo
 from nbdbackupd.nbdio.client import Connection, Endpoint, Patience
 from nbdbackupd.nbdio.extents import ExtentReader
 from nbdbackupd.nbdio.throttle import BURST_SECONDS, Throttle
+from tests.lib.servers import is_listening
 
 pytestmark = pytest.mark.component
 
@@ -70,7 +71,7 @@ def serve(tmp_path: Path, *argv: str) -> Iterator[tuple[Path, subprocess.Popen[b
     with subprocess.Popen([each.format(socket=socket) for each in argv]) as server:
         try:
             deadline = time.monotonic() + 10
-            while not socket.exists():
+            while not is_listening(socket):
                 assert server.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.01)

@@ -20,6 +20,7 @@ from nbdbackupd.nbdio.client import Endpoint, Patience
 from nbdbackupd.nbdio.target import Target
 from nbdbackupd.qemu import image, nbd_server
 from nbdbackupd.qemu.image import CreateOptions
+from tests.lib.servers import is_listening
 
 pytestmark = pytest.mark.component
 
@@ -39,7 +40,7 @@ def nbdkit(tmp_path: Path, *argv: str) -> Iterator[tuple[Endpoint, "subprocess.P
     with subprocess.Popen(command) as server:
         try:
             deadline = time.monotonic() + 10
-            while not socket.exists():
+            while not is_listening(socket):
                 assert server.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
