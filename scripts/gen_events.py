@@ -10,9 +10,8 @@ from typing import Final
 from nbdbackupd import events
 from nbdbackupd.events import ALL, CONTEXT, FIELDS, Event
 from nbdbackupd.log import FIELD_PREFIX
+from scripts.generated import TOP, main
 
-TOP: Final = Path(__file__).resolve().parents[1]
-CHECK: Final = "--check"
 CATALOG_WIDTH: Final = 78
 PAGE_WIDTH: Final = 100
 
@@ -119,30 +118,5 @@ def _wrapped(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
-def stale() -> list[Path]:
-    """The files that are missing or not what the table says."""
-    return [
-        path
-        for path, text in generated().items()
-        if not path.is_file() or path.read_text(encoding="utf-8") != text
-    ]
-
-
-def main(arguments: list[str]) -> int:
-    """Write the files, or with ``--check`` tell which are stale; return the exit status."""
-    if arguments not in ([], [CHECK]):
-        print("usage: gen-events [--check]", file=sys.stderr)
-        return 2
-    found = stale()
-    for path in found:
-        if CHECK in arguments:
-            print(f"{path.relative_to(TOP)} is not current: run scripts/gen-events")
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(generated()[path], encoding="utf-8")
-            print(f"wrote {path.relative_to(TOP)}")
-    return 1 if found and CHECK in arguments else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main("gen-events", generated(), sys.argv[1:]))

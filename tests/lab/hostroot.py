@@ -17,7 +17,6 @@ from tests.lab.command import LabError, run
 from tests.lab.daemon import propagation
 
 MAKE_TIMEOUT_SECONDS = 900.0
-DEFAULT_MIRROR = "http://deb.debian.org/debian"
 RECIPE = 1  # raise it when the commands below change what they make
 
 BOOKWORM = "bookworm"
@@ -123,18 +122,19 @@ def _maker(spec: RootSpec, tree: Path) -> list[str | Path]:
         '--customize-hook=echo force-unsafe-io >"$1"/etc/dpkg/dpkg.cfg.d/99mmdebstrap',
         spec.suite,
         tree,
-        debian_mirror(),
+        *debian_mirror(),
     ]
 
 
-def debian_mirror() -> str:
-    """Return the mirror that this machine's apt takes Debian from, else the public one.
+def debian_mirror() -> list[str]:
+    """Return the mirror that this machine's apt takes Debian from, if it does from any.
 
-    The public one serves an Ubuntu, too: its package debian-archive-keyring has the keys.
+    Without one mmdebstrap takes Debian's public one. That serves an Ubuntu, too, whose package
+    debian-archive-keyring has the keys.
     """
     wanted = ["Created-By: Packages", "Origin: Debian"]
     try:
         uris = run(["apt-get", "indextargets", "--format", "$(REPO_URI)", *wanted]).split()
     except LabError:
-        return DEFAULT_MIRROR
-    return next((uri for uri in uris if "security" not in uri), DEFAULT_MIRROR)
+        return []
+    return [uri for uri in uris if "security" not in uri][:1]

@@ -24,7 +24,7 @@ from nbdbackupd.app import ctl
 from nbdbackupd.errors import BusyError, DomainError, GaveWayError, Interrupted
 from nbdbackupd.events import ALL, Event
 from nbdbackupd.ops import telling
-from scripts import gen_events
+from scripts import gen_events, generated
 from tests.lib.pages import TOP
 
 logger = logging.getLogger("nbdbackupd.test")
@@ -254,7 +254,7 @@ def test_texts_name_fields_that_are_there() -> None:
 
 
 def test_generated_files_are_current() -> None:
-    assert gen_events.stale() == [], "run scripts/gen-events"
+    assert generated.stale(gen_events.generated()) == [], "run scripts/gen-events"
 
 
 def test_catalogue_says_what_the_table_says() -> None:
