@@ -40,6 +40,7 @@ from nbdbackupd.ops import (
     sequence,
     telling,
 )
+from nbdbackupd.ops.definer import Definer, Definition, Planned, PlannedDisk
 from nbdbackupd.ops.fill import fill
 from nbdbackupd.ops.layers import Layer
 from nbdbackupd.ops.restore_files import FileCopy
@@ -98,6 +99,7 @@ class RestoreReport:
     files: tuple[Path, ...]
     warnings: tuple[str, ...]
     seconds: float
+    definition: Definition | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1."""
@@ -119,6 +121,7 @@ class RestoreReport:
             ],
             "config": str(self.config) if self.config else None,
             "files": [str(path) for path in self.files],
+            "definition": self.definition.to_json() if self.definition else None,
             "warnings": list(self.warnings),
             "seconds": round(self.seconds, 3),
         }
@@ -156,13 +159,15 @@ class _Plan:
 
 
 def run(
-    request: RestoreRequest, *, progress: Progress, cancelled: Callable[[], None]
-) -> RestoreReport:
+    request: RestoreRequest, *, progress: Progress, cancelled: Callable[[], None],
+    definer: Definer | None = None,
+) -> RestoreReport:  # fmt: skip
     """Restore; ``progress`` gets disk, guest bytes done and in all, from any thread.
 
-    ``cancelled`` is polled and raises to end the run. Raises UsageError, RepositoryError (also
-    for an existing target without ``force``), ChainBrokenError, FormatError, IntegrityError,
-    NoSpaceError, BusyError, and ProcessError or NbdError of qemu-nbd.
+    ``cancelled`` is polled and raises to end the run. ``definer`` makes a domain of the images.
+    Raises UsageError, RepositoryError (also for an existing target without ``force``),
+    ChainBrokenError, FormatError, IntegrityError, NoSpaceError, BusyError, ProcessError or
+    NbdError of qemu-nbd, and what ``definer`` raises.
     """
     _check_request(request)
     ending = telling.Ending(log, telling.restore_ending)
@@ -177,6 +182,8 @@ def run(
             durable.make_directory(request.output)
         stack.enter_context(_locked(request.output))
         _check_targets(plan, force=request.force)
+        if definer is not None:
+            definer.prepare(_planned(plan, request))
         for warning in plan.warnings:
             log.warning("%s", warning)
         disks = tuple(_restore_disk(job, request, progress, cancelled) for job in plan.jobs)
@@ -184,6 +191,7 @@ def run(
             with durable.translate_os_errors("write", each.incomplete):
                 restore_files.copy(each, cancelled, point=plan.point)
         _name_all(plan, force=request.force)
+        definition = definer.finish() if definer is not None else None
     xml = [each.final for each in plan.files if each.stored.role == restore_files.XML_ROLE]
     report = RestoreReport(
         point=plan.point,
@@ -192,12 +200,21 @@ def run(
         disks=disks,
         config=xml[0] if xml else None,
         files=tuple(each.final for each in plan.files if each.final not in xml),
-        warnings=plan.warnings,
+        warnings=plan.warnings + (definition.warnings if definition else ()),
         seconds=ending.seconds,
+        definition=definition,
     )
     with runlog.context(DOMAIN=plan.domain, SET=request.source or ""):
         telling.restored(log, report)
     return report
+
+
+def _planned(plan: _Plan, request: RestoreRequest) -> Planned:
+    return Planned(
+        point=plan.point, domain=plan.domain, output=request.output, files=plan.files,
+        disks=tuple(PlannedDisk(target=j.target, path=j.final, format=j.format) for j in plan.jobs),
+        force=request.force,
+    )  # fmt: skip
 
 
 def _check_request(request: RestoreRequest) -> None:
