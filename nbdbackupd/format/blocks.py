@@ -27,13 +27,34 @@ def decompress(stored: Buffer, length: int) -> bytes:
     """
     import lz4.frame
 
+    # one byte more than wanted: memory stays bounded whatever the frame holds, and its end is seen
+    decompressor = lz4.frame.LZ4FrameDecompressor()
     try:
-        block: bytes = lz4.frame.decompress(stored)
+        block: bytes = decompressor.decompress(stored, max_length=length + 1)
     except (RuntimeError, EOFError, ValueError) as err:
         raise IntegrityError(f"block can't be decompressed: {err}") from err
     if len(block) != length:
-        raise IntegrityError("block has the wrong length", expected=length, found=len(block))
+        found = len(block) if len(block) < length else "more"
+        raise IntegrityError("block has the wrong length", expected=length, found=found)
+    if not decompressor.eof or decompressor.unused_data:
+        raise IntegrityError("block can't be decompressed: its frame does not end where it should")
     return block
+
+
+def content_size(head: Buffer) -> int:
+    """The guest bytes of the lz4 frame that begins with ``head`` (15 bytes), as it says itself.
+
+    Raises IntegrityError if that is no frame or it does not say so.
+    """
+    import lz4.frame
+
+    try:
+        size: int = lz4.frame.get_frame_info(bytes(head))["content_size"]
+    except (RuntimeError, ValueError) as err:
+        raise IntegrityError(f"not an lz4 frame: {err}") from err
+    if not size:
+        raise IntegrityError("lz4 frame does not say how much it holds")
+    return size
 
 
 def digest(block: Buffer) -> bytes:

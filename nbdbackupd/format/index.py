@@ -11,6 +11,7 @@ Layout, little endian:
 Ranges are half open, ascending and do not overlap; a data record is at most ``MAX_BLOCK`` long.
 """
 
+import bisect
 import mmap
 import os
 import struct
@@ -42,7 +43,12 @@ class Kind(IntEnum):
 
 
 class Record(NamedTuple):
-    """One block: guest range ``[offset, offset + length)`` and where its payload lies."""
+    """One block: guest range ``[offset, offset + length)`` and where its payload lies.
+
+    A block may be a part of a larger lz4 frame, as virtnbdbackup makes them: then the payload is
+    the whole frame's, which holds ``whole`` guest bytes, ``skip`` of them before the block. Of
+    other blocks both are 0.
+    """
 
     offset: int
     length: int
@@ -50,6 +56,8 @@ class Record(NamedTuple):
     stored: int
     kind: int
     digest: bytes
+    skip: int = 0
+    whole: int = 0
 
     @property
     def end(self) -> int:
@@ -145,6 +153,11 @@ class Index:
         if done > begin:
             self._map.madvise(mmap.MADV_DONTNEED, begin, done - begin)
 
+    def find(self, offset: int) -> int:
+        """The number of the first record that ends after a guest offset; all records if none."""
+        before = bisect.bisect_right(range(len(self)), offset, key=lambda n: self.record(n).offset)
+        return before - 1 if before and self.record(before - 1).end > offset else before
+
     def record(self, number: int) -> Record:
         """Record ``number``, 0-based, unchecked."""
-        return Record._make(RECORD.unpack_from(self._map, HEADER.size + number * RECORD.size))
+        return Record(*RECORD.unpack_from(self._map, HEADER.size + number * RECORD.size))

@@ -22,6 +22,8 @@ from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeVar
 
 from nbdbackupd.errors import FormatError, IntegrityError, UnsupportedVersionError
+from nbdbackupd.format.sizes import Size, Sizes
+from nbdbackupd.format.sizes import parse as parse_sizes
 
 VERSION: Final = 2
 TERMINATOR: Final = b"\r\n"
@@ -29,14 +31,17 @@ HEADER_LENGTH: Final = 4 + 1 + 16 + 1 + 16 + 2
 META, DATA, ZERO, STOP, COMP = b"meta", b"data", b"zero", b"stop", b"comp"
 KINDS: Final = frozenset({META, DATA, ZERO, STOP, COMP})
 MAX_META: Final = 1 << 20
-MAX_SIZES: Final = 1 << 30
+MAX_SIZES: Final = 1 << 32
+MAX_NUMBER: Final = (1 << 63) - 1
+MAX_LEVEL: Final = 1 << 16
 HEX_DIGITS: Final = frozenset(b"0123456789abcdef")
 
 
 class Frame(NamedTuple):
     """One frame: kind, guest range, place of its header and of its payload in the file.
 
-    ``stored`` is the number of payload bytes at ``position`` (0 for zero and stop).
+    ``stored`` is the number of payload bytes at ``position`` (0 for zero and stop). ``parts``: the
+    sizes of the lz4 frames that the payload is made of, if it is more than one.
     """
 
     kind: bytes
@@ -45,6 +50,7 @@ class Frame(NamedTuple):
     header: int
     position: int
     stored: int
+    parts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +116,7 @@ def parse_meta(payload: bytes) -> StreamMeta:
     """
     try:
         document = json.loads(payload)
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise FormatError(f"meta frame is not JSON: {err}") from err
     if not isinstance(document, dict):
         raise FormatError("meta frame is not a JSON object")
@@ -132,8 +138,10 @@ def parse_meta(payload: bytes) -> StreamMeta:
         incremental=_typed(document, "incremental", bool, default=False),
         stream_version=version,
     )
-    if known.virtual_size < 0 or known.data_size < 0:
-        raise FormatError("meta frame: negative size")
+    if not 0 <= known.virtual_size <= MAX_NUMBER or not 0 <= known.data_size <= MAX_NUMBER:
+        raise FormatError("meta frame: a size is out of range")
+    if not 0 <= known.compressed <= MAX_LEVEL:
+        raise FormatError("meta frame: 'compressed' is out of range")
     return known
 
 
@@ -236,15 +244,15 @@ class StreamReader:
                 yield Frame(kind, start, length, place, payload, 0)
                 place = payload
                 continue
-            stored = self._stored(number, length, place)
+            stored, parts = self._stored(number, length, place)
             number += 1
             following = self._after(payload, stored)
-            yield Frame(kind, start, length, place, payload, stored)
+            yield Frame(kind, start, length, place, payload, stored, parts)
             place = following
 
-    def _stored(self, number: int, length: int, place: int) -> int:
+    def _stored(self, number: int, length: int, place: int) -> Size:
         if self.sizes is None:
-            return length
+            return Size(length)
         if number >= len(self.sizes):
             raise IntegrityError("more blocks than sizes", file=self.path, offset=place)
         return self.sizes[number]
@@ -262,7 +270,7 @@ class StreamReader:
             raise IntegrityError("bad frame terminator", file=self.path, offset=end)
         return end + len(TERMINATOR)
 
-    def _load_sizes(self) -> list[int]:
+    def _load_sizes(self) -> Sizes:
         place = self.size - HEADER_LENGTH
         if place < self._first:
             raise IntegrityError("stream ends too early", file=self.path, offset=self.size)
@@ -271,12 +279,13 @@ class StreamReader:
         if kind != COMP or length > MAX_SIZES or begin < self._first:
             raise IntegrityError("compressed stream without sizes", file=self.path, offset=place)
         self._after(begin, length)
+        # each block has a frame header, a byte at least, and a terminator
+        maximum = (begin - self._first) // (HEADER_LENGTH + 1 + len(TERMINATOR))
         try:
-            sizes = json.loads(self.read(begin, length))
-        except ValueError as err:
-            raise IntegrityError(f"sizes: {err}", file=self.path, offset=begin) from err
-        if not isinstance(sizes, list) or not all(type(size) is int and size > 0 for size in sizes):
-            raise IntegrityError("sizes are no list of numbers", file=self.path, offset=begin)
+            sizes = parse_sizes(self.read, begin, length, maximum)
+        except IntegrityError as err:
+            err.fields.setdefault("file", self.path)
+            raise
         self._sizes_at = begin
         return sizes
 

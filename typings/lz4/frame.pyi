@@ -1,5 +1,7 @@
 """What we use of python-lz4."""
 
+from typing import TypedDict
+
 def compress(
     data: bytes | bytearray | memoryview,
     compression_level: int = ...,
@@ -16,3 +18,13 @@ def decompress(
     return_bytearray: bool = ...,
     return_bytes_read: bool = ...,
 ) -> bytes: ...
+
+class LZ4FrameDecompressor:
+    eof: bool
+    unused_data: bytes | None
+    def decompress(self, data: bytes | bytearray | memoryview, max_length: int = -1) -> bytes: ...
+
+class _FrameInfo(TypedDict):
+    content_size: int
+
+def get_frame_info(frame: bytes) -> _FrameInfo: ...
