@@ -14,12 +14,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from nbdbackupd.errors import FormatError, IntegrityError
+from nbdbackupd.errors import IntegrityError
 from nbdbackupd.format import adler, blocks, stream
 from nbdbackupd.format.index import MAX_BLOCK, NO_DIGEST, Index, Kind, Record
 from nbdbackupd.format.stream import StreamMeta, StreamReader
 from nbdbackupd.model import flatten
 from nbdbackupd.model.chain import DiskPoint, Layout, RestorePoint
+from nbdbackupd.ops import frames
+from nbdbackupd.ops.frames import FrameCache, max_stored
 
 CHUNK: Final = 1 << 20
 MAX_STORED: Final = MAX_BLOCK + (64 << 10)
@@ -46,6 +48,7 @@ class Layer:
         self.raw = raw
         self.whole = whole
         self.where = {"file": path, **where}
+        self.frames = FrameCache()
         self._fd = open_file(path, **where)
         self.file_size = os.fstat(self._fd).st_size
 
@@ -82,7 +85,8 @@ class Layer:
             if record.kind == Kind.DATA:
                 fits = record.position + record.stored <= self.file_size
                 if self.compressed:
-                    fits = fits and 0 < record.stored <= MAX_STORED
+                    most = max_stored(record.whole) if record.whole else MAX_STORED
+                    fits = fits and 0 < record.stored <= most
                 else:
                     fits = fits and record.stored == record.length
                 if not fits or (self.raw and record.position != record.offset):
@@ -97,15 +101,14 @@ class Layer:
         ``scratch`` has room for ``MAX_STORED`` bytes and belongs to the calling thread. Raises
         IntegrityError with the file and the position in it.
         """
-        if self.compressed:
+        if record.whole:
+            key = (id(self), record.position)
+            frame = self.frames.get(key, lambda: self._whole_frame(record))
+            view[:] = memoryview(frame)[record.skip : record.skip + record.length]
+        elif self.compressed:
             stored = scratch[: record.stored]
             self.read_at(stored, record.position)
-            try:
-                view[:] = blocks.decompress(stored, record.length)
-            except IntegrityError as err:
-                raise IntegrityError(
-                    err.message, offset=record.position, guest=record.offset, **self.where
-                ) from err
+            view[:] = self._decompress(stored, record, record.length)
         else:
             self.read_at(view, record.position)
         if record.digest != NO_DIGEST and blocks.digest(view) != record.digest:
@@ -113,6 +116,19 @@ class Layer:
                 "block is damaged: its SHA-256 does not match",
                 offset=record.position, guest=record.offset, **self.where,
             )  # fmt: skip
+
+    def _whole_frame(self, record: Record) -> bytes:
+        stored = memoryview(bytearray(record.stored))
+        self.read_at(stored, record.position)
+        return self._decompress(stored, record, record.whole)
+
+    def _decompress(self, stored: memoryview, record: Record, length: int) -> bytes:
+        try:
+            return blocks.decompress(stored, length)
+        except IntegrityError as err:
+            raise IntegrityError(
+                err.message, offset=record.position, guest=record.offset, **self.where
+            ) from err
 
     def read_at(self, view: memoryview, position: int) -> None:
         """Fill ``view`` from the file.
@@ -179,14 +195,10 @@ class ScannedLayer(Layer):
                 if frame.kind == stream.ZERO:
                     yield Record(frame.start, frame.length, 0, 0, Kind.ZERO, NO_DIGEST)
                 elif frame.kind == stream.DATA and self.compressed:
-                    if frame.length > MAX_BLOCK:
-                        raise FormatError(
-                            "compressed block is too long", offset=frame.header, **self.where
-                        )
-                    yield Record(
-                        frame.start, frame.length, frame.position, frame.stored,
-                        Kind.DATA, NO_DIGEST,
-                    )  # fmt: skip
+                    try:
+                        yield from frames.records(frame, reader.read)
+                    except IntegrityError as err:
+                        raise IntegrityError(err.message, **{**err.fields, **self.where}) from err
                 elif frame.kind == stream.DATA:
                     for done in range(0, frame.length, MAX_BLOCK):
                         part = min(MAX_BLOCK, frame.length - done)
