@@ -38,6 +38,7 @@ OWNERS: Final = {
     "multiprocessing": "nobody",
     "pty": "nobody",
     "argparse": "app",
+    "nbdkit": "app",
     "yaml": "app/config",
     "getopt": "nobody",
     "optparse": "nobody",

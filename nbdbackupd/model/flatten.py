@@ -82,16 +82,17 @@ def limits(sizes: Sequence[int]) -> list[int]:
     return seen
 
 
-def pieces(layers: Sequence[Layer[R]]) -> Iterator[Piece[R]]:
-    """Cover ``[0, layers[0].size)`` with pieces, ascending, the newest layer winning.
+def pieces(layers: Sequence[Layer[R]], start: int = 0) -> Iterator[Piece[R]]:
+    """Cover ``[start, layers[0].size)`` with pieces, ascending, the newest layer winning.
 
     ``layers`` is newest first. A block that newer ones cover in part comes as several pieces.
-    Only one block of each layer is held at a time.
+    Only one block of each layer is held at a time; the blocks may begin with the first one that
+    ends after ``start``.
     """
     size = layers[0].size
     seen = limits([layer.size for layer in layers])
     cursors = [_Cursor(layer, limit) for layer, limit in zip(layers, seen, strict=True)]
-    position = 0
+    position = start
     while position < size:
         end = size
         chosen, block = -1, None

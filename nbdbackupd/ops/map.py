@@ -1,0 +1,280 @@
+"""``map``: the disks of a restore point as NBD servers, without restoring anything.
+
+The point is opened and proven here, all but its blocks; then each disk gets an nbdkit with our
+plugin (``app/nbdkit_plugin.py``), which inherits the open files: what happens to their names
+afterwards does not matter. Each map has a directory of its own, see ``ops/mapped.py``.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote
+
+from nbdbackupd import durable, proc
+from nbdbackupd.errors import ConfigError, ProcessError, RepositoryError, UsageError
+from nbdbackupd.ops import kernel_nbd, map_plan, mapped
+from nbdbackupd.ops.map_plan import Found, Handover, MapRequest
+from nbdbackupd.ops.mapped import Home, Mapping, ServedDisk
+
+__all__ = ["MapRequest", "Mapping", "ServedDisk", "Serving", "detach", "serve", "serving"]
+
+log = logging.getLogger(__name__)
+
+PACKAGE: Final = Path(proc.__file__).parent
+START_SECONDS: Final = 60.0
+STOP_SECONDS: Final = 5.0
+POLL_SECONDS: Final = 0.003
+SOCKET_PATH_MAX: Final = 107
+SELINUX: Final = Path("/sys/fs/selinux/enforce")
+SOCKET_LABEL: Final = "system_u:object_r:svirt_socket_t:s0"
+"""What QEMU of libvirt may connect to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Serving:
+    """A map that is up. ``check`` raises ProcessError if a server has ended.
+
+    It also logs what the servers have said of damaged blocks since the last call.
+    """
+
+    mapping: Mapping
+    warnings: tuple[str, ...]
+    check: Callable[[], None]
+
+    @property
+    def disks(self) -> tuple[ServedDisk, ...]:
+        """What is served."""
+        return self.mapping.disks
+
+
+@contextmanager
+def serve(
+    request: MapRequest, *, cancelled: Callable[[], None]
+) -> Iterator[tuple[ServedDisk, ...]]:
+    """Serve while the block runs; as ``serving``."""
+    with serving(request, cancelled=cancelled) as up:
+        yield up.disks
+
+
+@contextmanager
+def serving(request: MapRequest, *, cancelled: Callable[[], None]) -> Iterator[Serving]:
+    """Serve while the block runs: one nbdkit for each disk, all gone at the end with their files.
+
+    The servers die with the thread that calls this. ``cancelled`` is polled until all are ready.
+    Raises UsageError, ConfigError, RepositoryError, ChainBrokenError, FormatError, IntegrityError,
+    BusyError, ProcessError.
+    """
+    check_request(request)
+    with ExitStack() as stack:
+        found = map_plan.find(request, cancelled)
+        home = mapped.make_home(request.runtime_dir)
+        stack.callback(mapped.discard, home)
+        served, running = [], []
+        for place in _places(request, found, home):
+            stack.callback(mapped.remove_socket, place.socket)
+            with map_plan.handover(request, found, place.target, cancelled) as given:
+                process = stack.enter_context(
+                    proc.spawn(
+                        ["nbdkit", "-f", "--exit-with-parent",
+                         *_argv(request, place, given), "report=1"],
+                        pass_fds=(*given.fds, home.lock), pipe_stdout=True,
+                        env=_environment(), grace_seconds=STOP_SECONDS,
+                    )
+                )  # fmt: skip
+                _await(place, cancelled, process.check)
+                running.append(_Running(place.target, process))
+                served.append(_opened_up(request, place, given, process.pid, stack))
+        mapping = _noted(request, found, home, served, keeper=os.getpid())
+
+        def check() -> None:
+            for each in running:
+                each.check()
+
+        yield Serving(mapping=mapping, warnings=found.warnings, check=check)
+
+
+def detach(request: MapRequest, *, cancelled: Callable[[], None]) -> Serving:
+    """Serve until ``mapped.end``: the servers go on without us. Otherwise as ``serving``."""
+    check_request(request)
+    with ExitStack() as stack:
+        found = map_plan.find(request, cancelled)
+        home = mapped.make_home(request.runtime_dir)
+        stack.callback(mapped.discard, home)
+        served: list[ServedDisk] = []
+        for place in _places(request, found, home):
+            stack.callback(mapped.remove_socket, place.socket)
+            with map_plan.handover(request, found, place.target, cancelled) as given:
+                stack.callback(mapped.stop, place.pid_file, home)
+                # it goes into the background, writes its id, and is ready
+                proc.output(
+                    ["nbdkit", *_argv(request, place, given)],
+                    timeout=START_SECONDS, pass_fds=(*given.fds, home.lock),
+                    env=_environment(), must_finish=True,
+                )  # fmt: skip
+                _await(place, cancelled, lambda: None)
+                pid = int(place.pid_file.read_text())
+                served.append(_opened_up(request, place, given, pid, stack))
+            cancelled()
+        mapping = _noted(request, found, home, served, keeper=0)
+        stack.pop_all()
+        os.close(home.lock)
+    return Serving(mapping=mapping, warnings=found.warnings, check=lambda: None)
+
+
+def check_request(request: MapRequest) -> None:
+    """Raise UsageError for what contradicts itself, ConfigError for what this host lacks."""
+    if bool(request.sequence) == (request.source is not None):
+        raise UsageError("give either a backup set or a sequence of stream files")
+    if request.sequence and (request.point or request.until or request.at or request.disks):
+        raise UsageError("a sequence of stream files is one point of one disk: choose none")
+    if request.tcp and (request.socket or request.device):
+        raise UsageError("--tcp goes without --socket and --device")
+    if request.certificates and not request.tcp:
+        raise UsageError("certificates are for --tcp only")
+    if request.device:
+        kernel_nbd.check(request.device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    """Where one disk is served: on a socket, or on a port."""
+
+    target: str
+    pid_file: Path
+    socket: Path | None
+    port: int = 0
+
+
+def _places(request: MapRequest, found: Found, home: Home) -> list[_Place]:
+    places = []
+    is_file = len(found.targets) == 1 and request.socket and not request.socket.is_dir()
+    if request.socket and not is_file:
+        with durable.translate_os_errors("create", request.socket):
+            durable.make_directory(request.socket)
+    for number, target in enumerate(found.targets):
+        is_plain = target.isascii() and target.isalnum() and len(target) <= 16
+        name = target if is_plain else f"disk{number}"
+        pid_file = home.path / f"{name}.pid"
+        if request.tcp:
+            port = request.tcp[1] + number
+            places.append(_Place(target=target, pid_file=pid_file, socket=None, port=port))
+            continue
+        directory = request.socket or home.path
+        socket = directory if is_file else directory / f"{name}.sock"
+        _check_socket(socket)
+        places.append(_Place(target=target, pid_file=pid_file, socket=socket))
+    return places
+
+
+def _check_socket(socket: Path) -> None:
+    if len(os.fsencode(socket)) > SOCKET_PATH_MAX:
+        raise ConfigError(
+            f"the path of socket {socket} is longer than {SOCKET_PATH_MAX} bytes: "
+            "give a shorter one with --socket, or a shorter --runtime-dir"
+        )
+    if os.path.lexists(socket):
+        raise RepositoryError(f"{socket} exists: remove it, or give another --socket")
+
+
+def _environment() -> dict[str, str]:
+    """Where nbdkit's Python finds our package."""
+    return {"PYTHONPATH": str(PACKAGE.parent)}
+
+
+def _argv(request: MapRequest, place: _Place, given: Handover) -> list[str]:
+    argv = ["-P", str(place.pid_file)]
+    if place.socket is not None:
+        argv += ["-U", str(place.socket)]
+        if SELINUX.exists():
+            argv.append(f"--selinux-label={SOCKET_LABEL}")
+    elif request.tcp:
+        argv += ["-i", request.tcp[0], "-p", str(place.port)]
+    if request.certificates:
+        argv += ["--tls=require", f"--tls-certificates={request.certificates}"]
+    argv.append("--filter=cow" if request.writable else "-r")
+    script = PACKAGE / "app" / "nbdkit_plugin.py"
+    return [*argv, "python", str(script), f"plan={given.plan}"]
+
+
+def _await(place: _Place, cancelled: Callable[[], None], check: Callable[[], None]) -> None:
+    """Wait until the server writes its id, which it does when it is ready."""
+    deadline = time.monotonic() + START_SECONDS
+    while not place.pid_file.exists() or not place.pid_file.read_bytes().endswith(b"\n"):
+        cancelled()
+        check()
+        if time.monotonic() > deadline:
+            raise ProcessError(f"nbdkit was not ready within {START_SECONDS:g} s")
+        time.sleep(POLL_SECONDS)
+
+
+def _opened_up(
+    request: MapRequest, place: _Place, given: Handover, pid: int, stack: ExitStack
+) -> ServedDisk:
+    """What a server that is ready still lacks: rights of its socket, the kernel's device."""
+    if place.socket is not None:
+        with durable.translate_os_errors("change", place.socket):
+            place.socket.chmod(0o600)
+            if request.owner:
+                os.chown(place.socket, *request.owner)
+                place.pid_file.parent.chmod(0o711)
+    if request.device and place.socket is not None:
+        stack.callback(kernel_nbd.detach, request.device)
+        kernel_nbd.attach(request.device, place.socket)
+    return ServedDisk(
+        target=place.target, size=given.size, uri=_uri(request, place), socket=place.socket,
+        pid=pid, device=request.device,
+    )  # fmt: skip
+
+
+def _uri(request: MapRequest, place: _Place) -> str:
+    if place.socket is not None:
+        return f"nbd+unix:///?socket={quote(str(place.socket))}"
+    address = request.tcp[0] if request.tcp else ""
+    host = f"[{address}]" if ":" in address else address
+    return f"{'nbds' if request.certificates else 'nbd'}://{host}:{place.port}"
+
+
+def _noted(
+    request: MapRequest, found: Found, home: Home, disks: list[ServedDisk], *, keeper: int
+) -> Mapping:
+    mapping = Mapping(
+        id=home.path.name,
+        purpose=request.purpose,
+        source=str(request.source or request.sequence[-1]),
+        point=found.point.id if found.point else "",
+        domain=found.point.domain if found.point else "",
+        created=found.created,
+        writable=request.writable,
+        keeper=keeper,
+        disks=tuple(disks),
+    )
+    mapped.note(home, mapping)
+    return mapping
+
+
+class _Running:
+    """A server of ours, and what it says of damage."""
+
+    def __init__(self, target: str, process: proc.Process) -> None:
+        self._target = target
+        self._process = process
+        self._rest = b""
+        if process.stdout is not None:
+            os.set_blocking(process.stdout.fileno(), False)
+
+    def check(self) -> None:
+        """Log what was said; raise ProcessError if the server has ended."""
+        if self._process.stdout is not None:
+            try:
+                said = os.read(self._process.stdout.fileno(), 1 << 16)
+            except BlockingIOError:
+                said = b""
+            *lines, self._rest = (self._rest + said).split(b"\n")
+            for line in lines:
+                log.error("disk %s: %s", self._target, line.decode(errors="replace"))
+        self._process.check()
