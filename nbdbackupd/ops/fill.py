@@ -7,63 +7,100 @@ between threads, and the number of buffers bounds the memory.
 
 import mmap
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
 
 from nbdbackupd.crew import Crew
 from nbdbackupd.format.index import Record
 from nbdbackupd.model.flatten import Part
+from nbdbackupd.nbdio.throttle import Throttle
+from nbdbackupd.ops import content
 from nbdbackupd.ops import layers as layering
+from nbdbackupd.ops.content import Item, Zero
 from nbdbackupd.ops.layers import Layer
 from nbdbackupd.ops.outputs import Output, Writer
 
+WAIT_SECONDS: Final = 0.1
+
 
 class _Feed:
-    """The live blocks, handed out one at a time to many threads; counts what is done."""
+    """What is to be written, handed out one item at a time to many threads; counts what is done."""
 
-    def __init__(self, layers: list[Layer], progress: Callable[[int], None]) -> None:
+    def __init__(
+        self, items: Iterator[Item], progress: Callable[[int], None], *, zeroes: bool
+    ) -> None:
+        """``zeroes``: they are handed out, too; else they only count."""
         self._lock = threading.Lock()
         self._progress = progress
         self._done = 0
-        self._blocks: Iterator[Part[Record]] = layering.live_blocks(layers, self._count)
+        self._items = items
+        self._zeroes = zeroes
         self.written = 0
 
-    def _count(self, length: int) -> None:
-        self._done += length
-
-    def next(self) -> Part[Record] | None:
+    def next(self) -> Item | None:
         with self._lock:
-            return next(self._blocks, None)
+            for item in self._items:
+                if self._zeroes or not isinstance(item, Zero):
+                    return item
+                self._done += item.length
+            return None
 
-    def finished(self, length: int) -> None:
-        """Count written bytes and tell; one thread at a time."""
+    def finished(self, item: Item) -> None:
+        """Count what was written and tell; one thread at a time."""
         with self._lock:
-            self.written += length
-            self._done += length
+            if isinstance(item, Zero):
+                self._done += item.length
+            else:
+                length = sum(length for _, length in item.ranges)
+                self.written += length
+                self._done += length
             self._progress(self._done)
 
 
 def fill(
-    output: Output, layers: list[Layer], *, crew: Crew, progress: Callable[[int], None]
+    output: Output,
+    layers: Sequence[Layer],
+    *,
+    crew: Crew,
+    progress: Callable[[int], None],
+    items: Iterator[Item] | None = None,
+    pace: Throttle | None = None,
 ) -> int:
-    """Write the flattened ``layers`` (newest first) and return the number of bytes written.
+    """Write ``items`` of ``layers`` (newest first); return the number of bytes written as data.
 
-    ``progress`` gets the guest bytes dealt with so far, from one thread at a time. Raises
+    Without ``items`` that is the whole flattened disk. ``progress`` gets the guest bytes dealt
+    with so far, from one thread at a time; ``pace`` limits the bytes per second. Raises
     IntegrityError for damaged blocks, errors of the output, and what cancels the crew.
     """
-    feed = _Feed(layers, progress)
+    wanted = content.whole(layers) if items is None else items
+    feed = _Feed(wanted, progress, zeroes=output.zeroes)
 
     def work() -> None:
         scratch = memoryview(mmap.mmap(-1, layering.MAX_STORED))
         with output.writer() as writer:
-            while (part := feed.next()) is not None:
+            while (item := feed.next()) is not None:
                 crew.check()
-                _copy(part, layers[part.layer], writer, scratch)
-                feed.finished(sum(length for _, length in part.ranges))
+                if isinstance(item, Zero):
+                    writer.zero(item.offset, item.length)
+                else:
+                    _wait(pace, item, crew.check)
+                    _copy(item, layers[item.layer], writer, scratch)
+                feed.finished(item)
             writer.flush()
 
     crew.run({f"restore-{number}": work for number in range(output.writers)})
     progress(layers[0].size)
     return feed.written
+
+
+def _wait(pace: Throttle | None, part: Part[Record], check: Callable[[], None]) -> None:
+    if pace is None:
+        return
+    while delay := pace.delay():
+        time.sleep(min(delay, WAIT_SECONDS))
+        check()
+    pace.take(sum(length for _, length in part.ranges))
 
 
 def _copy(part: Part[Record], layer: Layer, writer: Writer, scratch: memoryview) -> None:

@@ -18,7 +18,6 @@ from nbdbackupd.errors import IntegrityError
 from nbdbackupd.format import adler, blocks, stream
 from nbdbackupd.format.index import MAX_BLOCK, NO_DIGEST, Index, Kind, Record
 from nbdbackupd.format.stream import StreamMeta, StreamReader
-from nbdbackupd.model import flatten
 from nbdbackupd.model.chain import DiskPoint, Layout, RestorePoint
 from nbdbackupd.ops import frames
 from nbdbackupd.ops.frames import FrameCache, max_stored
@@ -305,34 +304,6 @@ def open_proven(
         layer.close()
         raise IntegrityError("index and manifest disagree", file=index_path, **where)
     return layer
-
-
-def live_blocks(
-    layers: list[Layer], count_zero: Callable[[int], None]
-) -> Iterator[flatten.Part[Record]]:
-    """The data blocks of the flattened disk with their live ranges; ``layers`` newest first.
-
-    Zeroes, which a fresh image has by itself, only go to ``count_zero`` (bytes). Raises
-    IntegrityError if a part of the disk that was read in full is held by no block.
-    """
-    sized = [flatten.Layer(layer.size, layer.records()) for layer in layers]
-    oldest = layers[-1]
-    must = flatten.limits([layer.size for layer in layers])[-1] if oldest.whole else 0
-
-    def data() -> Iterator[flatten.Piece[Record]]:
-        for piece in flatten.pieces(sized):
-            if piece.block is None:
-                if piece.offset < must:
-                    raise IntegrityError(
-                        "no block holds a part of the disk", guest=piece.offset, **oldest.where
-                    )
-                count_zero(piece.length)
-            elif piece.block.kind == Kind.ZERO:
-                count_zero(piece.length)
-            else:
-                yield piece
-
-    return flatten.parts(data(), len(layers))
 
 
 def read_checksum(path: Path) -> int:

@@ -46,24 +46,36 @@ class Writer(Protocol):
     def release(self, slot: int) -> None:
         """Give the slot back unwritten."""
 
+    def zero(self, offset: int, length: int) -> None:
+        """Make a range read as zeroes; any range of a disk, also a very long one."""
+
     def flush(self) -> None:
         """Wait until all is written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Output:
-    """An image open for writing: ``writer()`` for each of at most ``writers`` threads."""
+    """An image open for writing: ``writer()`` for each of at most ``writers`` threads.
+
+    ``zeroes``: it does not read as zeroes by itself, so ranges of zeroes must be written, too.
+    """
 
     writers: int
+    zeroes: bool = False
     writer: Callable[[], AbstractContextManager[Writer]] = field(repr=False)
 
 
 class _FileWriter:
     """Writes at once. Slots as the other writer has: a block may be cut up."""
 
-    def __init__(self, put: Callable[[memoryview, int], None]) -> None:
-        """``put`` writes bytes to a place in the guest's disk."""
+    def __init__(
+        self,
+        put: Callable[[memoryview, int], None],
+        zero: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """``put`` writes bytes to a place in the guest's disk, ``zero`` zeroes a range of it."""
         self._put = put
+        self._zero = zero
         self._slots = memoryview(mmap.mmap(-1, DEPTH * MAX_BLOCK))
         self._free = list(range(DEPTH))
 
@@ -80,6 +92,10 @@ class _FileWriter:
     def release(self, slot: int) -> None:
         self._free.append(slot)
 
+    def zero(self, offset: int, length: int) -> None:
+        if self._zero is not None:
+            self._zero(offset, length)
+
     def flush(self) -> None:
         """Nothing is in flight here."""
 
@@ -90,7 +106,7 @@ def raw(path: Path, size: int, *, preallocate: bool, workers: int) -> Iterator[O
 
     Raises OSError.
     """
-    fd = _create(path)
+    fd = create_private(path)
     try:
         os.ftruncate(fd, size)
         if preallocate and size:
@@ -102,18 +118,24 @@ def raw(path: Path, size: int, *, preallocate: bool, workers: int) -> Iterator[O
                 view = view[count:]
                 offset += count
 
-        yield _direct(put, workers)
+        yield direct(put, workers)
         durable.fsync_file(fd)
     finally:
         os.close(fd)
 
 
-def _direct(put: Callable[[memoryview, int], None], workers: int) -> Output:
+def direct(
+    put: Callable[[memoryview, int], None],
+    workers: int,
+    zero: Callable[[int, int], None] | None = None,
+) -> Output:
+    """An output whose writers call ``put``, and ``zero`` where that is needed, in any thread."""
+
     @contextmanager
     def writer() -> Iterator[Writer]:
-        yield _FileWriter(put)
+        yield _FileWriter(put, zero)
 
-    return Output(writers=workers, writer=writer)
+    return Output(writers=workers, writer=writer, zeroes=zero is not None)
 
 
 @contextmanager
@@ -131,26 +153,50 @@ def qcow2(
     While waiting for the server, the calling thread asks ``cancelled`` and the writers' threads
     ask ``check``; both may raise. Raises NoSpaceError, ProcessError, NbdError, OSError.
     """
-    os.close(_create(path))
+    os.close(create_private(path))
     image.create(path, size, options)
     if not options.preallocation and qcow2_file.can_fill(path):
         with qcow2_file.Filler(path) as filler:
-            yield _direct(filler.write, workers)
+            yield direct(filler.write, workers)
             filler.finish()
         cancelled()
         image.check(path, format="qcow2")
         return
-    with _served(path, workers=workers, cancelled=cancelled, check=check) as output:
+    with _served(
+        path, workers=workers, known_zero=True, cancelled=cancelled, check=check
+    ) as output:
         yield output
     _check_closed(path)
     durable.fsync_file(path)
 
 
 @contextmanager
-def _served(
+def changed(
     path: Path, *, workers: int, cancelled: Callable[[], None], check: Callable[[], None]
 ) -> Iterator[Output]:
-    """The image behind a server."""
+    """A qcow2 image that holds older data, by itself or below: zeroes must be written, too.
+
+    On the device when the context ends well. Raises as ``qcow2``.
+    """
+    with _served(
+        path, workers=workers, known_zero=False, cancelled=cancelled, check=check
+    ) as output:
+        yield output
+    _check_closed(path)
+    image.check(path, format="qcow2")
+    durable.fsync_file(path)
+
+
+@contextmanager
+def _served(
+    path: Path,
+    *,
+    workers: int,
+    known_zero: bool,
+    cancelled: Callable[[], None],
+    check: Callable[[], None],
+) -> Iterator[Output]:
+    """The image behind a server; ``known_zero``: it reads as zeroes so far."""
     # most restores do without libnbd
     from nbdbackupd.nbdio import client, target
     from nbdbackupd.nbdio.arena import Arena
@@ -162,7 +208,7 @@ def _served(
         def writer() -> AbstractContextManager[Writer]:
             arena = Arena(DEPTH, MAX_BLOCK)
             patience = client.Patience(SILENCE_SECONDS, check)
-            return target.open_target(endpoint, arena, known_zero=True, patience=patience)
+            return target.open_target(endpoint, arena, known_zero=known_zero, patience=patience)
 
         patience = client.Patience(SILENCE_SECONDS, cancelled)
         with (
@@ -172,10 +218,10 @@ def _served(
             _blame(server),
             target.control(endpoint, patience) as several,
         ):
-            yield Output(writers=workers if several else 1, writer=writer)
+            yield Output(writers=workers if several else 1, writer=writer, zeroes=not known_zero)
 
 
-def _create(path: Path) -> int:
+def create_private(path: Path) -> int:
     """A new file, for its owner's eyes only: it will hold a guest's data."""
     path.unlink(missing_ok=True)
     return durable.create_exclusive(path)

@@ -1,6 +1,7 @@
 """Which format and which creation options a restored image gets: the original's, if it can."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from nbdbackupd.errors import FormatError, IntegrityError
@@ -8,7 +9,6 @@ from nbdbackupd.model.chain import DiskPoint, RestorePoint
 from nbdbackupd.ops import layers
 from nbdbackupd.qemu import image
 from nbdbackupd.qemu.image import CreateOptions, ImageInfo
-from nbdbackupd.repo.repository import Repository
 
 INFO_ROLE: Final = "image-info"
 MAX_INFO: Final = 16 << 20
@@ -39,7 +39,7 @@ def plain(format_: str, *, preallocate: bool) -> CreateOptions:
 
 
 def choose(
-    repository: Repository,
+    directory: Path,
     point: RestorePoint,
     disk: DiskPoint,
     *,
@@ -48,12 +48,12 @@ def choose(
 ) -> Choice:
     """What to make of one disk; ``wanted`` is a format, or None for the original's.
 
-    Raises IntegrityError if the saved information about the image is damaged.
+    ``directory`` is the set's. Raises IntegrityError if what it says of the image is damaged.
     """
     format_, warnings = choose_format(disk.format, wanted, disk.target)
     options = plain(format_, preallocate=preallocate)
     if format_ == "qcow2" and disk.format == "qcow2":
-        original = _original(repository, point, disk)
+        original = _original(directory, point, disk)
         if original is None:
             warnings += (f"disk {disk.target}: how the original was made is not known",)
         else:
@@ -63,13 +63,13 @@ def choose(
     return Choice(format=format_, options=options, warnings=warnings)
 
 
-def _original(repository: Repository, point: RestorePoint, disk: DiskPoint) -> ImageInfo | None:
+def _original(directory: Path, point: RestorePoint, disk: DiskPoint) -> ImageInfo | None:
     for stored in point.files:
         if stored.role == INFO_ROLE and stored.disk == disk.target:
             break
     else:
         return None
-    path = repository.file(stored.name)
+    path = directory / stored.name
     where: dict[str, object] = {"disk": disk.target, "point": point.id}
     layers.check_size(path, min(stored.size, MAX_INFO), **where)
     if layers.sha256_file(path, lambda: None, **where) != stored.sha256:

@@ -12,13 +12,18 @@ the entry of any cluster has a fixed place, and an entry that is written twice i
 times: threads need a lock only to give a chunk of the guest's disk its place. Chunks are placed in
 the order in which they come, so that the file is not much longer than its data.
 
+A block device gets the same layout. What it held before is no hole, so its tables and each chunk
+are zeroed first, and its header comes last: until then nobody takes it for an image.
+
 Source of the format: QEMU, docs/interop/qcow2.txt.
 """
 
 import array
+import errno
 import os
 import struct
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -49,8 +54,10 @@ def can_fill(path: Path) -> bool:
     """
     with path.open("rb") as file:
         raw = file.read(HEADER.size)
-    if len(raw) < HEADER.size:
-        return False
+    return len(raw) == HEADER.size and _is_plain(raw)
+
+
+def _is_plain(raw: bytes) -> bool:
     head = HEADER.unpack(raw)
     magic, version, backing, crypt = head[0], head[1], head[2], head[6]
     if magic != MAGIC or version not in (2, 3) or backing or crypt:
@@ -71,15 +78,27 @@ class Filler:
             raise FormatError("not a fresh plain qcow2 image", file=path)
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            head = HEADER.unpack(os.pread(self._fd, HEADER.size, 0))
-            self._cluster = 1 << head[4]
-            self._size: int = head[5]
-            self._lay_out()
+            with path.open("rb") as file:
+                head = file.read(HEADER.size)
+            self._lay_out(head)
+            os.ftruncate(self._fd, self._cluster)  # keeps the header, whose extensions follow it
+            os.ftruncate(self._fd, self._end)
+            self._begin()
         except BaseException:
             os.close(self._fd)
             raise
 
-    def _lay_out(self) -> None:
+    def _begin(self) -> None:
+        self._put(L1_OFFSET_AT, struct.pack(">Q", self._l1_at))
+        self._put(
+            REFCOUNT_FIELDS_AT, struct.pack(">QI", self._table_at, self._table // self._cluster)
+        )
+        self._count(0, self._blocks_at // self._cluster)
+
+    def _lay_out(self, header: bytes) -> None:
+        head = HEADER.unpack(header)
+        self._cluster = 1 << head[4]
+        self._size: int = head[5]
         cluster = self._cluster
         self._chunk = max(CHUNK, cluster)
         chunks = -(-self._size // self._chunk)
@@ -104,11 +123,7 @@ class Filler:
         self._places = array.array("Q", bytes(8 * chunks))
         self._has_l2 = bytearray(l2_tables)
         self._has_block = bytearray(blocks)
-        os.ftruncate(self._fd, cluster)  # keeps the header, whose extensions follow it
-        os.ftruncate(self._fd, self._end)
-        self._put(L1_OFFSET_AT, struct.pack(">Q", self._l1_at))
-        self._put(REFCOUNT_FIELDS_AT, struct.pack(">QI", self._table_at, table))
-        self._count(0, 1 + table + l1)
+        self._table = table * cluster
 
     def __enter__(self) -> Self:
         return self
@@ -146,9 +161,14 @@ class Filler:
         """Where a chunk of the guest's disk lies in the file."""
         with self._lock:
             if self._places[number] == NOWHERE:
+                left = -(-(self._size - number * self._chunk) // self._cluster) * self._cluster
+                self._prepare(self._end, min(self._chunk, left))
                 self._places[number] = self._end
                 self._end += self._chunk
             return self._places[number]
+
+    def _prepare(self, place: int, length: int) -> None:
+        """Make a part of the file read as zeroes that is to be used; past a file's end it does."""
 
     def _map(self, offset: int, length: int, place: int) -> None:
         """Enter the clusters that hold the guest range into its L2 tables and the refcounts."""
@@ -185,3 +205,48 @@ class Filler:
             count = os.pwrite(self._fd, view, place)
             view = view[count:]
             place += count
+
+
+class DeviceFiller(Filler):
+    """A block device being filled as an image; ``head`` are its first bytes, for its owner."""
+
+    def __init__(
+        self, fd: int, template: Path, zero: Callable[[int, int], None], room: int
+    ) -> None:
+        """``fd`` is the device, open for writing, and stays the caller's.
+
+        ``template`` is an empty image of the wanted options and size, for which ``can_fill`` is
+        true. ``zero(offset, length)`` makes a part of the device read as zeroes; ``room`` is the
+        device's size in bytes. Raises FormatError, OSError.
+        """
+        if not can_fill(template):
+            raise FormatError("not a fresh plain qcow2 image", file=template)
+        with template.open("rb") as file:
+            header = file.read(HEADER.size)
+            self._lay_out(header)
+            file.seek(0)
+            self.head = bytearray(file.read(self._cluster).ljust(self._cluster, b"\0"))
+        self._fd = os.dup(fd)
+        self._zero = zero
+        self._room = room
+        try:
+            self._prepare(self._cluster, self._end - self._cluster)
+            self._begin()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def finish(self) -> None:
+        """Wait until all but ``head``, which the caller writes, is on the device."""
+        os.fsync(self._fd)
+
+    def _prepare(self, place: int, length: int) -> None:
+        if place + length > self._room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._zero(place, length)
+
+    def _put(self, place: int, data: bytes | memoryview) -> None:
+        if place >= self._cluster:
+            super()._put(place, data)
+            return
+        self.head[place : place + len(data)] = data

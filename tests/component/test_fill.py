@@ -49,6 +49,9 @@ class Lazy:
     def release(self, slot: int) -> None:
         self.free.append(slot)
 
+    def zero(self, offset: int, length: int) -> None:
+        raise AssertionError("an image that is new reads as zeroes")
+
     def flush(self) -> None:
         if self.fail_at_flush:
             raise NbdError("flush failed")

@@ -25,7 +25,7 @@ REPORTS: Final = {
         ("ops/catalog.py", "_describe_disk"),
         ("app/verbs/catalog.py", "_document"),
     ],
-    "restore": [("ops/restore.py", "to_json"), ("ops/definer.py", "to_json")],
+    "restore": [("ops/restore_request.py", "to_json"), ("ops/definer.py", "to_json")],
     "verify": [("ops/verify.py", "to_json"), ("ops/findings.py", "to_json")],
     "estimate": [("ops/estimate.py", "to_json")],
     "check": [("ops/check.py", "to_json"), ("model/finding.py", "to_json")],
