@@ -162,10 +162,11 @@ class StreamReader:
     None. Nothing that the file says is trusted: every place is checked against the file's size.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open the file, read its meta frame and, if compressed, its list of sizes.
+    def __init__(self, path: Path, *, head: bool = False) -> None:
+        """Open the file, read its meta frame and, if compressed and not ``head``, its sizes.
 
-        Raises FormatError (IntegrityError, UnsupportedVersionError) and OSError.
+        With ``head`` only ``meta`` is of use. Raises FormatError (IntegrityError,
+        UnsupportedVersionError) and OSError.
         """
         self.path = path
         # O_NONBLOCK: a pipe in the file's place would block for ever
@@ -180,7 +181,7 @@ class StreamReader:
                 raise IntegrityError("stream does not begin with a meta frame", file=path, offset=0)
             self.meta = parse_meta(self.read(HEADER_LENGTH, length))
             self._first = self._after(HEADER_LENGTH, length)
-            self.sizes = self._load_sizes() if self.meta.compressed else None
+            self.sizes = self._load_sizes() if self.meta.compressed and not head else None
         except BaseException as err:
             os.close(self._fd)
             if isinstance(err, FormatError):
@@ -300,6 +301,6 @@ class StreamReader:
 
 
 def read_meta(path: Path) -> StreamMeta:
-    """The meta frame of a stream file; errors as ``StreamReader``."""
-    with StreamReader(path) as reader:
+    """The meta frame of a stream file, nothing else of it is read; errors as ``StreamReader``."""
+    with StreamReader(path, head=True) as reader:
         return reader.meta

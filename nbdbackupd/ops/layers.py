@@ -207,6 +207,35 @@ class ScannedLayer(Layer):
                         )  # fmt: skip
 
 
+class RawLayer(Layer):
+    """A raw image that no index describes; what the file system has as a hole is not read."""
+
+    def __init__(self, path: Path, **where: object) -> None:
+        """Open it; the disk is as large as the file."""
+        super().__init__(path, size=0, compressed=False, raw=True, whole=True, **where)
+        self.size = self.file_size
+
+    def records(self) -> Iterator[Record]:
+        """Records of the file's data, without digests, and of its holes as zeroes."""
+        place = 0
+        while place < self.size:
+            data = self._next(place, os.SEEK_DATA)
+            if data > place:
+                yield Record(place, data - place, 0, 0, Kind.ZERO, NO_DIGEST)
+            place = self._next(data, os.SEEK_HOLE) if data < self.size else data
+            for start in range(data, place, MAX_BLOCK):
+                part = min(MAX_BLOCK, place - start)
+                yield Record(start, part, start, part, Kind.DATA, NO_DIGEST)
+
+    def _next(self, place: int, what: int) -> int:
+        try:
+            return min(os.lseek(self._fd, place, what), self.size)
+        except OSError as err:
+            if err.errno != errno.ENXIO:  # no data behind
+                raise
+            return self.size
+
+
 def open_file(path: Path, **where: object) -> int:
     """A descriptor of a regular file, for reading.
 

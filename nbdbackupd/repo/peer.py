@@ -1,0 +1,333 @@
+"""Sets that virtnbdbackup wrote: which files they are made of, and what each says of itself.
+
+Names, as its versions 1.9.15 and 2.28 make them (measured)::
+
+    DISK.full.data  DISK.copy.data          a whole disk
+    DISK.inc.CHECKPOINT.data                what changed since the checkpoint before
+    DISK.diff.SECONDS.data                  what changed since the newest checkpoint; makes none
+    ….data.partial                          of a run that failed
+    ….data.chksum                           decimal Adler-32 of the file; 1.9.15 writes none
+    vmconfig.IDENT.xml, DISK.IDENT.qcow.json    IDENT: copy, the checkpoint, or the seconds
+    DOMAIN.cpt, checkpoints/CHECKPOINT.xml  the chain's checkpoints, also of runs that failed
+
+A raw disk that was saved with ``--raw`` is ``DISK.copy.data`` in any case, and that file is the
+raw image itself, as all are with ``--type raw``. Nothing that a file says is trusted.
+"""
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from nbdbackupd import durable
+from nbdbackupd.errors import DomainError, FormatError, IntegrityError
+from nbdbackupd.format import stream
+from nbdbackupd.format.stream import StreamMeta
+from nbdbackupd.model.chain import Level
+from nbdbackupd.model.domain import Domain, parse_domain
+from nbdbackupd.repo import layout
+
+MAX_FILE: Final = 16 << 20
+"""A small file (XML, JSON, checksum) of more bytes is refused unread."""
+
+MAX_NAMES: Final = 1 << 20
+PARTIAL: Final = ".data.partial"
+SECTOR: Final = 512
+_WHOLE: Final = re.compile(r"(?P<disk>[^.].*)\.(?P<level>full|copy)\.data", re.DOTALL)
+_CHANGES: Final = re.compile(
+    r"(?P<disk>[^.].*?)\.(?P<level>inc|diff)\.(?P<ident>.+)\.data", re.DOTALL
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeerFile:
+    """One disk in one run. ``ident``: checkpoint of an increment, seconds of a differential.
+
+    ``meta`` is None for a raw image; ``checksum`` None if there is no checksum file.
+    """
+
+    name: str
+    disk: str
+    level: Level
+    ident: str
+    size: int
+    meta: StreamMeta | None
+    checksum: int | None
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether the domain was off: such an increment starts from the checkpoint it names."""
+        meta = self.meta
+        return (
+            self.level is Level.INC
+            and meta is not None
+            and bool(meta.checkpoint)
+            and meta.checkpoint == meta.parent_checkpoint
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeerFiles:
+    """What a directory holds: sound files, a line for each that is not, and what else matters.
+
+    ``checkpoints`` is the domain's list; ``broken`` are points (level, ident) with a file that is
+    not sound. ``sizes`` are the sizes of all regular files, by name.
+    """
+
+    files: tuple[PeerFile, ...]
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+    broken: frozenset[tuple[Level, str]]
+    checkpoints: tuple[str, ...]
+    domain: str
+    sizes: Mapping[str, int]
+    configs: Mapping[str, Domain] = field(default_factory=dict)
+
+
+def is_peer(path: Path) -> bool:
+    """Whether a directory holds streams named as virtnbdbackup names them, and no manifest.
+
+    Raises RepositoryError if it can't be read.
+    """
+    with durable.translate_os_errors("read", path):
+        if not path.is_dir():
+            return False
+        points = path / layout.POINTS
+        if points.is_dir() and any(each.suffix == layout.MANIFEST_SUFFIX for each in _scan(points)):
+            return False
+        return any(_parse_name(each.name) is not None for each in _scan(path))
+
+
+def _scan(path: Path) -> Iterator[Path]:
+    with os.scandir(path) as entries:
+        for entry in entries:
+            yield Path(entry.path)
+
+
+def read_files(path: Path) -> PeerFiles:
+    """Read the heads of all streams and the small files; contents are not read.
+
+    Raises RepositoryError if the directory can't be read.
+    """
+    with durable.translate_os_errors("read", path):
+        sizes = _sizes(path)
+    found: list[PeerFile] = []
+    problems: list[str] = []
+    warnings: list[str] = []
+    broken = set()
+    configs = _read_configs(path, sizes, warnings)
+    for name in sorted(sizes):
+        if name.endswith(PARTIAL):
+            warnings.append(f"{name} is left of a run that failed, it is ignored")
+        parsed = _parse_name(name)
+        if parsed is None:
+            continue
+        _, level, ident = parsed
+        try:
+            config = configs.get("copy" if level is Level.COPY else ident)
+            found.append(_read_file(path, name, parsed, sizes, config))
+        except FormatError as err:
+            err.fields.setdefault("file", path / name)
+            problems.append(_line(err))
+            broken.add((level, ident))
+    domain, checkpoints = _read_checkpoints(path, sizes, warnings)
+    return PeerFiles(
+        files=tuple(found), problems=tuple(problems), warnings=tuple(warnings),
+        broken=frozenset(broken), checkpoints=checkpoints, domain=domain, sizes=sizes,
+        configs=configs,
+    )  # fmt: skip
+
+
+def read_small(path: Path, maximum: int = MAX_FILE) -> bytes:
+    """A regular file of bounded size; a pipe or a link in its place is refused.
+
+    Raises IntegrityError, RepositoryError.
+    """
+    with durable.translate_os_errors("read", path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise IntegrityError("no regular file", file=path)
+            data = file.read(maximum + 1)
+    if len(data) > maximum:
+        raise IntegrityError(f"larger than {maximum} bytes", file=path)
+    return data
+
+
+def parse_checkpoints(data: bytes) -> tuple[str, ...]:
+    """The names in a ``.cpt`` file, a JSON list.
+
+    Raises FormatError.
+    """
+    try:
+        names = json.loads(data)
+    except (ValueError, RecursionError) as err:
+        raise FormatError(f"list of checkpoints is no JSON: {err}") from err
+    if (
+        not isinstance(names, list)
+        or len(names) > MAX_NAMES
+        or not all(isinstance(name, str) and _is_name(name) for name in names)
+    ):
+        raise FormatError("list of checkpoints holds something else than names")
+    return tuple(names)
+
+
+def parse_image_size(data: bytes) -> int | None:
+    """The virtual size (bytes) that ``qemu-img info`` told, or None if it does not say."""
+    try:
+        document: Any = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(document, list) and document:
+        document = document[0]
+    size = document.get("virtual-size") if isinstance(document, dict) else None
+    return size if type(size) is int and 0 < size <= stream.MAX_NUMBER else None
+
+
+def parse_config(data: bytes) -> Domain:
+    """A domain's XML.
+
+    Raises FormatError. Entities are refused: libvirt writes none, and they can grow without end.
+    """
+    if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
+        raise FormatError("domain XML with a document type")
+    try:
+        return parse_domain(data.decode())
+    except (DomainError, ValueError, RecursionError) as err:
+        raise FormatError(f"not a domain XML: {err}") from err
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    found = {}
+    for each in _scan(path):
+        try:
+            status = each.lstat()
+        except FileNotFoundError:
+            continue
+        if stat.S_ISREG(status.st_mode):
+            found[each.name] = status.st_size
+        elif _parse_name(each.name) is not None:
+            found[each.name] = -1
+    return found
+
+
+def _parse_name(name: str) -> tuple[str, Level, str] | None:
+    """Disk, level and ident that a stream's name tells; None for other files."""
+    found = _WHOLE.fullmatch(name) or _CHANGES.fullmatch(name)
+    if found is None:
+        return None
+    groups = found.groupdict()
+    return groups["disk"], Level(groups["level"]), groups.get("ident", "")
+
+
+def _read_file(
+    path: Path,
+    name: str,
+    parsed: tuple[str, Level, str],
+    sizes: Mapping[str, int],
+    config: Domain | None,
+) -> PeerFile:
+    disk, level, ident = parsed
+    if sizes[name] < 0:
+        raise IntegrityError("not a regular file")
+    with durable.translate_os_errors("read", path / name):
+        meta = _read_meta(path, name, parsed, sizes, config)
+    if meta is not None:
+        _check_meta(meta, disk, level, ident)
+    sum_name = layout.checksum(name)
+    checksum = _read_checksum(path / sum_name) if sum_name in sizes else None
+    return PeerFile(
+        name=name, disk=disk, level=level, ident=ident, size=sizes[name], meta=meta,
+        checksum=checksum,
+    )  # fmt: skip
+
+
+def _read_meta(
+    path: Path,
+    name: str,
+    parsed: tuple[str, Level, str],
+    sizes: Mapping[str, int],
+    config: Domain | None,
+) -> StreamMeta | None:
+    """The meta frame, or None where something else than the file says that it is a raw image."""
+    disk, level, _ = parsed
+    try:
+        return stream.read_meta(path / name)
+    except IntegrityError:
+        if level not in (Level.FULL, Level.COPY):
+            raise
+        driver = [each.format for each in config.disks if each.target == disk] if config else []
+        if level is Level.COPY and driver == [] and not _infos(disk, sizes):
+            driver = ["raw"]  # a raw disk saved beside a full: its XML has the checkpoint's name
+        if sizes[name] and sizes[name] % SECTOR == 0 and driver == ["raw"]:
+            return None
+        told = {parse_image_size(read_small(path / info)) for info in _infos(disk, sizes)}
+        if sizes[name] in told:
+            return None
+        raise
+
+
+def _infos(disk: str, sizes: Mapping[str, int]) -> list[str]:
+    return [name for name in sizes if name.startswith(f"{disk}.") and name.endswith(".qcow.json")]
+
+
+def _check_meta(meta: StreamMeta, disk: str, level: Level, ident: str) -> None:
+    if meta.disk_name != disk:
+        raise FormatError(f"its meta frame is of disk {meta.disk_name[:64]!r}, its name of {disk}")
+    if level in (Level.FULL, Level.COPY) and meta.incremental:
+        raise FormatError(f"an increment under the name of a {level}")
+    if level is Level.INC and meta.checkpoint != ident:
+        raise FormatError(f"its meta frame names checkpoint {meta.checkpoint[:64]!r}, its name not")
+    for name in (meta.checkpoint, meta.parent_checkpoint):
+        if name and not _is_name(name):
+            raise FormatError("meta frame: a checkpoint's name can't be")
+
+
+def _is_name(name: str) -> bool:
+    return 0 < len(name) <= layout.MAX_DOMAIN and "/" not in name and name.isprintable()
+
+
+def _read_checksum(path: Path) -> int:
+    text = read_small(path, 64).strip()
+    if not text.isdigit() or len(text) > 10 or int(text) > 0xFFFFFFFF:
+        raise IntegrityError("checksum file holds no number", file=path)
+    return int(text)
+
+
+def _read_configs(path: Path, sizes: Mapping[str, int], warnings: list[str]) -> dict[str, Domain]:
+    """The domain as each ``vmconfig.IDENT.xml`` tells it, by ident."""
+    found = {}
+    for name in sorted(sizes):
+        if name.startswith("vmconfig.") and name.endswith(".xml"):
+            try:
+                config = parse_config(read_small(path / name))
+            except FormatError as err:
+                warnings.append(f"{name}: {_line(err)}")
+            else:
+                found[name.removeprefix("vmconfig.").removesuffix(".xml")] = config
+    return found
+
+
+def _read_checkpoints(
+    path: Path, sizes: Mapping[str, int], warnings: list[str]
+) -> tuple[str, tuple[str, ...]]:
+    """The domain's name and its checkpoints as the ``.cpt`` file tells them."""
+    lists = [name for name in sizes if name.endswith(".cpt")]
+    if len(lists) != 1:
+        if lists:
+            warnings.append(f"more than one list of checkpoints: {', '.join(sorted(lists)[:5])}")
+        return "", ()
+    (name,) = lists
+    try:
+        return name.removesuffix(".cpt"), parse_checkpoints(read_small(path / name))
+    except FormatError as err:
+        warnings.append(f"{name}: {_line(err)}")
+        return name.removesuffix(".cpt"), ()
+
+
+def _line(err: FormatError) -> str:
+    return " ".join(str(err).split())

@@ -1,0 +1,263 @@
+"""The restore points of a set that virtnbdbackup wrote, linked by what its streams say.
+
+An increment names the checkpoint that it starts from and the one that it made, in its meta frame;
+times and names order nothing. What such a set can't tell (digests, how the guest was held) is
+empty, or the least that can be said.
+"""
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Final
+
+from nbdbackupd.errors import ChainBrokenError
+from nbdbackupd.model.chain import (
+    BackupSet,
+    Consistency,
+    DiskMode,
+    DiskPoint,
+    ImageLayer,
+    Layout,
+    Level,
+    RestorePoint,
+    StoredFile,
+)
+from nbdbackupd.model.domain import Domain
+from nbdbackupd.repo.peer import PeerFile, PeerFiles
+
+CHAIN: Final = "virtnbdbackup"
+NO_INDEX: Final = StoredFile("", "disk-index", 0, "")
+UNKNOWN_TIME: Final = "1970-01-01T00:00:00Z"
+XML_ROLE: Final = "domain-xml"
+INFO_ROLE: Final = "image-info"
+FIRMWARE: Final = ("loader", "nvram", "kernel", "initrd")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeerSet:
+    """The sound points, a line for each that is not, and what the user should know."""
+
+    known: BackupSet
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def build(found: PeerFiles) -> PeerSet:
+    """Make points of the files and prove that they hang together."""
+    problems = list(found.problems)
+    points = []
+    for key, files in _groups(found.files).items():
+        if key in found.broken:
+            continue
+        try:
+            points.append(_point(key, files, found))
+        except ChainBrokenError as err:
+            problems.append(err.message)
+    linked = _link(points, found.files, problems)
+    try:
+        known = BackupSet.from_points(_order(linked))
+    except ChainBrokenError as err:
+        known, more = BackupSet.from_sound(_order(linked))
+        problems += more or [err.message]
+    for point in known.points:
+        problems += _lost_disks(known, point)
+    return PeerSet(
+        known=known, problems=tuple(problems), warnings=(*found.warnings, *_warnings(found, known))
+    )
+
+
+def _groups(files: Iterable[PeerFile]) -> dict[tuple[Level, str], list[PeerFile]]:
+    """The files of each run; a raw image beside a full was saved with it."""
+    groups: dict[tuple[Level, str], list[PeerFile]] = {}
+    for file in files:
+        groups.setdefault((file.level, file.ident), []).append(file)
+    full, copy = (Level.FULL, ""), (Level.COPY, "")
+    if full in groups and all(file.meta is None for file in groups.get(copy, ())):
+        held = {file.disk for file in groups[full]}
+        groups[full] += [file for file in groups.pop(copy, []) if file.disk not in held]
+    return groups
+
+
+def _point(key: tuple[Level, str], files: Sequence[PeerFile], found: PeerFiles) -> RestorePoint:
+    level, ident = key
+    name = f"{level}.{ident}" if ident else str(level)
+    links = {(file.meta.checkpoint, file.meta.parent_checkpoint) for file in files if file.meta}
+    if len(links) > 1:
+        raise ChainBrokenError(
+            f"the disks of {name} do not belong together: they name different checkpoints"
+        )
+    checkpoint, base = links.pop() if links else ("", "")
+    if level is Level.FULL and not checkpoint and found.checkpoints:
+        checkpoint = found.checkpoints[0]
+    if level in (Level.COPY, Level.DIFF) or any(file.is_offline for file in files):
+        made = ""
+    else:
+        made = checkpoint
+    config_name = {Level.COPY: "copy", Level.FULL: checkpoint}.get(level, ident)
+    config = found.configs.get(config_name)
+    dates = sorted(file.meta.date for file in files if file.meta)
+    return RestorePoint(
+        id=name,
+        sequence=1,
+        chain=CHAIN,
+        level=level,
+        created=_utc(dates[0]) if dates else UNKNOWN_TIME,
+        domain=config.name if config else found.domain,
+        uuid=config.uuid if config else "",
+        disks=tuple(_disk(file, config) for file in files),
+        consistency=Consistency.CRASH,
+        parent=base,
+        checkpoint=made,
+        base_checkpoint=base,
+        files=_stored(config_name, config, files, found),
+    )
+
+
+def _disk(file: PeerFile, config: Domain | None) -> DiskPoint:
+    known = [disk for disk in config.disks if disk.target == file.disk] if config else []
+    meta = file.meta
+    size = meta.virtual_size if meta else file.size
+    whole = meta is None or not meta.incremental
+    return DiskPoint(
+        target=file.disk,
+        mode=DiskMode.FULL if whole else DiskMode.DELTA,
+        size=size,
+        format=meta.disk_format if meta else (known[0].format if known else "raw"),
+        source=known[0].source if known else "",
+        file=file.name,
+        file_size=file.size,
+        adler32=file.checksum or 0,
+        index=NO_INDEX,
+        data_bytes=min(meta.data_size, size) if meta else size,
+        zero_bytes=0,
+        compressed=bool(meta and meta.compressed),
+        layout=Layout.STREAM if meta else Layout.RAW,
+        serial=known[0].serial if known else "",
+        layers=_layers(known[0].layers) if known else (),
+    )
+
+
+def _layers(layers: tuple[ImageLayer, ...]) -> tuple[ImageLayer, ...]:
+    return tuple(layer for layer in layers if layer.path)
+
+
+def _stored(
+    ident: str, config: Domain | None, files: Sequence[PeerFile], found: PeerFiles
+) -> tuple[StoredFile, ...]:
+    """XML, image infos and firmware of a point, as far as they are there; without digests."""
+    wanted: list[tuple[str, str, str, str]] = [(f"vmconfig.{ident}.xml", XML_ROLE, "", "")]
+    wanted += [(f"{file.disk}.{ident}.qcow.json", INFO_ROLE, "", file.disk) for file in files]
+    for role in FIRMWARE if config else ():
+        origin = getattr(config, role)
+        base = origin.rpartition("/")[2]
+        wanted += [(f"{base}.{ident}", role, origin, "")] if base else []
+    return tuple(
+        StoredFile(name, role, found.sizes[name], "", origin, disk)
+        for name, role, origin, disk in dict.fromkeys(wanted)
+        if found.sizes.get(name, -1) >= 0
+    )
+
+
+def _link(
+    points: Sequence[RestorePoint], files: Sequence[PeerFile], problems: list[str]
+) -> list[RestorePoint]:
+    """Put the parent's id in the place of its checkpoint; what lacks its parent goes."""
+    makers = {point.checkpoint: point for point in points if point.checkpoint}
+    offline = {file.ident for file in files if file.is_offline}
+    linked = []
+    for point in points:
+        if point.level in (Level.FULL, Level.COPY):
+            linked.append(replace(point, parent="", base_checkpoint=""))
+            continue
+        maker = makers.get(point.parent)
+        if maker is None or maker.id == point.id:
+            problems.append(_why_missing(point, offline))
+        else:
+            linked.append(replace(point, parent=maker.id))
+    return _reachable(linked, problems)
+
+
+def _why_missing(point: RestorePoint, offline: set[str]) -> str:
+    base = point.parent
+    text = f"{point.id} starts from checkpoint {base or '(none)'}, and no sound stream made that"
+    if base in offline:
+        return (
+            f"{text}: the increment inc.{base} was replaced by one of the same name, made while "
+            f"the domain was off; what it held is lost"
+        )
+    lost = f"*.inc.{base}.data, or the full," if base else "the full"
+    return f"{text}: {lost} is missing or damaged"
+
+
+def _reachable(points: list[RestorePoint], problems: list[str]) -> list[RestorePoint]:
+    """Those whose line of parents leads to a full."""
+    children: dict[str, list[RestorePoint]] = {}
+    for point in points:
+        children.setdefault(point.parent, []).append(point)
+    kept = [point for point in points if not point.parent]
+    for point in kept:  # grows while it is read
+        kept += children.get(point.id, [])
+    ids = {point.id for point in kept}
+    problems += [
+        f"{point.id} hangs on {point.parent}, which does not lead to a full"
+        for point in points
+        if point.id not in ids
+    ]
+    return kept
+
+
+def _order(points: Sequence[RestorePoint]) -> list[RestorePoint]:
+    """Number the points, parents first; dates decide only between those that no link orders."""
+    children: dict[str, list[RestorePoint]] = {}
+    for point in points:
+        children.setdefault(point.parent, []).append(point)
+    ready = [(point.created, point.makes_base, point.id, point) for point in children.get("", [])]
+    heapq.heapify(ready)
+    ordered: list[RestorePoint] = []
+    while ready:
+        *_, point = heapq.heappop(ready)
+        ordered.append(replace(point, sequence=len(ordered) + 1))
+        for child in children.get(point.id, []):
+            heapq.heappush(ready, (child.created, child.makes_base, child.id, child))
+    return ordered
+
+
+def _lost_disks(known: BackupSet, point: RestorePoint) -> list[str]:
+    found = []
+    for disk in point.disks:
+        try:
+            known.path(point, disk.target)
+        except ChainBrokenError as err:
+            found.append(err.message)
+    return found
+
+
+def _warnings(found: PeerFiles, known: BackupSet) -> list[str]:
+    warnings = []
+    bare = [file.name for file in found.files if file.checksum is None]
+    if bare:
+        more = f" and {len(bare) - 3} more" if len(bare) > 3 else ""
+        warnings.append(f"no checksum file vouches for the bytes of {', '.join(bare[:3])}{more}")
+    made = {point.checkpoint for point in known.points}
+    idle = [name for name in found.checkpoints if name not in made]
+    if idle:
+        warnings.append(
+            f"checkpoint {', '.join(idle[:3])} is listed, but no sound point made it: "
+            f"that run failed, or its files are gone"
+        )
+    held = {disk.target for point in known.points[:1] for disk in point.disks}
+    for point in known.points:
+        missing = held - {disk.target for disk in point.disks}
+        if point.level is Level.INC and missing:
+            warnings.append(f"{point.id} does not hold disk {', '.join(sorted(missing))}")
+    return warnings
+
+
+def _utc(date: str) -> str:
+    """RFC 3339 in UTC; a date without a zone, as all of the peer's, is this host's local time."""
+    try:
+        moment = datetime.fromisoformat(date).astimezone(UTC)
+    except (ValueError, OverflowError, OSError):
+        return UNKNOWN_TIME
+    return moment.isoformat().replace("+00:00", "Z")
