@@ -11,19 +11,26 @@ from nbdbackupd.format import stream
 from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model.chain import DiskPoint, Layout, RestorePoint
 from nbdbackupd.model.units import human_size
+from nbdbackupd.ops import opened
 from nbdbackupd.repo.repository import Repository
 
 JSON_VERSION: Final = 1
 GAP: Final = "  "
+PEER: Final = "virtnbdbackup"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListReport:
-    """The sound points of a set, oldest first, and a line for each that is damaged."""
+    """The sound points of a set, oldest first, and a line for each that is damaged.
+
+    ``written_by`` is empty for our own sets; ``warnings`` tell what of others nobody vouches for.
+    """
 
     path: Path
     points: tuple[RestorePoint, ...]
     problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    written_by: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1; sizes in bytes."""
@@ -33,6 +40,8 @@ class ListReport:
             "stored_bytes": sum(stored_bytes(point) for point in self.points),
             "points": [describe(point) for point in self.points],
             "problems": list(self.problems),
+            "warnings": list(self.warnings),
+            "written_by": self.written_by,
         }
 
 
@@ -70,10 +79,12 @@ def list_points(path: Path) -> ListReport:
 
     Raises RepositoryError if there is no set or it can't be read.
     """
-    repository = Repository.open(path)
-    _check_is_set(repository)
-    known, problems = repository.load_sound()
-    return ListReport(path=path, points=known.points, problems=problems)
+    _check_is_set(path)
+    given = opened.open_set(path, sound=True)
+    return ListReport(
+        path=path, points=given.known.points, problems=given.problems, warnings=given.hints,
+        written_by=PEER if given.peer else "",
+    )  # fmt: skip
 
 
 def show(path: Path, point: str = "") -> ShowReport:
@@ -82,15 +93,14 @@ def show(path: Path, point: str = "") -> ShowReport:
     Raises what ``Repository.load`` raises, RepositoryError if there is no set or for an id that
     is none, FormatError or RepositoryError if a stream is damaged or missing.
     """
-    repository = Repository.open(path)
-    _check_is_set(repository)
-    known = repository.load()
+    _check_is_set(path)
+    known = opened.open_set(path).known
     points = (known.by_id(point),) if point else known.points
     metas = {}
     for each in points:
         for disk in each.disks:
             if disk.layout is Layout.STREAM:
-                file = repository.file(disk.file)
+                file = path / disk.file
                 with durable.translate_os_errors("read", file):
                     metas[disk.file] = stream.read_meta(file)
     return ShowReport(path=path, points=points, metas=metas)
@@ -142,14 +152,9 @@ def stored_bytes(point: RestorePoint) -> int:
     return sum(map(disk_bytes, point.disks)) + sum(file.size for file in point.files)
 
 
-def _check_is_set(repository: Repository) -> None:
-    if not repository.exists:
-        raise RepositoryError(f"there is no backup set at {repository.path}: no such directory")
-    if repository.is_empty and any(name.endswith(".data") for name in repository.foreign_files()):
-        raise RepositoryError(
-            f"{repository.path} holds backup files but no manifests in points/: "
-            f"it is no set of this program"
-        )
+def _check_is_set(path: Path) -> None:
+    if not Repository.open(path).exists:
+        raise RepositoryError(f"there is no backup set at {path}: no such directory")
 
 
 def render_list(report: ListReport) -> str:
@@ -161,6 +166,7 @@ def render_list(report: ListReport) -> str:
     count = len(report.points)
     points = "1 restore point" if count == 1 else f"{count} restore points"
     head = f"{_printable(str(report.path))}: {', '.join(names)}, {points}, {total} stored"
+    head += f", written by {report.written_by}" if report.written_by else ""
     rows: list[tuple[str, ...]] = [
         ("#", "POINT", "LEVEL", "CREATED (UTC)", "STATE", "STORED", "CHECKPOINT")
     ]
@@ -174,6 +180,7 @@ def render_list(report: ListReport) -> str:
         indent = " " * (len(rows[-1][0]) + len(GAP))
         lines += [f"{indent}{next(disk_lines)}" for _ in point.disks]
         lines += [f"{indent}! {_printable(warning)}" for warning in point.warnings]
+    lines += [f"! {_printable(warning)}" for warning in report.warnings]
     return "\n".join(lines)
 
 

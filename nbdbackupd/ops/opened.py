@@ -19,14 +19,21 @@ from nbdbackupd.repo.repository import Repository
 class OpenedSet:
     """A set whose points and links are proven; ``known`` holds them.
 
-    ``warnings`` tell what of the set is not sound or not vouched for, a line each. ``peer``:
-    virtnbdbackup wrote it, and no manifest of ours vouches for it; then digests are empty.
+    ``problems`` tell what of the set is not sound, ``hints`` what else should be known, a line
+    each. ``peer``: virtnbdbackup wrote it, and no manifest of ours vouches for it; then digests
+    are empty.
     """
 
     path: Path
     known: BackupSet
-    warnings: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
     peer: bool = False
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Problems and hints alike."""
+        return (*self.problems, *self.hints)
 
     def layers(
         self,
@@ -71,11 +78,12 @@ def open_set(path: Path, *, sound: bool = False) -> OpenedSet:
             more = len(found.problems) - 1
             rest = f" (and {more} more problem{'s' * (more > 1)})" if more else ""
             raise ChainBrokenError(f"{path}: {found.problems[0]}{rest}")
-        warnings = (*found.problems, *found.warnings)
-        return OpenedSet(path=path, known=found.known, warnings=warnings, peer=True)
+        return OpenedSet(
+            path=path, known=found.known, problems=found.problems, hints=found.warnings, peer=True
+        )
     if sound:
         known, problems = repository.load_sound()
-        return OpenedSet(path=path, known=known, warnings=problems)
+        return OpenedSet(path=path, known=known, problems=problems)
     return OpenedSet(path=path, known=repository.load())
 
 

@@ -72,7 +72,8 @@ def _original(directory: Path, point: RestorePoint, disk: DiskPoint) -> ImageInf
     path = directory / stored.name
     where: dict[str, object] = {"disk": disk.target, "point": point.id}
     layers.check_size(path, min(stored.size, MAX_INFO), **where)
-    if layers.sha256_file(path, lambda: None, **where) != stored.sha256:
+    # the files of a peer's set have no digest
+    if stored.sha256 and layers.sha256_file(path, lambda: None, **where) != stored.sha256:
         raise IntegrityError("file is damaged: its SHA-256 does not match", file=path, **where)
     try:
         original = image.parse_chain(path.read_bytes())[0]

@@ -45,14 +45,14 @@ def steps_of(
     ``OpenedSet.layers``.
     """
     if style is Style.PLAIN:
-        layers = source.layers(point, target, stack, check)
+        layers = source.layers(point, target, stack, check, deep=True)
         return (Step(point=point.id, layers=layers, is_whole=True),)
     wanted = _line(source.known, point, target, since)
     steps: list[Step] = []
     while wanted:
         # a disk that was read in full within the chain starts anew there
         path = source.known.path(wanted[-1], target)
-        layers = source.layers(wanted[-1], target, stack, check)
+        layers = source.layers(wanted[-1], target, stack, check, deep=True)
         part = [
             Step(
                 point=each.id,

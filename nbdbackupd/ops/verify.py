@@ -23,11 +23,12 @@ from nbdbackupd.errors import (
 )
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import BackupSet, RestorePoint, StoredFile
-from nbdbackupd.ops import layers, points, telling
+from nbdbackupd.ops import layers, opened, points, telling
 from nbdbackupd.ops.findings import Findings, Problem
 from nbdbackupd.ops.verify_blocks import Prover
 from nbdbackupd.ops.verify_disk import DiskCheck
-from nbdbackupd.repo import layout
+from nbdbackupd.ops.verify_peer import PeerCheck
+from nbdbackupd.repo import layout, peer
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +47,17 @@ class VerifyRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyReport:
-    """What was looked at, and what is wrong; ``checked_bytes`` of files."""
+    """What was looked at, and what is wrong; ``checked_bytes`` of files.
+
+    ``warnings`` tell of a peer's set what nothing vouches for.
+    """
 
     points: int
     files: int
     checked_bytes: int
     problems: tuple[Problem, ...]
     seconds: float
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1."""
@@ -63,6 +68,7 @@ class VerifyReport:
             "files": self.files,
             "checked_bytes": self.checked_bytes,
             "problems": [problem.to_json() for problem in self.problems],
+            "warnings": list(self.warnings),
             "seconds": round(self.seconds, 3),
         }
 
@@ -78,7 +84,8 @@ def run(
     if request.workers < 1:
         raise UsageError("at least one worker is needed")
     with runlog.context(SET=request.path):
-        report = _verify(request, progress, cancelled)
+        verify = _verify_peer if peer.is_peer(request.path) else _verify
+        report = verify(request, progress, cancelled)
         telling.verified(log, report)
     return report
 
@@ -117,6 +124,25 @@ def _verify(
     return VerifyReport(
         points=len(chosen), files=files, checked_bytes=size, problems=problems,
         seconds=time.monotonic() - begun,
+    )  # fmt: skip
+
+
+def _verify_peer(
+    request: VerifyRequest, progress: Progress, cancelled: Callable[[], None]
+) -> VerifyReport:
+    """A set that virtnbdbackup wrote, see ``verify_peer``."""
+    begun = time.monotonic()
+    findings = Findings()
+    source = opened.open_set(request.path, sound=True)
+    if not request.point or not source.known.points:
+        for message in source.problems:
+            findings.add(Problem(message=message))
+    chosen = _choose(source.known, request.point, findings) if source.known.points else []
+    check = PeerCheck(source=source, findings=findings, progress=progress, cancelled=cancelled)
+    files, size = check.run(chosen)
+    return VerifyReport(
+        points=len(chosen), files=files, checked_bytes=size, problems=findings.problems(),
+        seconds=time.monotonic() - begun, warnings=source.hints,
     )  # fmt: skip
 
 

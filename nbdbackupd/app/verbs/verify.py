@@ -47,6 +47,8 @@ def run(args: Arguments, context: Context) -> int:
             progress.disk(label, done, total, done)
 
         report = verify.run(request, progress=show, cancelled=cancel.check)
+    for warning in report.warnings:
+        print(f"nbdbackupctl: warning: {warning}", file=sys.stderr)
     if not report.problems:
         checked = human_size(report.checked_bytes)
         context.show(report.to_json(), f"sound: {report.points} point(s), {checked} checked")
