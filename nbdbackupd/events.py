@@ -299,6 +299,32 @@ IMAGES_HELD: Final = Event(
     cure="See who holds the file that the reason names ('fuser -v FILE'), end that process, and "
     "start the domain again.",
 )
+IMAGES_CHANGED: Final = Event(
+    name="images-changed",
+    id="175280742b254d519deb2ad429c6120d",
+    priority=NOTICE,
+    level=logging.INFO,
+    text="images of {DOMAIN} are not as the guest left them: {REASON}",
+    fields=("REASON",),
+    meaning="Since libvirt's hook saw the guest end, somebody wrote to these images or replaced "
+    "them. What programs wrote that know qcow2 is in the next increment; of an image without the "
+    "bitmaps of the base, or that is not the disk's own, everything is read.",
+    cure="Nothing is to be done if it was you, or a run that was killed. Don't write to images of "
+    "a tracked disk with programs that do not know qcow2.",
+)
+HOOK_TROUBLE: Final = Event(
+    name="hook-trouble",
+    id="a947cf16816b44a7998ae4bb1b3decef",
+    priority=WARNING,
+    level=logging.WARNING,
+    text="domain {DOMAIN}: {REASON}",
+    fields=("REASON",),
+    meaning="libvirt's hook could not do something about the start or the end of this domain: "
+    "announce its start, start a unit, note a backup for later. It never holds a domain up. This "
+    "record is the hook's own (hooks/qemu), so it has no other fields.",
+    cure="Mend what the reason names. Then 'systemctl start nbdbackup@NAME.service' saves what was "
+    "missed, and 'nbdbackupctl checkpoints {DOMAIN}' shows whether checkpoints are in order.",
+)
 VERIFY_SOUND: Final = Event(
     name="verify-sound",
     id="d69cec48de17451181e5865d358720f0",

@@ -245,6 +245,27 @@ def _handler(level: int, stream: TextIO, journal_stream: str, send: Send | None)
     return handler
 
 
+def to_journal(stream: TextIO, send: Send | None = None) -> bool:
+    """Send records of level INFO and above to the journal from now on, though the stream is not it.
+
+    One that can't be sent becomes a line on the stream. Returns False, and changes nothing, without
+    Python's systemd package.
+    """
+    found = send or _systemd_send()
+    if found is None:
+        return False
+    logger = logging.getLogger(ROOT)
+    for handler in list(logger.handlers):
+        if getattr(handler, "is_setup", False):
+            logger.removeHandler(handler)
+    handler = _JournalHandler(found, stream)
+    handler.__dict__["is_setup"] = True
+    handler.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    return True
+
+
 def _systemd_send() -> Send | None:
     try:
         from systemd import journal

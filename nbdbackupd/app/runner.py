@@ -122,6 +122,7 @@ def run(wish: Wish, context: Context, watch: Watch) -> RunReport:
 def _find_and_run(wish: Wish, context: Context, watch: Watch) -> RunReport:
     from nbdbackupd.app.config.matching import is_uuid
     from nbdbackupd.app.config.settings import global_settings
+    from nbdbackupd.ops import domains
     from nbdbackupd.virt.domain import Domain
 
     configuration = configured.read(context).require_sound()
@@ -129,11 +130,17 @@ def _find_and_run(wish: Wish, context: Context, watch: Watch) -> RunReport:
     with ExitStack() as stack:
         try:
             connection = stack.enter_context(context.connection())
-            domain = Domain.find(connection, wish.domain)
-        except DomainNotFoundError:
+            if wish.shutdown:
+                runtime_dir = context.runtime_dir.absolute()
+                domain = domains.find(connection, wish.domain, runtime_dir)
+            else:
+                # a transient one is saved by schedule while it runs
+                domain = Domain.find(connection, wish.domain)
+        except DomainNotFoundError as err:
             if not wish.shutdown:
                 raise
-            gone = "libvirt no longer knows it: it was transient, undefined or migrated away"
+            why = err.fields.get("reason", "its end was not seen by libvirt's hook")
+            gone = f"libvirt no longer knows it: {why}"
             return RunReport(domain=wish.domain, uuid="", result="skipped", reason=gone)
         except NbdbackupError as err:
             # libvirt is away, so there is only the name, and what holds for all domains

@@ -8,11 +8,10 @@ from typing import Any
 
 from nbdbackupd import durable, events
 from nbdbackupd import log as runlog
-from nbdbackupd.ops import leftovers
+from nbdbackupd.ops import domains, leftovers
 from nbdbackupd.source import paused_start, sweep
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.connection import Connection
-from nbdbackupd.virt.domain import Domain
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ def run(request: AbortRequest, connection: Connection) -> AbortReport:
     Raises BusyError while a run of ours lives: that one is ended by a signal to it. DomainError
     if a job can't be ended.
     """
-    domain = Domain.find(connection, request.domain)
+    domain = domains.find(connection, request.domain, request.runtime_dir)
     directory = leftovers.prepare_domain_dir(request.runtime_dir, domain.uuid)
     with (
         runlog.context(DOMAIN=domain.name, UUID=domain.uuid),

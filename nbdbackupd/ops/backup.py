@@ -15,7 +15,7 @@ from nbdbackupd import durable, events
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import CheckpointError, RepositoryError
 from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint, effective_level
-from nbdbackupd.ops import leftovers, reconciling, recording, telling
+from nbdbackupd.ops import domains, leftovers, reconciling, recording, telling
 from nbdbackupd.ops.backup_job import Job
 from nbdbackupd.ops.backup_request import BackupReport, BackupRequest
 from nbdbackupd.ops.sources import changed_bytes, images_of
@@ -48,7 +48,7 @@ def run(
             runlog.context(DOMAIN=request.domain, RUN=request.run_id, SET=request.directory)
         )
         stack.enter_context(ending.told())
-        domain = Domain.find(connection, request.domain)
+        domain = domains.find(connection, request.domain, request.runtime_dir)
         stack.enter_context(runlog.context(DOMAIN=domain.name, UUID=domain.uuid))
         directory = leftovers.prepare_domain_dir(request.runtime_dir, domain.uuid)
         who = f"backup of {domain.name}"

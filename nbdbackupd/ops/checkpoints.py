@@ -2,27 +2,37 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from nbdbackupd import durable
 from nbdbackupd import log as runlog
-from nbdbackupd.errors import CheckpointError, NbdbackupError, RepositoryError
+from nbdbackupd.errors import (
+    BusyError,
+    CheckpointError,
+    DomainNotFoundError,
+    NbdbackupError,
+    RepositoryError,
+)
 from nbdbackupd.model.naming import point_of, tag_of, tag_of_chain
 from nbdbackupd.model.reconcile import WHY, Entry, KnownChain, Plan, drop, reconcile
-from nbdbackupd.ops import leftovers, reconciling
+from nbdbackupd.ops import domains, leftovers, reconciling
 from nbdbackupd.ops.reconciling import Done, Known
 from nbdbackupd.ops.sources import images_of
 from nbdbackupd.ops.survey import Looked, look
 from nbdbackupd.repo.repository import Repository
 from nbdbackupd.repo.state import Record, State
+from nbdbackupd.virt import jobs
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
 
 log = logging.getLogger(__name__)
+ARRIVAL_SECONDS: Final = 3600.0
+ARRIVAL_POLL_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +41,7 @@ class CheckpointsRequest:
 
     ``repair`` carries out what is to be done, else nothing is changed anywhere. ``drop``: take
     away all checkpoints of that chain instead, given by its id or tag; with ``dry_run`` only
-    say which.
+    say which. ``started``: libvirt's hook says that it has just been started.
     """
 
     domain: str
@@ -43,6 +53,7 @@ class CheckpointsRequest:
     drop: str = ""
     dry_run: bool = False
     wait_seconds: float = 0.0
+    started: bool = False
 
     @property
     def changes(self) -> bool:
@@ -137,11 +148,50 @@ def run(
 ) -> CheckpointsReport:
     """Look at the chains of the given set and of the state directory; change what was asked for.
 
-    Raises BusyError if something is to be changed and a run holds the domain, RepositoryError
-    or FormatError if the given set can't be read or is another domain's, CheckpointError if
-    there is nothing of the chain to drop, DomainError.
+    Of a domain that was ``started`` and is gone again there is nothing to be reported.
+
+    Raises BusyError if something is to be changed and a run holds the domain, or if it does not
+    arrive, RepositoryError or FormatError if the given set can't be read or is another domain's,
+    CheckpointError if there is nothing of the chain to drop, DomainError.
     """
-    domain = Domain.find(connection, request.domain)
+    if request.started:
+        try:
+            _wait_arrival(request, connection, cancelled)
+            return _run(request, connection, cancelled)
+        except DomainNotFoundError as err:
+            log.info("nothing to be done: %s", err.message)
+            return _nothing(request)
+    return _run(request, connection, cancelled)
+
+
+def _wait_arrival(
+    request: CheckpointsRequest, connection: Connection, cancelled: Callable[[], None]
+) -> None:
+    """Wait while a migration brings the domain. Raises BusyError after an hour."""
+    domain = domains.find(connection, request.domain, request.runtime_dir)
+    deadline = time.monotonic() + ARRIVAL_SECONDS
+    while not domain.is_gone() and jobs.is_arriving(domain):
+        cancelled()
+        if time.monotonic() > deadline:
+            raise BusyError(
+                f"domain {domain.name} is still being migrated after {ARRIVAL_SECONDS:.0f} s: "
+                f"its next backup puts its checkpoints in order",
+                domain=domain.name,
+            )
+        time.sleep(ARRIVAL_POLL_SECONDS)
+
+
+def _nothing(request: CheckpointsRequest) -> CheckpointsReport:
+    return CheckpointsReport(
+        domain=request.domain, uuid="", is_active=False, chains=(), missing={},
+        plan=Plan(), steps=(), changed=request.changes,
+    )  # fmt: skip
+
+
+def _run(
+    request: CheckpointsRequest, connection: Connection, cancelled: Callable[[], None]
+) -> CheckpointsReport:
+    domain = domains.find(connection, request.domain, request.runtime_dir)
     lock = leftovers.domain_dir(request.runtime_dir, domain.uuid) / leftovers.LOCK
     with ExitStack() as stack:
         stack.enter_context(runlog.context(DOMAIN=domain.name, UUID=domain.uuid))

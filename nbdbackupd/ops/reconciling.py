@@ -143,6 +143,9 @@ def apply(
     """
     results = []
     for step in steps:
+        if step.action is Action.REDEFINE and domain.is_gone():
+            # a transient one: libvirt is told when it knows it again
+            continue
         cancelled()
         problem = ""
         try:

@@ -8,13 +8,12 @@ from pathlib import Path
 
 from nbdbackupd.errors import GaveWayError, NbdbackupError
 from nbdbackupd.model.naming import tag_of, tag_of_chain
-from nbdbackupd.ops import checkpoints
+from nbdbackupd.ops import checkpoints, domains
 from nbdbackupd.ops.checkpoints import CheckpointsRequest
 from nbdbackupd.ops.sets import sets_of
 from nbdbackupd.repo.state import State
 from nbdbackupd.virt import checkpoints as virt_checkpoints
 from nbdbackupd.virt.connection import Connection
-from nbdbackupd.virt.domain import Domain
 
 log = logging.getLogger(__name__)
 
@@ -91,9 +90,8 @@ def _others(request: RetireRequest, connection: Connection) -> Iterator[str]:
     }
     stored = set()
     if request.has_begun:
-        left = {
-            tag_of(name) for name in virt_checkpoints.names(Domain.find(connection, request.uuid))
-        }
+        domain = domains.find(connection, request.uuid, request.runtime_dir)
+        left = {tag_of(name) for name in virt_checkpoints.names(domain)}
         stored = {
             point.chain
             for each in sets_of(request.directory)

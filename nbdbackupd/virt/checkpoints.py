@@ -26,12 +26,16 @@ class Deleted(StrEnum):
 
 def names(domain: Domain) -> list[str]:
     """Return the sorted names of all checkpoints of the domain, foreign ones included."""
+    if domain.is_gone():
+        return []
     found = domain.call("can't list its checkpoints", lambda each: each.listAllCheckpoints())
     return sorted(checkpoint.getName() for checkpoint in found)
 
 
 def is_known(domain: Domain, name: str) -> bool:
     """Tell whether libvirt has a checkpoint of that name, without listing all of them."""
+    if domain.is_gone():
+        return False
     try:
         domain.call(
             f"can't look up checkpoint {name}", lambda each: each.checkpointLookupByName(name)

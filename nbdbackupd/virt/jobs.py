@@ -33,6 +33,11 @@ BLOCK_JOBS: Final = {
     libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT: "block commit",
     libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT: "active block commit",
 }
+_MIGRATING: Final = {
+    (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION),
+    (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_POSTCOPY),
+    (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_RUNNING_POSTCOPY),
+}
 # names of virDomainJobOperation
 OPERATIONS: Final = (
     "unknown",
@@ -90,6 +95,16 @@ def active_job(domain: Domain) -> ActiveJob | None:
             return None
         raise DomainError(f"domain {domain.name}: can't read its backup job: {err}") from err
     return ActiveJob("backup", parse_backup_job(xml))
+
+
+def is_arriving(domain: Domain) -> bool:
+    """Tell whether a live migration brings the domain here, or takes its last step away from here.
+
+    The hook's ``started`` comes when such a migration begins; until it has ended libvirt refuses
+    to redefine checkpoints. Raises DomainError.
+    """
+    state, reason = domain.call("can't read its state", lambda each: each.state())
+    return (state, reason) in _MIGRATING
 
 
 def _ask(domain: Domain, question: Callable[[libvirt.virDomain], Result]) -> Result:

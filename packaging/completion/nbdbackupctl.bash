@@ -28,7 +28,7 @@ _nbdbackupctl_value() {
 }
 
 _nbdbackupctl_verbs() {
-    echo 'backup run restore list show verify estimate check checkpoints abort yield config status timers notify log'
+    echo 'backup run restore map unmap list show verify estimate check checkpoints abort yield config status timers notify log'
 }
 
 # $1: the verb, empty before it
@@ -51,10 +51,21 @@ _nbdbackupctl_options() {
         ;;
     restore)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet -o --output -d --disk --point --until --at
-        --sequence --format --preallocate --force -w --workers'
+        --runtime-dir -v --verbose -q --quiet -o --output --point --until --at --sequence --format
+        --preallocate --force -w --workers -d --disk --in-place --pool --yes --as-chain
+        --as-snapshots --since -j --jobs --bandwidth-limit --define --adjust-config --name --start
+        --keep-identity --media --network --other-disks'
         ;;
-    list | yield | config | timers)
+    map)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet -d --disk --point --until --at --sequence --socket
+        --tcp --device --tls-certificates --writable --prove --cache --detach --list'
+        ;;
+    unmap)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet --all'
+        ;;
+    list | config | timers)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet'
         ;;
@@ -77,12 +88,16 @@ _nbdbackupctl_options() {
         ;;
     checkpoints)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet -o --output -n --dry-run --repair --drop
+        --runtime-dir -v --verbose -q --quiet -o --output -n --dry-run --repair --drop --started
         --checkpoint-dir --wait'
         ;;
     abort)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet --any'
+        ;;
+    yield)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet --journal'
         ;;
     status)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -104,14 +119,14 @@ _nbdbackupctl_positional() {
     backup | run | estimate | check | checkpoints | abort | yield | status | timers | log)
         echo 'domain'
         ;;
-    restore | list | show | verify)
+    restore | map | list | show | verify)
         echo 'directory'
+        ;;
+    unmap | notify)
+        echo 'other'
         ;;
     config)
         echo 'wordscheck show sample'
-        ;;
-    notify)
-        echo 'other'
         ;;
     esac
 }
@@ -121,16 +136,17 @@ _nbdbackupctl_kind() {
     case "$1:$2" in
     *:-c | *:--connect | *:--user | *:-i | *:--include | *:-x | *:--exclude | *:-z | \
     *:--compress | *:-F | *:--freeze-mountpoint | *:--scratch-reserve | *:--threshold | \
-    *:--limit-rate | *:-w | *:--workers | *:--wait | *:--timeout | log:-n | *:-d | *:--disk | \
-    *:--point | *:--until | *:--at | *:--drop | *:--warning | *:--critical | *:--since | \
-    *:--lines | *:--run)
+    *:--limit-rate | *:-w | *:--workers | *:--wait | *:--timeout | log:-n | *:--point | \
+    *:--until | *:--at | *:-d | *:--disk | *:--pool | *:--since | *:-j | *:--jobs | \
+    *:--bandwidth-limit | *:--name | *:--socket | *:--tcp | *:--device | *:--cache | *:--drop \
+    | *:--warning | *:--critical | *:--lines | *:--run)
         echo 'other'
         ;;
     *:--password-file | *:--sequence)
         echo 'file'
         ;;
     *:--config-dir | *:--runtime-dir | *:-o | *:--output | *:--scratch-dir | \
-    *:--checkpoint-dir)
+    *:--checkpoint-dir | *:--tls-certificates)
         echo 'directory'
         ;;
     *:--progress)
@@ -150,6 +166,12 @@ _nbdbackupctl_kind() {
         ;;
     *:--format)
         echo 'wordsqcow2 raw'
+        ;;
+    *:--media | *:--other-disks)
+        echo 'wordskeep remove'
+        ;;
+    *:--network)
+        echo 'wordskeep down none'
         ;;
     esac
 }

@@ -183,7 +183,7 @@ class Scene:
         """Nothing of a run is left: job, scratch, socket, notes, drafts, block jobs."""
         assert not self.ctl.scratch.exists() or not list(self.ctl.scratch.iterdir())
         left = [path for path in self.ctl.runtime.rglob("*") if not path.is_dir()]
-        left = [path for path in left if path.parent.name not in {"starting", "slots"}]
+        left = [path for path in left if path.parent.name not in {"starting", "slots", "xml"}]
         assert {path.name for path in left} <= LOCKS, left
         if self.guest.is_running():
             assert self.guest.block_jobs() == []

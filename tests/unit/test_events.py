@@ -150,6 +150,22 @@ def test_secrets_and_odd_bytes() -> None:
     assert "ValueError: bad ********" in fake.records[1]["MESSAGE"]
 
 
+def test_a_program_that_libvirt_s_hook_calls_tells_the_journal() -> None:
+    fake, stream = Journal(), io.StringIO()
+    log.setup(logging.ERROR, stream)
+    assert log.to_journal(stream, fake.send)
+    with log.context(DOMAIN="vm 1"):
+        events.emit(logger, events.IMAGES_RELEASED, reason="r", duration_usec=5)
+        logger.debug("detail")
+        fake.broken = True
+        events.emit(logger, events.IMAGES_HELD, reason="h")
+    (told,) = fake.records
+    assert told["MESSAGE_ID"] == events.IMAGES_RELEASED.id
+    assert told["NBDBACKUP_DOMAIN"] == "vm 1"
+    # nobody listens: rather there than nowhere
+    assert stream.getvalue() == "<3>images of vm 1 are still held, its start may fail: h\n"
+
+
 def test_empty_fields_are_left_out_and_unknown_ones_are_no_reason_to_fail() -> None:
     with journal() as (fake, _):
         events.emit(
@@ -212,6 +228,8 @@ def test_every_event_is_used() -> None:
     for path in (TOP / "nbdbackupd").rglob("*.py"):
         if path.name != "events.py":
             used |= set(re.findall(r"\bevents\.([A-Z][A-Z_]+)\b", path.read_text()))
+    hook = (TOP / "hooks/qemu").read_text()
+    used |= {name for name, event in constants().items() if event.id in hook}
     assert set(constants()) - used == set()
 
 

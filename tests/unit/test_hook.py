@@ -9,16 +9,21 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 import pytest
 
-from nbdbackupd.source import lease
+from nbdbackupd import events
+from nbdbackupd.source import kept, lease
+from nbdbackupd.virt.domain import Ending
 from tests.lib.pages import TOP
 
 HOOK = TOP / "hooks" / "qemu"
 CATCH_UP = TOP / "hooks" / "catch-up"
 UUID = "c7a5fdbd-edaf-9455-926a-d65c16db1809"
+QUOTES = {"'": "&apos;", '"': "&quot;"}
 XML = f"<domain>\n  <name>x</name>\n  <uuid>{UUID}</uuid>\n  <title>t</title>\n</domain>\n"
 HOSTILE = (
     "two words", "-dash", "--version", ".dot", "..", "a/b", "50%", "$HOME", "`id`", "it's", '"q"',
@@ -37,6 +42,7 @@ if [ "$1" = is-system-running ]; then
     exit
 fi
 ls -l /proc/self/fd >>"$HOOK_TEST/descriptors"
+[ "$1" != --journald ] || cat >>"$HOOK_TEST/journal"
 [ ! -e "$HOOK_TEST/{name}.does" ] || . "$HOOK_TEST/{name}.does"
 """
 
@@ -67,6 +73,8 @@ class Host:
             "NBDBACKUP_STATE_DIR": str(self.top / "state"),
             "NBDBACKUP_HOOK_CONF": str(self.top / "hook.conf"),
             "NBDBACKUP_LIB_DIR": str(TOP / "hooks"),
+            "NBDBACKUP_LIBVIRT_ETC": str(self.top / "etc"),
+            "NBDBACKUP_LIBVIRT_LOG": str(self.top / "log"),
         }
 
     def start(self, *words: str, stdin: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
@@ -92,6 +100,41 @@ class Host:
         path.unlink(missing_ok=True)
         words = [[os.fsdecode(word) for word in line.split(b"\0")] for line in lines]
         return [each for each in words if each[1:] != ["is-system-running"]]
+
+    def told(self) -> list[dict[str, str]]:
+        """The records that the journal got since the last look."""
+        path = self.top / "journal"
+        text = path.read_text() if path.exists() else ""
+        path.unlink(missing_ok=True)
+        records = [f"MESSAGE_ID={each}" for each in text.split("MESSAGE_ID=")[1:]]
+        return [dict(line.split("=", 1) for line in each.splitlines()) for each in records]
+
+    def trouble(self) -> str:
+        """The one trouble that the journal was told of since the last look, and no more."""
+        (record,) = self.told()
+        event = events.HOOK_TROUBLE
+        assert record["MESSAGE_ID"] == event.id
+        assert record["PRIORITY"] == str(event.priority)
+        fields = {f"NBDBACKUP_{name}" for name in (*event.fields, "DOMAIN")}
+        assert {name for name in record if name.startswith("NBDBACKUP_")} == fields
+        values = {name.removeprefix("NBDBACKUP_"): record[name] for name in fields}
+        assert record["MESSAGE"] == event.text.format_map(values)
+        return values["REASON"]
+
+    def log(self, name: str, *lines: str) -> None:
+        """What libvirt's log of a domain says, one second for each line."""
+        path = self.top / "log/qemu" / f"{name}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            for line in lines:
+                file.write(f"2026-11-21 15:43:01.123+0000: {line}\n")
+
+    def end(self, domain: str) -> kept.End:
+        """What the hook noted of the domain's end."""
+        found = kept.read(self.runtime, domain)
+        assert found is not None
+        assert found.end is not None
+        return found.end
 
     def bid(self, name: str, script: str) -> None:
         """What a stand-in does once it has told its arguments."""
@@ -162,6 +205,77 @@ def test_end_of_a_domain(host: Host, reason: str) -> None:
     assert not host.pending.exists()
 
 
+STARTED = "starting up libvirt version: 9.0.0, package: 4, qemu version: 7.2.22, kernel: 6.1"
+LOGGED = {
+    "shutdown": SAVE, "destroyed": SAVE, "crashed": CHECK, "migrated": NOTHING, "saved": NOTHING,
+    "failed": NOTHING,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", LOGGED)
+def test_libvirt_that_gives_no_reason_has_logged_it(host: Host, reason: str) -> None:
+    """Before 10.5."""
+    host.log("vm1", STARTED, "shutting down, reason=migrated", STARTED)
+    host.hook("vm1", "started", "begin", "-")
+    host.calls()
+    host.log("vm1", f"shutting down, reason={reason}")
+    host.hook("vm1", "release", "end", "-")
+    assert host.calls() == LOGGED[reason]
+    assert host.kept("vm1").exists() == (reason != "migrated")
+
+
+def test_a_log_of_an_earlier_end_says_nothing(host: Host) -> None:
+    host.log("vm1", STARTED, "shutting down, reason=migrated", STARTED, "qemu: reason=saved")
+    host.hook("vm1", "release", "end", "-")
+    assert host.calls() == SAVE
+    assert host.end(UUID).ending is Ending.UNKNOWN
+
+
+def test_what_a_guest_has_left_is_noted(host: Host) -> None:
+    """Each image of the XML as it is, named as it may be; a next start makes it void."""
+    names = ("plain", "two words", 'it\'s <&> "q"', "ümläut", "$HOME `id` \\ *")
+    images = [host.top / name for name in names]
+    for number, path in enumerate(images):
+        path.write_bytes(bytes(number))
+    link = host.top / "link"
+    link.symlink_to(images[2])
+    sources = [*(("file", each) for each in images), ("dev", link)]
+    disks = "".join(
+        f"      <source {kind}='{escape(str(each), QUOTES)}' index='1'/>\n"
+        for kind, each in sources
+    )
+    none = "      <source dev='eth0' mode='bridge'/>\n      <source file='/none/such'/>\n"
+    xml = XML.replace(">x<", ">vm1<").replace("</domain>", f"{disks}{none}</domain>")
+    (host.top / "etc/qemu").mkdir(parents=True)
+    (host.top / "etc/qemu/vm1.xml").write_text(xml)
+    host.hook("vm1", "started", "begin", "-", xml=xml)
+    found = kept.read(host.runtime, UUID)
+    assert found is not None
+    assert found.end is None
+    host.hook("vm1", "release", "end", "destroyed", xml=xml)
+    end = host.end(UUID)
+    assert (end.ending, end.is_persistent) == (Ending.DESTROYED, True)
+    expected = {str(path): kept.Identity.of(str(path)) for path in (*images, link)}
+    assert end.images == expected
+    assert kept.End.parse(end.pack()) == end
+    # what differs is told, as it is since
+    changes = partial(kept.changed, host.runtime, "vm1", UUID)
+    assert changes() == {}
+    images[0].write_text("more")
+    os.utime(images[1], ns=(0, 1))
+    images[3].unlink()
+    images[4].rename(host.top / "away")
+    images[4].write_bytes(bytes(4))
+    assert changes() == {
+        str(images[0]): "was written to", str(images[1]): "was written to",
+        str(images[3]): "is gone", str(images[4]): "was replaced",
+    }  # fmt: skip
+    kept.renew(host.runtime, "vm1", UUID)
+    assert changes() == {}
+    host.hook("vm1", "started", "begin", "-", xml=xml)
+    assert not host.kept("vm1").with_suffix(".end").exists()
+
+
 @pytest.mark.parametrize("operation", ["started", "reconnect"])
 def test_a_domain_runs(host: Host, operation: str) -> None:
     host.hook("vm1", operation, "begin", "-")
@@ -195,10 +309,10 @@ def test_a_start_is_announced_before_leases_are_looked_for(host: Host, operation
     host.bid("nbdbackupctl", f'cp -p "{marker}" "$HOOK_TEST/seen"; echo run 1 let go')
     host.hook("vm1", operation, "begin", "-")
     assert (host.top / "seen").stat().st_mtime > time.time() - 60
-    called, told = host.calls()
-    assert called == ["nbdbackupctl", "--runtime-dir", str(host.runtime), "yield", "--", "vm1"]
-    assert told[:4] == ["logger", "-t", "nbdbackup-hook", "-p"]
-    assert told[-1] == "domain vm1: run 1 let go"
+    # it tells the journal by itself
+    assert host.calls() == [
+        ["nbdbackupctl", "--runtime-dir", str(host.runtime), "yield", "--journal", "--", "vm1"]
+    ]
 
 
 def test_backups_of_others_are_not_worth_a_line(host: Host) -> None:
@@ -212,7 +326,7 @@ def test_a_start_goes_on_if_yield_fails(host: Host) -> None:
     host.leave_lease()
     host.bid("nbdbackupctl", "echo images are still open >&2; exit 75")
     host.hook("vm1", "prepare", "begin", "-")
-    assert "may fail: yield ended with 75: images are still open" in host.calls()[1][-1]
+    assert "may fail: yield ended with 75: images are still open" in host.trouble()
 
 
 @pytest.mark.parametrize(
@@ -234,7 +348,7 @@ def test_a_start_is_held_up_only_so_long(dash: Host, settings: str, seconds: int
     took = dash.hook("vm1", "prepare", "begin", "-")
     assert seconds <= took < seconds + 3
     # 124 after SIGTERM, 137 after SIGKILL
-    assert "yield ended with 1" in dash.calls()[1][-1]
+    assert "yield ended with 1" in dash.trouble()
 
 
 def test_real_yield_ends_a_real_reader(dash: Host) -> None:
@@ -258,7 +372,7 @@ def test_real_yield_ends_a_real_reader(dash: Host) -> None:
             assert reader.wait(timeout=1) == -signal.SIGKILL
         finally:
             reader.kill()
-    assert [each[0] for each in dash.calls()] == ["logger"]
+    assert dash.calls() == []
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -287,7 +401,7 @@ def test_names_that_are_too_long_for_a_unit(host: Host, name: str) -> None:
     host.kept(name).unlink()
     host.calls()
     host.hook(name, "release", "end", "-", xml="")
-    assert "its name can't be made a unit's" in host.calls()[-1][-1]
+    assert "its name can't be made a unit's" in host.trouble()
 
 
 @pytest.mark.parametrize("xml", [b"", b"<domain>", XML.encode() * 20000, bytes(3 << 20)])
@@ -329,7 +443,7 @@ def test_systemd_hangs(dash: Host, operation: str) -> None:
     if operation == "release":
         assert [each.name for each in dash.pending.iterdir()] == ["vm1"]
     else:
-        assert "can't start nbdbackup-checkpoints@vm1.service" in dash.calls()[-1][-1]
+        assert "can't start nbdbackup-checkpoints@vm1.service" in dash.trouble()
 
 
 @pytest.mark.slow

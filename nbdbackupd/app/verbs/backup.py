@@ -192,9 +192,9 @@ def _request(
     name, directory = args.domain, args.output
     if configuration is not None:
         from nbdbackupd.app.config.settings import request_fields
-        from nbdbackupd.virt.domain import Domain
+        from nbdbackupd.ops import domains
 
-        domain = Domain.find(connection, args.domain)
+        domain = domains.find(connection, args.domain, context.runtime_dir.absolute())
         found = configured.settings_of_domain(domain, configuration)
         settings = request_fields(found)
         planned = making.plan(domain, found, app_context.now(), level)

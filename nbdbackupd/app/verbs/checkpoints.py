@@ -45,6 +45,11 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         help="remove all checkpoints and bitmaps of a chain whose set is gone for good; its id, "
         "or the part of it that is in the checkpoints' names",
     )  # fmt: skip
+    parser.add_argument(
+        "--started", action="store_true",
+        help="it was started just now: wait until a migration has brought it here, at most an "
+        "hour; that it is gone again is no error",
+    )  # fmt: skip
     add_checkpoint_dir(parser)
     parser.add_argument(
         "--wait", metavar="SECONDS", type=seconds, default=0.0,
@@ -67,6 +72,7 @@ def run(args: Arguments, context: Context) -> int:
         drop=args.drop,
         dry_run=args.dry_run,
         wait_seconds=args.wait,
+        started=args.started,
     )
     with signals.listen() as cancel, context.connection() as connection:
         report = checkpoints.run(request, connection, cancelled=cancel.check)

@@ -1,6 +1,7 @@
 """``nbdbackupctl yield``."""
 
 import argparse
+import sys
 from typing import Any
 
 from nbdbackupd.app.arguments import Arguments
@@ -20,13 +21,20 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         parents=[shared], allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
+    parser.add_argument(
+        "--journal", action="store_true",
+        help="tell the journal, not standard error; for libvirt's hook, whose output nobody reads",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
+    from nbdbackupd import log
     from nbdbackupd.ops import give_way
 
+    if args.journal:
+        log.to_journal(sys.stderr)
     report = give_way.run(args.domain, context.runtime_dir.absolute())
     context.show(report.to_json(), report.message)
     return 0
