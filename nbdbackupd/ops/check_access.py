@@ -72,7 +72,7 @@ def paths(patient: Patient, notes: Notes) -> None:
         notes.warn("libvirt does not tell under which account QEMU runs; paths were not looked at")
         return
     who = account(*owner)
-    name = _name(who.uid)
+    name = name_of(who.uid)
     _way("the scratch directory", request.scratch_dir, who, notes)
     # the last directory is given to QEMU's account when a job begins
     _way("the directory of the NBD socket", patient.own_dir, who, notes)
@@ -103,11 +103,11 @@ def _way(what: str, path: Path, who: Account, notes: Notes) -> None:
         if access.allows(status.st_mode, owner, who, access.PASS):
             continue
         text = (
-            f"QEMU ({_name(who.uid)}) can't pass {directory} (mode "
-            f"{stat.S_IMODE(status.st_mode):o}, owner {_name(status.st_uid)}, group "
-            f"{_group(status.st_gid)}) to {what} {path}"
+            f"QEMU ({name_of(who.uid)}) can't pass {directory} (mode "
+            f"{stat.S_IMODE(status.st_mode):o}, owner {name_of(status.st_uid)}, group "
+            f"{group_of(status.st_gid)}) to {what} {path}"
         )
-        if _has_acl(directory):
+        if has_acl(directory):
             notes.warn(f"{text}, unless its ACL lets it", f"see 'getfacl {directory}'")
             continue
         notes.fail(text, f"'chmod o+x {directory}', or choose another directory")
@@ -129,21 +129,24 @@ def _writable(path: Path, notes: Notes) -> None:
         notes.fail(f"this account can't write to {directory}", "run as root, or give another one")
 
 
-def _has_acl(path: Path) -> bool:
+def has_acl(path: Path) -> bool:
+    """Whether rights are given beyond the mode."""
     try:
         return ACL in os.listxattr(path)
     except OSError:
         return False
 
 
-def _name(uid: int) -> str:
+def name_of(uid: int) -> str:
+    """The account's name, or its number in words."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"uid {uid}"
 
 
-def _group(gid: int) -> str:
+def group_of(gid: int) -> str:
+    """The group's name, or its number in words."""
     try:
         return grp.getgrgid(gid).gr_name
     except KeyError:

@@ -10,12 +10,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from urllib.parse import parse_qs, urlsplit
 
 from nbdbackupd.errors import FreezeError, SourceError
 from nbdbackupd.model import domain as domain_model
 from nbdbackupd.model.chain import StoredFile
 from nbdbackupd.model.domain import Agent
+from nbdbackupd.ops import vtpm
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Draft
 from nbdbackupd.virt import guest
@@ -155,11 +155,4 @@ def _tpm_directories(domain: Domain, definition: domain_model.Domain) -> list[Pa
     """Return where libvirt keeps a vTPM's state, by the kind of its driver."""
     if definition.tpm_source:
         return [Path(definition.tpm_source)]
-    uri = urlsplit(domain.connection.uri)
-    root = parse_qs(uri.query).get("root", [""])[0]
-    if uri.path == "/embed" and root:
-        return [Path(root, "lib/swtpm", domain.uuid)]
-    if uri.path == "/session":
-        base = Path.home() / ".config/libvirt"
-        return [base / "qemu/swtpm" / domain.uuid, base / "swtpm" / domain.uuid]
-    return [Path("/var/lib/libvirt/swtpm", domain.uuid)]
+    return vtpm.places(domain.connection.uri, domain.uuid)

@@ -1,0 +1,93 @@
+"""``restore --define``: the options, and the domain in the report."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from nbdbackupd.app.arguments import Arguments
+from nbdbackupd.app.context import Context
+from nbdbackupd.errors import DomainError, UsageError
+
+if TYPE_CHECKING:
+    from nbdbackupd.ops.adjust import Adjuster
+    from nbdbackupd.ops.definer import Definition
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    group = parser.add_argument_group("a domain on the restored images")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument(
+        "--define", action="store_true", help="define a domain, from the XML of the point"
+    )
+    which.add_argument(
+        "--adjust-config", action="store_true",
+        help="only write that domain's XML, without libvirt",
+    )  # fmt: skip
+    group.add_argument(
+        "--name", metavar="NAME", help="its name (default: restore_ and the original's)"
+    )
+    group.add_argument("--start", action="store_true", help="start it")
+    group.add_argument(
+        "--keep-identity", action="store_true",
+        help="keep name, UUID, MAC addresses and host devices: the original is gone",
+    )  # fmt: skip
+    group.add_argument(
+        "--media", choices=("keep", "remove"), default="remove",
+        help="CDs and floppies in the drives (default: remove)",
+    )  # fmt: skip
+    group.add_argument(
+        "--network", choices=("keep", "down", "none"), default="keep",
+        help="network cards: keep, with the link down, none at all (default: keep)",
+    )  # fmt: skip
+    group.add_argument(
+        "--other-disks", choices=("keep", "remove"), default="remove",
+        help="disks that are not restored (default: remove)",
+    )  # fmt: skip
+
+
+@contextmanager
+def definer(args: Arguments, context: Context) -> "Iterator[Adjuster | None]":
+    """What defines the domain, with its connection; None if no domain is wanted.
+
+    Raises UsageError, DomainError.
+    """
+    if not args.define and not args.adjust_config:
+        for name in ("name", "start", "keep_identity"):
+            if getattr(args, name):
+                raise UsageError(f"--{name.replace('_', '-')} goes with --define")
+        yield None
+        return
+    if args.start and not args.define:
+        raise UsageError("--start goes with --define")
+    from nbdbackupd.ops import adjust
+
+    request = adjust.DefineRequest(
+        name=args.name or "",
+        keep_identity=args.keep_identity,
+        media=args.media,
+        network=args.network,
+        other_disks=args.other_disks,
+        start=args.start,
+    )
+    if not args.define:
+        yield adjust.Adjuster(request, os.urandom)
+        return
+    try:
+        from nbdbackupd.ops import define
+    except ImportError as err:
+        raise DomainError(f"a Python library can't be used: {err}; install it") from err
+    with context.connection() as connection:
+        yield define.DomainDefiner(request, os.urandom, connection)
+
+
+def render(definition: "Definition") -> list[str]:
+    """Lines for people about the domain."""
+    state = "is running" if definition.started else "is defined"
+    if not definition.defined:
+        state = "is not defined, its XML is written"
+    lines = [f"domain {definition.name} {state} (UUID {definition.uuid})"]
+    lines.append(f"  config {definition.config}")
+    return lines + [f"  {change}" for change in definition.changes]
