@@ -25,6 +25,7 @@ class Progress:
         self._begun = 0.0
         self._shown = 0.0
         self._width = 0
+        self._parts: dict[str, tuple[int, int]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -45,6 +46,22 @@ class Progress:
                 return
             self._shown = now
             self._show(self._text(position, size, data, now - self._begun))
+
+    def part(self, disk: str, done: int, size: int) -> None:
+        """One of several disks that are written at a time: ``done`` bytes of ``size``.
+
+        All are shown as one. Tell of each at the beginning, with nothing done.
+        """
+        with self._lock:
+            self._parts[disk] = (done, size)
+            parts = tuple(self._parts.values())
+            label = disk if len(parts) == 1 else f"{len(parts)} disks"
+            if not done:
+                # not yet begun; the clock starts with the first byte
+                self._disk = ""
+                return
+        position = sum(each for each, _ in parts)
+        self.disk(label, position, sum(each for _, each in parts), position)
 
     def _text(self, position: int, size: int, data: int, seconds: float) -> str:
         share = position / size if size else 1.0

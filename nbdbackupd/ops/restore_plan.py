@@ -136,7 +136,21 @@ def of_set(
         created=point.created,
         jobs=jobs,
         files=files,
-        warnings=(*source.warnings, *(text for each in made.values() for text in each.warnings)),
+        warnings=(
+            *source.warnings,
+            *(text for each in made.values() for text in each.warnings),
+            *(text for job in jobs for text in _sizes(job)),
+        ),
+    )
+
+
+def _sizes(job: Job) -> tuple[str, ...]:
+    sizes = {step.layers[0].size for step in job.steps}
+    if job.style is not Style.SNAPSHOTS or len(sizes) == 1:
+        return ()
+    return (
+        f"disk {job.target}: some snapshots are of other sizes than the image: apply them with "
+        f"'qemu-img snapshot -a', since 'qemu-img convert -l' gives them its size",
     )
 
 

@@ -10,6 +10,7 @@ from nbdbackupd.app import named, signals
 from nbdbackupd.app.arguments import Arguments, names, positive
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size, human_time
+from nbdbackupd.app.verbs import restore_define, restore_targets
 from nbdbackupd.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,11 +31,8 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("source", metavar="SOURCE", type=Path, nargs="?", help=named.HELP)
     parser.add_argument(
-        "-o", "--output", metavar="DIR", type=Path, required=True, help="directory for the images"
-    )
-    parser.add_argument(
-        "-d", "--disk", metavar="DISKS", type=names, default=(),
-        help="only these disks (vda,vdb)",
+        "-o", "--output", metavar="DIR", type=Path,
+        help="directory for the images and the domain's XML",
     )  # fmt: skip
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--point", metavar="ID", help="the point (default: the newest)")
@@ -59,6 +57,8 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         "-w", "--workers", metavar="N", type=positive, default=min(8, os.cpu_count() or 2),
         help="threads that read and hash (default: one for each processor, at most 8)",
     )  # fmt: skip
+    restore_targets.add_arguments(parser)
+    restore_define.add_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -86,8 +86,7 @@ def run(args: Arguments, context: Context) -> int:
         )
     request = restore.RestoreRequest(
         source=source,
-        output=args.output.absolute(),
-        disks=args.disk,
+        output=args.output.absolute() if args.output is not None else None,
         point=args.point or "",
         until=args.until or "",
         at=args.at,
@@ -96,13 +95,22 @@ def run(args: Arguments, context: Context) -> int:
         preallocate=args.preallocate,
         force=args.force,
         workers=args.workers,
+        **restore_targets.wishes(args),
     )
-    with signals.listen() as cancel, context.progress() as progress:
-
-        def show(label: str, done: int, total: int) -> None:
-            progress.disk(label, done, total, done)
-
-        report = restore.run(request, progress=show, cancelled=cancel.check)
+    with (
+        signals.listen() as cancel,
+        restore_targets.placement(args, context, cancel.check) as placement,
+        restore_define.definer(args, context) as definer,
+        context.progress() as progress,
+    ):
+        report = restore.run(
+            request,
+            progress=progress.part,
+            cancelled=cancel.check,
+            placement=placement,
+            confirm=restore_targets.confirm(args, cancel.check),
+            definer=definer,
+        )
     context.show(report.to_json(), render(report))
     return 3 if report.warnings else 0
 
@@ -112,9 +120,18 @@ def render(report: "RestoreReport") -> str:
     lines = [f"restored {report.domain or 'disk'} as of {report.created} (point {report.point})"]
     lines += [
         f"  {disk.target:<6} {disk.path}  {disk.format}, {human_size(disk.size)}, "
-        f"{human_size(disk.data_bytes)} written, {human_time(disk.seconds)}"
+        f"{_speed(disk.data_bytes, disk.seconds)}"
         for disk in report.disks
     ]
+    if len(report.disks) > 1:
+        lines.append(f"  {len(report.disks)} disks: {_speed(report.data_bytes, report.seconds)}")
     if report.config is not None:
         lines.append(f"  config {report.config}")
+    if report.definition is not None:
+        lines += restore_define.render(report.definition)
     return "\n".join(lines)
+
+
+def _speed(data: int, seconds: float) -> str:
+    rate = f", {human_size(int(data / seconds))}/s" if seconds > 0 else ""
+    return f"{human_size(data)} written in {human_time(seconds)}{rate}"

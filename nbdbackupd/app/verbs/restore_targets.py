@@ -1,0 +1,154 @@
+"""``restore``: options that say where disks go and how, and the question before they overwrite."""
+
+import argparse
+import select
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from nbdbackupd.app.arguments import Arguments, names, positive, rate
+from nbdbackupd.app.context import Context, new_run_id, now
+from nbdbackupd.errors import UsageError
+
+if TYPE_CHECKING:
+    from nbdbackupd.ops.restore_plan import Placement
+
+POLL_SECONDS = 0.2
+YES = "yes"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument(
+        "-d", "--disk", metavar="DISKS", type=_disks, action="append", default=[],
+        help="only these disks (vda,vdb); vda=PATH also says where to: an image or a block "
+        "device, which is overwritten; may be repeated",
+    )  # fmt: skip
+    group = parser.add_argument_group("other places than a directory")
+    where = group.add_mutually_exclusive_group()
+    where.add_argument(
+        "--in-place", action="store_true",
+        help="onto the images of the domain itself, which is off",
+    )  # fmt: skip
+    where.add_argument(
+        "--pool", metavar="NAME", help="as new volumes of this storage pool of libvirt"
+    )
+    group.add_argument(
+        "--yes", action="store_true", help="don't ask before images or devices are overwritten"
+    )
+    group = parser.add_argument_group("several points in one restore")
+    how = group.add_mutually_exclusive_group()
+    how.add_argument(
+        "--as-chain", action="store_true",
+        help="a qcow2 image for each point, on that of the point before",
+    )  # fmt: skip
+    how.add_argument(
+        "--as-snapshots", action="store_true",
+        help="one qcow2 image with an internal snapshot for each point",
+    )  # fmt: skip
+    group.add_argument(
+        "--since", metavar="ID", default="", help="the oldest of them (default: the full)"
+    )
+    group = parser.add_argument_group("speed")
+    group.add_argument(
+        "-j", "--jobs", metavar="N", type=positive, default=2,
+        help="disks that are written at a time (default: 2)",
+    )  # fmt: skip
+    group.add_argument(
+        "--bandwidth-limit", metavar="RATE", type=rate, default=0,
+        help="write at most so many bytes per second (100M)",
+    )  # fmt: skip
+
+
+def _disks(text: str) -> tuple[tuple[str, Path | None], ...]:
+    """``vda,vdb``, or ``vda=PATH``, in which a comma is part of the path."""
+    target, equals, path = text.partition("=")
+    if not equals:
+        return tuple((name, None) for name in names(text))
+    if not target.strip() or "," in target or not path:
+        raise argparse.ArgumentTypeError(f"not DISK=PATH: {text!r}")
+    return ((target.strip(), Path(path).absolute()),)
+
+
+def wishes(args: Arguments) -> dict[str, Any]:
+    """What the options mean, as members of the request. Raises UsageError."""
+    from nbdbackupd.ops.restore_request import Place, Style
+
+    given = [each for part in args.disk for each in part]
+    placed = [target for target, path in given if path is not None]
+    if len(set(placed)) < len(placed):
+        raise UsageError("a disk can be given one place only")
+    if placed and (args.in_place or args.pool):
+        raise UsageError("a disk has its place with --in-place or --pool: don't give it another")
+    style = Style.PLAIN
+    if args.as_chain or args.as_snapshots:
+        style = Style.CHAIN if args.as_chain else Style.SNAPSHOTS
+        if args.in_place or args.pool:
+            raise UsageError("--as-chain and --as-snapshots make images in a directory: give -o")
+    elif args.since:
+        raise UsageError("--since goes with --as-chain or --as-snapshots")
+    return {
+        "disks": tuple(target for target, path in given if path is None),
+        "places": tuple(Place(target, path) for target, path in given if path is not None),
+        "style": style,
+        "since": args.since,
+        "jobs": args.jobs,
+        "bandwidth": args.bandwidth_limit,
+    }
+
+
+@contextmanager
+def placement(
+    args: Arguments, context: Context, cancelled: Callable[[], None]
+) -> "Iterator[Placement | None]":
+    """What chooses places that libvirt knows, with its connection; None if none is asked for.
+
+    Raises UsageError, DomainError.
+    """
+    if not args.in_place and not args.pool:
+        yield None
+        return
+    if args.sequence:
+        raise UsageError("stream files by hand have no domain: give -o, or -d DISK=PATH")
+    with context.connection() as connection:
+        if args.pool:
+            from nbdbackupd.ops import restore_pool
+
+            yield restore_pool.PoolPlacement(connection, args.pool)
+            return
+        from nbdbackupd.ops import restore_in_place
+
+        yield restore_in_place.InPlace(
+            connection,
+            runtime_dir=context.runtime_dir,
+            run_id=new_run_id(now()),
+            force=args.force,
+            cancelled=cancelled,
+        )
+
+
+def confirm(args: Arguments, cancelled: Callable[[], None]) -> Callable[[tuple[str, ...]], None]:
+    """What asks before things are overwritten. It raises UsageError without a yes."""
+
+    def ask(lost: tuple[str, ...]) -> None:
+        if not args.yes:
+            _ask(lost, sys.stdin, sys.stderr, cancelled)
+
+    return ask
+
+
+def _ask(
+    lost: tuple[str, ...], answers: TextIO, questions: TextIO, cancelled: Callable[[], None]
+) -> None:
+    if not answers.isatty():
+        raise UsageError(f"{' and '.join(lost)} would be overwritten: give --yes if that is meant")
+    lines = "".join(f"  {each}\n" for each in lost)
+    questions.write(f"This will be overwritten:\n{lines}Type '{YES}' to go on: ")
+    questions.flush()
+    # a signal is only noted, so a plain read would wait on
+    while not select.select([answers], [], [], POLL_SECONDS)[0]:
+        cancelled()
+    if answers.readline().strip().lower() != YES:
+        raise UsageError("nothing was overwritten: the answer was not 'yes'")
