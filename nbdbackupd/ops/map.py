@@ -39,12 +39,13 @@ SOCKET_LABEL: Final = "system_u:object_r:svirt_socket_t:s0"
 class Serving:
     """A map that is up. ``check`` raises ProcessError if a server has ended.
 
-    It also logs what the servers have said of damaged blocks since the last call.
+    It also logs what the servers have said of damaged blocks since the last call, and returns the
+    number of those that were met so far.
     """
 
     mapping: Mapping
     warnings: tuple[str, ...]
-    check: Callable[[], None]
+    check: Callable[[], int]
 
     @property
     def disks(self) -> tuple[ServedDisk, ...]:
@@ -91,9 +92,8 @@ def serving(request: MapRequest, *, cancelled: Callable[[], None]) -> Iterator[S
                 served.append(_opened_up(request, place, given, process.pid, stack))
         mapping = _noted(request, found, home, served, keeper=os.getpid())
 
-        def check() -> None:
-            for each in running:
-                each.check()
+        def check() -> int:
+            return sum(each.check() for each in running)
 
         yield Serving(mapping=mapping, warnings=found.warnings, check=check)
 
@@ -123,7 +123,7 @@ def detach(request: MapRequest, *, cancelled: Callable[[], None]) -> Serving:
         mapping = _noted(request, found, home, served, keeper=0)
         stack.pop_all()
         os.close(home.lock)
-    return Serving(mapping=mapping, warnings=found.warnings, check=lambda: None)
+    return Serving(mapping=mapping, warnings=found.warnings, check=lambda: 0)
 
 
 def check_request(request: MapRequest) -> None:
@@ -264,17 +264,23 @@ class _Running:
         self._target = target
         self._process = process
         self._rest = b""
+        self._damaged = 0
         if process.stdout is not None:
             os.set_blocking(process.stdout.fileno(), False)
 
-    def check(self) -> None:
-        """Log what was said; raise ProcessError if the server has ended."""
+    def check(self) -> int:
+        """Log what was said; how many blocks were damaged so far.
+
+        Raises ProcessError if the server has ended.
+        """
         if self._process.stdout is not None:
             try:
                 said = os.read(self._process.stdout.fileno(), 1 << 16)
             except BlockingIOError:
                 said = b""
             *lines, self._rest = (self._rest + said).split(b"\n")
+            self._damaged += len(lines)
             for line in lines:
                 log.error("disk %s: %s", self._target, line.decode(errors="replace"))
         self._process.check()
+        return self._damaged

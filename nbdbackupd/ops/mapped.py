@@ -17,7 +17,7 @@ import signal
 import stat
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,10 +53,14 @@ class ServedDisk:
 
     def to_json(self) -> dict[str, Any]:
         """The disk as in the reports."""
-        document = asdict(self)
-        for name in ("socket", "device"):
-            document[name] = str(document[name]) if document[name] is not None else None
-        return document
+        return {
+            "target": self.target,
+            "size": self.size,
+            "uri": self.uri,
+            "socket": str(self.socket) if self.socket else None,
+            "device": str(self.device) if self.device else None,
+            "pid": self.pid,
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,8 +83,17 @@ class Mapping:
 
     def to_json(self) -> dict[str, Any]:
         """The map as in the reports."""
-        document = {name: getattr(self, name) for name in self.__slots__}
-        return {**document, "disks": [disk.to_json() for disk in self.disks]}
+        return {
+            "id": self.id,
+            "purpose": self.purpose,
+            "source": self.source,
+            "point": self.point,
+            "domain": self.domain,
+            "created": self.created,
+            "writable": self.writable,
+            "keeper": self.keeper,
+            "disks": [disk.to_json() for disk in self.disks],
+        }
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> "Mapping":

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from nbdbackupd.format import manifest
@@ -23,6 +24,7 @@ from nbdbackupd.repo import layout
 
 UUID = "5a1f0a3e-9d0f-4a8e-8a5e-0f2a3f9b1c77"
 CHAIN = "c0ffee00"
+BEGIN = datetime.fromisoformat("2026-01-31T00:00:00+00:00")
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ class SetBuilder:
         files.append(self._file(tree, b"tpm" * 77, "tpm-state", origin="/t/tpm2-00.permall"))
         point = RestorePoint(
             id=ident, sequence=number, chain=CHAIN, level=level,
-            created=f"2026-01-31T{number:02}:00:00Z", domain=self.domain, uuid=UUID,
+            created=f"{BEGIN + timedelta(hours=number):%Y-%m-%dT%H:%M:%SZ}",
+            domain=self.domain, uuid=UUID,
             disks=tuple(disks), consistency=Consistency.CRASH,
             parent=parent.id if parent else "", parent_digest=parent.digest if parent else "",
             checkpoint=checkpoint, base_checkpoint=parent.checkpoint if parent else "",

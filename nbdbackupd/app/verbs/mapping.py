@@ -1,0 +1,254 @@
+"""``nbdbackupctl map`` and ``nbdbackupctl unmap``."""
+
+import argparse
+import ipaddress
+import logging
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from nbdbackupd.app import named, signals
+from nbdbackupd.app.arguments import Arguments, names, size
+from nbdbackupd.app.context import Context
+from nbdbackupd.app.sizes import human_size
+from nbdbackupd.app.verbs.restore import moment
+from nbdbackupd.errors import RepositoryError, UsageError
+
+if TYPE_CHECKING:
+    from nbdbackupd.ops.map import Mapping, MapRequest, Serving
+
+MAP: Final = """\
+Serve the disks of a restore point over NBD, read-only, without restoring them: each disk is ready
+at once and is read by qemu-img, nbdcopy, guestfish or QEMU. Ends on Ctrl-C or 'unmap'.
+"""
+UNMAP: Final = "End maps that 'map' has made, and tell when nothing of them is left."
+POLL_SECONDS: Final = 0.2
+DAMAGED: Final = 40
+DEFAULT_CACHE: Final = 64 << 20
+
+log = logging.getLogger(__name__)
+
+
+def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+    """Add both verbs."""
+    parser = subparsers.add_parser(
+        "map", help="serve a point as NBD disks", description=MAP,
+        parents=[shared], allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("source", metavar="SOURCE", type=Path, nargs="?", help=named.HELP)
+    parser.add_argument(
+        "-d", "--disk", metavar="DISKS", type=names, default=(),
+        help="only these disks (vda,vdb)",
+    )  # fmt: skip
+    _add_choice(parser)
+    _add_place(parser)
+    parser.add_argument(
+        "--writable", action="store_true", help="take writes, too, and forget them at the end"
+    )
+    parser.add_argument(
+        "--prove", action="store_true",
+        help="prove each block before any part of it is given out, not only where it costs nothing",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache", metavar="SIZE", type=size, default=DEFAULT_CACHE,
+        help="memory for unpacked blocks of each disk (default: 64M)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--detach", action="store_true", help="return when all is ready; 'unmap' ends it"
+    )
+    parser.add_argument("--list", action="store_true", help="only list what is mapped")
+    parser.set_defaults(run=run_map)
+    parser = subparsers.add_parser(
+        "unmap", help="end maps", description=UNMAP, parents=[shared], allow_abbrev=False
+    )
+    parser.add_argument(
+        "what", metavar="WHAT", nargs="?", default="",
+        help="id, socket, device or set of the map, or domain",
+    )  # fmt: skip
+    parser.add_argument("--all", action="store_true", help="all maps")
+    parser.set_defaults(run=run_unmap)
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--point", metavar="ID", help="the point (default: the newest)")
+    which.add_argument("--until", metavar="CHECKPOINT", help="the point that made this checkpoint")
+    which.add_argument(
+        "--at", metavar="TIME", type=moment, help="the newest point made at this time or before"
+    )
+    which.add_argument(
+        "--sequence", metavar="FILES", type=names, default=(),
+        help="these stream files of one disk by hand, oldest first, commas between them",
+    )  # fmt: skip
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--socket", metavar="PATH", type=Path,
+        help="Unix socket; a directory for several disks (default: below the runtime directory)",
+    )  # fmt: skip
+    where.add_argument(
+        "--tcp", metavar="ADDRESS:PORT", type=endpoint,
+        help="serve over TCP; each further disk takes the next port",
+    )  # fmt: skip
+    where.add_argument(
+        "--device", metavar="DEVICE", type=Path, help="attach one disk to this /dev/nbdN"
+    )
+    parser.add_argument(
+        "--tls-certificates", metavar="DIR", type=Path,
+        help="demand TLS of clients: directory with ca-cert.pem, server-cert.pem, server-key.pem",
+    )  # fmt: skip
+
+
+def endpoint(text: str) -> tuple[str, int]:
+    """``127.0.0.1:10809`` or ``[::1]:10809``, for argparse."""
+    address, colon, port = text.rpartition(":")
+    try:
+        found = ipaddress.ip_address(address.removeprefix("[").removesuffix("]"))
+        number = int(port) if port.isascii() and port.isdigit() else 0
+    except ValueError:
+        number = 0
+    if not colon or not 0 < number < 1 << 16:
+        raise argparse.ArgumentTypeError(
+            f"not an address and a port: {text!r} (examples: 127.0.0.1:10809, [::1]:10809)"
+        )
+    return str(found), number
+
+
+def run_map(args: Arguments, context: Context) -> int:
+    """Carry ``map`` out; ends with 0 when it is asked to end."""
+    if args.list:
+        return _list(context)
+    if (args.source is None) == (not args.sequence):
+        raise UsageError("map takes either a SOURCE or --sequence FILES")
+    from nbdbackupd.ops import map as maps
+
+    request = _request(args, context)
+    warnings = _warnings(request)
+    with signals.listen() as cancel:
+        if args.detach:
+            up = maps.detach(request, cancelled=cancel.check)
+            _show(up, warnings, context, is_detached=True)
+            return 3 if up.warnings or warnings else 0
+        with maps.serving(request, cancelled=cancel.check) as up:
+            _show(up, warnings, context, is_detached=False)
+            damaged = _watch(up, cancel)
+    if damaged:
+        return DAMAGED
+    return 3 if up.warnings or warnings else 0
+
+
+def _request(args: Arguments, context: Context) -> "MapRequest":
+    from nbdbackupd.ops.map import MapRequest
+
+    source = None
+    if args.source is not None:
+        source = named.set_of(
+            args.source, context, point=args.point or "", until=args.until or "", at=args.at
+        )
+    return MapRequest(
+        runtime_dir=context.runtime_dir.absolute(),
+        source=source,
+        sequence=tuple(Path(name).absolute() for name in args.sequence),
+        point=args.point or "",
+        until=args.until or "",
+        at=args.at,
+        disks=args.disk,
+        socket=args.socket.absolute() if args.socket else None,
+        tcp=args.tcp,
+        certificates=args.tls_certificates.absolute() if args.tls_certificates else None,
+        device=args.device,
+        writable=args.writable,
+        prove=args.prove,
+        cache_bytes=args.cache,
+    )
+
+
+def _warnings(request: "MapRequest") -> tuple[str, ...]:
+    if not request.tcp or request.certificates or ipaddress.ip_address(request.tcp[0]).is_loopback:
+        return ()
+    return (
+        f"everybody who reaches {request.tcp[0]} can read the disks, and so can all on the way: "
+        "use --tls-certificates, or a loopback address",
+    )
+
+
+def _show(up: "Serving", more: Sequence[str], context: Context, *, is_detached: bool) -> None:
+    warnings = [*up.warnings, *more]
+    for warning in warnings:
+        log.warning("%s", warning)
+    document = {"version": 1, "map": up.mapping.to_json(), "warnings": warnings}
+    context.show(document, render(up.mapping, is_detached=is_detached))
+    # whoever reads us through a pipe waits for it
+    print(end="", flush=True)
+
+
+def render(mapping: "Mapping", *, is_detached: bool) -> str:
+    """What is served, and what to do with it, for people."""
+    of = f"point {mapping.point} of {mapping.domain}" if mapping.point else mapping.source
+    lines = [f"map {mapping.id}: {of}, as of {mapping.created}"]
+    for disk in mapping.disks:
+        device = f"  {disk.device}" if disk.device else ""
+        lines.append(f"  {disk.target:<6} {human_size(disk.size):>10}  {disk.uri}{device}")
+    first = shlex.quote(mapping.disks[0].uri)
+    lines += [f"try: qemu-img info {first}", f"     guestfish --ro --format=raw -a {first} -i"]
+    end = f"'nbdbackupctl unmap {mapping.id}'" + ("" if is_detached else " or Ctrl-C")
+    return "\n".join([*lines, f"{end} ends it"])
+
+
+def _watch(up: "Serving", cancel: signals.Cancel) -> int:
+    """Wait for the signal to end; how many damaged blocks were met."""
+    damaged = 0
+    while not cancel.signum:
+        damaged = up.check()
+        time.sleep(POLL_SECONDS)
+    return damaged
+
+
+def _list(context: Context) -> int:
+    from nbdbackupd.ops import mapped
+
+    found = mapped.known(context.runtime_dir.absolute())
+    document = {"version": 1, "maps": [each.to_json() for each in found]}
+    lines = []
+    for each in found:
+        of = f"point {each.point} of {each.domain}" if each.point else ""
+        lines.append(f"{each.id}  {each.purpose}  {each.source}  {of}")
+        lines += [f"  {disk.target:<6} {disk.uri}" for disk in each.disks]
+    context.show(document, "\n".join(lines) or "nothing is mapped")
+    return 0
+
+
+def run_unmap(args: Arguments, context: Context) -> int:
+    """Carry ``unmap`` out."""
+    from nbdbackupd.ops import mapped
+
+    if bool(args.what) == args.all:
+        raise UsageError("unmap takes either what to end, or --all; 'map --list' shows all maps")
+    runtime_dir = context.runtime_dir.absolute()
+    found = mapped.known(runtime_dir)
+    chosen = [each for each in found if args.all or _is_meant(each, args.what)]
+    if not args.all and not chosen:
+        raise RepositoryError(f"no map is, or serves, {args.what}: 'map --list' shows all")
+    others = [each for each in chosen if each.purpose != "map"]
+    if others and not args.all:
+        raise UsageError(
+            f"map {others[0].id} is of '{others[0].purpose}', which must end it: "
+            f"process {others[0].keeper}"
+        )
+    ended = [each for each in chosen if each not in others]
+    for each in ended:
+        mapped.end(each, runtime_dir)
+    document = {"version": 1, "ended": [each.id for each in ended]}
+    context.show(document, "\n".join(f"ended map {each.id}" for each in ended))
+    return 0
+
+
+def _is_meant(mapping: "Mapping", what: str) -> bool:
+    path = Path(what).absolute()
+    places = [place for disk in mapping.disks for place in (disk.socket, disk.device)]
+    uris = [disk.uri for disk in mapping.disks]
+    return what in (mapping.id, mapping.domain, *uris) or path in (Path(mapping.source), *places)
