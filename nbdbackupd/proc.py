@@ -37,9 +37,17 @@ REAP_SECONDS: Final = 30.0
 CHUNK: Final = 64 << 10
 
 PACKAGES: Final = {
+    "blkid": "util-linux",
+    "e2fsck": "e2fsprogs",
+    "fuse2fs": "fuse2fs",
+    "fusermount3": "fuse3",
+    "grub-mount": "grub-common (Debian) or grub2-tools-extra (Fedora, EL)",
+    "guestmount": "libguestfs-tools (Debian) or libguestfs (Fedora, EL)",
     "nbdcopy": "libnbd-bin (Debian) or libnbd (Fedora, EL)",
+    "nbdfuse": "libnbd-bin (Debian) or nbdfuse (Fedora, EL)",
     "nbdinfo": "libnbd-bin (Debian) or libnbd (Fedora, EL)",
     "nbdkit": "nbdkit",
+    "partx": "util-linux",
     "journalctl": "systemd",
     "qemu-img": "qemu-utils (Debian) or qemu-img (Fedora, EL)",
     "qemu-io": "qemu-utils (Debian) or qemu-img (Fedora, EL)",
@@ -47,6 +55,7 @@ PACKAGES: Final = {
     "qemu-storage-daemon": "qemu-system-common (Debian) or qemu-img (Fedora, EL)",
     "sendmail": "postfix, exim4 or msmtp-mta (Debian)",
     "systemctl": "systemd",
+    "tar": "tar",
 }
 """Which distribution package brings a program."""
 
@@ -68,8 +77,11 @@ class _Tail:
     def add(self, data: bytes) -> None:
         self._kept = (self._kept + data)[-STDERR_TAIL:]
 
+    def text(self) -> str:
+        return self._kept.decode(errors="replace")
+
     def last_line(self) -> str:
-        lines = self._kept.decode(errors="replace").split("\n")
+        lines = self.text().split("\n")
         printable = ("".join(c if c.isprintable() else " " for c in line).strip() for line in lines)
         words = next((line for line in reversed(list(printable)) if line), "")
         return words if len(words) <= MAX_WORDS else f"{words[:MAX_WORDS]}…"
@@ -130,6 +142,12 @@ def program(argv: Sequence[str | os.PathLike[str]]) -> str:
     return os.path.basename(os.fspath(argv[0]))  # noqa: PTH119 - may be a str
 
 
+def hint(name: str) -> str:
+    """What to do about a program that is not there, for messages."""
+    package = PACKAGES.get(name)
+    return f"install the package {package}" if package else "is it installed?"
+
+
 class Process:
     """A running program, owned by ``spawn``."""
 
@@ -149,6 +167,11 @@ class Process:
     def stdout(self) -> IO[bytes] | None:
         """The reading end of standard output if ``spawn`` was asked for a pipe."""
         return self._child.stdout
+
+    @property
+    def complaints(self) -> str:
+        """The end of what the program has said on standard error so far."""
+        return self._tail.text()
 
     def poll(self) -> int | None:
         """The exit status, negative for a signal, or None while the program runs."""
@@ -277,9 +300,7 @@ def _start(
     except OSError as err:
         # A directory of PATH that we may not search makes "not found" look like EACCES.
         if isinstance(err, FileNotFoundError) or shutil.which(argv[0]) is None:
-            package = PACKAGES.get(name)
-            hint = f"install the package {package}" if package else "is it installed?"
-            raise ProcessError(f"program {name} was not found: {hint}") from err
+            raise ProcessError(f"program {name} was not found: {hint(name)}") from err
         raise ProcessError(f"program {name} can't be run: {err.strerror}") from err
 
 

@@ -40,3 +40,11 @@ def complain(text: str) -> None:
 
     is_journal = log.is_journal(sys.stderr, os.environ.get("JOURNAL_STREAM", ""))
     print(f"{'<3>' if is_journal else ''}nbdbackupctl: {text}", file=sys.stderr)
+
+
+def let_go() -> None:
+    """Let all that is said from now on go nowhere: whoever started us may stop listening."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(null, fd)
+    os.close(null)

@@ -1,0 +1,93 @@
+"""Options of the verbs that read files of a point: which set, point, disk, file system."""
+
+import argparse
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
+
+from nbdbackupd.app import named, tables
+from nbdbackupd.app.arguments import Arguments, names
+from nbdbackupd.app.context import Context
+from nbdbackupd.app.sizes import human_size
+from nbdbackupd.app.verbs.restore import moment
+
+if TYPE_CHECKING:
+    from nbdbackupd.model.file_systems import FileSystem
+    from nbdbackupd.ops.mount import MountRequest
+
+log = logging.getLogger(__name__)
+
+TOOLS: Final = ("fuse2fs", "grub-mount", "guestmount")
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument(
+        "-d", "--disk", metavar="DISKS", type=names, default=(), help="only this disk (vda)"
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--point", metavar="ID", help="the point (default: the newest)")
+    which.add_argument("--until", metavar="CHECKPOINT", help="the point that made this checkpoint")
+    which.add_argument(
+        "--at", metavar="TIME", type=moment, help="the newest point made at this time or before"
+    )
+    parser.add_argument(
+        "-p", "--partition", metavar="N", default="",
+        help="number of the partition, or logical volume as GROUP/NAME (default: the only one)",
+    )  # fmt: skip
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--tool", choices=TOOLS, default="", help="the program that reads the file system"
+    )
+    how.add_argument(
+        "--kernel", action="store_true",
+        help="let this host's kernel read the file system: only one that you trust",
+    )  # fmt: skip
+    parser.add_argument(
+        "--replay", action="store_true",
+        help="replay the file system's journal first, on a copy that is thrown away",
+    )  # fmt: skip
+
+
+def request(args: Arguments, context: Context) -> "MountRequest":
+    """What the options ask for. Raises as ``named.set_of``."""
+    from nbdbackupd.ops.files_readers import KERNEL
+    from nbdbackupd.ops.map import MapRequest
+    from nbdbackupd.ops.mount import MountRequest
+
+    chosen = {"point": args.point or "", "until": args.until or "", "at": args.at}
+    return MountRequest(
+        map=MapRequest(
+            runtime_dir=context.runtime_dir.absolute(),
+            source=named.set_of(args.source, context, **chosen),
+            disks=args.disk,
+            **chosen,
+        ),
+        partition=args.partition,
+        tool=KERNEL if args.kernel else args.tool,
+        replay=args.replay,
+    )
+
+
+def warn(texts: Iterable[str]) -> None:
+    """Tell of what is not as it should be."""
+    for text in texts:
+        log.warning("%s", text)
+
+
+def show_file_systems(found: Iterable["FileSystem"], context: Context) -> None:
+    """Print what there is on the disks."""
+    known = list(found)
+    document = {"version": 1, "file_systems": [each.to_json() for each in known]}
+    rows = [("DISK", "PARTITION", "TYPE", "SIZE", "LABEL")]
+    rows += [
+        (
+            each.disk,
+            each.volume or str(each.partition or "-"),
+            each.type or "-",
+            human_size(each.size),
+            each.label or each.name,
+        )
+        for each in known
+    ]
+    context.show(document, "\n".join(tables.render(rows)))
