@@ -28,7 +28,7 @@ _nbdbackupctl_value() {
 }
 
 _nbdbackupctl_verbs() {
-    echo 'backup run restore map unmap list show verify estimate check checkpoints abort yield config status timers notify log'
+    echo 'backup boot run restore map unmap mount unmount files list show verify estimate check checkpoints abort yield config status timers notify log'
 }
 
 # $1: the verb, empty before it
@@ -44,6 +44,12 @@ _nbdbackupctl_options() {
         --raw -z --compress --no-compress -t --type --extents --freeze -F --freeze-mountpoint
         --pause -S --start-paused --scratch-dir --scratch-reserve --checkpoint-dir --threshold
         --strict --limit-rate -w --workers --wait --timeout'
+        ;;
+    boot)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet --point --until --at --name --memory --network
+        --detach --live-restore --define --format --bandwidth-limit --list --stop --resume
+        --scratch-dir'
         ;;
     run)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -64,6 +70,20 @@ _nbdbackupctl_options() {
     unmap)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet --all'
+        ;;
+    mount)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet -d --disk --point --until --at -p --partition --tool
+        --kernel --replay --detach'
+        ;;
+    unmount)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet -l --lazy'
+        ;;
+    files)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet -d --disk --point --until --at -p --partition --tool
+        --kernel --replay -R --recursive -f --file -z --gzip'
         ;;
     list | config | timers)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -119,10 +139,10 @@ _nbdbackupctl_positional() {
     backup | run | estimate | check | checkpoints | abort | yield | status | timers | log)
         echo 'domain'
         ;;
-    restore | map | list | show | verify)
+    boot | restore | map | mount | files | list | show | verify)
         echo 'directory'
         ;;
-    unmap | notify)
+    unmap | unmount | notify)
         echo 'other'
         ;;
     config)
@@ -134,25 +154,26 @@ _nbdbackupctl_positional() {
 # $1: the verb, $2: an option; what its value is, nothing if it takes none
 _nbdbackupctl_kind() {
     case "$1:$2" in
-    *:-c | *:--connect | *:--user | *:-i | *:--include | *:-x | *:--exclude | *:-z | \
+    *:-c | *:--connect | *:--user | *:-i | *:--include | *:-x | *:--exclude | backup:-z | \
     *:--compress | *:-F | *:--freeze-mountpoint | *:--scratch-reserve | *:--threshold | \
-    *:--limit-rate | *:-w | *:--workers | *:--wait | *:--timeout | log:-n | *:--point | \
-    *:--until | *:--at | *:-d | *:--disk | *:--pool | *:--since | *:-j | *:--jobs | \
-    *:--bandwidth-limit | *:--name | *:--socket | *:--tcp | *:--device | *:--cache | *:--drop \
-    | *:--warning | *:--critical | *:--lines | *:--run)
+    *:--limit-rate | *:-w | *:--workers | *:--wait | *:--timeout | *:--point | *:--until | \
+    *:--at | *:--name | *:--memory | *:--bandwidth-limit | *:--stop | *:--resume | log:-n | \
+    *:-d | *:--disk | *:--pool | *:--since | *:-j | *:--jobs | *:--socket | *:--tcp | \
+    *:--device | *:--cache | *:-p | *:--partition | *:--drop | *:--warning | *:--critical | \
+    *:--lines | *:--run)
         echo 'other'
         ;;
-    *:--password-file | *:--sequence)
+    *:--password-file | *:--sequence | files:-f | *:--file)
         echo 'file'
         ;;
     *:--config-dir | *:--runtime-dir | *:-o | *:--output | *:--scratch-dir | \
-    *:--checkpoint-dir | *:--tls-certificates)
+    *:--checkpoint-dir | *:--live-restore | *:--tls-certificates)
         echo 'directory'
         ;;
     *:--progress)
         echo 'wordsauto line plain none'
         ;;
-    *:-l | *:--level)
+    backup:-l | *:--level)
         echo 'wordsauto full inc diff copy'
         ;;
     *:-t | *:--type)
@@ -164,14 +185,20 @@ _nbdbackupctl_kind() {
     *:--freeze)
         echo 'wordsauto require never'
         ;;
+    boot:--network)
+        echo 'wordsnone down keep'
+        ;;
+    restore:--network)
+        echo 'wordskeep down none'
+        ;;
     *:--format)
         echo 'wordsqcow2 raw'
         ;;
     *:--media | *:--other-disks)
         echo 'wordskeep remove'
         ;;
-    *:--network)
-        echo 'wordskeep down none'
+    *:--tool)
+        echo 'wordsfuse2fs grub-mount guestmount'
         ;;
     esac
 }
