@@ -17,7 +17,8 @@ from nbdbackupd.format import stream
 from nbdbackupd.format.index import Kind
 from nbdbackupd.format.stream import StreamMeta, StreamReader
 from nbdbackupd.ops import layers as layering
-from nbdbackupd.ops.layers import IndexedLayer, Layer, ScannedLayer
+from nbdbackupd.ops.layers import IndexedLayer, Layer, RawLayer, ScannedLayer
+from nbdbackupd.repo.peer import read_files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +83,16 @@ def _read(path: Path) -> _Given:
     except IntegrityError:
         if PurePosixPath(path).suffix == ".raw" and index_beside(path).exists():
             return _Given(path, None)
+        if _is_peers_raw(path):
+            return _Given(path, None)
         raise
+
+
+def _is_peers_raw(path: Path) -> bool:
+    """Whether the files beside it say that this is a raw image that virtnbdbackup saved."""
+    return any(
+        file.name == path.name and file.meta is None for file in read_files(path.parent).files
+    )
 
 
 def _check_link(older: _Given, newer: _Given) -> None:
@@ -117,7 +127,8 @@ def _open(given: _Given, stack: ExitStack, check: Callable[[], None], warnings: 
                 return layer
             warnings.append(f"the index of {path} does not fit it, the stream is scanned")
     if meta is None:
-        raise IntegrityError("raw image without an index", file=path)
+        warnings.append(f"neither index nor checksum vouches for the bytes of {path}")
+        return stack.enter_context(RawLayer(path))
     return _scan(path, meta, stack, check, warnings)
 
 
