@@ -42,7 +42,7 @@ OWNERS: Final = {
     "yaml": "app/config",
     "getopt": "nobody",
     "optparse": "nobody",
-    "importlib": "nobody",
+    "importlib": "app",
 }
 """The one layer, package or base module that may import a library."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from nbdbackupd import events
 from nbdbackupd import log as runlog
-from nbdbackupd.app import configured, making
+from nbdbackupd.app import configured, inhibit, making
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.run_metrics import RunMetrics
@@ -239,7 +239,10 @@ class _Run:
         ):
             # it may have taken hours
             why_not = self.why_not() if self.wish.shutdown else ""
-            return self.report("skipped", why_not) if why_not else self.with_programs()
+            if why_not:
+                return self.report("skipped", why_not)
+            with inhibit.shutdown_delayed(f"backup of {_printable(self.domain.name)}"):
+                return self.with_programs()
 
     def with_programs(self) -> RunReport:
         from nbdbackupd.app.config.settings import domain_directory
@@ -352,6 +355,10 @@ def _about(report: RunReport) -> dict[str, str]:
         "NBDBACKUP_LEVEL": report.level,
         "NBDBACKUP_POINT": point.id if point is not None else "",
     }
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def _one_line(err: BaseException) -> str:

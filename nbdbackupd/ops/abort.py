@@ -40,6 +40,11 @@ class AbortReport:
     guest: str = ""
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there was nothing at all."""
+        return not (self.ended or self.left or self.files or self.guest)
+
+    @property
     def message(self) -> str:
         """What was done, in lines for a reader."""
         lines = [f"ended {job}" for job in self.ended]

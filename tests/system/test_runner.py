@@ -5,6 +5,7 @@ import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec
 from tests.lab.guest import GuestOptions
 from tests.lab.process import wait_until
+from tests.lib.ctl import ROOT
 from tests.lib.scene import WARNED, Saved, Scene, assert_same, scene, tree
 
 pytestmark = pytest.mark.system
@@ -413,6 +415,38 @@ def test_a_domain_that_is_gone(one: Appliance) -> None:
     assert "no-such" in one.scene.ctl("run", *gone, code=DOMAIN).stderr
     done = one.scene.ctl("run", "--shutdown", *gone)
     assert "nothing saved of no-such: libvirt no longer knows it" in done.stdout
+
+
+def test_the_program_is_replaced_in_the_middle(one: Appliance, tmp_path: Path) -> None:
+    """As a package's upgrade does; the run has all of itself in memory."""
+    here = one.scene
+    one.save()
+    change(here, 1)
+    program = tmp_path / "program"
+    for part in ("nbdbackupd", "tests/lib", "tests/lab"):
+        shutil.copytree(ROOT / part, program / part, ignore=shutil.ignore_patterns("*.pyc"))
+    (program / "tests/__init__.py").touch()
+    references = here.references()
+    with here.ctl.rigged("STOP@nbdbackupd.ops.backup:_run_locked#1"):
+        argv = here.ctl.argv("run", *one.argv("--json"))
+    with subprocess.Popen(
+        argv, cwd=program, env=here.ctl.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            stat = Path(f"/proc/{process.pid}/stat")
+            wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "stop", 60)
+            shutil.rmtree(program)
+            process.send_signal(signal.SIGCONT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0, err
+    report = json.loads(out)
+    saved = Saved(set=Path(report["set"]), report=report["backup"], references=references)
+    assert saved.modes == {"vda": "delta"}
+    here.history.append(saved)
+    here.assert_clean()
+    here.prove_all()
 
 
 def test_metrics_of_good_and_bad_runs(one: Appliance, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
+from nbdbackupd.errors import DomainNotFoundError
 
 DESCRIPTION = """\
 End the backup job that a dead run of ours left behind, with its scratch files. A job of another
@@ -27,15 +28,21 @@ def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
     from nbdbackupd.ops import abort
 
+    quiet = getattr(args, "quiet", False)
     with context.connection() as connection:
-        report = abort.run(
-            abort.AbortRequest(
-                domain=args.domain,
-                runtime_dir=context.runtime_dir.absolute(),
-                scratch_dir=context.scratch_dir.absolute(),
-                any=args.any,
-            ),
-            connection,
-        )
-    context.show(report.to_json(), report.message)
+        try:
+            report = abort.run(
+                abort.AbortRequest(
+                    domain=args.domain,
+                    runtime_dir=context.runtime_dir.absolute(),
+                    scratch_dir=context.scratch_dir.absolute(),
+                    any=args.any,
+                ),
+                connection,
+            )
+        except DomainNotFoundError:
+            if not quiet:
+                raise
+            report = abort.AbortReport(domain=args.domain)
+    context.show(report.to_json(), "" if quiet and report.is_empty else report.message)
     return 0

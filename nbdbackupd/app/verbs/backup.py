@@ -158,8 +158,10 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 with warnings."""
+    from nbdbackupd.app import preload
     from nbdbackupd.ops import backup
 
+    preload.preload()
     configuration = None
     if args.output is None:
         configuration = configured.read(context)

@@ -40,8 +40,10 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 with warnings."""
-    from nbdbackupd.app import pulse, runner
+    from nbdbackupd.app import preload, pulse, runner
 
+    if not args.dry_run:
+        preload.preload()
     beat = pulse.Pulse(os.environ)
     wish = runner.Wish(
         domain=args.domain, shutdown=args.shutdown, dry_run=args.dry_run, wait=args.wait
