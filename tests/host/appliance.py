@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nbdbackupd.model import unitname
 from tests.lab.agent_guest import make_ext4
 from tests.lab.command import run
 from tests.lab.host import Host
@@ -13,11 +14,22 @@ from tests.lab.hostlab import SHARED, HostLab
 from tests.lab.process import wait_until
 
 IMAGES = "/var/lib/libvirt/images"
-REPOSITORY = "/var/lib/nbdbackup/repository"
 CONFIGURATION = "/etc/nbdbackup"
 RUN_SECONDS = 60.0
 DATA_MIB = 32
 PUNCTUAL = "[Timer]\nAccuracySec=100ms\n"  # a minute, else
+
+
+def service(name: str, kind: str = "nbdbackup") -> str:
+    """Name the service of a domain."""
+    return unitname.unit(kind, name, "service")
+
+
+def data(*points: dict[str, Any]) -> int:
+    """Bytes that points hold as data of the disk that tests write to."""
+    return sum(
+        disk["data_bytes"] for each in points for disk in each["disks"] if disk["target"] == "vdb"
+    )
 
 
 class Appliance:
@@ -27,7 +39,6 @@ class Appliance:
         """Install them as the manual says, with their dependencies; raises ``LabError``."""
         self.lab = lab
         self.host = host
-        self._repositories: dict[str, str] = {}
         host.apt("update")
         self.install(packages)
         # as the package says: it had no hooks when it started
@@ -48,8 +59,7 @@ class Appliance:
         for key, value in settings.items():
             section, _, last = key.rpartition("__")
             (document.setdefault(section, {}) if section else document)[last] = value
-        self._repositories[name] = settings.get("repository__path", REPOSITORY)
-        path = f"{CONFIGURATION}/domains.d/{name}.yaml"
+        path = f"{CONFIGURATION}/domains.d/{unitname.escape(name)}.yaml"
         # JSON is YAML
         self.host.write(path, json.dumps(document, indent=1) + "\n")
         assert "sound" in self.ctl("config", "check")
@@ -60,15 +70,15 @@ class Appliance:
 
     def json(self, *words: str) -> Any:
         """Run the command and return its document."""
-        return json.loads(self.ctl(*words, "--json"))
+        return json.loads(self.ctl(words[0], "--json", *words[1:]))
 
     def points(self, name: str) -> list[dict[str, Any]]:
         """Return the points of a domain, of all sets, oldest first."""
-        repository = self._repositories.get(name, REPOSITORY)
-        if self.host.call("test", "-d", f"{repository}/{name}").returncode:
+        done = self.host.call("nbdbackupctl", "list", "--json", "--", name)
+        if b"neither a directory nor a domain with sets" in done.stderr:
             return []
-        document = self.json("list", name)
-        return [point for each in document["sets"] for point in each["points"]]
+        assert done.returncode == 0, done
+        return [point for each in json.loads(done.stdout)["sets"] for point in each["points"]]
 
     def levels(self, name: str) -> list[str]:
         """Return the levels of a domain's points."""
@@ -99,9 +109,7 @@ class Appliance:
     def save(self, name: str) -> dict[str, Any]:
         """Start the service as the timer does, and return the point that it has made."""
         before = len(self.points(name))
-        self.host.run(
-            "systemctl", "start", f"nbdbackup@{name}.service", timeout_seconds=RUN_SECONDS
-        )
+        self.host.run("systemctl", "start", service(name), timeout_seconds=RUN_SECONDS)
         points = self.points(name)
         assert len(points) == before + 1
         return points[-1]
@@ -113,17 +121,23 @@ class Appliance:
         protected.change(mib)
         reading = "MESSAGE=disk vdb: reading changes"
         before = len(self.events(name, reading))
-        self.host.run("systemctl", "start", "--no-block", f"nbdbackup@{name}.service")
+        self.host.run("systemctl", "start", "--no-block", service(name))
         wait_until(lambda: len(self.events(name, reading)) > before, "the run", RUN_SECONDS)
         self.configure(name)
 
     def assert_nothing_is_left(self, name: str) -> None:
         """The guest runs on, without a job, an export or a scratch file of ours."""
-        assert self.host.run("virsh", "domstate", name) == "running\n\n"
-        assert "None" in self.host.run("virsh", "domjobinfo", name)
-        jobs = ("virsh", "qemu-monitor-command", name, '{"execute": "query-block-jobs"}')
+        assert self.host.run("virsh", "domstate", "--", name) == "running\n\n"
+        assert "None" in self.host.run("virsh", "domjobinfo", "--", name)
+        jobs = ("virsh", "qemu-monitor-command", "--", name, '{"execute": "query-block-jobs"}')
         assert json.loads(self.host.run(*jobs))["return"] == []
-        exports = ("virsh", "qemu-monitor-command", name, '{"execute": "query-block-exports"}')
+        exports = (
+            "virsh",
+            "qemu-monitor-command",
+            "--",
+            name,
+            '{"execute": "query-block-exports"}',
+        )
         assert json.loads(self.host.run(*exports))["return"] == []
         assert self.host.run("find", "/var/lib/nbdbackup/scratch", "-type", "f") == ""
 
@@ -177,7 +191,7 @@ class Protected:
         """
         running = self.guest.state() == "running"
         if running:
-            self.guest.virsh("suspend", self.name)
+            self.guest.virsh("suspend", "--", self.name)
         try:
             return {
                 target: self._digest(path)
@@ -186,7 +200,7 @@ class Protected:
             }
         finally:
             if running:
-                self.guest.virsh("resume", self.name)
+                self.guest.virsh("resume", "--", self.name)
 
     def _digest(self, path: str) -> str:
         copy = "/var/tmp/reference.raw"
@@ -206,15 +220,14 @@ class Protected:
         for point, wanted in self.references.items():
             directory = f"/var/tmp/restored-{point}"
             words = ("--point", point, "--format", "raw", "-o", directory)
-            report = appliance.json("restore", self.name, *words)
+            report = appliance.json("restore", *words, "--", self.name)
             paths = {disk["target"]: disk["path"] for disk in report["disks"]}
             assert sorted(paths) == ["vda", "vdb"]
             for target, digest in wanted.items():
-                assert appliance.host.run("sha256sum", paths[target]).split()[0] == digest, (
-                    f"{target} of {point}"
-                )
+                found = appliance.host.run("sh", "-c", 'sha256sum <"$1"', "-", paths[target])
+                assert found.split()[0] == digest, f"{target} of {point}: {paths[target]}"
             copy = appliance.host.copy_out(paths["vda"], appliance.lab.directory)
             run(["e2fsck", "-f", "-n", copy])
             copy.unlink()
             appliance.host.run("rm", "-r", directory)
-        assert appliance.json("verify", self.name)["sound"]
+        assert appliance.json("verify", "--", self.name)["sound"]

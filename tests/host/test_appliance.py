@@ -1,18 +1,13 @@
 """The packages, installed in clean hosts with systemd and libvirt, protecting real guests."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.host.appliance import Appliance, Protected
-from tests.lab.command import run
+from tests.host.appliance import Appliance, Protected, data
 from tests.lab.disks import MIB
-from tests.lab.hostguest import guest_binds
-from tests.lab.hostlab import SHARED, HostLab
-from tests.lab.hostroot import SUITES, hypervisor
+from tests.lab.hostlab import SHARED
 from tests.lab.process import wait_until
 
 pytestmark = [
@@ -22,7 +17,6 @@ pytestmark = [
     pytest.mark.timeout(900),  # a root file system may have to be made first
 ]
 
-TOP = Path(__file__).parents[2]
 # docs/reference/events.md
 COMMITTED = "fc784c664edf4627aa3b57fa23ee0f81"
 NOT_MOUNTED = "0de8c46365e3410fafb823f469d1d39c"
@@ -31,45 +25,6 @@ MAIL = "/var/spool/lab-mail"
 SENDMAIL = f"#!/bin/sh\ncat >{MAIL}.new && mv {MAIL}.new {MAIL}\n"
 HOOK = "/etc/libvirt/hooks/qemu.d/nbdbackup"
 SOCKETS = ("libvirtd.socket", "libvirtd-ro.socket", "libvirtd-admin.socket")
-
-
-@pytest.fixture(scope="module")
-def packages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    directory = tmp_path_factory.mktemp("packages")
-    built = run([TOP / "scripts/build-deb", directory], timeout_seconds=300)
-    return [Path(line) for line in built.splitlines()]
-
-
-@pytest.fixture(scope="module", params=SUITES)
-def suite(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def lab(suite: str) -> Iterator[HostLab]:
-    """One for each suite."""
-    assert suite in SUITES
-    with HostLab() as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
-def appliance(suite: str, lab: HostLab, packages: list[Path]) -> Appliance:
-    host = lab.host("lab-a", hypervisor(suite), readonly_binds=guest_binds())
-    return Appliance(lab, host, packages)
-
-
-@pytest.fixture(scope="module")
-def other(suite: str, lab: HostLab, packages: list[Path]) -> Appliance:
-    host = lab.host("lab-b", hypervisor(suite), readonly_binds=guest_binds())
-    return Appliance(lab, host, packages)
-
-
-def data(*points: dict[str, Any]) -> int:
-    """Bytes that points hold as data of the disk that tests write to."""
-    return sum(
-        disk["data_bytes"] for each in points for disk in each["disks"] if disk["target"] == "vdb"
-    )
 
 
 def test_a_timer_saves(appliance: Appliance) -> None:

@@ -1,7 +1,7 @@
 """A guest with a real, tiny Linux and the QEMU guest agent, so that freezing is real.
 
 It boots under TCG in about four seconds; see ``mkguest`` for what it is made of.  Its disks
-that carry ext4 (``make_ext4``) are mounted at ``/mnt/vda`` and so on.
+that carry ext4 or xfs (``make_ext4``, ``make_xfs``) are mounted at ``/mnt/vda`` and so on.
 """
 
 import base64
@@ -150,11 +150,23 @@ def boot_files() -> BootFiles:
 
 def make_ext4(path: Path, size: int = 64 * MIB) -> Path:
     """Make a qcow2 image with an empty ext4 on the whole disk; returns ``path``."""
+    return _make_filesystem(path, size, ["mke2fs", "-q", "-F", "-t", "ext4"])
+
+
+def make_xfs(path: Path, size: int = 320 * MIB) -> Path:
+    """Make a qcow2 image with an empty xfs on the whole disk; returns ``path``.
+
+    mkfs.xfs makes none of less than 300 MiB.
+    """
+    return _make_filesystem(path, size, ["mkfs.xfs", "-q", "-f"])
+
+
+def _make_filesystem(path: Path, size: int, maker: Sequence[str]) -> Path:
     raw = path.with_suffix(".raw.new")
     with raw.open("wb") as file:
         file.truncate(size)
     try:
-        run(["mke2fs", "-q", "-F", "-t", "ext4", raw])
+        run([*maker, raw])
         run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, path])
     finally:
         raw.unlink()

@@ -53,22 +53,26 @@ class HostGuest(AgentGuestBase):
 
     def start(self) -> None:
         """Boot and wait until the agent answers; raises ``LabError``."""
-        self.virsh("start", self.name)
+        self.virsh("start", "--", self.name)
         self.wait_ready()
 
     def shutdown(self) -> None:
         """Have the agent shut it down, and wait until it is off; raises ``LabError``."""
         try:
-            self.virsh("shutdown", self.name, "--mode", "agent")
+            self.virsh("shutdown", "--mode", "agent", "--", self.name)
         except LabError as err:
             # seen with libvirt 9.0: the guest was faster than the answer
             if "End of file from agent socket" not in str(err):
                 raise
         wait_until(lambda: self.state() == "shut off", f"shutdown of {self.name}", SHUTDOWN_SECONDS)
 
+    def destroy(self) -> None:
+        """Switch it off; raises ``LabError``."""
+        self.virsh("destroy", "--", self.name)
+
     def state(self) -> str:
         """Return libvirt's word for the domain's state, such as "shut off"."""
-        return self.virsh("domstate", self.name).strip()
+        return self.virsh("domstate", "--", self.name).strip()
 
     def migrate(self, to: Host) -> None:
         """Move it, running, to another host that sees the same images; raises ``LabError``.
@@ -76,7 +80,7 @@ class HostGuest(AgentGuestBase):
         libvirt is told not to worry (``--unsafe``): it does not take a bind mount for shared.
         """
         options = ["--live", "--unsafe", "--persistent", "--undefinesource"]
-        words = ("migrate", *options, self.name, f"qemu+ssh://root@{to.name}/system")
+        words = ("migrate", *options, "--", self.name, f"qemu+ssh://root@{to.name}/system")
         self.virsh(*words, timeout_seconds=MIGRATE_TIMEOUT_SECONDS)
         self.host = to
 
@@ -89,4 +93,4 @@ class HostGuest(AgentGuestBase):
         return f"/var/log/libvirt/qemu/{self.name}-console.log"
 
     def _ask(self, request: str) -> str:
-        return self.virsh("qemu-agent-command", self.name, request)
+        return self.virsh("qemu-agent-command", "--", self.name, request)
