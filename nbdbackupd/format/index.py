@@ -3,12 +3,14 @@
 Layout, little endian:
 
 * header, 32 bytes: magic ``NBDXIDX1``, u32 version (1), u32 flags (bit 0: blocks are lz4 frames,
-  bit 1: raw image instead of a stream), u64 disk size, u64 record count;
+  bit 1: raw image instead of a stream, bit 2: frames of the stream hold several blocks, as in
+  imported sets), u64 disk size, u64 record count;
 * records, 64 bytes each: u64 guest offset, u64 length, u64 position of the payload in the
   stream file, u32 stored length, u32 kind (0 data, 1 zero), 32 bytes SHA-256 of the guest bytes
   (all zero bits for kind zero, whose position and stored length are 0).
 
 Ranges are half open, ascending and do not overlap; a data record is at most ``MAX_BLOCK`` long.
+With bit 2, adjacent data records of one position share one lz4 frame, its payload is all of it.
 """
 
 import bisect
@@ -27,7 +29,10 @@ MAGIC = b"NBDXIDX1"
 VERSION = 1
 FLAG_LZ4 = 1
 FLAG_RAW = 2
+FLAG_FRAMES = 4
 MAX_BLOCK = 1 << 20
+MAX_SHARING = 64
+"""Records that may share one lz4 frame."""
 HEADER = struct.Struct("<8sIIQQ")
 RECORD = struct.Struct("<QQQII32s")
 NO_DIGEST = bytes(32)
@@ -73,10 +78,11 @@ class IndexHeader:
     count: int
     compressed: bool
     raw: bool
+    frames: bool = False
 
     def pack(self) -> bytes:
         """The 32 bytes of the header."""
-        flags = FLAG_LZ4 * self.compressed + FLAG_RAW * self.raw
+        flags = FLAG_LZ4 * self.compressed + FLAG_RAW * self.raw + FLAG_FRAMES * self.frames
         return HEADER.pack(MAGIC, VERSION, flags, self.disk_size, self.count)
 
 
@@ -107,7 +113,7 @@ class Index:
         magic, version, flags, disk_size, count = HEADER.unpack_from(self._map)
         if magic != MAGIC:
             raise IntegrityError("not an index file", file=self.path, offset=0)
-        if version != VERSION or flags & ~(FLAG_LZ4 | FLAG_RAW):
+        if version != VERSION or flags & ~(FLAG_LZ4 | FLAG_RAW | FLAG_FRAMES):
             raise UnsupportedVersionError(
                 "index was written by a newer program", file=self.path, version=version
             )
@@ -115,7 +121,10 @@ class Index:
             raise IntegrityError(
                 "index has the wrong size", file=self.path, records=count, size=size
             )
-        return IndexHeader(disk_size, count, bool(flags & FLAG_LZ4), bool(flags & FLAG_RAW))
+        return IndexHeader(
+            disk_size, count, bool(flags & FLAG_LZ4), bool(flags & FLAG_RAW),
+            bool(flags & FLAG_FRAMES),
+        )  # fmt: skip
 
     def __enter__(self) -> Self:
         return self
@@ -155,9 +164,33 @@ class Index:
 
     def find(self, offset: int) -> int:
         """The number of the first record that ends after a guest offset; all records if none."""
-        before = bisect.bisect_right(range(len(self)), offset, key=lambda n: self.record(n).offset)
-        return before - 1 if before and self.record(before - 1).end > offset else before
+        before = bisect.bisect_right(range(len(self)), offset, key=lambda n: self._plain(n).offset)
+        return before - 1 if before and self._plain(before - 1).end > offset else before
 
     def record(self, number: int) -> Record:
         """Record ``number``, 0-based, unchecked."""
+        record = self._plain(number)
+        if not self.header.frames or not self.header.compressed or record.kind != Kind.DATA:
+            return record
+        first = self._sharing(number, -1)
+        last = self._sharing(number, 1)
+        if first == last:
+            return record
+        start = self._plain(first).offset
+        return record._replace(skip=record.offset - start, whole=self._plain(last).end - start)
+
+    def _plain(self, number: int) -> Record:
         return Record(*RECORD.unpack_from(self._map, HEADER.size + number * RECORD.size))
+
+    def _sharing(self, number: int, step: int) -> int:
+        """The last record in that direction that shares a record's lz4 frame."""
+        here = self._plain(number)
+        for _ in range(MAX_SHARING):
+            if not 0 <= number + step < self.header.count:
+                break
+            beside = self._plain(number + step)
+            touches = beside.end == here.offset if step < 0 else here.end == beside.offset
+            if beside.kind != Kind.DATA or beside.position != here.position or not touches:
+                break
+            number, here = number + step, beside
+        return number

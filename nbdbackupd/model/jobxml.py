@@ -164,3 +164,25 @@ def redefinable(xml: str, targets: Collection[str]) -> str:
         name = root.findtext("name", "")
         raise CheckpointError(f"checkpoint {name} tracks none of the disks: {', '.join(targets)}")
     return ET.tostring(root, encoding="unicode")
+
+
+def tracked(xml: str) -> dict[str, str]:
+    """Return the bitmaps of a checkpoint XML: name by disk.
+
+    Raises CheckpointError.
+    """
+    root = _parse(xml, "domaincheckpoint", CheckpointError)
+    name = root.findtext("name", "")
+    return {
+        disk.get("name", ""): disk.get("bitmap") or name
+        for disk in root.findall("./disks/disk")
+        if disk.get("checkpoint") == TRACKED
+    }
+
+
+def creation_time(xml: str) -> str:
+    """Return when a checkpoint was made, in seconds since 1970 as text; empty if it is not told.
+
+    Raises CheckpointError.
+    """
+    return _parse(xml, "domaincheckpoint", CheckpointError).findtext("creationTime", "").strip()

@@ -15,8 +15,8 @@ from nbdbackupd import durable
 from nbdbackupd.errors import RepositoryError, UsageError
 from nbdbackupd.format.index import MAX_BLOCK, RECORD, IndexHeader
 from nbdbackupd.model.chain import RestorePoint
+from nbdbackupd.ops import frames, opened, points, sequence
 from nbdbackupd.ops import layers as layering
-from nbdbackupd.ops import opened, points, sequence
 from nbdbackupd.ops.layers import MAX_STORED, IndexedLayer, Layer
 from nbdbackupd.ops.served import PART, ServedLayer, ServedPlan
 
@@ -153,6 +153,8 @@ def handover(
 def _served(layer: Layer, stack: ExitStack, cancelled: Callable[[], None]) -> ServedLayer:
     if isinstance(layer, IndexedLayer):
         index, longest, stored = layering.open_file(layer.index.path), MAX_BLOCK, MAX_STORED
+        if layer.index.header.frames:  # an imported set's
+            stored = frames.max_stored(frames.MAX_FRAME)
         stack.callback(os.close, index)
     else:
         index, longest, stored = _made_index(layer, stack, cancelled)

@@ -17,6 +17,7 @@ from nbdbackupd.format import stream
 from nbdbackupd.format.index import Kind
 from nbdbackupd.format.stream import StreamMeta, StreamReader
 from nbdbackupd.ops import layers as layering
+from nbdbackupd.ops import peer_index
 from nbdbackupd.ops.layers import IndexedLayer, Layer, RawLayer, ScannedLayer
 from nbdbackupd.repo.peer import read_files
 
@@ -123,7 +124,7 @@ def _open(given: _Given, stack: ExitStack, check: Callable[[], None], warnings: 
             warnings.append(f"the index of {path} can't be used, the stream is scanned: {err}")
         else:
             stack.push(layer)
-            if meta is None or _fits(layer, check):
+            if meta is None or _fits(layer, meta, check):
                 return layer
             warnings.append(f"the index of {path} does not fit it, the stream is scanned")
     if meta is None:
@@ -132,8 +133,11 @@ def _open(given: _Given, stack: ExitStack, check: Callable[[], None], warnings: 
     return _scan(path, meta, stack, check, warnings)
 
 
-def _fits(layer: IndexedLayer, check: Callable[[], None]) -> bool:
+def _fits(layer: IndexedLayer, meta: StreamMeta, check: Callable[[], None]) -> bool:
     """Whether the index has the stream's frames, one record each."""
+    if layer.index.header.frames:
+        with ScannedLayer(layer.path, meta) as scanned:
+            return peer_index.fits(layer, scanned, check)
     kinds = {stream.DATA: Kind.DATA, stream.ZERO: Kind.ZERO}
     try:
         with StreamReader(layer.path) as reader:

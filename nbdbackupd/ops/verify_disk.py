@@ -1,5 +1,6 @@
 """Proving the files of one disk in one point: index, stream or raw image, checksum file."""
 
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +8,10 @@ from typing import Final
 
 from nbdbackupd.errors import FormatError, IntegrityError
 from nbdbackupd.format import stream
-from nbdbackupd.format.index import Kind
+from nbdbackupd.format.index import MAX_BLOCK, Kind
 from nbdbackupd.format.stream import HEADER_LENGTH, META, TERMINATOR, StreamMeta, StreamReader
 from nbdbackupd.model.chain import DiskMode, DiskPoint, Layout, RestorePoint
-from nbdbackupd.ops import layers, verify_blocks
+from nbdbackupd.ops import layers, peer_index, verify_blocks
 from nbdbackupd.ops.findings import Findings, Problem
 from nbdbackupd.ops.layers import IndexedLayer, ScannedLayer
 from nbdbackupd.ops.verify_blocks import Prover
@@ -99,9 +100,30 @@ class DiskCheck:
                 self.prover.prove(layer, verify_blocks.raw_runs(layer), report, self.progress)
                 verify_blocks.prove_raw_zeroes(layer, report, self.cancelled)
                 return None
+            if layer.index.header.frames:
+                return self._check_imported(layer)
             first = self._check_meta(layer)
             runs = verify_blocks.stream_runs(layer, first)
             return self.prover.prove(layer, runs, report, self.progress)
+
+    def _check_imported(self, layer: IndexedLayer) -> int:
+        """A stream with larger frames: its frames against the index, each block, its Adler-32."""
+        path, name = layer.path, self.disk.file
+        with ScannedLayer(path, stream.read_meta(path)) as scanned:
+            if not peer_index.fits(layer, scanned, self.cancelled):
+                self._problem("frames of the stream are not what the index says", name)
+        view = memoryview(mmap.mmap(-1, MAX_BLOCK))
+        scratch = memoryview(mmap.mmap(-1, layers.MAX_STORED))
+        for record in layer.records():
+            self.cancelled()
+            if record.kind != Kind.DATA:
+                continue
+            try:
+                layer.read(record, view[: record.length], scratch)
+            except IntegrityError as err:
+                self._error(err, name)
+            self.progress(record.position)
+        return layers.adler32_file(path, self.cancelled)
 
     def _check_records(self, layer: IndexedLayer) -> None:
         """The index against the manifest: size, flags, sums, coverage."""

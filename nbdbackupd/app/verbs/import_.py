@@ -1,0 +1,60 @@
+"""``nbdbackupctl import``."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from nbdbackupd.app import context as app_context
+from nbdbackupd.app import signals
+from nbdbackupd.app.arguments import Arguments
+from nbdbackupd.app.context import Context
+
+WARNED = 3
+DESCRIPTION = """\
+Make a set that virtnbdbackup wrote one of ours: each block gets a SHA-256, each restore point a
+manifest, so that it is verified, mapped and continued as ours are. The streams stay as they are.
+Without -o this happens where the set lies. If it ends early the set is what it was.
+"""
+
+
+def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "import", help="make a set of virtnbdbackup one of ours", description=DESCRIPTION,
+        parents=[shared], allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument(
+        "source", metavar="SET", type=Path,
+        help="directory that virtnbdbackup wrote, or the zip archive that it wrote to stdout",
+    )  # fmt: skip
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", type=Path,
+        help="leave SET alone and put a copy in this new directory",
+    )  # fmt: skip
+    parser.add_argument(
+        "--link", action="store_true",
+        help="with -o: hard links instead of copies, on the same file system",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def run(args: Arguments, context: Context) -> int:
+    """Carry the verb out; 3 with warnings."""
+    from nbdbackupd.ops import import_set
+
+    request = import_set.ImportRequest(
+        source=args.source.absolute(),
+        run_id=app_context.new_run_id(app_context.now()),
+        output=args.output.absolute() if args.output else None,
+        link=args.link,
+    )
+    with signals.listen() as cancel, context.progress() as progress:
+
+        def show(label: str, done: int, total: int) -> None:
+            progress.disk(label, done, total, done)
+
+        report = import_set.run(request, progress=show, cancelled=cancel.check)
+    count = f"{len(report.points)} restore point{'s' * (len(report.points) != 1)}"
+    text = f"imported {count}: {report.path}" if report.done else f"{report.path}: imported already"
+    context.show(report.to_json(), "\n".join([text, *(f"  ! {each}" for each in report.warnings)]))
+    return WARNED if report.warnings else 0
