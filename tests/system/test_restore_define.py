@@ -14,6 +14,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from nbdbackupd.format import manifest
+from tests.lab.base import Lab
 from tests.lab.command import LabError, run
 from tests.lab.disks import MIB, DiskSpec, create_image
 from tests.lab.embed import EmbeddedLab
@@ -86,13 +87,13 @@ def digests(scene: Scene) -> dict[str, str]:
     return {**found, "xml": scene.lab.virsh("dumpxml", "vm1", "--inactive")}
 
 
-def undefine(lab: EmbeddedLab, name: str) -> None:
+def undefine(lab: Lab, name: str) -> None:
     """End and forget a domain that a test has made."""
     end(lab, name)
     lab.virsh("undefine", name)
 
 
-def end(lab: EmbeddedLab, name: str) -> None:
+def end(lab: Lab, name: str) -> None:
     """End it; the embedded driver may say that it is off already when it has just ended it."""
     if name in running(lab):
         with contextlib.suppress(LabError):
@@ -108,11 +109,11 @@ def forgotten(production: Scene) -> Iterator[None]:
         undefine(production.lab, name)
 
 
-def names(lab: EmbeddedLab) -> set[str]:
+def names(lab: Lab) -> set[str]:
     return set(lab.virsh("list", "--all", "--name").split("\n")) - {""}
 
 
-def running(lab: EmbeddedLab) -> set[str]:
+def running(lab: Lab) -> set[str]:
     return set(lab.virsh("list", "--name").split("\n")) - {""}
 
 
