@@ -370,6 +370,16 @@ RESTORE_FAILED: Final = Event(
     cure="Mend what the reason names and restore again. If data is damaged, 'nbdbackupctl verify' "
     "names all of it, and an older point may be sound.",
 )
+BOOT_TEST_FAILED: Final = Event(
+    name="boot-test-failed",
+    id="494d2fdc306347b8887bd193a0b36c3d",
+    priority=ERROR,
+    level=logging.INFO,
+    text="restore point {POINT} of {DOMAIN} did not come up: {REASON}",
+    fields=("POINT", "REASON", "DURATION_USEC"),
+    meaning="A guest that was booted from the point gave no sign of life in time.",
+    cure="Look at the picture in the set, below tests/, and run it by hand: 'nbdbackupctl boot'.",
+)
 REPOSITORY_NOT_MOUNTED: Final = Event(
     name="repository-not-mounted",
     id="0de8c46365e3410fafb823f469d1d39c",

@@ -129,8 +129,9 @@ def _start(
         images = boot_images.plan(given, point, request.output, request.format)
     record = BootRecord(
         name=places.name, uri=connection.uri, source=str(request.source), point=point.id,
-        created=point.created, started=request.started.isoformat(), attended=request.attended,
-        phase=Phase.STARTING, output=os.fspath(request.output or ""), define=request.define,
+        created=point.created, started=f"{request.started:%Y-%m-%dT%H:%M:%SZ}",
+        attended=request.attended, phase=Phase.STARTING,
+        output=os.fspath(request.output or ""), define=request.define,
     )  # fmt: skip
     making = Making(request, places, connection, cancelled, record)
     places.make()

@@ -12,6 +12,8 @@ from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model.chain import DiskPoint, Layout, RestorePoint
 from nbdbackupd.model.units import human_size
 from nbdbackupd.ops import opened
+from nbdbackupd.repo import boot_tests
+from nbdbackupd.repo.boot_tests import BootTest
 from nbdbackupd.repo.repository import Repository
 
 JSON_VERSION: Final = 1
@@ -24,6 +26,7 @@ class ListReport:
     """The sound points of a set, oldest first, and a line for each that is damaged.
 
     ``written_by`` is empty for our own sets; ``warnings`` tell what of others nobody vouches for.
+    ``tests`` are the boot tests, by point.
     """
 
     path: Path
@@ -31,6 +34,7 @@ class ListReport:
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     written_by: str = ""
+    tests: Mapping[str, BootTest] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1; sizes in bytes."""
@@ -38,7 +42,7 @@ class ListReport:
             "version": JSON_VERSION,
             "set": _printable(str(self.path)),
             "stored_bytes": sum(stored_bytes(point) for point in self.points),
-            "points": [describe(point) for point in self.points],
+            "points": [describe(point, self.tests.get(point.id)) for point in self.points],
             "problems": list(self.problems),
             "warnings": list(self.warnings),
             "written_by": self.written_by,
@@ -49,12 +53,13 @@ class ListReport:
 class ShowReport:
     """Points with all that their manifests and streams say.
 
-    ``metas`` are the meta frames by the stream's file name.
+    ``metas`` are the meta frames by the stream's file name, ``tests`` the boot tests by point.
     """
 
     path: Path
     points: tuple[RestorePoint, ...]
     metas: Mapping[str, StreamMeta] = field(default_factory=dict)
+    tests: Mapping[str, BootTest] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1; sizes in bytes."""
@@ -67,6 +72,7 @@ class ShowReport:
     def _point(self, point: RestorePoint) -> dict[str, Any]:
         document = asdict(point)
         document["stored_bytes"] = stored_bytes(point)
+        document["boot_test"] = _test(self.tests.get(point.id))
         for disk, described in zip(point.disks, document["disks"], strict=True):
             described["stored_bytes"] = disk_bytes(disk)
             meta = self.metas.get(disk.file)
@@ -83,7 +89,7 @@ def list_points(path: Path) -> ListReport:
     given = opened.open_set(path, sound=True)
     return ListReport(
         path=path, points=given.known.points, problems=given.problems, warnings=given.hints,
-        written_by=PEER if given.peer else "",
+        written_by=PEER if given.peer else "", tests=boot_tests.read(path),
     )  # fmt: skip
 
 
@@ -103,11 +109,15 @@ def show(path: Path, point: str = "") -> ShowReport:
                 file = path / disk.file
                 with durable.translate_os_errors("read", file):
                     metas[disk.file] = stream.read_meta(file)
-    return ShowReport(path=path, points=points, metas=metas)
+    return ShowReport(path=path, points=points, metas=metas, tests=boot_tests.read(path))
 
 
-def describe(point: RestorePoint) -> dict[str, Any]:
-    """One point as ``list`` tells it; sizes in bytes."""
+def _test(test: BootTest | None) -> dict[str, Any] | None:
+    return test.to_json() if test is not None else None
+
+
+def describe(point: RestorePoint, test: BootTest | None = None) -> dict[str, Any]:
+    """One point as ``list`` tells it, with its boot test if it had one; sizes in bytes."""
     return {
         "id": point.id,
         "sequence": point.sequence,
@@ -123,6 +133,7 @@ def describe(point: RestorePoint) -> dict[str, Any]:
         "skipped": [asdict(each) for each in point.skipped],
         "stored_bytes": stored_bytes(point),
         "disks": [_describe_disk(disk) for disk in point.disks],
+        "boot_test": _test(test),
     }
 
 
@@ -180,6 +191,9 @@ def render_list(report: ListReport) -> str:
         indent = " " * (len(rows[-1][0]) + len(GAP))
         lines += [f"{indent}{next(disk_lines)}" for _ in point.disks]
         lines += [f"{indent}! {_printable(warning)}" for warning in point.warnings]
+        if test := report.tests.get(point.id):
+            how = "came up" if test.passed else f"did not come up: {test.reason}"
+            lines.append(f"{indent}booted {_time(test.tested)}: {_printable(how)}")
     lines += [f"! {_printable(warning)}" for warning in report.warnings]
     return "\n".join(lines)
 

@@ -28,7 +28,7 @@ _nbdbackupctl_value() {
 }
 
 _nbdbackupctl_verbs() {
-    echo 'backup boot run restore map unmap mount unmount files list show verify estimate check checkpoints abort yield config status timers notify log'
+    echo 'backup run restore map unmap boot mount unmount files list show verify import estimate check checkpoints abort yield config status timers notify log'
 }
 
 # $1: the verb, empty before it
@@ -44,12 +44,6 @@ _nbdbackupctl_options() {
         --raw -z --compress --no-compress -t --type --extents --freeze -F --freeze-mountpoint
         --pause -S --start-paused --scratch-dir --scratch-reserve --checkpoint-dir --threshold
         --strict --limit-rate -w --workers --wait --timeout'
-        ;;
-    boot)
-        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet --point --until --at --name --memory --network
-        --detach --live-restore --define --format --bandwidth-limit --list --stop --resume
-        --scratch-dir'
         ;;
     run)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -70,6 +64,12 @@ _nbdbackupctl_options() {
     unmap)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet --all'
+        ;;
+    boot)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet --point --until --at --name --memory --network
+        --detach --live-restore --define --format --bandwidth-limit --list --stop --resume
+        --scratch-dir'
         ;;
     mount)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -95,7 +95,12 @@ _nbdbackupctl_options() {
         ;;
     verify)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet --point -w --workers'
+        --runtime-dir -v --verbose -q --quiet --point -w --workers --boot --boot-only --boot-wait
+        --boot-timeout --boot-memory --boot-name --scratch-dir'
+        ;;
+    import)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet -o --output --link'
         ;;
     estimate)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -139,10 +144,10 @@ _nbdbackupctl_positional() {
     backup | run | estimate | check | checkpoints | abort | yield | status | timers | log)
         echo 'domain'
         ;;
-    boot | restore | map | mount | files | list | show | verify)
+    restore | map | boot | mount | files | list | show | verify)
         echo 'directory'
         ;;
-    unmap | unmount | notify)
+    unmap | unmount | import | notify)
         echo 'other'
         ;;
     config)
@@ -156,18 +161,19 @@ _nbdbackupctl_kind() {
     case "$1:$2" in
     *:-c | *:--connect | *:--user | *:-i | *:--include | *:-x | *:--exclude | backup:-z | \
     *:--compress | *:-F | *:--freeze-mountpoint | *:--scratch-reserve | *:--threshold | \
-    *:--limit-rate | *:-w | *:--workers | *:--wait | *:--timeout | *:--point | *:--until | \
-    *:--at | *:--name | *:--memory | *:--bandwidth-limit | *:--stop | *:--resume | log:-n | \
-    *:-d | *:--disk | *:--pool | *:--since | *:-j | *:--jobs | *:--socket | *:--tcp | \
-    *:--device | *:--cache | *:-p | *:--partition | *:--drop | *:--warning | *:--critical | \
-    *:--lines | *:--run)
+    *:--limit-rate | *:-w | *:--workers | *:--wait | *:--timeout | log:-n | *:--point | \
+    *:--until | *:--at | *:-d | *:--disk | *:--pool | *:--since | *:-j | *:--jobs | \
+    *:--bandwidth-limit | *:--name | *:--socket | *:--tcp | *:--device | *:--cache | \
+    *:--memory | *:--stop | *:--resume | *:-p | *:--partition | *:--boot-wait | \
+    *:--boot-timeout | *:--boot-memory | *:--boot-name | *:--drop | *:--warning | *:--critical \
+    | *:--lines | *:--run)
         echo 'other'
         ;;
     *:--password-file | *:--sequence | files:-f | *:--file)
         echo 'file'
         ;;
     *:--config-dir | *:--runtime-dir | *:-o | *:--output | *:--scratch-dir | \
-    *:--checkpoint-dir | *:--live-restore | *:--tls-certificates)
+    *:--checkpoint-dir | *:--tls-certificates | *:--live-restore)
         echo 'directory'
         ;;
     *:--progress)
@@ -185,17 +191,17 @@ _nbdbackupctl_kind() {
     *:--freeze)
         echo 'wordsauto require never'
         ;;
-    boot:--network)
-        echo 'wordsnone down keep'
-        ;;
-    restore:--network)
-        echo 'wordskeep down none'
-        ;;
     *:--format)
         echo 'wordsqcow2 raw'
         ;;
     *:--media | *:--other-disks)
         echo 'wordskeep remove'
+        ;;
+    restore:--network)
+        echo 'wordskeep down none'
+        ;;
+    boot:--network)
+        echo 'wordsnone down keep'
         ;;
     *:--tool)
         echo 'wordsfuse2fs grub-mount guestmount'

@@ -25,10 +25,10 @@ from nbdbackupd.app.verbs import (
 
 ALL = (
     backup,
-    boot,
     run,
     restore,
     mapping,
+    boot,
     mount,
     files,
     catalog,

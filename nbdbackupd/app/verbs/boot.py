@@ -146,6 +146,7 @@ def _request(args: Arguments, context: Context, source: Path) -> "BootRequest":
         format=args.format,
         define=args.define,
         attended=output is None and not args.detach,
+        console=output is None,
     )
 
 

@@ -4,12 +4,17 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nbdbackupd.app import named, signals
 from nbdbackupd.app.arguments import Arguments, positive
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size
+from nbdbackupd.app.verbs import verify_boot
+
+if TYPE_CHECKING:
+    from nbdbackupd.ops.boot_test import BootTestReport
+    from nbdbackupd.ops.verify import VerifyReport
 
 DAMAGED = 40
 DESCRIPTION = """\
@@ -31,17 +36,45 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         "-w", "--workers", metavar="N", type=positive, default=min(8, os.cpu_count() or 2),
         help="threads that hash (default: one for each processor, at most 8)",
     )  # fmt: skip
+    verify_boot.add_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: Arguments, context: Context) -> int:
-    """Carry the verb out; 40 if anything is damaged."""
-    from nbdbackupd.ops import verify
-
+    """Carry the verb out; 40 if anything is damaged, or a guest did not come up."""
+    verify_boot.check(args)
     point = args.point or ""
     path = named.set_of(args.source, context, point=point)
-    request = verify.VerifyRequest(path=path, point=point, workers=args.workers)
-    with signals.listen() as cancel, context.progress() as progress:
+    document: dict[str, Any] = {"version": 1}
+    text = ""
+    with signals.listen() as cancel:
+        if not args.boot_only:
+            report = _prove(args, context, path, cancel)
+            document |= report.to_json()
+            if report.problems:
+                return _tell_damage(report, context, _document(document, None), path)
+            checked = human_size(report.checked_bytes)
+            text = f"sound: {report.points} point(s), {checked} checked"
+        booted = verify_boot.run(args, context, path, cancel) if args.boot else None
+    if booted is None:
+        context.show(_document(document, None), text)
+        return 0
+    lines = [text] if text else []
+    context.show(_document(document, booted), "\n".join([*lines, verify_boot.render(booted)]))
+    if not booted.test.passed:
+        return DAMAGED
+    return 3 if booted.warnings else 0
+
+
+def _document(proof: dict[str, Any], booted: "BootTestReport | None") -> dict[str, Any]:
+    return {**proof, "boot": booted.to_json() if booted is not None else None}
+
+
+def _prove(args: Arguments, context: Context, path: Path, cancel: signals.Cancel) -> "VerifyReport":
+    from nbdbackupd.ops import verify
+
+    request = verify.VerifyRequest(path=path, point=args.point or "", workers=args.workers)
+    with context.progress() as progress:
 
         def show(label: str, done: int, total: int) -> None:
             progress.disk(label, done, total, done)
@@ -49,11 +82,13 @@ def run(args: Arguments, context: Context) -> int:
         report = verify.run(request, progress=show, cancelled=cancel.check)
     for warning in report.warnings:
         print(f"nbdbackupctl: warning: {warning}", file=sys.stderr)
-    if not report.problems:
-        checked = human_size(report.checked_bytes)
-        context.show(report.to_json(), f"sound: {report.points} point(s), {checked} checked")
-        return 0
-    context.show(report.to_json(), "\n".join(problem.text for problem in report.problems))
+    return report
+
+
+def _tell_damage(
+    report: "VerifyReport", context: Context, document: dict[str, Any], path: Path
+) -> int:
+    context.show(document, "\n".join(problem.text for problem in report.problems))
     count = len(report.problems)
     print(
         f"nbdbackupctl: {path} is damaged: {count} problem{'s' * (count > 1)} found",

@@ -1,0 +1,117 @@
+"""The newest boot test of each point, kept in the set beside its manifests.
+
+``tests/<point>.json`` with the result, and ``tests/<point>.png`` (or ``.ppm``) with the last
+screen. They belong to no manifest: what is missing or damaged there takes nothing from the point,
+and programs that do not know them leave them alone.
+"""
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from nbdbackupd import durable
+from nbdbackupd.repo import layout
+
+log = logging.getLogger(__name__)
+FOLDER: Final = "tests"
+VERSION: Final = 1
+SUFFIX: Final = ".json"
+MAX_SIZE: Final = 64 << 10
+# a screen may show what is nobody's business
+MODE: Final = 0o600
+NUMBERS: Final = {bool, int, float}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BootTest:
+    """How a point did when it was booted. ``tested`` is RFC 3339 UTC, ``seconds`` until the end.
+
+    ``waited_for`` is ``agent``, ``console REGEX`` or ``command PROGRAM``; ``reason`` says why it
+    has failed; ``picture`` is the name of a file beside the result, or empty.
+    """
+
+    point: str
+    tested: str
+    passed: bool
+    waited_for: str
+    seconds: float
+    reason: str = ""
+    picture: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as a JSON object."""
+        return {
+            "point": self.point,
+            "tested": self.tested,
+            "passed": self.passed,
+            "waited_for": self.waited_for,
+            "seconds": self.seconds,
+            "reason": self.reason,
+            "picture": self.picture,
+        }
+
+
+def write(set_path: Path, test: BootTest, picture: bytes) -> Path:
+    """Replace the point's test, durably; return the path of its result.
+
+    Raises RepositoryError or NoSpaceError.
+    """
+    folder = set_path / FOLDER
+    stem = layout.escape(test.point, layout.MAX_IDENT)
+    path = folder / f"{stem}{SUFFIX}"
+    with durable.translate_os_errors("write", path):
+        durable.make_directory(folder)
+        for old in _pictures(folder, stem):
+            if old.name != test.picture:
+                old.unlink(missing_ok=True)
+        if test.picture:
+            durable.write_atomic(folder / test.picture, picture, mode=MODE)
+        data = json.dumps({"version": VERSION, **test.to_json()}, indent=1).encode() + b"\n"
+        durable.write_atomic(path, data, mode=MODE)
+    return path
+
+
+def picture_name(point: str, suffix: str) -> str:
+    """What the picture of a point's test is called."""
+    return f"{layout.escape(point, layout.MAX_IDENT)}.{suffix}"
+
+
+def read(set_path: Path) -> dict[str, BootTest]:
+    """The tests of a set by point; what can't be read is as if it were not there."""
+    found = {}
+    try:
+        paths = sorted((set_path / FOLDER).glob(f"*{SUFFIX}"))
+    except OSError as err:
+        log.info("boot tests of %s can't be read: %s", set_path, err)
+        return {}
+    for path in paths:
+        if path.name.startswith("."):
+            continue
+        test = _read(path)
+        if test is not None:
+            found[test.point] = test
+    return found
+
+
+def _read(path: Path) -> BootTest | None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
+            document = json.loads(file.read(MAX_SIZE))
+        if document.pop("version") != VERSION:
+            return None
+        test = BootTest(**document)
+        texts = (test.point, test.tested, test.waited_for, test.reason, test.picture)
+        # what a file says is of any type
+        sound = all(isinstance(each, str) for each in texts)
+        return test if sound and {type(test.passed), type(test.seconds)} <= NUMBERS else None
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as err:
+        log.info("boot test %s can't be read: %s", path, err)
+        return None
+
+
+def _pictures(folder: Path, stem: str) -> list[Path]:
+    return [folder / f"{stem}.{suffix}" for suffix in ("png", "ppm", "img")]
