@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdbackupd.errors import FormatError, IntegrityError, RepositoryError
+from nbdbackupd.errors import ChainBrokenError, FormatError, IntegrityError, RepositoryError
 from nbdbackupd.model.chain import DiskMode, Layout, Level
 from nbdbackupd.model.units import human_size
 from nbdbackupd.ops import catalog
@@ -104,8 +104,12 @@ def test_no_set(tmp_path: Path) -> None:
     assert "no restore points" in catalog.render_list(report)
     assert "no restore points" in catalog.render_show(catalog.show(tmp_path))
     (tmp_path / "vda.full.data").touch()
-    with pytest.raises(RepositoryError, match="no manifests"):
-        catalog.list_points(tmp_path)
+    # the name is virtnbdbackup's, the content is not
+    (problem,) = catalog.list_points(tmp_path).problems
+    assert "stream ends too early" in problem
+    assert "vda.full.data" in problem
+    with pytest.raises(ChainBrokenError, match="stream ends too early"):
+        catalog.show(tmp_path)
 
 
 @pytest.mark.parametrize(
