@@ -9,7 +9,7 @@ from typing import Final
 
 from nbdbackupd.errors import ConfigError, DomainError, NbdbackupError
 from nbdbackupd.model import access, hostpaths
-from nbdbackupd.model.hostpaths import PathUse
+from nbdbackupd.model.hostpaths import Conflict, PathUse
 from nbdbackupd.ops import check_access
 from nbdbackupd.qemu import image
 
@@ -25,15 +25,7 @@ def refuse_shared(
     ``local``: the paths are those of this host, so that two names of one file can be told.
     Raises DomainError that names the first of them.
     """
-    if local:
-        # backing files of images are only of interest where one of ours exists already
-        if any(os.path.lexists(use.path) for use in uses if not use.readonly):
-            others = {name: (*theirs, *_backing(theirs)) for name, theirs in others.items()}
-        paths = [use.path for theirs in (uses, *others.values()) for use in theirs]
-        same = {path: _identity(path) for path in paths}
-    else:
-        same = {}
-    found = hostpaths.clashes(uses, others, same)
+    found = shared(uses, others, local=local)
     if not found:
         return
     told = [
@@ -45,6 +37,21 @@ def refuse_shared(
         f"the new domain would share files with another one: {'; '.join(told)}{more}; "
         f"give another -o, or leave out what keeps them"
     )
+
+
+def shared(
+    uses: tuple[PathUse, ...], others: Mapping[str, tuple[PathUse, ...]], *, local: bool
+) -> tuple[Conflict, ...]:
+    """The uses of these paths by others; ``local`` as above."""
+    if local:
+        # backing files of images are only of interest where one of ours exists already
+        if any(os.path.lexists(use.path) for use in uses if not use.readonly):
+            others = {name: (*theirs, *_backing(theirs)) for name, theirs in others.items()}
+        paths = [use.path for theirs in (uses, *others.values()) for use in theirs]
+        same = {path: _identity(path) for path in paths}
+    else:
+        same = {}
+    return tuple(hostpaths.clashes(uses, others, same))
 
 
 def _identity(path: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nbdbackupd import durable
 from nbdbackupd import log as runlog
-from nbdbackupd.errors import BusyError, NbdbackupError, UsageError
+from nbdbackupd.errors import BusyError, GaveWayError, NbdbackupError, UsageError
 from nbdbackupd.nbdio.throttle import Throttle
 from nbdbackupd.ops import restore_files, restore_plan, restore_work, sites, telling
 from nbdbackupd.ops.definer import Definer, Planned, PlannedDisk
@@ -61,15 +61,16 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(runlog.context(SET=request.source or ""))
         stack.enter_context(ending.told())
+        check = cancelled if placement is None else _also(cancelled, placement.check)
         if request.sequence:
-            plan = restore_plan.of_sequence(request, stack, cancelled)
+            plan = restore_plan.of_sequence(request, stack, check)
         else:
-            plan = restore_plan.of_set(request, placement, stack, cancelled)
+            plan = restore_plan.of_set(request, placement, stack, check)
         _prepare(plan, request, confirm, definer, stack)
         for warning in plan.warnings:
             log.warning("%s", warning)
         with _state_told(plan.sites):
-            disks = _write(plan, request, progress, cancelled)
+            disks = _write(plan, request, placement, progress, check)
         definition = definer.finish() if definer is not None else None
     xml = [each.final for each in plan.files if each.stored.role == restore_files.XML_ROLE]
     report = RestoreReport(
@@ -151,8 +152,30 @@ def _planned(plan: Plan, request: RestoreRequest) -> Planned:
     )  # fmt: skip
 
 
+def _also(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def both() -> None:
+        first()
+        second()
+
+    return both
+
+
+def _deaf(cancelled: Callable[[], None]) -> Callable[[], None]:
+    """``cancelled`` when nobody is served by giving way: the old disks are gone."""
+
+    def check() -> None:
+        with contextlib.suppress(GaveWayError):
+            cancelled()
+
+    return check
+
+
 def _write(
-    plan: Plan, request: RestoreRequest, progress: Progress, cancelled: Callable[[], None]
+    plan: Plan,
+    request: RestoreRequest,
+    placement: Placement | None,
+    progress: Progress,
+    cancelled: Callable[[], None],
 ) -> tuple[RestoredDisk, ...]:
     pace = Throttle(request.bandwidth) if request.bandwidth else None
     # what can fail without harm comes first: a device has lost its old content when it begins
@@ -162,10 +185,11 @@ def _write(
     for each in plan.files:
         with durable.translate_os_errors("write", each.incomplete):
             restore_files.copy(each, cancelled, point=plan.point)
-    if rest:
-        _set_aside(plan)
-        done += restore_work.write_all(rest, request, pace, progress, cancelled)
     cancelled()
+    if placement is not None:
+        placement.settle()
+    _set_aside(plan)
+    done += restore_work.write_all(rest, request, pace, progress, _deaf(cancelled))
     _name_all(plan, force=request.force)
     order = [job.target for job in plan.jobs]
     return tuple(sorted(done, key=lambda disk: order.index(disk.target)))
@@ -221,7 +245,6 @@ def _set_aside(plan: Plan) -> None:
 def _name_all(plan: Plan, *, force: bool) -> None:
     """Give everything its name, durably."""
     _check_targets(plan, force=force)
-    _set_aside(plan)
     named = [site for site in plan.sites if not site.is_overwritten]
     with durable.translate_os_errors("complete", "what was restored"):
         # files last: a domain without one of them can't start

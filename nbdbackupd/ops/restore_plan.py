@@ -76,24 +76,28 @@ class Plan:
         return tuple(site for job in self.jobs for site in job.sites)
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """Where one disk goes, and in which format if that is settled there."""
-
-    site: Site
-    format: str = ""
-
-
 class Placement(Protocol):
-    """Chooses where disks go that the request itself gives no place."""
+    """Chooses where disks go, in place of the request's output directory.
 
-    def place(
-        self, point: RestorePoint, disks: Mapping[DiskPoint, Choice], stack: ExitStack
-    ) -> Mapping[str, Placed]:
-        """By target; ``stack`` is that of the run."""
+    Its methods are called in this order, ``check`` often, before and after the last ones.
+    """
+
+    def begin(self, point: RestorePoint, disks: tuple[DiskPoint, ...], stack: ExitStack) -> None:
+        """Look whether these disks can be placed; ``stack`` is that of the run."""
 
     def format(self, disk: DiskPoint) -> str:
         """The format that the disk must have there; empty for any."""
+
+    def place(
+        self, point: RestorePoint, made: Mapping[DiskPoint, Choice], stack: ExitStack
+    ) -> Mapping[str, Site]:
+        """The place of each disk, by target."""
+
+    def check(self) -> None:
+        """Raise if the restore must end; from any thread."""
+
+    def settle(self) -> None:
+        """Raise if what was restored must not replace what is there now."""
 
 
 def of_set(
@@ -110,6 +114,8 @@ def of_set(
     point = points.choose(source.known, point=request.point, until=request.until, at=request.at)
     targets = dict.fromkeys((*request.disks, *(place.target for place in request.places)))
     disks = [point.disk(target) for target in targets] or list(point.disks)
+    if placement is not None:
+        placement.begin(point, tuple(disks), stack)
     made = {disk: _choose(request, source, point, disk, placement) for disk in disks}
     found = _sites(request, placement, point, made, stack)
     jobs = tuple(
@@ -203,7 +209,7 @@ def _sites(
     stack: ExitStack,
 ) -> Mapping[str, Site]:
     if placement is not None:
-        return {name: each.site for name, each in placement.place(point, made, stack).items()}
+        return placement.place(point, made, stack)
     names = names_of(point, made)
     given = {place.target: place.path for place in request.places}
     found: dict[str, Site] = {}

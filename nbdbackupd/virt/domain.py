@@ -7,6 +7,7 @@ from typing import Self, TypeVar
 
 import libvirt
 
+from nbdbackupd.errors import DomainError
 from nbdbackupd.model import domain as domain_model
 from nbdbackupd.virt import fault
 from nbdbackupd.virt.connection import Connection
@@ -134,6 +135,21 @@ class Domain:
     def definition(self) -> domain_model.Domain:
         """Return the parsed live XML."""
         return domain_model.parse_domain(self.xml())
+
+    def snapshot_names(self) -> tuple[str, ...]:
+        """Return the names of libvirt's snapshots of the domain; none where it has no such thing.
+
+        Raises DomainError.
+        """
+        try:
+            found = self.handle().listAllSnapshots()
+            return tuple(sorted(each.getName() for each in found))
+        except libvirt.libvirtError as err:
+            if err.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
+                return ()
+            raise DomainError(
+                f"domain {self.name}: can't list snapshots: {fault.line(err)}"
+            ) from err
 
     def disk_size(self, target: str) -> int:
         """Return the virtual size of a disk in bytes, as the running guest sees it."""
