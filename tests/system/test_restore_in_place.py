@@ -1,0 +1,283 @@
+"""Restores onto the images of the very domain, under a real libvirt."""
+
+import os
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab.command import LabError, run
+from tests.lab.daemon import DaemonLab
+from tests.lab.disks import MIB, DiskSpec
+from tests.lab.guest import GuestOptions
+from tests.lab.process import wait_until
+from tests.lib.ctl import Result
+from tests.lib.loops import content, loop
+from tests.lib.scene import WARNED, Saved, Scene, assert_same, scene
+
+pytestmark = pytest.mark.system
+KIB = 1024
+USAGE, DOMAIN, INTEGRITY, BUSY = 2, 20, 40, 75
+SIZE = 8 * MIB
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[DaemonLab]:
+    with DaemonLab() as lab:
+        yield lab
+
+
+@pytest.fixture
+def here(lab: DaemonLab, tmp_path: Path) -> Iterator[Scene]:
+    """A guest with an image file, a raw and a qcow2 block device, and two points of it; off."""
+    name = f"in-place-{uuid.uuid4().hex[:8]}"
+    with (
+        loop(tmp_path / "one", SIZE) as one,
+        loop(tmp_path / "two", 2 * SIZE) as two,
+    ):
+        run(["qemu-img", "create", "-q", "-f", "qcow2", two, str(SIZE)])
+        for device in (one, two):
+            shutil.chown(device, lab.qemu_user)
+        disks = (
+            DiskSpec(target="vda", size=SIZE),
+            DiskSpec(target="vdb", size=SIZE, path=one, format="raw", block=True),
+            DiskSpec(target="vdc", size=SIZE, path=two, block=True),
+        )
+        options = GuestOptions(uuid=str(uuid.uuid4()))
+        with scene(lab, tmp_path, name, disks, options) as here:
+            for target in here.guest.disks:
+                here.guest.write(target, 0, 4 * MIB, 0xEE)
+            here.save("--raw")
+            change(here, 1)
+            here.save("--raw", code=0)
+            change(here, 2)
+            here.guest.stop()
+            yield here
+            # the devices are another guest's next
+            if here.guest.is_running():
+                here.guest.stop()
+            here.guest.undefine()
+
+
+def change(here: Scene, number: int) -> None:
+    for target in here.guest.disks:
+        here.guest.write(target, number * 128 * KIB, 96 * KIB, number)
+        here.guest.write_zeroes(target, MIB + number * 128 * KIB, 64 * KIB, unmap=True)
+
+
+def restore(here: Scene, *options: str | Path, code: int = 0) -> Result:
+    return here.ctl("restore", here.set, "--in-place", *options, code=code)
+
+
+def state(here: Scene) -> dict[str, bytes]:
+    """What all images hold, bit for bit."""
+    found = {target: here.guest.image(target) for target in here.guest.disks}
+    return {target: content(path, 2 * SIZE) if path.is_block_device() else path.read_bytes()
+            for target, path in found.items()}  # fmt: skip
+
+
+def assert_as_of(here: Scene, saved: Saved) -> None:
+    for target, disk in here.guest.disks.items():
+        copy = here.directory / "copy"
+        shutil.copyfile(here.guest.image(target), copy)
+        if disk.format == "raw":
+            with copy.open("r+b") as file:
+                file.truncate(SIZE)
+        assert_same(copy, disk.format, saved.references[target])
+
+
+def leftovers(here: Scene) -> list[str]:
+    folder = here.guest.image("vda").parent
+    return sorted(each.name for each in folder.iterdir()
+                  if each.suffix in {".incomplete", ".replaced"})  # fmt: skip
+
+
+def test_each_point_and_the_backups_after_it(here: Scene) -> None:
+    first, second = here.history
+    image = here.guest.image("vda")
+    os.chown(image, 1234, 1235)
+    image.chmod(0o640)
+    refused = restore(here, code=USAGE)
+    assert "--yes" in refused.stderr
+    assert str(image) in refused.stderr
+    for saved in (second, first):
+        report = restore(here, "--yes", "--point", saved.id, "--json", code=0).json
+        assert [disk["target"] for disk in report["disks"]] == ["vda", "vdb", "vdc"]
+        assert {disk["target"]: disk["format"] for disk in report["disks"]} == {
+            "vda": "qcow2", "vdb": "raw", "vdc": "qcow2"
+        }  # fmt: skip
+        assert report["config"] is None
+        assert_as_of(here, saved)
+        assert here.bitmaps_off("vda") == {} == here.bitmaps_off("vdc")
+        assert leftovers(here) == []
+        assert (image.stat().st_uid, image.stat().st_gid) == (1234, 1235)
+        assert image.stat().st_mode & 0o777 == 0o640
+    # libvirt starts it, the chain goes on: nothing is believed of the old bitmaps
+    here.guest.start()
+    change(here, 3)
+    third = here.save("--raw", code=WARNED)
+    assert third.point["level"] == "inc"
+    assert set(third.modes.values()) == {"full"}
+    assert {"vda", "vdc"} <= set(third.reasons)
+    change(here, 4)
+    fourth = here.save("--raw")
+    assert fourth.modes == {"vda": "delta", "vdb": "full", "vdc": "delta"}
+    assert here.checkpoints() == [fourth.point["checkpoint"]]
+    here.guest.stop()
+    here.prove_all()
+
+
+def test_off_after_the_restore(here: Scene) -> None:
+    """The first backup after it may be one of the domain that is still off."""
+    restore(here, "--yes", "-d", "vda")
+    change_off(here)
+    saved = here.save("--raw", code=WARNED)
+    assert saved.modes == {"vda": "full", "vdb": "full", "vdc": "delta"}
+    here.guest.start()
+    change(here, 5)
+    assert here.save("--raw").modes == {"vda": "delta", "vdb": "full", "vdc": "delta"}
+    here.prove_all()
+
+
+def change_off(here: Scene) -> None:
+    for target in ("vda", "vdc"):
+        run(["qemu-io", "-f", "qcow2", "-c", "write -P 77 2M 64k", here.guest.image(target)])
+
+
+def test_what_is_refused_changes_nothing(here: Scene) -> None:
+    guest = here.guest
+
+    def refuse(why: str, *options: str | Path, code: int = DOMAIN) -> None:
+        result = restore(here, "--yes", *options, code=code)
+        assert why in result.stderr, result.stderr
+        assert len(result.stderr.splitlines()) == 1, result.stderr
+
+    refuse("its place with --in-place", "-d", f"vda={here.directory / 'x'}", code=USAGE)
+    refuse("make images in a directory", "--as-chain", code=USAGE)
+    # another program has the image open
+    holder = ["qemu-io", "-f", "qcow2", "-c", "sleep 60000", str(guest.image("vda"))]
+    with subprocess.Popen(holder) as process:
+        try:
+            wait_until(lambda: is_open(process.pid, guest.image("vda")), "open", 20)
+            refuse("is in use", code=BUSY)
+        finally:
+            process.kill()
+    before = state(here)
+    # an overlay of another domain stands on one
+    overlay = here.directory / "overlay.qcow2"
+    backing = ["-b", guest.image("vda"), "-F", "qcow2"]
+    run(["qemu-img", "create", "-q", "-f", "qcow2", *backing, overlay])
+    other = here.lab.guest(
+        f"other-{uuid.uuid4().hex[:8]}", (DiskSpec(target="vda", path=overlay),),
+        GuestOptions(uuid=str(uuid.uuid4())),
+    )  # fmt: skip
+    other.define()
+    refuse(f"backing file of domain {other.name}")
+    other.undefine()
+    # a file that is missing in the set
+    stream = next(here.set.glob("vdc.inc*.data"))
+    away = stream.rename(here.directory / "away")
+    refuse("missing", code=INTEGRITY)
+    away.rename(stream)
+    assert state(here) == before
+    assert leftovers(here) == []
+    guest.start()
+    refuse("shut it down first")
+    guest.virsh("managedsave", "--domain", guest.name)
+    refuse("saved state")
+    guest.virsh("managedsave-remove", "--domain", guest.name)
+    guest.close()
+    guest.undefine()
+    refuse("is not known at")
+    guest.define()
+    restore(here, "--yes")
+
+
+def is_open(pid: int, path: Path) -> bool:
+    fds = Path(f"/proc/{pid}/fd")
+    found = any(os.path.realpath(each) == os.path.realpath(path) for each in fds.iterdir())
+    time.sleep(0.3 * found)  # it locks what it has opened
+    return found
+
+
+def test_damage_leaves_files_alone_and_says_what_is_lost(here: Scene) -> None:
+    second = here.history[-1]
+    image = here.guest.image("vda")
+    before = image.read_bytes()
+    flip(full(here, "vda"))
+    result = restore(here, "--yes", code=INTEGRITY)
+    assert "SHA-256" in result.stderr
+    assert "incomplete now" not in result.stderr
+    # files are made first, beside the old ones; the devices were not touched
+    assert image.read_bytes() == before
+    assert content(here.guest.image("vdb"), 9) != b"nbdbackup"
+    flip(full(here, "vda"))
+    flip(full(here, "vdc"))
+    result = restore(here, "--yes", code=INTEGRITY)
+    assert f"{here.guest.image('vdc')} is incomplete now" in result.stderr
+    assert f"{image} is missing now" in result.stderr
+    with pytest.raises(LabError):
+        here.guest.start()
+    flip(full(here, "vdc"))
+    restore(here, "--yes")
+    assert_as_of(here, second)
+    assert leftovers(here) == []
+    here.guest.start()
+
+
+def full(here: Scene, target: str) -> Path:
+    (path,) = here.set.glob(f"{target}.full*.data")
+    return path
+
+
+def flip(path: Path) -> None:
+    """Change a bit in the middle; twice makes it good again."""
+    with path.open("r+b") as file:
+        place = path.stat().st_size // 2
+        file.seek(place)
+        byte = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def test_killed_at_each_step(here: Scene) -> None:
+    """Before the old images are set aside nothing is lost; after it the domain can't start."""
+    second = here.history[-1]
+    before = state(here)
+    for step, is_harmless in (
+        ("nbdbackupd.ops.restore_work:write_all#1", True),
+        ("nbdbackupd.ops.restore:_set_aside#1", True),
+        ("nbdbackupd.ops.restore_work:write_all#2", False),
+        ("nbdbackupd.ops.restore:_name_all#1", False),
+        ("nbdbackupd.ops.devices:Device.finish#2", False),
+    ):
+        with here.ctl.rigged(f"KILL@{step}"):
+            here.ctl("restore", here.set, "--in-place", "--yes", code=-9)
+        if is_harmless:
+            assert state(here) == before, step
+        else:
+            with pytest.raises(LabError):
+                here.guest.start()
+    restore(here, "--yes")
+    assert_as_of(here, second)
+    assert leftovers(here) == []
+    here.guest.start()
+
+
+def test_the_guests_start_ends_a_restore_that_can_end(here: Scene) -> None:
+    """Before anything is lost, the guest that is to start comes first."""
+    before = state(here)
+    with here.ctl.start(
+        "restore", here.set, "--in-place", "--yes", "--bandwidth-limit", "1M"
+    ) as process:
+        incomplete = here.guest.image("vda").with_name(f"{here.guest.image('vda').name}.incomplete")
+        wait_until(incomplete.exists, "begin", 30)
+        here.ctl("yield", here.guest.name)
+        _, text = process.communicate(timeout=30)
+    assert process.returncode == BUSY
+    assert "is being started" in text
+    assert state(here) == before
