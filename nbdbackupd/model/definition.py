@@ -188,14 +188,7 @@ def _firmware(root: ET.Element, changes: Changes, told: Told) -> None:
     if system is None:
         return
     _nvram(system, changes, told)
-    loader = system.find("loader")
-    if loader is not None and changes.loader is not None:
-        loader.text = changes.loader
-        if changes.own_loader:
-            # libvirt knows descriptions of its own firmware only
-            system.attrib.pop("firmware", None)
-            devices.remove(system, "firmware")
-            told.changes.append(f"the loader is the point's own copy, {changes.loader}")
+    _loader(root, system, changes, told)
     for tag, path in (("kernel", changes.kernel), ("initrd", changes.initrd)):
         element = system.find(tag)
         if element is None or not (element.text or "").strip():
@@ -204,6 +197,38 @@ def _firmware(root: ET.Element, changes: Changes, told: Told) -> None:
             told.warnings.append(f"the point does not hold the {tag}: {element.text} is used")
         else:
             element.text = path
+
+
+def _loader(root: ET.Element, system: ET.Element, changes: Changes, told: Told) -> None:
+    loader = system.find("loader")
+    if loader is not None and changes.loader is not None:
+        loader.text = changes.loader
+    if not changes.own_loader or changes.loader is None:
+        return
+    if loader is None:
+        # libvirt 9.0 chooses one at each start and does not write it down
+        loader = ET.Element("loader", readonly="yes", type="pflash")
+        if system.find("./firmware/feature[@name='secure-boot'][@enabled='yes']") is not None:
+            loader.set("secure", "yes")
+            _enable_smm(root)
+        loader.text = changes.loader
+        kind = system.find("type")
+        system.insert(list(system).index(kind) + 1 if kind is not None else 0, loader)
+    # libvirt knows descriptions of its own firmware only
+    system.attrib.pop("firmware", None)
+    devices.remove(system, "firmware")
+    told.changes.append(f"the loader is the point's own copy, {changes.loader}")
+
+
+def _enable_smm(root: ET.Element) -> None:
+    """Secure boot is none without; libvirt switches it on only for firmware that it chooses."""
+    features = root.find("features")
+    if features is None:
+        features = ET.SubElement(root, "features")
+    smm = features.find("smm")
+    if smm is None:
+        smm = ET.SubElement(features, "smm")
+    smm.set("state", "on")
 
 
 def _nvram(system: ET.Element, changes: Changes, told: Told) -> None:

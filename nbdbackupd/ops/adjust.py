@@ -17,6 +17,7 @@ from nbdbackupd.model import definition as model
 from nbdbackupd.model import domain as domain_model
 from nbdbackupd.model.definition import Adapted, Changes, NewDisk
 from nbdbackupd.model.definition_devices import Entropy
+from nbdbackupd.model.hostpaths import PathUse
 from nbdbackupd.ops import layers, output_names, restore_files, vtpm
 from nbdbackupd.ops.definer import Definition, Planned
 from nbdbackupd.ops.restore_files import FileCopy
@@ -76,13 +77,15 @@ class Adjuster:
         ConfigError.
         """
         xml = _read_xml(planned)
-        changes, warnings = _changes(planned, xml, self.request)
+        changes = _changes(planned, xml, self.request)
         adapted = model.adapt(xml, self.fit(xml, changes), self._entropy)
         config = planned.output / output_names.clean(f"{adapted.name}.adjusted.xml", ".xml")
         if os.path.lexists(config) and not planned.force:
             raise RepositoryError(f"{config} exists: use --force to replace it, or another -o")
-        self._state = State(planned, adapted, config, warnings=warnings)
-        self.look(self._state)
+        self._state = state = State(planned, adapted, config)
+        self.look(state)
+        for warning in (*adapted.warnings, *state.warnings):
+            log.warning("%s", warning)
         _make_passable(planned)
 
     def fit(self, xml: str, changes: Changes) -> Changes:
@@ -92,6 +95,7 @@ class Adjuster:
 
     def look(self, state: State) -> None:
         """See whether the definition will do. Raises NbdbackupError."""
+        tell_missing(state)
         if wants_tpm(state):
             tell_tpm(state, SYSTEM_URI)
 
@@ -142,6 +146,18 @@ def wants_tpm(state: State) -> bool:
     return backend.find("source") is None
 
 
+def tell_missing(state: State) -> None:
+    """Warn of files that the definition names, and that are neither here nor to come."""
+    planned = state.planned
+    coming = {str(disk.path) for disk in planned.disks}
+    coming |= {str(each.final) for each in planned.files} | {str(_tpm_directory(planned))}
+    for use in state.adapted.uses:
+        if isinstance(use, PathUse) and use.path not in coming and not os.path.lexists(use.path):
+            state.warnings.append(
+                f"{use.what} {use.path} is not on this host: the domain can't start without it"
+            )
+
+
 def tell_tpm(state: State, uri: str) -> None:
     """Warn that the user has to put the TPM's state into its place."""
     state.warnings.append(
@@ -171,14 +187,13 @@ def _read_xml(planned: Planned) -> str:
         raise IntegrityError("the domain XML is no UTF-8", file=path) from err
 
 
-def _changes(planned: Planned, xml: str, request: DefineRequest) -> tuple[Changes, list[str]]:
+def _changes(planned: Planned, xml: str, request: DefineRequest) -> Changes:
     files = {each.stored.role: each for each in planned.files}
     # what the point's XML says, whatever the domain is called today
     name = model.parse(xml).findtext("name", "") or planned.domain
     finals = {role: str(files[role].final) for role in FIRMWARE if role in files}
-    warnings: list[str] = []
-    loader, own = _loader(files.get("loader"), domain_model.parse_domain(xml).loader, warnings)
-    changes = Changes(
+    loader, own = _loader(files.get("loader"), domain_model.parse_domain(xml).loader)
+    return Changes(
         name=request.name or (name if request.keep_identity else f"{PREFIX}{name}"),
         keep_identity=request.keep_identity,
         disks={
@@ -195,21 +210,18 @@ def _changes(planned: Planned, xml: str, request: DefineRequest) -> tuple[Change
         initrd=finals.get("initrd"),
         tpm=_tpm_path(planned, xml),
     )
-    return changes, warnings
 
 
-def _loader(copy: FileCopy | None, path: str, warnings: list[str]) -> tuple[str | None, bool]:
+def _loader(copy: FileCopy | None, path: str) -> tuple[str | None, bool]:
     """The loader's path, None to leave it, and whether it is the point's own copy.
 
     The host's is as good if it is the same: libvirt knows it, with all that goes with it.
     """
     if copy is None:
-        if path.startswith("/") and not Path(path).is_file():
-            warnings.append(f"loader {path} is neither on this host nor in the point")
         return None, False
     original = Path(copy.stored.origin or path)
     try:
-        if hashlib.sha256(original.read_bytes()).hexdigest() == copy.stored.sha256:
+        if original.read_bytes() == copy.source.read_bytes():
             return str(original), False
     except OSError:
         log.info("loader %s is not on this host", original)

@@ -60,7 +60,9 @@ class DomainDefiner(Adjuster):
         if local:
             images = {disk.path.parent for disk in state.planned.disks if disk.type == "file"}
             define_paths.check_way(connection.base_owner(), sorted(images))
-        virt.try_out(connection, adapted.xml)
+            adjust.tell_missing(state)
+        with _saying("--adjust-config writes it down, to be changed by hand"):
+            virt.try_out(connection, adapted.xml)
         if adjust.wants_tpm(state):
             if local:
                 state.tpm_place = vtpm.places(connection.uri, adapted.uuid)[0]
@@ -92,6 +94,7 @@ class DomainDefiner(Adjuster):
         log.info("domain %s is defined, UUID %s", adapted.name, adapted.uuid)
         if not fits:
             state.warnings.append("libvirt's schema does not know all of the definition")
+            log.warning("%s", state.warnings[-1])
         if self.request.start:
             with _saying(f"domain {adapted.name} is defined, and its images are complete"):
                 virt.start(domain)

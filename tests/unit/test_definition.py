@@ -155,6 +155,28 @@ def test_firmware_that_the_point_does_not_hold() -> None:
     assert "/PROD/vars.fd" not in adapt(replace(CLONE, nvram=None), nested).xml
 
 
+def test_a_loader_that_libvirt_chose_at_start() -> None:
+    """libvirt 9.0 does not name it in the definition: the point's own has to be named."""
+    loader = "    <loader readonly='yes' type='pflash'>/PROD/code.fd</loader>\n"
+    assert loader in PRODUCTION
+    for secure in (False, True):
+        xml = PRODUCTION.replace(loader, "")
+        if secure:
+            xml = xml.replace("enabled='no' name='secure-boot'", "enabled='yes' name='secure-boot'")
+        root = root_of(adapt(xml=xml))
+        assert (root.find("./features/smm[@state='on']") is not None) is secure
+        system = root.find("os")
+        assert system is not None
+        found = system.find("loader")
+        assert found is not None
+        assert (found.text, found.get("type")) == ("/new/code.fd", "pflash")
+        assert (found.get("secure") == "yes") is secure
+        assert (system.get("firmware"), system.find("firmware")) == (None, None)
+        same = root_of(adapt(replace(CLONE, own_loader=False), xml)).find("os")
+        assert same is not None
+        assert (same.get("firmware"), same.find("loader")) == ("efi", None)
+
+
 @pytest.mark.parametrize(
     ("machine", "family"),
     [
