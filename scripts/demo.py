@@ -1,48 +1,21 @@
-"""The body of scripts/demo: a story in seven steps, each one shown as a user would type it."""
+"""The body of scripts/demo without systemd: seven steps, each shown as a user would type it."""
 
-import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from tests.lab.command import LabError
-from tests.lab.compare import first_difference
+from scripts.demo_show import DISK_SIZE, DISKS, DemoError, Reference, Show, parse, tell
 from tests.lab.disks import MIB, DiskSpec
 from tests.lab.embed import EmbeddedLab
 from tests.lab.guest import Guest
 
-TOP = Path(__file__).resolve().parent.parent
-DISKS = ("vda", "vdb")
-DISK_SIZE = 256 * MIB
-STEP_TIMEOUT_SECONDS = 100
 EXIT_DAMAGED = 40
-BOLD, GREEN, RED, PLAIN = (
-    ("\033[1m", "\033[32m", "\033[31m", "\033[0m") if sys.stdout.isatty() else ("", "", "", "")
-)
 
 
-class DemoError(Exception):
-    """The product did not do what it promises."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reference:
-    """The true content of every disk at a moment, taken without the product."""
-
-    what: str
-    images: dict[str, Path]
-
-
-class Demo:
+class Demo(Show):
     """One run of the demo; ``work`` is a directory of its own."""
 
     def __init__(self, lab: EmbeddedLab, work: Path) -> None:
@@ -51,14 +24,13 @@ class Demo:
         self.set = work / "set"
         self.damaged = work / "damaged"
         self.restored = work / "restored"
-        self.variables = {
+        variables = {
             "URI": lab.uri,
             "SET": str(self.set),
             "DAMAGED": str(self.damaged),
             "OUT": str(self.restored),
         }
-        self.step_number = 0
-        self.references: list[Reference] = []
+        super().__init__(variables)
 
     def run(self) -> None:
         """Tell the whole story; raises ``DemoError`` or ``LabError`` where it breaks."""
@@ -159,24 +131,15 @@ class Demo:
         }
         self.references.append(Reference(what=what, images=images))
 
-    def compare(self, reference: Reference, name: str, restored: Path) -> None:
-        """Compare one disk; raises ``DemoError`` at the first different byte."""
-        offset = first_difference(reference.images[name], restored)
-        if offset is not None:
-            raise DemoError(f"{reference.what}: {name} differs at byte {offset}")
-        self.note(f"{GREEN}identical{PLAIN}: {name} at {reference.what}, all {DISK_SIZE} bytes")
-
     def ctl(self, *words: str | Path, expect: int = 0) -> None:
         """Run and show one nbdbackupctl command with its output."""
-        done = self.call(words, expect=expect, show=True)
-        for line in (done.stdout or done.stderr).splitlines():
-            print(f"     {line}")
+        self.show_output(self.call(words, expect=expect, show=True))
         if expect:
-            self.note(f"exit status {done.returncode}, as it should be")
+            self.note(f"exit status {expect}, as it should be")
 
     def ctl_json(self, *words: str | Path, show: bool = False) -> Any:
         """Run one nbdbackupctl command for its JSON report."""
-        return json.loads(self.call((*words, "--json"), expect=0, show=show).stdout)
+        return parse(self.call((*words, "--json"), expect=0, show=show))
 
     def call(
         self, words: tuple[str | Path, ...], *, expect: int, show: bool
@@ -184,71 +147,21 @@ class Demo:
         """Run nbdbackupctl from this checkout; raises ``DemoError`` on another exit status."""
         # only a backup needs libvirt
         connection = ["-c", self.lab.uri] if words[0] == "backup" else []
-        if show:
-            self.say(f"$ nbdbackupctl {self.as_typed([*connection, *words])}")
-        started = time.monotonic()
-        done = subprocess.run(
-            ["/usr/bin/python3", "-m", "nbdbackupd", *connection, *words],
-            cwd=TOP,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=STEP_TIMEOUT_SECONDS,
-            # the embedded driver logs like a daemon, to stderr
-            env={**os.environ, "LIBVIRT_DEBUG": "error"},
-            check=False,
+        program = ["/usr/bin/python3", "-m", "nbdbackupd"]
+        return self.run_command(
+            program, [*connection, *words], expect=expect, show=show, typed="nbdbackupctl"
         )
-        if done.returncode != expect:
-            raise DemoError(f"exit status {done.returncode}: {done.stdout}{done.stderr}")
-        if show:
-            self.note(f"took {time.monotonic() - started:.1f} s")
-        return done
-
-    def as_typed(self, words: Sequence[str | Path]) -> str:
-        """Return a command's words with the long ones replaced by their variables."""
-        line = " ".join(os.fspath(word) for word in words)
-        for name, value in self.variables.items():
-            line = line.replace(value, f'"${name}"')
-        return line.replace(" --json", "")
-
-    def step(self, title: str) -> None:
-        """Begin a chapter."""
-        self.step_number += 1
-        print(f"\n{BOLD}{self.step_number}. {title}{PLAIN}")
-
-    def say(self, text: str) -> None:
-        """Print something that a user would type."""
-        print(f"   {BOLD}{text}{PLAIN}", flush=True)
-
-    def note(self, text: str) -> None:
-        """Print what happened."""
-        print(f"   - {text}", flush=True)
 
 
-def interrupted(number: int, _frame: FrameType | None) -> None:
-    """Leave by an exception, so that everything is torn down."""
-    raise SystemExit(128 + number)
-
-
-def main() -> int:
-    """Run the demo; 0 if every byte was right."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, interrupted)
-    started = time.monotonic()
-    print("A guest is backed up, changed, backed up again, restored and compared.")
-    try:
-        with EmbeddedLab() as lab:
-            work = lab.directory / "demo"
-            work.mkdir()
-            print(f"Everything happens in {lab.directory} and is removed at the end.")
-            Demo(lab, work).run()
-    except (DemoError, LabError, subprocess.TimeoutExpired) as err:
-        print(f"\n{RED}FAILED{PLAIN}: {err}", file=sys.stderr)
-        return 1
-    seconds = time.monotonic() - started
-    print(f"\n{GREEN}All restored disks are identical{PLAIN} ({seconds:.0f} s).")
-    return 0
+def embedded() -> None:
+    """Tell the story; raises ``DemoError`` or ``LabError``."""
+    with EmbeddedLab() as lab:
+        work = lab.directory / "demo"
+        work.mkdir()
+        print(f"Everything happens in {lab.directory} and is removed at the end.")
+        Demo(lab, work).run()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    story = "A guest is backed up, changed, backed up again, restored and compared."
+    sys.exit(tell(story, embedded))

@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_demo_finds_every_byte() -> None:
-    told = run([TOP / "scripts" / "demo"], timeout_seconds=240)
+    told = run([TOP / "scripts" / "demo", "--embedded"], timeout_seconds=240)
     assert told.count("identical: ") == 6
     assert "All restored disks are identical" in told
 
