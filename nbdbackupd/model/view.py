@@ -28,6 +28,7 @@ MISSING: Final = -2
 """In place of a layer: the bytes are zero; no block holds them, though one must."""
 
 _NUMBER_BITS: Final = 40
+_NUMBERS: Final = (1 << _NUMBER_BITS) - 1
 
 
 class Place(NamedTuple):
@@ -50,24 +51,20 @@ class Source(Protocol):
         """All that end after ``start``, ascending, without overlap."""
 
 
-class Span(NamedTuple):
-    """``length`` guest bytes at ``offset``, from a block of a layer (0 is the newest).
+Span = tuple[int, int, int, int]
+"""Guest offset, length, layer (0 is the newest) and the number of its block there.
 
-    ``layer`` may be ``ZERO`` or ``MISSING`` instead.
-    """
-
-    offset: int
-    length: int
-    layer: int
-    number: int
+The layer may be ``ZERO`` or ``MISSING`` instead.
+"""
 
 
 class _Window:
     """The merged pieces of one range: where each starts, and its layer and block in one number."""
 
-    __slots__ = ("end", "refs", "starts")
+    __slots__ = ("begin", "end", "refs", "starts")
 
-    def __init__(self) -> None:
+    def __init__(self, begin: int) -> None:
+        self.begin = begin
         self.starts = array("Q")
         self.refs = array("q")
         self.end = 0
@@ -103,23 +100,26 @@ class View:
         self._windows: OrderedDict[int, _Window] = OrderedDict()
         self._starts: list[int] = []
         self._pieces = 0
+        self._last = _Window(0)
 
     def spans(self, offset: int, length: int) -> list[Span]:
         """Who holds the range, without gap; it lies within the disk. Raises what layers raise."""
-        found = []
+        found: list[Span] = []
         end = offset + length
         while offset < end:
-            window = self._at(offset)
+            window = self._last
+            if not window.begin <= offset < window.end:
+                window = self._last = self._at(offset)
             starts, refs = window.starts, window.refs
             number = bisect.bisect_right(starts, offset) - 1
             last = len(starts) - 1
             while offset < end and number <= last:
                 until = min(end, starts[number + 1] if number < last else window.end)
                 ref = refs[number]
-                layer, block = (
-                    (ref >> _NUMBER_BITS, ref & (1 << _NUMBER_BITS) - 1) if ref >= 0 else (ref, 0)
-                )
-                found.append(Span(offset, until - offset, layer, block))
+                if ref >= 0:
+                    found.append((offset, until - offset, ref >> _NUMBER_BITS, ref & _NUMBERS))
+                else:
+                    found.append((offset, until - offset, ref, 0))
                 offset = until
                 number += 1
         return found
@@ -140,7 +140,7 @@ class View:
             begin = max(begin, self._windows[self._starts[before]].end)
         if before + 1 < len(self._starts):
             limit = self._starts[before + 1]
-        window = _Window()
+        window = _Window(begin)
         layers = [flatten.Layer(each.size, each.places(begin)) for each in self._layers]
         for count, piece in enumerate(flatten.pieces(layers, begin)):
             if piece.end >= limit:
@@ -149,12 +149,12 @@ class View:
             window.add(piece, self._must)
             if count >= ENOUGH and piece.end > offset:
                 break
-        self._keep(begin, window)
+        self._keep(window)
         return window
 
-    def _keep(self, begin: int, window: _Window) -> None:
-        self._windows[begin] = window
-        bisect.insort(self._starts, begin)
+    def _keep(self, window: _Window) -> None:
+        self._windows[window.begin] = window
+        bisect.insort(self._starts, window.begin)
         self._pieces += len(window.starts)
         while self._pieces > self._most and len(self._windows) > 1:
             start, old = self._windows.popitem(last=False)

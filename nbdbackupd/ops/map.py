@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 from urllib.parse import quote
 
 from nbdbackupd import durable, proc
@@ -29,6 +29,9 @@ PACKAGE: Final = Path(proc.__file__).parent
 START_SECONDS: Final = 60.0
 STOP_SECONDS: Final = 5.0
 POLL_SECONDS: Final = 0.003
+THREADS: Final = 8
+"""For each connection; more of them only wait for one another."""
+
 SOCKET_PATH_MAX: Final = 107
 SELINUX: Final = Path("/sys/fs/selinux/enforce")
 SOCKET_LABEL: Final = "system_u:object_r:svirt_socket_t:s0"
@@ -78,22 +81,27 @@ def serving(request: MapRequest, *, cancelled: Callable[[], None]) -> Iterator[S
         served, running = [], []
         for place in _places(request, found, home):
             stack.callback(mapped.remove_socket, place.socket)
-            with map_plan.handover(request, found, place.target, cancelled) as given:
+            with (
+                map_plan.handover(request, found, place.target, cancelled) as given,
+                _Report(place.target, stack) as report,
+            ):
                 process = stack.enter_context(
                     proc.spawn(
                         ["nbdkit", "-f", "--exit-with-parent",
-                         *_argv(request, place, given), "report=1"],
-                        pass_fds=(*given.fds, home.lock), pipe_stdout=True,
+                         *_argv(request, place, given), f"report={report.writer}"],
+                        pass_fds=(*given.fds, home.lock, report.writer),
                         env=_environment(), grace_seconds=STOP_SECONDS,
                     )
                 )  # fmt: skip
                 _await(place, cancelled, process.check)
-                running.append(_Running(place.target, process))
+                running.append((process, report))
                 served.append(_opened_up(request, place, given, process.pid, stack))
         mapping = _noted(request, found, home, served, keeper=os.getpid())
 
         def check() -> int:
-            return sum(each.check() for each in running)
+            for process, _ in running:
+                process.check()
+            return sum(report.read() for _, report in running)
 
         yield Serving(mapping=mapping, warnings=found.warnings, check=check)
 
@@ -187,7 +195,7 @@ def _environment() -> dict[str, str]:
 
 
 def _argv(request: MapRequest, place: _Place, given: Handover) -> list[str]:
-    argv = ["-P", str(place.pid_file)]
+    argv = ["-t", str(THREADS), "-P", str(place.pid_file)]
     if place.socket is not None:
         argv += ["-U", str(place.socket)]
         if SELINUX.exists():
@@ -257,30 +265,34 @@ def _noted(
     return mapping
 
 
-class _Running:
-    """A server of ours, and what it says of damage."""
+class _Report:
+    """What a server says of damage: a pipe that it inherits (its standard output is closed).
 
-    def __init__(self, target: str, process: proc.Process) -> None:
+    A context manager, while which the writing end is open here, too; the reading end is closed
+    with the stack.
+    """
+
+    def __init__(self, target: str, stack: ExitStack) -> None:
         self._target = target
-        self._process = process
         self._rest = b""
         self._damaged = 0
-        if process.stdout is not None:
-            os.set_blocking(process.stdout.fileno(), False)
+        self._reader, self.writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        stack.callback(os.close, self._reader)
 
-    def check(self) -> int:
-        """Log what was said; how many blocks were damaged so far.
+    def __enter__(self) -> Self:
+        return self
 
-        Raises ProcessError if the server has ended.
-        """
-        if self._process.stdout is not None:
-            try:
-                said = os.read(self._process.stdout.fileno(), 1 << 16)
-            except BlockingIOError:
-                said = b""
-            *lines, self._rest = (self._rest + said).split(b"\n")
-            self._damaged += len(lines)
-            for line in lines:
-                log.error("disk %s: %s", self._target, line.decode(errors="replace"))
-        self._process.check()
+    def __exit__(self, *exc: object) -> None:
+        os.close(self.writer)
+
+    def read(self) -> int:
+        """Log what was said since the last call; how many blocks were damaged so far."""
+        try:
+            said = os.read(self._reader, 1 << 16)
+        except BlockingIOError:
+            said = b""
+        *lines, self._rest = (self._rest + said).split(b"\n")
+        self._damaged += len(lines)
+        for line in lines:
+            log.error("disk %s: %s", self._target, line.decode(errors="replace"))
         return self._damaged

@@ -99,7 +99,7 @@ class ServedDisk:
         with self._lock:
             spans = self._view.spans(offset, len(buffer))
         for at, length, layer, number in spans:
-            part = buffer[at - offset : at - offset + length]
+            part = buffer if length == len(buffer) else buffer[at - offset : at - offset + length]
             if layer >= 0:
                 self._read_block(layer, number, at, part)
             elif layer == ZERO:
@@ -118,19 +118,19 @@ class ServedDisk:
         while offset < end and given < MOST_EXTENTS:
             with self._lock:
                 spans = self._view.spans(offset, min(end - offset, 1 << 30))
-            for span in spans:
-                is_zero = span.layer == ZERO
-                if is_zero is not was_zero and span.offset > start:
-                    yield start, span.offset - start, was_zero
-                    start = span.offset
+            for at, _, layer, _ in spans:
+                is_zero = layer == ZERO
+                if is_zero is not was_zero and at > start:
+                    yield start, at - start, was_zero
+                    start = at
                     given += 1
                 was_zero = is_zero
-            offset = spans[-1].offset + spans[-1].length
+            offset = spans[-1][0] + spans[-1][1]
         yield start, offset - start, was_zero
 
     def _read_block(self, layer: int, number: int, at: int, part: memoryview) -> None:
         key = (layer, number)
-        if key in self._damaged:
+        if self._damaged and key in self._damaged:
             raise IntegrityError(self._damaged[key])
         files = self._layers[layer]
         try:
@@ -219,7 +219,7 @@ class _Layer:
         """A part of a plain block, from guest offset ``at`` on."""
         record = self.record(number)
         whole = len(part) == record.length
-        if self._is_proven(number) or record.digest == NO_DIGEST or not (whole or self._prove):
+        if not (whole or self._prove) or self._is_proven(number) or record.digest == NO_DIGEST:
             self._read_at(part, record.position + at - record.offset)
             return
         block = part if whole else memoryview(bytearray(record.length))
