@@ -144,7 +144,7 @@ def _planned(plan: Plan, request: RestoreRequest) -> Planned:
         disks=tuple(
             PlannedDisk(
                 target=job.target, path=job.site.final, format=job.options.format,
-                type="block" if job.site.final.is_block_device() else "file",
+                type="block" if job.site.is_device else "file",
             )
             for job in plan.jobs
         ),

@@ -45,6 +45,8 @@ class Site:
     is_overwritten = False
     """Whether it is lost as soon as something is written."""
 
+    is_device = False
+
     @property
     def incomplete(self) -> Path:
         """What is filled, before it has its name."""
@@ -110,6 +112,7 @@ class BlockDevice(Site):
     """A block device, which is overwritten."""
 
     is_overwritten = True
+    is_device = True
 
     def __init__(self, path: Path, size: int, about: str, stack: ExitStack) -> None:
         """``size`` is the disk's; ``about`` says what is restored. ``stack`` keeps the claim."""
