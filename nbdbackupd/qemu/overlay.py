@@ -17,9 +17,10 @@ def create(path: Path, size: int, *, socket: Path) -> None:
 
     The server need not be there yet. Raises NoSpaceError, ProcessError.
     """
+    # a URI would have to quote the path
     server = {"type": "unix", "path": os.fspath(socket)}
-    # in words, the path would have to be quoted for a URI
-    below = "json:" + json.dumps({"driver": "nbd", "server": server})
+    node = {"driver": "raw", "file": {"driver": "nbd", "server": server}}
+    below = f"json:{json.dumps(node)}"
     argv = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", below]
     try:
         proc.output([*argv, "--", os.fspath(path), str(size)], timeout=CREATE_SECONDS)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 PYTHON = "/usr/bin/python3"
 SECONDS = 110.0
 WITH_STATE = ("backup", "checkpoints")
+WITH_SCRATCH = ("backup", "boot")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Ctl:
             "--runtime-dir",
             os.fspath(self.runtime),
         ]
-        extra = ["--scratch-dir", os.fspath(self.scratch)] if verb == "backup" else []
+        extra = ["--scratch-dir", os.fspath(self.scratch)] if verb in WITH_SCRATCH else []
         if verb in WITH_STATE and "--checkpoint-dir" not in arguments:
             extra += ["--checkpoint-dir", os.fspath(self.state)]
         if verb == "backup" and "--scratch-reserve" not in arguments:
