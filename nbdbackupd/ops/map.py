@@ -33,6 +33,10 @@ THREADS: Final = 8
 """For each connection; more of them only wait for one another."""
 
 SOCKET_PATH_MAX: Final = 107
+NO_PLUGIN: Final = (
+    "nbdkit can't run Python: install the package nbdkit-plugin-python (Debian) or "
+    "nbdkit-python-plugin (Fedora, EL)"
+)
 SELINUX: Final = Path("/sys/fs/selinux/enforce")
 SOCKET_LABEL: Final = "system_u:object_r:svirt_socket_t:s0"
 """What QEMU of libvirt may connect to."""
@@ -66,6 +70,20 @@ def serve(
 
 
 @contextmanager
+def _explained() -> Iterator[None]:
+    """Tell of a plugin that is not installed: nbdkit's last words are about something else."""
+    try:
+        yield
+    except ProcessError as err:
+        try:
+            proc.output(["nbdkit", "python", "--dump-plugin"], timeout=START_SECONDS)
+        except ProcessError as other:
+            if "not found" not in str(other):
+                raise ProcessError(NO_PLUGIN) from err
+        raise
+
+
+@contextmanager
 def serving(request: MapRequest, *, cancelled: Callable[[], None]) -> Iterator[Serving]:
     """Serve while the block runs: one nbdkit for each disk, all gone at the end with their files.
 
@@ -93,7 +111,8 @@ def serving(request: MapRequest, *, cancelled: Callable[[], None]) -> Iterator[S
                         env=_environment(), grace_seconds=STOP_SECONDS,
                     )
                 )  # fmt: skip
-                _await(place, cancelled, process.check)
+                with _explained():
+                    _await(place, cancelled, process.check)
                 running.append((process, report))
                 served.append(_opened_up(request, place, given, process.pid, stack))
         mapping = _noted(request, found, home, served, keeper=os.getpid())
@@ -119,11 +138,12 @@ def detach(request: MapRequest, *, cancelled: Callable[[], None]) -> Serving:
             with map_plan.handover(request, found, place.target, cancelled) as given:
                 stack.callback(mapped.stop, place.pid_file, home)
                 # it goes into the background, writes its id, and is ready
-                proc.output(
-                    ["nbdkit", *_argv(request, place, given)],
-                    timeout=START_SECONDS, pass_fds=(*given.fds, home.lock),
-                    env=_environment(), must_finish=True,
-                )  # fmt: skip
+                with _explained():
+                    proc.output(
+                        ["nbdkit", *_argv(request, place, given)],
+                        timeout=START_SECONDS, pass_fds=(*given.fds, home.lock),
+                        env=_environment(), must_finish=True,
+                    )  # fmt: skip
                 _await(place, cancelled, lambda: None)
                 pid = int(place.pid_file.read_text())
                 served.append(_opened_up(request, place, given, pid, stack))

@@ -51,7 +51,7 @@ class ServedDisk:
     pid: int
     device: Path | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """The disk as in the reports."""
         return {
             "target": self.target,
@@ -92,7 +92,7 @@ class Mapping:
             "created": self.created,
             "writable": self.writable,
             "keeper": self.keeper,
-            "disks": [disk.to_json() for disk in self.disks],
+            "disks": [disk.describe() for disk in self.disks],
         }
 
     @classmethod

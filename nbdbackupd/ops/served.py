@@ -1,7 +1,7 @@
 """One disk of a restore point as it is read by NBD clients; runs within nbdkit.
 
 The open files come from ``ops/map.py``, which has proven all but the blocks. What is read is
-proven where that costs no other reads (docs/adr/0017-what-a-map-proves.md): every compressed
+proven where that costs no other reads (docs/adr/0018-what-a-map-proves.md): every compressed
 block, and every plain one that is read at once or, with ``prove``, at all. A block that was found
 to be damaged is never given out, in part or whole.
 """

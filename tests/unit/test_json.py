@@ -36,6 +36,13 @@ REPORTS: Final = {
         ("ops/files_copy.py", "to_json"),
     ],
     "import": [("ops/import_set.py", "to_json")],
+    "map": [
+        ("app/verbs/mapping.py", "_show"),
+        ("app/verbs/mapping.py", "_list"),
+        ("ops/mapped.py", "to_json"),
+        ("ops/mapped.py", "describe"),
+    ],
+    "unmap": [("app/verbs/mapping.py", "run_unmap")],
     "verify": [
         ("ops/verify.py", "to_json"),
         ("ops/findings.py", "to_json"),

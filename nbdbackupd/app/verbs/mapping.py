@@ -201,11 +201,10 @@ def render(mapping: "Mapping", *, is_detached: bool) -> str:
 
 def _watch(up: "Serving", cancel: signals.Cancel) -> int:
     """Wait for the signal to end; how many damaged blocks were met."""
-    damaged = 0
     while not cancel.signum:
-        damaged = up.check()
+        up.check()
         time.sleep(POLL_SECONDS)
-    return damaged
+    return up.check()
 
 
 def _list(context: Context) -> int:
