@@ -17,6 +17,7 @@ IMAGES = "/var/lib/libvirt/images"
 CONFIGURATION = "/etc/nbdbackup"
 RUN_SECONDS = 60.0
 DATA_MIB = 32
+NEWER = "9.0"
 PUNCTUAL = "[Timer]\nAccuracySec=100ms\n"  # a minute, else
 
 
@@ -51,7 +52,8 @@ class Appliance:
         paths = list(packages)
         for path in paths:
             self.host.copy_in(path, "/root")
-        return self.host.apt("install", "--reinstall", *(f"/root/{path.name}" for path in paths))
+        options = ("--reinstall", "--allow-downgrades")
+        return self.host.apt("install", *options, *(f"/root/{path.name}" for path in paths))
 
     def configure(self, name: str, **settings: Any) -> None:
         """Write the file for one domain; section and key are parted by two underscores."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.host.appliance import Appliance, Protected, data
+from tests.host.appliance import NEWER, Appliance, Protected, data
 from tests.lab.disks import MIB
 from tests.lab.hostlab import SHARED
 from tests.lab.process import wait_until
@@ -257,7 +257,10 @@ def test_daemons_restart_in_the_middle(appliance: Appliance) -> None:
     protected.guest.virsh("destroy", "vm6")
 
 
-def test_packages_change_in_the_middle(appliance: Appliance, packages: list[Path]) -> None:
+def test_packages_change_in_the_middle(
+    appliance: Appliance, packages: list[Path], newer_packages: list[Path]
+) -> None:
+    """An upgrade leaves the run alone, which goes on with what it has; a removal ends it."""
     host = appliance.host
     protected = Protected(appliance, "vm7")
     appliance.configure("vm7")
@@ -265,13 +268,14 @@ def test_packages_change_in_the_middle(appliance: Appliance, packages: list[Path
     protected.change()
     protected.note(appliance.save("vm7"))
 
-    appliance.begin(protected)
+    appliance.begin(protected, 16)  # 16 s
     main = ("systemctl", "show", "--value", "-p", "MainPID", "nbdbackup@vm7.service")
     pid = host.run(*main)
-    appliance.install(packages)
+    appliance.install(newer_packages)
     assert host.run(*main) == pid != "0\n"
+    assert NEWER in appliance.ctl("--version")
     point = appliance.wait_points("vm7", 2)[-1]
-    assert data(point) == 8 * MIB
+    assert data(point) == 16 * MIB
     protected.note(point)
     assert appliance.failed() == []
 
