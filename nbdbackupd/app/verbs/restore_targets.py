@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from nbdbackupd.app.arguments import Arguments, names, positive, rate
 from nbdbackupd.app.context import Context, new_run_id, now
-from nbdbackupd.errors import UsageError
+from nbdbackupd.errors import DomainError, UsageError
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.restore_plan import Placement
@@ -112,14 +112,14 @@ def placement(
         return
     if args.sequence:
         raise UsageError("stream files by hand have no domain: give -o, or -d DISK=PATH")
+    try:
+        from nbdbackupd.ops import restore_in_place, restore_pool
+    except ImportError as err:
+        raise DomainError(f"a Python library can't be used: {err}; install it") from err
     with context.connection() as connection:
         if args.pool:
-            from nbdbackupd.ops import restore_pool
-
             yield restore_pool.PoolPlacement(connection, args.pool)
             return
-        from nbdbackupd.ops import restore_in_place
-
         yield restore_in_place.InPlace(
             connection,
             runtime_dir=context.runtime_dir,
