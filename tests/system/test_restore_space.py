@@ -10,7 +10,8 @@ import pytest
 from nbdbackupd.errors import NoSpaceError
 from nbdbackupd.ops import restore
 from nbdbackupd.ops.restore import RestoreRequest
-from tests.lib.sets import SetBuilder
+from nbdbackupd.ops.restore_request import Style
+from tests.lib.sets import Change, SetBuilder
 
 pytestmark = pytest.mark.system
 
@@ -43,3 +44,21 @@ def test_full_target(tmp_path: Path, small: Path, output: str, *, preallocate: b
     left = {path.name for path in small.iterdir()}
     assert left <= {f"vda.{output}.incomplete"}
     assert left or preallocate
+
+
+@pytest.mark.parametrize("style", [Style.CHAIN, Style.SNAPSHOTS])
+@pytest.mark.parametrize("mib", range(2, 8))
+def test_full_target_at_any_point(tmp_path: Path, small: Path, style: Style, mib: int) -> None:
+    """Wherever the space ends, in the full or in an increment, it is said, and nothing is named."""
+    rng = random.Random(mib)
+    made = SetBuilder(tmp_path / "set")
+    made.disks = {"vda": bytearray(rng.randbytes(8 * MIB))}
+    made.disks["vda"][mib * MIB :] = bytes((8 - mib) * MIB)
+    made.full()
+    for number in range(4):
+        made.inc({"vda": [Change(number * MIB, rng.randbytes(2 * MIB))]})
+    request = RestoreRequest(source=made.path, output=small, style=style, disks=("vda",))
+    with pytest.raises(NoSpaceError) as found:
+        restore.run(request, progress=lambda *_: None, cancelled=lambda: None)
+    assert found.value.exit_code == 50
+    assert all(path.name.endswith(".incomplete") for path in small.iterdir())
