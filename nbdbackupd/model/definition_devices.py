@@ -62,7 +62,9 @@ def tidy(root: ET.Element) -> None:
             if not alias.get("name", "").startswith("ua-"):
                 parent.remove(alias)
     for label in root.findall("./seclabel"):
-        if label.get("type") == "dynamic" or label.get("model") == "none":
+        for made in ("label", "imagelabel") if label.get("type") == "dynamic" else ():
+            remove(label, made)
+        if label.get("type") == "dynamic" and not len(label):
             root.remove(label)
     for channel in root.findall("./devices/channel/target"):
         channel.attrib.pop("state", None)
@@ -215,13 +217,13 @@ def _private_chardev(devices: ET.Element, each: ET.Element, kind: str, told: Tol
         return
     name = target.get("name", "") if target is not None else ""
     source = each.find("source")
-    if name == domain_model.AGENT_CHANNEL or (is_virtio and kind == "unix" and source is None):
-        # libvirt makes a socket of the domain's own
-        each.set("type", "unix")
-        remove(each, "source")
-        return
+    is_own_socket = kind == "unix" and (source is None or source.get("mode") == "bind")
     for part in ("source", "protocol"):
         remove(each, part)
+    if is_virtio and (name == domain_model.AGENT_CHANNEL or is_own_socket):
+        # libvirt makes a socket of the domain's own
+        each.set("type", "unix")
+        return
     each.set("type", "pty")
     told.changes.append(f"{each.tag} {name}".rstrip() + f" is a pty, not of type {kind}")
 

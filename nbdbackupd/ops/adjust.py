@@ -116,6 +116,10 @@ class Adjuster:
         assert state is not None  # noqa: S101 - prepare came first
         with durable.translate_os_errors("write", state.config):
             durable.write_atomic(state.config, state.adapted.xml.encode(), 0o600)
+            for each in state.planned.files:
+                if each.stored.role == "loader":
+                    # no secret, and the one file that libvirt does not give to QEMU's account
+                    each.final.chmod(0o644)
         defined, started = self.act(state)
         return Definition(
             name=state.adapted.name,

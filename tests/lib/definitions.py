@@ -73,6 +73,8 @@ PRODUCTION = """\
       <target type='virtio' name='org.qemu.guest_agent.0' state='connected'/></channel>
     <channel type='unix'><source mode='connect' path='/PROD/other'/>
       <target type='virtio' name='some.0'/></channel>
+    <channel type='unix'><source mode='bind' path='/PROD/bound'/>
+      <target type='virtio' name='more.0'/></channel>
     <channel type='tcp'><source mode='bind' host='127.0.0.1' service='44322'/>
       <protocol type='raw'/><target type='guestfwd' address='10.0.2.1' port='4600'/></channel>
     <input type='evdev'><source dev='/dev/input/PROD'/></input>
@@ -94,6 +96,8 @@ PRODUCTION = """\
     <vsock model='virtio'><cid auto='no' address='44'/></vsock>
   </devices>
   <seclabel type='dynamic' model='dac' relabel='yes'><label>+0:+0</label></seclabel>
+  <seclabel type='dynamic' model='apparmor' relabel='yes'><baselabel>base</baselabel>
+    <label>libvirt-PROD</label><imagelabel>libvirt-PROD</imagelabel></seclabel>
   <seclabel type='static' model='selinux' relabel='yes'>
     <label>system_u:system_r:svirt_t:s0:c1,c2</label></seclabel>
   <qemu:commandline><qemu:arg value='-drive'/><qemu:arg value='file=/PROD/own'/>

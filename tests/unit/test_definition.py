@@ -50,8 +50,9 @@ def test_what_the_guest_was_set_up_for_stays() -> None:
     interfaces = root.findall("./devices/interface")
     assert [each.get("type") for each in interfaces] == ["bridge", "network"]
     channels = root.findall("./devices/channel")
-    assert [each.get("type") for each in channels] == ["unix", "pty"]
-    assert channels[0].find("source") is None
+    assert [each.get("type") for each in channels] == ["unix", "pty", "unix"]
+    assert [each.find("source") for each in channels] == [None] * 3
+    assert root.findtext("./seclabel/baselabel") == "base"
     assert len(root.findall("./devices/tpm")) == 1
     assert [each.find("target").get("dir") for each in root.findall("./devices/filesystem")] == [  # type: ignore[union-attr]
         "ro"
