@@ -139,6 +139,8 @@ class ServedDisk:
                 # blocks that are parts of one frame share it
                 place = (layer, record.position)
                 block = self._cache.get(place, lambda: files.unpacked(record))
+                if record.whole:
+                    files.check_part(number, record, block)
                 start = record.skip + at - record.offset
                 part[:] = memoryview(block)[start : start + len(part)]
             else:
@@ -204,7 +206,7 @@ class _Layer:
         return record.stored == record.length
 
     def unpacked(self, record: Record) -> bytes:
-        """The guest bytes of a compressed block's whole frame, proven."""
+        """The guest bytes of a compressed block's frame; proven, if the block is all of it."""
         stored = bytearray(record.stored)
         self._read_at(memoryview(stored), record.position)
         try:
@@ -214,6 +216,12 @@ class _Layer:
         if not record.whole:
             self._check(record, block)
         return block
+
+    def check_part(self, number: int, record: Record, frame: bytes) -> None:
+        """Prove a block that is a part of a frame, once."""
+        if record.digest != NO_DIGEST and not self._is_proven(number):
+            self._check(record, memoryview(frame)[record.skip : record.skip + record.length])
+            self._note_proven(number)
 
     def read_plain(self, number: int, at: int, part: memoryview) -> None:
         """A part of a plain block, from guest offset ``at`` on."""
@@ -229,13 +237,16 @@ class _Layer:
         except IntegrityError:
             _clear(part)
             raise
-        with self._lock:
-            self._proven[number >> 3] |= 1 << (number & 7)
+        self._note_proven(number)
         if not whole:
             part[:] = block[at - record.offset : at - record.offset + len(part)]
 
     def _is_proven(self, number: int) -> bool:
         return bool(self._proven[number >> 3] >> (number & 7) & 1)
+
+    def _note_proven(self, number: int) -> None:
+        with self._lock:
+            self._proven[number >> 3] |= 1 << (number & 7)
 
     def _check(self, record: Record, block: bytes | memoryview) -> None:
         if record.digest != NO_DIGEST and blocks.digest(block) != record.digest:
