@@ -199,9 +199,10 @@ def _same_layer(one: ImageLayer, other: ImageLayer) -> bool:
     """Files: same inode, and same path or same file system. Everything else: same path.
 
     The device number of a file system may change with a reboot and the path with a rename, but
-    not both and the inode: a copy or a newly made image has another inode.
+    not both and the inode: a copy or a newly made image has another inode. ``one`` is the
+    recorded layer, and an imported one has no inode: then the path must do.
     """
-    if one.inode or other.inode:
+    if one.inode:
         return one.inode == other.inode and (one.path == other.path or one.device == other.device)
     return bool(one.path) and one.path == other.path
 

@@ -31,3 +31,8 @@ def tag_of(name: str) -> str:
 def point_of(name: str) -> str:
     """The id of the point that a checkpoint was made for; empty if the name is not ours."""
     return name.split(".", 2)[2] if tag_of(name) else ""
+
+
+def is_foreign(checkpoint: str) -> bool:
+    """Whether a checkpoint that is the base of a chain was made by another program."""
+    return bool(checkpoint) and not tag_of(checkpoint)

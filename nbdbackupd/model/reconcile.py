@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from nbdbackupd.model.chain import BackupSet
 from nbdbackupd.model.domain import bitmap_layers
-from nbdbackupd.model.naming import tag_of, tag_of_chain
+from nbdbackupd.model.naming import is_foreign, tag_of, tag_of_chain
 from nbdbackupd.model.plan import BaseDisk, DiskState, why_full
 
 GONE = "the domain has no such disk now, or its image can't be examined"
@@ -74,7 +74,8 @@ class KnownChain:
         """The chain of a set that was read, or None if it has no full yet."""
         if known.head is None or known.full is None:
             return None
-        base = known.head.checkpoint
+        # what another program made is neither redefined nor removed
+        base = "" if is_foreign(known.head.checkpoint) else known.head.checkpoint
         return cls(
             id=known.full.chain,
             base=base,

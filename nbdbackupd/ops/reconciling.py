@@ -22,6 +22,7 @@ from nbdbackupd.errors import (
 )
 from nbdbackupd.model import jobxml
 from nbdbackupd.model.chain import BackupSet, DiskMode, RestorePoint
+from nbdbackupd.model.naming import tag_of
 from nbdbackupd.model.plan import BaseDisk, DiskState
 from nbdbackupd.model.reconcile import (
     WHY,
@@ -280,7 +281,7 @@ def advance(
         targets = tuple(disk.target for disk in point.disks if disk.bitmap)
         why = WHY[Fate.BASE]
         steps.append(Step(action=Action.REDEFINE, name=point.checkpoint, why=why, targets=targets))
-    if parent is not None and point.checkpoint and parent.checkpoint:
+    if parent is not None and point.checkpoint and tag_of(parent.checkpoint):
         steps += _whole_again(point, parent, looked)
         steps.append(removal(parent.checkpoint, looked.states, WHY[Fate.SUPERSEDED]))
     if state is not None:

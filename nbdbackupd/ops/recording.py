@@ -19,7 +19,7 @@ from nbdbackupd.model.plan import DiskState
 from nbdbackupd.nbdio import copy
 from nbdbackupd.nbdio.client import Patience
 from nbdbackupd.nbdio.throttle import Throttle
-from nbdbackupd.ops import leftovers, metadata, origin, reconciling
+from nbdbackupd.ops import foreign, leftovers, metadata, origin, reconciling
 from nbdbackupd.ops.backup_job import Job
 from nbdbackupd.ops.sources import open_source
 from nbdbackupd.ops.transfer import Copied, Transfer, copy_disk
@@ -107,6 +107,7 @@ def _proven(job: Job, snapshot: Snapshot, notes: _Notes) -> Snapshot:
     """Without the changes of images that may not be those of their disks."""
     if job.parent is None:
         return snapshot
+    snapshot = foreign.prove(snapshot, job.domain, job.repository, job.parent)
     patience = _patience(job, notes)
     return origin.prove(snapshot, job.repository.path, job.known, job.parent, patience)
 

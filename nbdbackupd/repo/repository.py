@@ -179,7 +179,8 @@ class Repository:
         if any(name.endswith((".data", ".data.partial")) for name in foreign):
             raise RepositoryError(
                 f"{self.path} holds backup files without manifests ({_some(foreign)}), as "
-                f"virtnbdbackup makes them: {advice}"
+                f"virtnbdbackup makes them: {advice}, or go on with them after "
+                f"'nbdbackupctl import {self.path}'"
             )
         raise RepositoryError(f"{self.path} holds files of others ({_some(foreign)}): {advice}")
 
