@@ -8,7 +8,7 @@ from pathlib import Path
 from nbdbackupd import events
 from nbdbackupd.errors import DomainError, NbdbackupError
 from nbdbackupd.model.chain import RestorePoint
-from nbdbackupd.ops import leftovers
+from nbdbackupd.ops import foreign, leftovers
 from nbdbackupd.ops.backup_job import Job
 from nbdbackupd.ops.survey import Survey
 from nbdbackupd.repo.repository import Repository
@@ -109,7 +109,7 @@ def changed_bytes(
     """
     if held is None:
         targets = [plan.target for plan in survey.plans if plan.delta]
-        stored = repository.checkpoint_xml(parent)
+        stored = foreign.stored_xml(repository, parent)
         return running.changed_bytes(domain, parent.checkpoint, stored, targets)
     return offline.changed_bytes(
         OfflineRequest(
@@ -157,7 +157,7 @@ def _running_request(
         scratch_reserve=request.scratch_reserve,
         on_trouble=on_trouble,
         base_checkpoint=job.parent.checkpoint if job.parent is not None else "",
-        base_xml=job.repository.checkpoint_xml(job.parent),
+        base_xml=foreign.stored_xml(job.repository, job.parent),
         new_checkpoint=job.checkpoint,
         freeze=request.freeze,
         freeze_mountpoints=request.mountpoints,
