@@ -44,7 +44,9 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--at", metavar="TIME", type=moment, help="the newest point made at this time or before"
     )
-    parser.add_argument("--name", help="name of the domain (default: boot_ and the original's)")
+    parser.add_argument(
+        "--name", metavar="NAME", help="name of the domain (default: boot_ and the original's)"
+    )
     parser.add_argument(
         "--memory", metavar="SIZE", type=size, default=0, help="memory (default: as the original)"
     )
