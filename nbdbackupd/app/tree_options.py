@@ -3,7 +3,7 @@
 import argparse
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from nbdbackupd.app import named, tables
 from nbdbackupd.app.arguments import Arguments, names
@@ -22,6 +22,7 @@ TOOLS: Final = ("fuse2fs", "grub-mount", "guestmount")
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
+    _take_any_order(parser)
     parser.add_argument(
         "-d", "--disk", metavar="DISKS", type=names, default=(), help="only this disk (vda)"
     )
@@ -47,6 +48,25 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--replay", action="store_true",
         help="replay the file system's journal first, on a copy that is thrown away",
     )  # fmt: skip
+
+
+def _take_any_order(parser: argparse.ArgumentParser) -> None:
+    """Let options stand between positional arguments.
+
+    Before 3.12.7 argparse takes a positional argument that may be left out for absent when an
+    option follows, unless it is called as here.
+    """
+    plain = parser.parse_known_args
+
+    def parse(args: Any = None, namespace: Any = None) -> Any:
+        # it calls the plain one itself
+        parser.parse_known_args = plain  # type: ignore[method-assign]
+        try:
+            return parser.parse_known_intermixed_args(args, namespace)
+        finally:
+            parser.parse_known_args = parse  # type: ignore[method-assign]
+
+    parser.parse_known_args = parse  # type: ignore[method-assign]
 
 
 def request(args: Arguments, context: Context) -> "MountRequest":

@@ -147,7 +147,7 @@ def choose(found: Sequence[FileSystem], wanted: str) -> FileSystem:
     """
     known = listing(found)
     if wanted:
-        there = [each for each in found if wanted in (str(each.partition), each.volume)]
+        there = [each for each in found if wanted == (each.volume or str(each.partition))]
         if not there:
             raise UsageError(f"there is no partition {wanted}; there is: {known}")
         if len(there) > 1:

@@ -2,7 +2,7 @@
 
 A mount is looked for in the kernel's table and never touched to find out: a file system whose
 program hangs would make whoever asks hang, too. A mount that is in use at the end is detached
-(lazily): it vanishes from its directory at once, and wholly when the last file in it is closed.
+(lazily): it vanishes from its directory at once, and what is open in it can't be read any more.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ BUSY_SECONDS: Final = 3.0
 """How long a mount that is in use at the end is tried again before it is detached."""
 
 UNMOUNT_SECONDS: Final = 30.0
-END_SECONDS: Final = 10.0
+END_SECONDS: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,17 +5,60 @@ Both are given a file and open nothing else. What they say of a stranger's disk 
 """
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from nbdbackupd import durable, proc
-from nbdbackupd.model import file_systems
+from nbdbackupd.model import file_systems, lvm
 from nbdbackupd.model.file_systems import EXT_SUPERBLOCK, FileSystem, Partition
 
 SECONDS: Final = 60.0
+LVM_MEMBER: Final = "LVM2_member"
 SECTORS: Final = (512, 4096)
 """Sizes of a logical sector, in bytes: a partition table counts in them and does not say which."""
+
+
+def probe_all(disks: Sequence[tuple[str, Path]]) -> tuple[FileSystem, ...]:
+    """What is on several disks of a point, given as target and file, and in their LVM groups.
+
+    Raises as ``probe``.
+    """
+    found = [each for target, file in disks for each in probe(file, target)]
+    files = dict(disks)
+    groups = [
+        (each, lvm.volumes(_reader(files[each.disk], each)))
+        for each in found
+        if each.type == LVM_MEMBER
+    ]
+    places = {physical: each for each, (physical, _) in groups if physical}
+    # every physical volume of a group tells of all of its volumes
+    known = {volume.name: volume for _, (_, volumes) in groups for volume in volumes}
+    for name, volume in sorted(known.items()):
+        place = places.get(volume.physical)
+        if place is not None and volume.offset + volume.size <= place.size:
+            lies = FileSystem(
+                disk=place.disk, partition=place.partition, offset=place.offset + volume.offset,
+                size=volume.size, volume=name,
+            )  # fmt: skip
+            found.append(_identified(files[place.disk], lies))
+        else:
+            first = groups[0][0].disk
+            found.append(
+                FileSystem(disk=first, partition=0, offset=-1, size=volume.size, volume=name)
+            )
+    return tuple(found)
+
+
+def _reader(file: Path, place: FileSystem) -> Callable[[int, int], bytes]:
+    def read(offset: int, length: int) -> bytes:
+        if not 0 <= offset <= offset + length <= place.size:
+            return b""
+        with durable.translate_os_errors("read", file), file.open("rb") as opened:
+            return os.pread(opened.fileno(), length, place.offset + offset)
+
+    return read
 
 
 def probe(disk: Path, target: str) -> tuple[FileSystem, ...]:

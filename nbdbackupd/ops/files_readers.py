@@ -59,7 +59,10 @@ def choose(found: FileSystem, *, tool: str, replay: bool) -> Reader:
     Raises NotSupportedError if none can read it, UsageError if the wanted one can't, ProcessError
     if the program is not installed.
     """
-    if not found.is_files and tool != GUESTMOUNT:
+    scattered = found.offset < 0
+    if scattered and tool in (FUSE2FS, KERNEL):
+        raise UsageError(f"{found.place} lies in several pieces, which {tool} can't read")
+    if not found.is_files and not scattered:
         raise NotSupportedError(
             f"{found.place} holds {found.type or 'nothing that blkid knows'} and no file system"
             f"{_elsewhere(found)}"
@@ -101,7 +104,7 @@ def _best(found: FileSystem) -> str:
         return FUSE2FS
     if shutil.which(GUESTMOUNT):
         return GUESTMOUNT
-    if found.type in GRUB:
+    if found.type in GRUB or found.offset < 0:
         return GRUB_MOUNT
     return GUESTMOUNT
 
@@ -124,8 +127,8 @@ def _notes(name: str, found: FileSystem, *, replay: bool) -> Iterator[str]:
         )
     if name == GRUB_MOUNT:
         yield (
-            f"grub-mount reads {found.type} without owners and rights, and follows symbolic links; "
-            f"guestmount shows all: {proc.hint(GUESTMOUNT)}"
+            f"grub-mount reads {found.type or found.place} without owners and rights, and follows "
+            f"symbolic links; guestmount shows all: {proc.hint(GUESTMOUNT)}"
         )
 
 

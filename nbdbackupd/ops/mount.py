@@ -194,7 +194,7 @@ def _served(request: MountRequest, stack: ExitStack, cancelled: Callable[[], Non
     files_fuse.require_fuse()
     # before the lock of our own directory: its sweep needs nothing of ours
     home = stack.enter_context(_home(request.map.runtime_dir))
-    wanted = replace(request.map, writable=request.replay, purpose=PURPOSE)
+    wanted = replace(request.map, writable=request.replay, prove=True, purpose=PURPOSE)
     up = stack.enter_context(mapping.serving(wanted, cancelled=cancelled))
     programs: list[proc.Process] = []
     sources = []
@@ -212,7 +212,7 @@ def _served(request: MountRequest, stack: ExitStack, cancelled: Callable[[], Non
             )
         )
         sources.append(Source(disk=disk.target, file=file, uri=disk.uri))
-    found = [each for source in sources for each in files_probe.probe(source.file, source.disk)]
+    found = files_probe.probe_all([(source.disk, source.file) for source in sources])
 
     def check() -> int:
         for program in programs:
@@ -224,9 +224,7 @@ def _served(request: MountRequest, stack: ExitStack, cancelled: Callable[[], Non
         for program in programs:
             program.stop(0.0)
 
-    return _Served(
-        home=home, up=up, sources=tuple(sources), found=tuple(found), check=check, abort=abort
-    )
+    return _Served(home=home, up=up, sources=tuple(sources), found=found, check=check, abort=abort)
 
 
 def _checked(at: Path) -> Path:

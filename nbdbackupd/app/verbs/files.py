@@ -11,7 +11,7 @@ from nbdbackupd.app import named, signals, tables, tree_options
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size
-from nbdbackupd.errors import SourceError, UsageError
+from nbdbackupd.errors import FormatError, SourceError, UsageError
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.files import Entry
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DESCRIPTION: Final = """\
 Read single files of a restore point, without restoring disks and without root. fs: show the
 partitions and file systems. ls: list directories. cp: copy files and directories out, the last PATH
-is where to. tar: write them as an archive. Options stand before the action, or at the end.
+is where to. tar: write them as an archive.
 """
 ACTIONS: Final = ("fs", "ls", "cp", "tar")
 
@@ -43,7 +43,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 
 def run(args: Arguments, context: Context) -> int:
-    """Carry the verb out; 30 if something could not be read."""
+    """Carry the verb out; 30 if something could not be read, 40 if for damage."""
     _check(args, context)
     from nbdbackupd.ops import files_tar, mount
 
@@ -58,13 +58,16 @@ def run(args: Arguments, context: Context) -> int:
         tree = stack.enter_context(mount.opened(request, cancelled=cancel.check))
         tree_options.warn([*tree.warnings, *tree.notes])
         report = _act(args, tree, output, cancel)
+        damaged = tree.check()
     for line in report.problems.skipped:
         tree_options.warn([f"left out: {line}"])
     if args.action != "tar" or args.file:
         context.show(report.to_json(), _render(report))
+    for line in report.problems.failed:
+        print(f"nbdbackupctl: can't read {tables.printable(line)}", file=sys.stderr)
+    if damaged:
+        return FormatError.exit_code
     if not report.is_complete:
-        for line in report.problems.failed:
-            print(f"nbdbackupctl: can't read {tables.printable(line)}", file=sys.stderr)
         return SourceError.exit_code
     return 3 if tree.warnings or report.problems.skipped else 0
 

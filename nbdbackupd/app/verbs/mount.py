@@ -76,12 +76,12 @@ def _detach(context: Context) -> int:
     """Start ourselves once more in the background, and tell what that one tells."""
     from nbdbackupd import proc
 
-    program = [sys.argv[0]]
+    program = [os.path.realpath(sys.argv[0])]
     if Path(sys.argv[0]).name == "__main__.py":
-        program = ["-m", "nbdbackupd"]
+        program = [sys.executable, "-m", "nbdbackupd"]
     # setsid returns at once; the text ends when the other one lets go of its streams, or ends
     text = proc.output(
-        ["setsid", "--fork", sys.executable, *program, *sys.argv[1:], "--json"],
+        ["setsid", "--fork", *program, *sys.argv[1:], "--json"],
         timeout=READY_SECONDS, env={KEEPER: "1"}, must_finish=True,
     )  # fmt: skip
     document = json.loads(text)
