@@ -1,6 +1,7 @@
 """A run as the configuration says: what the units do for one domain."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,10 +22,13 @@ if TYPE_CHECKING:
     from nbdbackupd.app.making import Planned
     from nbdbackupd.ops.backup_request import BackupReport, BackupRequest
     from nbdbackupd.virt.connection import Connection
-    from nbdbackupd.virt.domain import Domain
+    from nbdbackupd.virt.domain import Domain, Ending
 
 log = logging.getLogger(__name__)
 WARNED: Final = 3
+PENDING: Final = "pending"
+"""Where below the state directory the hook notes what it puts off to the next boot."""
+
 SLOT_SECONDS: Final = 86400.0
 """A run that finds no place among the concurrent ones in a day has its next one waiting."""
 
@@ -313,6 +317,7 @@ class _Run:
         if self.wish.shutdown:
             fields |= {
                 "only_off": True,
+                "ending": self._put_off(),
                 # nothing changed since the last point: that one is already of this state
                 "threshold": max(1, self.settings.threshold or 0),
                 "wait_seconds": max(AFTER_END_SECONDS, self.settings.limits_wait),
@@ -320,6 +325,14 @@ class _Run:
         if self.wish.wait is not None:
             fields["wait_seconds"] = self.wish.wait
         return fields
+
+    def _put_off(self) -> "Ending":
+        """How the guest ended, if that was before the host's last boot."""
+        from nbdbackupd.model import unitname
+        from nbdbackupd.source import kept
+
+        directory = app_context.default_state_dir(os.environ) / PENDING
+        return kept.put_off(directory / unitname.escape(self.domain.name))
 
     def _retire(self, planned: "Planned", request: "BackupRequest", chain: str) -> tuple[str, ...]:
         from nbdbackupd.ops import retiring

@@ -9,6 +9,7 @@ from typing import Any
 from nbdbackupd.model.chain import Layout, Level, RestorePoint
 from nbdbackupd.ops import catalog
 from nbdbackupd.source.quiesce import FreezePolicy
+from nbdbackupd.virt.domain import Ending
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,6 +18,7 @@ class BackupRequest:
 
     Without a ``state_dir`` nothing is noted of the chain beside its set. ``limit_rate`` is in
     bytes per second, read of all disks together. ``only_off``: save nothing if the domain runs.
+    ``ending``: how its guest ended before the host was booted, if that is known.
     """
 
     domain: str
@@ -44,6 +46,7 @@ class BackupRequest:
     strict: bool = False
     limit_rate: int | None = None
     only_off: bool = False
+    ending: Ending = Ending.UNKNOWN
     wait_seconds: float = 0.0
     timeout_seconds: float = 60.0
 

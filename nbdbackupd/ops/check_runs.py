@@ -4,7 +4,7 @@ from nbdbackupd.model.finding import Notes
 from nbdbackupd.ops import leftovers as notes_of_runs
 from nbdbackupd.ops.check_request import Patient
 from nbdbackupd.repo import layout
-from nbdbackupd.source import lease, running, scratch
+from nbdbackupd.source import kept, lease, running, scratch
 from nbdbackupd.virt import jobs
 
 SHOWN = 5
@@ -52,6 +52,26 @@ def locks(patient: Patient, notes: Notes) -> None:
             f"a dead run left its lease {patient.own_dir / lease.LEASE}",
             "it holds nothing; the next backup removes it",
         )
+
+
+def images(patient: Patient, notes: Notes) -> None:
+    """Whether images of a domain that is off are as its guest, or our last run, has left them."""
+    if patient.looked.is_active:
+        return
+    domain = patient.domain
+    runtime_dir = patient.request.runtime_dir
+    known = kept.read(runtime_dir, domain.name)
+    if known is None or known.end is None or known.uuid != domain.uuid:
+        return
+    changes = kept.describe(kept.changed(runtime_dir, domain.name, domain.uuid))
+    if changes:
+        notes.warn(
+            f"since the guest's end {changes}",
+            "the next increment has what programs wrote that know qcow2, and reads replaced "
+            "images whole; others must not write to images whose changes are tracked",
+        )
+    else:
+        notes.ok("its images are as the guest left them")
 
 
 def leftovers(patient: Patient, notes: Notes) -> None:

@@ -20,7 +20,7 @@ from nbdbackupd.ops import locks
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Intent
 from nbdbackupd.repo.repository import Repository
-from nbdbackupd.source import lease
+from nbdbackupd.source import kept, lease
 from nbdbackupd.source import sweep as source_sweep
 from nbdbackupd.virt.domain import Domain
 
@@ -66,6 +66,7 @@ def sweep(
     Returns the checkpoints of dead runs: remove them before ``finish`` forgets their names.
     Raises the errors of libvirt and of the set: a run that can't clean up must not go on.
     """
+    kept.sweep(runtime_dir)
     swept = source_sweep.sweep(domain, socket_dir(runtime_dir, domain.uuid), scratch_dir)
     if swept:
         events.emit(log, events.DEAD_RUN_SWEPT, reason=swept)

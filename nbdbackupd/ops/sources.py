@@ -15,7 +15,7 @@ from nbdbackupd.repo.repository import Repository
 from nbdbackupd.source import Snapshot, kept, lease, offline, running
 from nbdbackupd.source.lease import Lease
 from nbdbackupd.source.offline import OfflineDisk, OfflineRequest
-from nbdbackupd.virt.domain import Domain
+from nbdbackupd.virt.domain import Domain, Ending
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +89,17 @@ def open_source(
             base_checkpoint=job.parent.checkpoint if job.parent is not None else "",
             new_checkpoint=job.checkpoint,
             created=int(job.request.now.timestamp()),
+            ending=_ending(job),
         )
     )
+
+
+def _ending(job: Job) -> Ending:
+    """How the guest ended, as libvirt's hook noted it: libvirt forgets it when it restarts."""
+    known = kept.read(job.request.runtime_dir, job.domain.name)
+    if known is not None and known.end is not None and known.uuid == job.domain.uuid:
+        return known.end.ending
+    return job.request.ending
 
 
 def changed_bytes(

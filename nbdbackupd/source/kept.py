@@ -137,6 +137,21 @@ def read(runtime_dir: Path, domain: str) -> Kept | None:
     return next((each for each in found if each is not None and each.uuid == domain), None)
 
 
+def put_off(note: Path) -> Ending:
+    """How a domain ended whose backup was put off, by the hook's note of that; or UNKNOWN."""
+    text = _text(note)
+    return End.parse(text).ending if text is not None else Ending.UNKNOWN
+
+
+def sweep(runtime_dir: Path) -> None:
+    """Remove what hooks that were killed had begun to write; each names its process."""
+    with suppress(OSError):
+        for path in (runtime_dir / DIRECTORY).glob(".*.part"):
+            pid = path.name.split(".")[1]
+            if pid.isdigit() and not Path("/proc", pid).exists():
+                path.unlink(missing_ok=True)
+
+
 def changed(runtime_dir: Path, name: str, uuid: str) -> dict[str, str]:
     """How images of a domain that is off differ from those that its guest left, by path.
 

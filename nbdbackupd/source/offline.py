@@ -59,8 +59,9 @@ class OfflineRequest:
     """What ``open_offline`` needs.
 
     ``socket`` is where the exports are offered, in the domain's runtime directory. An empty
-    ``new_checkpoint`` makes none; ``created`` is its time, in seconds since 1970. ``on_trouble``
-    is called from another thread. ``cancelled`` raises to end a wait.
+    ``new_checkpoint`` makes none; ``created`` is its time, in seconds since 1970. ``ending`` is how
+    the guest ended, if libvirt has forgotten it. ``on_trouble`` is called from another thread.
+    ``cancelled`` raises to end a wait.
     """
 
     domain: Domain
@@ -72,6 +73,7 @@ class OfflineRequest:
     base_checkpoint: str = ""
     new_checkpoint: str = ""
     created: int = 1
+    ending: Ending = Ending.UNKNOWN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,6 +181,8 @@ def _check(request: OfflineRequest) -> Consistency:
     if domain.is_active():
         raise BusyError(f"domain {domain.name} was started just now", domain=domain.name)
     ending = domain.ending()
+    if ending is Ending.UNKNOWN:
+        ending = request.ending
     if ending is Ending.MIGRATED:
         raise DomainError(
             f"domain {domain.name} was migrated away: back it up on the host where it is now",

@@ -25,6 +25,7 @@ from tests.lab.process import command_line, wait_until
 from tests.lib import bootsector
 from tests.lib.ctl import Result
 from tests.lib.scene import Saved, Scene, scene
+from tests.lib.told import told
 
 pytestmark = pytest.mark.system
 SIZE = 32 * MIB
@@ -457,12 +458,13 @@ class TestVerifyBoot:
 
     def test_does_not_come_up(self, production: Scene, saved: Saved) -> None:
         before = time.monotonic()
-        result = verify(production, "console:login:", "--boot-timeout", "2", code=40)
+        result = verify(production, "console:login:", "--boot-timeout", "2", "-v", code=40)
         assert time.monotonic() - before < 30
         test = result.json["boot"]
         assert test["passed"] is False
         assert re.search("no sign within 2 s; its console ends with: W0", test["reason"])
         assert f"point {saved.id} did not come up" in result.stderr
+        assert "boot-test-failed" in told(result.stderr)
         assert_nothing(production)
         # it is the newest test that counts, and the set is what it was
         assert "did not come up" in production.ctl("list", saved.set).stdout

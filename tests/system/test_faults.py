@@ -15,6 +15,7 @@ from tests.lab.disks import MIB, DiskSpec
 from tests.lab.guest import Guest
 from tests.lab.process import wait_until
 from tests.lib.rigged import RiggedCtl
+from tests.lib.told import told
 from tests.lib.witness import Witness, wait_for_job
 
 pytestmark = pytest.mark.system
@@ -197,6 +198,8 @@ def test_scratch_fills_up(
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 30
     assert "is filling up" in one_line(stderr)
+    logs = [path.read_text() for path in witness.path.glob("logs/*")]
+    assert any("scratch-low" in told(log) for log in logs), logs
     assert str(scratch) in stderr
     assert "--scratch-dir" in stderr
     assert not guest.is_paused()

@@ -22,6 +22,7 @@ from tests.lab.agent_guest import AgentGuest, agent_guest, make_ext4
 from tests.lab.daemon import DaemonLab
 from tests.lab.disks import DiskSpec
 from tests.lab.process import wait_until
+from tests.lib.told import heard
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
@@ -107,9 +108,10 @@ def test_failing_freeze_is_a_warning_or_an_error(
     lab: DaemonLab, linux: AgentGuest, domain: Domain
 ) -> None:
     linux.set_freeze_hook('[ "$1" = thaw ]')
-    with open_running(request_for(lab, domain, FreezePolicy.AUTO)) as snapshot:
+    with heard() as told, open_running(request_for(lab, domain, FreezePolicy.AUTO)) as snapshot:
         assert snapshot.consistency is Consistency.CRASH
         assert "not frozen" in snapshot.warnings[0]
+    assert told == ["freeze-failed"]
     with pytest.raises(FreezeError, match="was not frozen"):
         open_running(request_for(lab, domain, FreezePolicy.REQUIRE)).__enter__()
     assert jobs.active_job(domain) is None
@@ -145,9 +147,10 @@ def test_a_body_that_takes_too_long_is_thawed(
     linux: AgentGuest, domain: Domain, wish: Quiet
 ) -> None:
     short = Quiet(marker=wish.marker, seconds=2)
-    with quiesce.quiet(domain, short) as moment:
+    with heard() as told, quiesce.quiet(domain, short) as moment:
         assert linux.is_frozen()
         wait_until(lambda: not linux.is_frozen(), "thaw by the watchdog", 10)
+    assert told == ["thaw-forced"]
     assert moment.consistency is Consistency.CRASH
     assert "thawed after 2 s" in moment.warnings[0]
     assert linux.freeze_log() == ["freeze", "thaw"]
@@ -190,8 +193,16 @@ def test_a_hanging_agent_does_not_hold_us(
     lab: DaemonLab, linux: AgentGuest, domain: Domain, wish: Quiet
 ) -> None:
     # last: the agent does not come back
-    linux.exec("(sleep 1; kill -STOP $(pidof qemu-ga)) >/dev/null 2>&1 &")
-    time.sleep(2)
+    linux.exec("(sleep 2; kill -STOP $(pidof qemu-ga)) >/dev/null 2>&1 &")
+    with heard() as told, quiesce.quiet(domain, Quiet(marker=wish.marker, seconds=6)) as moment:
+        assert linux.is_frozen()
+        time.sleep(3)
+    # nobody answers the thaw: it is told, and noted for the next run
+    assert told == ["thaw-failed"]
+    assert moment.consistency is Consistency.CRASH
+    assert wish.marker.exists()
+    wish.marker.unlink()
+
     impatient = Quiet(marker=wish.marker, seconds=2)
     begun = time.monotonic()
     with quiesce.quiet(domain, impatient) as moment:

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
+from nbdbackupd.source import kept
 from tests.lab.command import LabError, run
 from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec
 from tests.lab.guest import Guest, GuestOptions
 from tests.lab.process import open_pid_file, wait_until
 from tests.lib.pages import TOP
-from tests.lib.scene import WARNED, Saved, Scene, scene_of, tree
+from tests.lib.scene import WARNED, Saved, Scene, scene, scene_of, tree
+from tests.lib.told import told
 
 pytestmark = pytest.mark.system
 KIB = 1024
@@ -299,3 +301,29 @@ def test_qemu_is_killed(one: Appliance) -> None:
     last = one.save()
     assert last.modes == {"vda": "delta", "vdb": "delta"}
     here.prove_all()
+
+
+def test_somebody_wrote_to_images_of_a_domain_that_stays(lab: HookedLab, tmp_path: Path) -> None:
+    """libvirt knows it, so that is told, and what was written is in the increment."""
+    options = GuestOptions(uuid=str(uuid.uuid4()))
+    name = f"p{uuid.uuid4().hex[:8]}"
+    with scene(lab, tmp_path, name, DISKS, options) as here:
+        here.ctl.runtime = lab.runtime
+        here.guest.write("vda", 0, MIB, 1)
+        here.save()
+        here.guest.stop()
+        # at the time when the hook is called libvirt does not say "shut off" yet
+        found = kept.read(lab.runtime, name)
+        assert found is not None
+        wait_until(lambda: bool(list((lab.runtime / "xml").glob(f"{name}.end"))), "the hook", 30)
+        assert "images-changed" not in told(here.save("-v").stderr)
+        image = here.guest.image("vda")
+        run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 3M 64k", image])
+        checked = here.ctl("check", name, "-o", here.set, code=None).stdout
+        assert f"image {image} was written to" in checked
+        saved = here.save("-v")
+        assert "images-changed" in told(saved.stderr)
+        assert saved.disk("vda")["data_bytes"] == 64 * KIB
+        # once
+        assert "images-changed" not in told(here.save("-v").stderr)
+        here.prove_all()

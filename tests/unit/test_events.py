@@ -233,6 +233,21 @@ def test_every_event_is_used() -> None:
     assert set(constants()) - used == set()
 
 
+def test_every_event_is_provoked_by_a_test() -> None:
+    """By one that names it, and so looks whether it is told."""
+    texts = [
+        path.read_text()
+        for path in (TOP / "tests").rglob("test_*.py")
+        if path.name not in {"test_events.py", "test_log_verb.py"}
+    ]
+    missing = {
+        event.name
+        for name, event in constants().items()
+        if not any(re.search(rf'"{event.name}"|{event.id}|\b{name}\b', text) for text in texts)
+    }
+    assert missing == set()
+
+
 def test_every_call_gives_the_fields_of_its_event() -> None:
     known = constants()
     checked = 0
