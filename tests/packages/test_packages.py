@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdbackupd import __version__
+from nbdbackupd import __version__, proc
 from tests.lab.command import LabError, run
 from tests.lib import sets
 from tests.lib.pages import TOP
@@ -164,6 +164,24 @@ def test_a_restore_needs_no_libvirt(debs: dict[str, Path]) -> None:
     assert "systemd" not in needs
 
 
+def test_what_the_code_calls_is_named() -> None:
+    """By both packagings: each program that the code can do without a message about."""
+    control = (TOP / "packaging/debian/control").read_text()
+    spec = (TOP / "packaging/rpm/nbdbackupd.spec").read_text()
+    debian = re.split(r"[\s,]+", control)
+    fedora = re.findall(r"^(?:Requires|Recommends|Suggests): +(\S+)", spec, re.MULTILINE)
+    everywhere = {"systemd", "tar", "util-linux"}
+    for program, told in proc.PACKAGES.items():
+        if program == "sendmail":  # of whichever mail system there is
+            continue
+        first, _, second = told.partition(" or ")
+        name = first.removesuffix(" (Debian)")
+        assert name in {*debian, *everywhere}, program
+        name = second.removesuffix(" (Fedora, EL)") or name
+        found = {name, f"/usr/bin/{program}"} & {*fedora, *everywhere}
+        assert found, program
+
+
 def test_a_clean_clone_builds(tmp_path: Path) -> None:
     """With what is committed."""
     run(
@@ -303,15 +321,21 @@ def test_rpm_package_lives_and_dies(share: Path) -> None:
     assert "/var/lib/nbdbackup/repository/vm1\n" in removed
 
 
-def test_installed_command_restores_without_libvirt(share: Path) -> None:
+@pytest.mark.parametrize(
+    "install",
+    ["dpkg -i /tmp/share/nbdbackup-restore_*.deb >/dev/null",
+     "rpm -i --nodeps /tmp/share/nbdbackup-restore-*.rpm"],
+)  # fmt: skip
+def test_installed_command_restores_without_libvirt(share: Path, install: str) -> None:
     """The worst day: a host with nothing but the package and the set."""
     rng = random.Random(1)
     made = SetBuilder(share / "set")
     made.disks = {"vda": sets.random_disk(rng, 3 << 20)}
     made.full()
     made.inc({"vda": sets.random_changes(rng, 3 << 20, 20)})
-    script = """
-        dpkg -i /tmp/share/nbdbackup-restore_*.deb >/dev/null
+    script = (
+        f"{install}\n"
+        """
         find /usr/lib/python3/dist-packages -maxdepth 1 -name 'libvirt*' -exec rm -rf {} +
         rm -rf /etc/libvirt /usr/lib/nbdbackup/nbdbackupd/__pycache__
         cd /
@@ -320,6 +344,7 @@ def test_installed_command_restores_without_libvirt(share: Path) -> None:
         # 3: a set made by hand does not tell how its original was made
         nbdbackupctl restore /tmp/share/set -o /tmp/share/restored || [ $? -eq 3 ]
         """
+    )
     run_in_copy(script, share)
     (image,) = (each for each in (share / "restored").iterdir() if each.name.startswith("vda"))
     assert sets.read_image(image, "qcow2" if image.suffix == ".qcow2" else "raw") == bytes(
