@@ -28,6 +28,10 @@ PREFIX: Final = "restore_"
 FIRMWARE: Final = ("nvram", "loader", "kernel", "initrd")
 PASS: Final = 0o711
 """Mode of directories that QEMU has to pass."""
+NEEDED: Final = (
+    "disk", "cdrom", "floppy", "loader", "kernel", "initrd", "dtb", "ACPI", "filesystem",
+)  # fmt: skip
+"""What QEMU does not make itself."""
 MAX_XML: Final = 64 << 20
 SYSTEM_URI: Final = "qemu:///system"
 
@@ -156,7 +160,9 @@ def tell_missing(state: State) -> None:
     coming = {str(disk.path) for disk in planned.disks}
     coming |= {str(each.final) for each in planned.files} | {str(_tpm_directory(planned))}
     for use in state.adapted.uses:
-        if isinstance(use, PathUse) and use.path not in coming and not os.path.lexists(use.path):
+        if not isinstance(use, PathUse) or not use.what.startswith(NEEDED) or use.path in coming:
+            continue
+        if not os.path.exists(use.path):  # noqa: PTH110 - a path with a zero byte is just missing
             state.warnings.append(
                 f"{use.what} {use.path} is not on this host: the domain can't start without it"
             )

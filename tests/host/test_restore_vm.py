@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.lab.host import Host
 from tests.lab.hostguest import HostGuest, guest_binds
 from tests.lab.hostlab import HostLab
 from tests.lab.hostroot import SUITES, hypervisor
+from tests.lab.process import wait_until
 from tests.lib.definitions import CLONE, PRODUCTION
 
 pytestmark = [
@@ -30,6 +32,9 @@ pytestmark = [
 
 TOP: Final = Path(__file__).parents[2]
 SOURCE: Final = "/src"
+PROGRAM: Final = (
+    "env", f"PYTHONPATH={SOURCE}", "PYTHONDONTWRITEBYTECODE=1", "python3", "-m", "nbdbackupd",
+)  # fmt: skip
 IMAGES: Final = "/var/lib/libvirt/images"
 TPM: Final = "/var/lib/libvirt/swtpm"
 FIRMWARE: Final = (
@@ -63,9 +68,7 @@ def host(suite: str) -> Iterator[Host]:
 
 def ctl(host: Host, *words: str, code: int = 0) -> Any:
     """Run the program of the checkout in a host; return its document."""
-    prefix = ("env", f"PYTHONPATH={SOURCE}", "PYTHONDONTWRITEBYTECODE=1")
-    argv = (*prefix, "python3", "-m", "nbdbackupd", "--json", *words)
-    done = host.call(*argv, timeout_seconds=100)
+    done = host.call(*PROGRAM, "--json", *words, timeout_seconds=100)
     assert done.returncode == code, (words, done.stdout, done.stderr)
     return json.loads(done.stdout)
 
@@ -342,6 +345,29 @@ def test_thirty_disks(host: Host) -> None:
     host.run("sh", "-ec", compare)
     host.run("virsh", "destroy", "restore_many")
     host.run("virsh", "undefine", "restore_many")
+
+
+def test_a_name_that_is_taken_meanwhile(host: Host) -> None:
+    """The last look comes before the definition; the message says what stands."""
+    into = f"{IMAGES}/late"
+    words = ("/var/tmp/many", "-o", into, "--define", "--name", "late", "--bandwidth-limit", "512K")
+    argv = host.argv(*PROGRAM, "restore", *words)
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        looked = ("sh", "-c", f"ls {IMAGES}/late/*.incomplete")
+        wait_until(lambda: host.call(*looked).returncode == 0, "the first image", 30)
+        xml = (
+            "<domain type='qemu'><name>late</name><memory unit='MiB'>64</memory>"
+            "<os><type arch='x86_64'>hvm</type></os></domain>"
+        )
+        host.run("virsh", "define", "/dev/stdin", stdin=xml.encode())
+        _, said = run.communicate(timeout=60)
+    assert run.returncode == 20
+    assert "a domain late exists" in said
+    assert f"the images in {into} are complete and {into}/late.adjusted.xml is their" in said
+    assert host.run("virsh", "domblklist", "late").count("\n") <= 3
+    host.run("virsh", "undefine", "late")
+    host.run("virsh", "define", f"{into}/late.adjusted.xml")
+    host.run("virsh", "undefine", "late")
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["clone", "same"])

@@ -183,11 +183,10 @@ def assert_private(original: str, clone: str) -> None:
         return {text for text in found if text}
 
     shared = singular(original) & singular(clone)
-    # programs: the emulator, and what the lab has it load
-    shared = {text for text in shared if not text.startswith("/usr/")}
-    # a live XML tells where consoles are
-    shared = {text for text in shared if not text.startswith("/dev/pts/")}
-    assert shared == set()
+    # programs (the emulator, what the lab has it load), and the control group of all domains; a
+    # live XML tells where consoles are
+    common = ("/usr/", "/dev/pts/", "/machine")
+    assert {text for text in shared if not text.startswith(common)} == set()
 
 
 def test_start_of_one_disk(production: Scene, tmp_path: Path) -> None:
@@ -255,16 +254,36 @@ def test_images_of_others_are_refused(production: Scene, tmp_path: Path) -> None
 
 
 def test_a_failed_restore_defines_nothing(production: Scene, tmp_path: Path) -> None:
-    lab, damaged, into = production.lab, tmp_path / "set", tmp_path / "r"
+    """A bit, a missing layer, no space, a kill: there is no domain afterwards."""
+    lab, ctl = production.lab, production.ctl
+    before = names(lab)
+    damaged, lost = tmp_path / "damaged", tmp_path / "lost"
     shutil.copytree(production.set, damaged)
+    shutil.copytree(production.set, lost)
     stream = next(damaged.glob("vda.full.data"))
     data = bytearray(stream.read_bytes())
     data[len(data) // 2] ^= 1
     stream.write_bytes(data)
-    before = names(lab)
-    production.ctl("restore", damaged, "-o", into, "--define", "--start", code=40)
+    next(lost.glob("vda.full.data")).unlink()
+    into = tmp_path / "r"
+    words = ("-o", into, "--define", "--start")
+    ctl("restore", damaged, *words, code=40)
+    ctl("restore", lost, *words, code=40)
+    for fault, code in (
+        ("NOSPACE@nbdbackupd.ops.restore_files:copy#1", 50),
+        ("TERM@nbdbackupd.ops.restore_files:copy#1", 143),
+        ("KILL@os:rename#1", -9),
+    ):
+        with ctl.rigged(fault):
+            ctl("restore", production.set, *words, code=code)
+        assert names(lab) == before, fault
+        assert not list(into.glob("*.adjusted.xml")), fault
+    with ctl.rigged("KILL@nbdbackupd.virt.definition:define#1"):
+        ctl("restore", production.set, *words, "--force", code=-9)
     assert names(lab) == before
-    assert not list(into.glob("*.adjusted.xml"))
+    # all is complete, and the definition can be used by hand
+    lab.virsh("define", into / "restore_vm1.adjusted.xml")
+    lab.virsh("start", "restore_vm1")
 
 
 def test_libvirt_refuses_at_once(production: Scene, tmp_path: Path) -> None:
