@@ -24,6 +24,8 @@ CRC_START: Final = 0xF597A6CF
 
 TOKEN: Final = re.compile(r'\s+|#[^\n]*|("(?:[^"\\]|\\.)*"|[A-Za-z0-9_.+\-]+|[{}\[\]=,])')
 MAX_DEPTH: Final = 16
+NAME: Final = re.compile(r"(?!-)[A-Za-z0-9_.+\-]{1,127}")
+"""What lvm(8) allows for groups and volumes; they become arguments of other programs."""
 
 Read = Callable[[int, int], bytes]
 """Bytes of a physical volume: offset, length."""
@@ -158,7 +160,11 @@ def _value(tokens: list[str]) -> Any:
 def _volumes(group: str, content: Mapping[str, Any]) -> Sequence[Volume]:
     found = []
     logical = content.get("logical_volumes")
-    for name, each in logical.items() if isinstance(logical, dict) else ():
+    if not isinstance(logical, dict) or not NAME.fullmatch(group):
+        return ()
+    for name, each in logical.items():
+        if not NAME.fullmatch(name) or name in (".", ".."):
+            continue
         try:
             if "VISIBLE" in each["status"]:
                 found.append(_volume(f"{group}/{name}", each, content))
@@ -169,20 +175,26 @@ def _volumes(group: str, content: Mapping[str, Any]) -> Sequence[Volume]:
 
 def _volume(name: str, logical: Mapping[str, Any], content: Mapping[str, Any]) -> Volume:
     """Sizes are in extents of so many sectors; ``stripes`` names a physical volume and where."""
-    extent = int(content["extent_size"]) * SECTOR
-    count = int(logical["segment_count"])
+    extent = _number(content["extent_size"]) * SECTOR
+    count = _number(logical["segment_count"])
     segments = [logical[f"segment{number}"] for number in range(1, min(count, 4096) + 1)]
-    size = sum(int(each["extent_count"]) for each in segments) * extent
+    size = sum(_number(each["extent_count"]) for each in segments) * extent
     pieces = []
     for each in segments:
         if each["type"] != "striped" or each["stripe_count"] != "1":
             return Volume(name=name, size=size)
         physical, start = each["stripes"]
-        pieces.append((physical, int(start), int(each["extent_count"])))
+        pieces.append((physical, _number(start), _number(each["extent_count"])))
     for (before, start, length), (after, then, _) in itertools.pairwise(pieces):
         if (before, start + length) != (after, then):
             return Volume(name=name, size=size)
     physical, start, _ = pieces[0]
     volume = content["physical_volumes"][physical]
-    offset = int(volume["pe_start"]) * SECTOR + start * extent
+    offset = _number(volume["pe_start"]) * SECTOR + start * extent
     return Volume(name=name, size=size, physical=str(volume["id"]), offset=offset)
+
+
+def _number(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise ValueError(text)
+    return int(text)
