@@ -61,7 +61,10 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """All that is to be done, everything but the blocks proven."""
+    """All that is to be done, everything but the blocks proven.
+
+    ``source`` must live as long: what is unpacked of an archive goes with it.
+    """
 
     point: str
     domain: str
@@ -69,6 +72,7 @@ class Plan:
     jobs: tuple[Job, ...]
     files: tuple[FileCopy, ...] = ()
     warnings: tuple[str, ...] = ()
+    source: OpenedSet | None = None
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -133,7 +137,7 @@ def of_set(
     )  # fmt: skip
     files: tuple[FileCopy, ...] = ()
     if request.output is not None:
-        files = restore_files.plan(request.source, point, request.output)
+        files = restore_files.plan(source.path, point, request.output)
     for each in files:
         layering.check_size(each.source, each.stored.size, point=point.id)
     return Plan(
@@ -147,6 +151,7 @@ def of_set(
             *(text for each in made.values() for text in each.warnings),
             *(text for job in jobs for text in _sizes(job)),
         ),
+        source=source,
     )
 
 
@@ -248,6 +253,9 @@ def about_disk(point: RestorePoint, target: str) -> str:
 def of_sequence(request: RestoreRequest, stack: ExitStack, cancelled: Callable[[], None]) -> Plan:
     """The plan for stream files given by hand. Raises as ``restore.run``."""
     given = sequence.load(request.sequence, stack, cancelled)
+    wrong = [place.target for place in request.places if place.target != given.disk]
+    if wrong:
+        raise UsageError(f"the stream files are of disk {given.disk}, not of {wrong[0]}")
     wanted = request.format
     path = request.places[0].path if request.places else None
     if wanted is None and path is not None and path.is_block_device():
