@@ -5,6 +5,7 @@ the tree, as the guest would; those met on a walk are never followed. Names are 
 UTF-8 with surrogate escapes for what is none.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -180,7 +181,7 @@ class Tree:
             try:
                 yield self.entry([*names, name])
             except SourceError as err:
-                problems.fail(shown([*names, name]), _cause(err))
+                self._note(problems, shown([*names, name]), _cause(err))
 
     def walk(self, names: Sequence[bytes], problems: Problems) -> Iterator[Node]:
         """The name and all below it; a directory before and, with ``leave``, after its content.
@@ -206,7 +207,7 @@ class Tree:
         try:
             status = os.stat(name, dir_fd=parent, follow_symlinks=False)
         except OSError as err:
-            problems.fail(shown(path), err)
+            self._note(problems, shown(path), err)
             return
         node = Node(names=path, parent=parent, name=name, status=status)
         if not stat.S_ISDIR(status.st_mode):
@@ -237,6 +238,13 @@ class Tree:
             yield Node(names=path, parent=parent, name=name, status=status, leave=True)
         finally:
             os.close(fd)
+
+    def _note(self, problems: Problems, path: str, err: OSError) -> None:
+        """A name that is there and can't be looked at."""
+        if self.follows_links and err.errno == errno.ENOENT:
+            problems.skip(path, "a link to what is not there")
+        else:
+            problems.fail(path, err)
 
     def _join(self, names: Sequence[bytes]) -> bytes:
         return b"/".join([os.fsencode(self.root), *names])

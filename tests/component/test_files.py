@@ -235,6 +235,32 @@ def test_files_of_others(world: World, tmp_path: Path, disk: str, number: str, k
     assert found == trees.described(world.plain, rights=False)
 
 
+def test_a_reader_that_follows_links(tmp_path: Path) -> None:
+    """Links are what they point to, none leads round in circles, lost ones are told."""
+    source = trees.plain_cases(tmp_path / "src")
+    for name, target in {"to-file": "top.bin", "to-dir": "dir", "dir/round": "..",
+                         "dir/lost": "nowhere", "dir/self": "."}.items():  # fmt: skip
+        (source / name).symlink_to(target)
+    made = SetBuilder(tmp_path / "set", level=1)
+    image = trees.xfs(tmp_path / "xfs", source, 32 * MIB, "links")
+    made.disks = {"vda": bytearray(image.read_bytes())}
+    made.full()
+    ctl = Ctl("test:///default", tmp_path)
+    argv = ("--tool", "grub-mount", made.path)
+    report = ctl("files", *argv, "cp", "/", tmp_path / "out", "--json", code=3).json
+    told = set(report["warnings"])
+    assert "/dir/lost: a link to what is not there" in told
+    assert "/dir/self: a link to a directory that holds it" in told
+    assert "/dir/round: a link to a directory that holds it" in told
+    for path in ("top.bin", "to-file"):
+        assert (tmp_path / "out" / path).read_bytes() == (source / "top.bin").read_bytes()
+    for path in ("dir", "to-dir"):
+        big = tmp_path / "out" / path / "below/big.bin"
+        assert big.read_bytes() == (source / "dir/below/big.bin").read_bytes()
+    listed = ctl("files", *argv, "ls", "-R", "/dir", "--json", code=3).json["entries"]
+    assert "/dir/below/big.bin" in [each["path"] for each in listed]
+
+
 # -- mounts
 
 
