@@ -50,13 +50,17 @@ class Disk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Domain:
-    """The parts of a domain's definition that a backup reads. Paths are as in the XML."""
+    """The parts of a domain's definition that a backup reads. Paths are as in the XML.
+
+    ``firmware`` (``efi``) tells that libvirt chooses loader and NVRAM by itself.
+    """
 
     name: str
     uuid: str
     disks: tuple[Disk, ...] = ()
     loader: str = ""
     nvram: str = ""
+    firmware: str = ""
     kernel: str = ""
     initrd: str = ""
     has_tpm: bool = False
@@ -98,6 +102,7 @@ def parse_domain(xml: str) -> Domain:
         ),
         loader=root.findtext("./os/loader", "").strip(),
         nvram=_nvram(root),
+        firmware=_attribute(root, "os", "firmware"),
         kernel=root.findtext("./os/kernel", ""),
         initrd=root.findtext("./os/initrd", ""),
         has_tpm=backend is not None,

@@ -18,16 +18,21 @@ PASS: Final = 0o711
 """Mode of libvirt's own directories there."""
 
 
-def places(uri: str, uuid: str) -> list[Path]:
-    """Where the state of this domain's TPM is or will be, the likeliest first."""
+def state_directories(uri: str) -> list[Path]:
+    """Where libvirt keeps what belongs to its domains, the likeliest first; by its driver."""
     parts = urlsplit(uri)
     root = parse_qs(parts.query).get("root", [""])[0]
     if parts.path == "/embed" and root:
-        return [Path(root, "lib/swtpm", uuid)]
+        return [Path(root, "lib")]
     if parts.path == "/session":
         base = Path.home() / ".config/libvirt"
-        return [base / "qemu/swtpm" / uuid, base / "swtpm" / uuid]
-    return [Path("/var/lib/libvirt/swtpm", uuid)]
+        return [base / "qemu", base]
+    return [Path("/var/lib/libvirt")]
+
+
+def places(uri: str, uuid: str) -> list[Path]:
+    """Where the state of this domain's TPM is or will be, the likeliest first."""
+    return [each / "swtpm" / uuid for each in state_directories(uri)]
 
 
 def check(place: Path) -> None:
