@@ -41,7 +41,6 @@ install-restore:
 install-appliance:
 	$(INSTALL_DIR) $(DESTDIR)$(UNITDIR)/multi-user.target.wants $(DESTDIR)$(LIBDIR) \
 	    $(DESTDIR)$(PREFIX)/lib/tmpfiles.d \
-	    $(DESTDIR)$(PREFIX)/lib/systemd/logind.conf.d \
 	    $(DESTDIR)$(SYSCONFDIR)/nbdbackup/domains.d \
 	    $(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d
 	$(INSTALL_DATA) $(units) $(DESTDIR)$(UNITDIR)/
@@ -51,8 +50,6 @@ install-appliance:
 	$(INSTALL_PROGRAM) hooks/qemu $(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d/nbdbackup
 	$(INSTALL_DATA) etc/nbdbackup/nbdbackup.yaml etc/nbdbackup/hook.conf \
 	    $(DESTDIR)$(SYSCONFDIR)/nbdbackup/
-	$(INSTALL_DATA) packaging/common/logind.conf \
-	    $(DESTDIR)$(PREFIX)/lib/systemd/logind.conf.d/nbdbackup.conf
 	$(INSTALL_DATA) packaging/common/nbdbackup.tmpfiles \
 	    $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/nbdbackup.conf
 ifeq ($(APPARMOR),yes)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.host.appliance import NEWER, Appliance, Protected, data
+from tests.host.appliance import NEWER, Appliance, Protected, data, service
 from tests.lab.disks import MIB
 from tests.lab.hostlab import SHARED
 from tests.lab.process import wait_until
@@ -142,10 +142,16 @@ def test_increments_go_on_after_migration(appliance: Appliance, other: Appliance
     protected.note(appliance.save("vm4"))
     for number, (here, there) in enumerate([both, both[::-1]], 1):
         protected.change(number)
-        guest.migrate(there.host)
+        base = there.points("vm4")[-1]["checkpoint"]
+        # the hook's "started" comes seconds before libvirt takes a checkpoint
+        guest.migrate(there.host, mib_per_second=8)
         wait_until(lambda: all(each.is_idle() for each in both), "reconciliation", 30)
-        # nothing was saved where it is no longer
+        assert there.host.run("virsh", "checkpoint-list", "--name", "vm4").split() == [base]
+        # nothing was saved where it is no longer, nor tried
         assert len(there.points("vm4")) == number
+        assert here.host.journal(f"UNIT={service('vm4', 'nbdbackup-offline')}") == []
+        assert here.host.call("test", "-e", "/run/nbdbackup/xml/vm4.xml").returncode == 1
+        assert "libvirt no longer knows it" in here.ctl("run", "--shutdown", "vm4")
         point = there.save("vm4")
         assert point["level"] == "inc"
         assert data(point) == number * MIB

@@ -74,12 +74,15 @@ class HostGuest(AgentGuestBase):
         """Return libvirt's word for the domain's state, such as "shut off"."""
         return self.virsh("domstate", "--", self.name).strip()
 
-    def migrate(self, to: Host) -> None:
+    def migrate(self, to: Host, *, mib_per_second: int = 0) -> None:
         """Move it, running, to another host that sees the same images; raises ``LabError``.
 
-        libvirt is told not to worry (``--unsafe``): it does not take a bind mount for shared.
+        At most so fast, unless that is 0.  libvirt is told not to worry (``--unsafe``): it does
+        not take a bind mount for shared.
         """
         options = ["--live", "--unsafe", "--persistent", "--undefinesource"]
+        if mib_per_second:
+            options += ["--bandwidth", str(mib_per_second)]
         words = ("migrate", *options, "--", self.name, f"qemu+ssh://root@{to.name}/system")
         self.virsh(*words, timeout_seconds=MIGRATE_TIMEOUT_SECONDS)
         self.host = to
