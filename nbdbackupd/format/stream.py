@@ -87,6 +87,13 @@ class StreamMeta:
         }
 
 
+class Window(NamedTuple):
+    """Where a stream lies within a file, in bytes; positions stay those of the file."""
+
+    start: int
+    size: int
+
+
 def pack_header(kind: bytes, start: int, length: int) -> bytes:
     """The 40 bytes of a frame header."""
     return b"%s %016x %016x\r\n" % (kind, start, length)
@@ -162,11 +169,11 @@ class StreamReader:
     None. Nothing that the file says is trusted: every place is checked against the file's size.
     """
 
-    def __init__(self, path: Path, *, head: bool = False) -> None:
+    def __init__(self, path: Path, *, head: bool = False, window: Window | None = None) -> None:
         """Open the file, read its meta frame and, if compressed and not ``head``, its sizes.
 
-        With ``head`` only ``meta`` is of use. Raises FormatError (IntegrityError,
-        UnsupportedVersionError) and OSError.
+        With ``head`` only ``meta`` is of use; ``window``: the stream is that part of the file.
+        Raises FormatError (IntegrityError, UnsupportedVersionError) and OSError.
         """
         self.path = path
         # O_NONBLOCK: a pipe in the file's place would block for ever
@@ -175,12 +182,15 @@ class StreamReader:
             status = os.fstat(self._fd)
             if not stat.S_ISREG(status.st_mode):
                 raise IntegrityError("not a regular file", file=path)
-            self.size = status.st_size
-            kind, _, length = self._header(0)
+            start, size = window or (0, status.st_size)
+            self.size = min(start + size, status.st_size)
+            kind, _, length = self._header(start)
             if kind != META or length > MAX_META:
-                raise IntegrityError("stream does not begin with a meta frame", file=path, offset=0)
-            self.meta = parse_meta(self.read(HEADER_LENGTH, length))
-            self._first = self._after(HEADER_LENGTH, length)
+                raise IntegrityError(
+                    "stream does not begin with a meta frame", file=path, offset=start
+                )
+            self.meta = parse_meta(self.read(start + HEADER_LENGTH, length))
+            self._first = self._after(start + HEADER_LENGTH, length)
             self.sizes = self._load_sizes() if self.meta.compressed and not head else None
         except BaseException as err:
             os.close(self._fd)
@@ -300,7 +310,7 @@ class StreamReader:
             raise IntegrityError("bytes after the stop frame", file=self.path, offset=place)
 
 
-def read_meta(path: Path) -> StreamMeta:
+def read_meta(path: Path, window: Window | None = None) -> StreamMeta:
     """The meta frame of a stream file, nothing else of it is read; errors as ``StreamReader``."""
-    with StreamReader(path, head=True) as reader:
+    with StreamReader(path, head=True, window=window) as reader:
         return reader.meta

@@ -14,6 +14,7 @@ from nbdbackupd.model.units import human_size
 from nbdbackupd.ops import opened
 from nbdbackupd.repo import boot_tests
 from nbdbackupd.repo.boot_tests import BootTest
+from nbdbackupd.repo.peer_place import Folder, is_archive
 from nbdbackupd.repo.repository import Repository
 
 JSON_VERSION: Final = 1
@@ -100,15 +101,17 @@ def show(path: Path, point: str = "") -> ShowReport:
     is none, FormatError or RepositoryError if a stream is damaged or missing.
     """
     _check_is_set(path)
-    known = opened.open_set(path).known
+    given = opened.open_set(path)
+    known = given.known
     points = (known.by_id(point),) if point else known.points
     metas = {}
     for each in points:
         for disk in each.disks:
             if disk.layout is Layout.STREAM:
-                file = path / disk.file
+                place = given.place or Folder(path)
+                file = place.file(disk.file)
                 with durable.translate_os_errors("read", file):
-                    metas[disk.file] = stream.read_meta(file)
+                    metas[disk.file] = stream.read_meta(file, place.window(disk.file))
     return ShowReport(path=path, points=points, metas=metas, tests=boot_tests.read(path))
 
 
@@ -164,7 +167,7 @@ def stored_bytes(point: RestorePoint) -> int:
 
 
 def _check_is_set(path: Path) -> None:
-    if not Repository.open(path).exists:
+    if not is_archive(path) and not Repository.open(path).exists:
         raise RepositoryError(f"there is no backup set at {path}: no such directory")
 
 

@@ -1,6 +1,5 @@
 """Bringing the files of a peer's set to another directory: copied, linked, or out of an archive."""
 
-import contextlib
 import os
 import stat
 import zipfile
@@ -106,13 +105,6 @@ def _unpack(
         os.ftruncate(writing, size)
     finally:
         os.close(writing)
-
-
-def is_archive(path: Path) -> bool:
-    """Whether a file is a zip archive."""
-    with contextlib.suppress(OSError):
-        return path.is_file() and zipfile.is_zipfile(path)
-    return False
 
 
 def check_link(source: Path, output: Path) -> None:

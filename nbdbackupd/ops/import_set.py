@@ -28,6 +28,7 @@ from nbdbackupd.ops import catalog, import_files, opened, peer_index
 from nbdbackupd.ops import layers as layering
 from nbdbackupd.repo import importing, layout, peer
 from nbdbackupd.repo.importing import Stage
+from nbdbackupd.repo.peer_place import Folder, is_archive, read_small
 from nbdbackupd.repo.repository import CHECKPOINT_XML, Repository
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def run(
     NoSpaceError, BusyError.
     """
     begun = time.monotonic()
-    archive = import_files.is_archive(request.source)
+    archive = is_archive(request.source)
     _check(request, archive=archive)
     root = request.output or request.source
     repository = Repository.open(root)
@@ -126,8 +127,8 @@ def _already(repository: Repository, request: ImportRequest, begun: float) -> Im
     known = repository.load()
     if not all(point.program.startswith(PROGRAM) for point in known.points[:1]):
         raise RepositoryError(f"{repository.path} is a set of this program already")
-    if request.output is not None and not import_files.is_archive(request.source):
-        theirs = {each.name: each.size for each in peer.read_files(request.source).files}
+    if request.output is not None and not is_archive(request.source):
+        theirs = {each.name: each.size for each in peer.read_files(Folder(request.source)).files}
         ours = {disk.file: disk.file_size for point in known.points for disk in point.disks}
         if any(ours.get(name) != size for name, size in theirs.items()):
             raise RepositoryError(f"{repository.path} holds another set: give another -o")
@@ -155,7 +156,7 @@ class _Import:
 
     def points(self) -> tuple[list[RestorePoint], tuple[str, ...]]:
         """The points as manifests tell them, their indexes written, and warnings."""
-        if not peer.is_peer(self._from):
+        if not peer.is_peer(Folder(self._from)):
             raise RepositoryError(
                 f"{self._request.source} holds no backup that virtnbdbackup wrote"
             )
@@ -174,7 +175,7 @@ class _Import:
         tracked: Mapping[str, str] = {}
         name = layout.checkpoint_xml(point.checkpoint) if point.checkpoint else ""
         if name and (self._from / name).is_file():
-            xml = peer.read_small(self._from / name)
+            xml = read_small(self._from / name, peer.MAX_FILE)
             try:
                 tracked = jobxml.tracked(xml.decode(errors="replace"))
             except CheckpointError as err:
@@ -202,7 +203,7 @@ class _Import:
         self._progress(disk.file, 0, disk.file_size)
         with (
             durable.translate_os_errors("import", self._from / disk.file),
-            opened.open_peer(self._from, point, disk, self._cancelled, deep=False) as layer,
+            opened.open_peer(Folder(self._from), point, disk, self._cancelled, deep=False) as layer,
         ):
             found = peer_index.write(index, layer, whole=whole, check=self._cancelled)
         total = self._checksum(disk)

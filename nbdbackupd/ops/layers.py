@@ -17,7 +17,7 @@ from typing import Final, Self
 from nbdbackupd.errors import IntegrityError
 from nbdbackupd.format import adler, blocks, stream
 from nbdbackupd.format.index import MAX_BLOCK, NO_DIGEST, Index, Kind, Record
-from nbdbackupd.format.stream import StreamMeta, StreamReader
+from nbdbackupd.format.stream import StreamMeta, StreamReader, Window
 from nbdbackupd.model.chain import DiskPoint, Layout, RestorePoint
 from nbdbackupd.ops import frames
 from nbdbackupd.ops.frames import FrameCache, max_stored
@@ -178,8 +178,9 @@ class IndexedLayer(Layer):
 class ScannedLayer(Layer):
     """A stream without an index: its frames are walked again for each pass over the records."""
 
-    def __init__(self, path: Path, meta: StreamMeta) -> None:
-        """Open it; ``meta`` was read from it."""
+    def __init__(self, path: Path, meta: StreamMeta, window: Window | None = None) -> None:
+        """Open it; ``meta`` was read from it. ``window``: it is that part of the file."""
+        self._window = window
         super().__init__(
             path, size=meta.virtual_size, compressed=bool(meta.compressed), raw=False, whole=False
         )
@@ -189,7 +190,7 @@ class ScannedLayer(Layer):
         return self._checked(self._walk())
 
     def _walk(self) -> Iterator[Record]:
-        with StreamReader(self.path) as reader:
+        with StreamReader(self.path, window=self._window) as reader:
             for frame in reader.frames():
                 if frame.kind == stream.ZERO:
                     yield Record(frame.start, frame.length, 0, 0, Kind.ZERO, NO_DIGEST)
@@ -296,14 +297,16 @@ def sha256_file(path: Path, check: Callable[[], None], **where: object) -> str:
     return sum_.hexdigest()
 
 
-def adler32_file(path: Path, check: Callable[[], None]) -> int:
-    """The Adler-32 of a file, read once; as ``sha256_file``."""
+def adler32_file(path: Path, check: Callable[[], None], window: Window | None = None) -> int:
+    """The Adler-32 of a file, or of a part of it, read once; as ``sha256_file``."""
     fd = open_file(path)
     try:
         total = adler.START
-        while part := os.read(fd, CHUNK):
+        place, left = window or (0, os.fstat(fd).st_size)
+        while part := os.pread(fd, min(CHUNK, left), place):
             check()
             total = adler.adler32(part, total)
+            place, left = place + len(part), left - len(part)
     finally:
         os.close(fd)
     return total

@@ -1,9 +1,11 @@
 """Opening a set, whoever wrote it, for all that only reads: list, verify, restore, map, boot."""
 
+import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from nbdbackupd.errors import ChainBrokenError, IntegrityError
 from nbdbackupd.format import stream
@@ -12,7 +14,12 @@ from nbdbackupd.ops import layers as layering
 from nbdbackupd.ops.frames import FrameCache
 from nbdbackupd.ops.layers import Layer, RawLayer, ScannedLayer
 from nbdbackupd.repo import layout, peer, peer_points
+from nbdbackupd.repo.peer_place import Place
 from nbdbackupd.repo.repository import Repository
+
+
+MAX_MEMBER: Final = 1 << 30
+"""Bytes of a file beside the streams (an initrd) that is taken out of an archive."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +28,8 @@ class OpenedSet:
 
     ``problems`` tell what of the set is not sound, ``hints`` what else should be known, a line
     each. ``peer``: virtnbdbackup wrote it, and no manifest of ours vouches for it; then digests
-    are empty.
+    are empty. ``place`` is where its streams are: of an archive, ``path`` is a directory with its
+    small files, which lives as long as this object or until ``close``.
     """
 
     path: Path
@@ -29,11 +37,18 @@ class OpenedSet:
     problems: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     peer: bool = False
+    place: Place | None = None
+    unpacked: tempfile.TemporaryDirectory[str] | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Problems and hints alike."""
         return (*self.problems, *self.hints)
+
+    def close(self) -> None:
+        """Remove what was taken out of an archive: ``path`` is gone then. Safe to call twice."""
+        if self.unpacked is not None:
+            self.unpacked.cleanup()
 
     def layers(
         self,
@@ -55,8 +70,8 @@ class OpenedSet:
         found: list[Layer] = []
         for each in self.known.path(point, target):
             disk = each.disk(target)
-            if self.peer:
-                layer = open_peer(self.path, each, disk, check, deep=deep)
+            if self.place is not None:
+                layer = open_peer(self.place, each, disk, check, deep=deep)
             else:
                 layer = layering.open_proven(self.path, each, disk, check)
             layer.frames = cache
@@ -71,24 +86,37 @@ def open_set(path: Path, *, sound: bool = False) -> OpenedSet:
     the newest at a time, can't be told then. Raises RepositoryError if the path is no directory
     or can't be read, FormatError, IntegrityError or ChainBrokenError for a damaged set.
     """
+    place = peer.place_of(path)
+    if place is not None and peer.is_peer(place):
+        return _open_peer_set(path, place, sound=sound)
     repository = Repository.open(path)
-    if repository.exists and peer.is_peer(path):
-        found = peer_points.build(peer.read_files(path))
-        if found.problems and not sound:
-            more = len(found.problems) - 1
-            rest = f" (and {more} more problem{'s' * (more > 1)})" if more else ""
-            raise ChainBrokenError(f"{path}: {found.problems[0]}{rest}")
-        return OpenedSet(
-            path=path, known=found.known, problems=found.problems, hints=found.warnings, peer=True
-        )
     if sound:
         known, problems = repository.load_sound()
         return OpenedSet(path=path, known=known, problems=problems)
     return OpenedSet(path=path, known=repository.load())
 
 
+def _open_peer_set(path: Path, place: Place, *, sound: bool) -> OpenedSet:
+    found = peer_points.build(peer.read_files(place))
+    if found.problems and not sound:
+        more = len(found.problems) - 1
+        rest = f" (and {more} more problem{'s' * (more > 1)})" if more else ""
+        raise ChainBrokenError(f"{path}: {found.problems[0]}{rest}")
+    unpacked = None
+    if not path.is_dir():
+        unpacked = tempfile.TemporaryDirectory(prefix="nbdbackup-")
+        for file in {file for point in found.known.points for file in point.files}:
+            data = place.read_small(file.name, max(peer.MAX_FILE, min(file.size, MAX_MEMBER)))
+            (Path(unpacked.name) / file.name).write_bytes(data)
+    return OpenedSet(
+        path=Path(unpacked.name) if unpacked else path,
+        known=found.known, problems=found.problems, hints=found.warnings, peer=True,
+        place=place, unpacked=unpacked,
+    )  # fmt: skip
+
+
 def open_peer(
-    directory: Path,
+    place: Place,
     point: RestorePoint,
     disk: DiskPoint,
     check: Callable[[], None],
@@ -100,18 +128,19 @@ def open_peer(
     Raises IntegrityError, FormatError.
     """
     where: dict[str, object] = {"disk": disk.target, "point": point.id}
-    path = directory / disk.file
-    layering.check_size(path, disk.file_size, **where)
+    path, window = place.file(disk.file), place.window(disk.file)
+    if window is None:
+        layering.check_size(path, disk.file_size, **where)
     if deep:
-        check_sum(directory, disk, check, where)
+        check_sum(place, disk, check, where)
     if disk.layout is Layout.RAW:
         return RawLayer(path, **where)
-    meta = stream.read_meta(path)
+    meta = stream.read_meta(path, window)
     if (meta.disk_name, meta.virtual_size) != (disk.target, disk.size) or meta.incremental != (
         disk.mode is DiskMode.DELTA
     ):
         raise IntegrityError("the stream has changed since the set was read", file=path, **where)
-    layer = ScannedLayer(path, meta)
+    layer = ScannedLayer(path, meta, window)
     try:
         for _ in layer.records():
             check()
@@ -122,16 +151,16 @@ def open_peer(
 
 
 def check_sum(
-    directory: Path, disk: DiskPoint, check: Callable[[], None], where: dict[str, object]
+    place: Place, disk: DiskPoint, check: Callable[[], None], where: dict[str, object]
 ) -> bool:
     """Prove a file by the peer's checksum beside it; whether there is one.
 
     Raises IntegrityError.
     """
-    path = directory / disk.file
-    beside = directory / layout.checksum(disk.file)
-    if not beside.exists():
+    told = peer.read_checksum(place, layout.checksum(disk.file))
+    if told is None:
         return False
-    if layering.read_checksum(beside) != layering.adler32_file(path, check):
+    path, window = place.file(disk.file), place.window(disk.file)
+    if told != layering.adler32_file(path, check, window):
         raise IntegrityError("file is damaged: its Adler-32 does not match", file=path, **where)
     return True

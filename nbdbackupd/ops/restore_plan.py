@@ -1,7 +1,7 @@
 """What a restore will do: all that can be proven is proven, and nothing is written yet."""
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -112,7 +112,7 @@ def of_set(
 ) -> Plan:
     """The plan for a point of a set. Raises as ``restore.run``."""
     assert request.source is not None  # noqa: S101 - for the type checker
-    source = _open(request.source, request)
+    source = stack.enter_context(closing(_open(request.source, request)))
     if not source.known.points:
         raise RepositoryError(f"{request.source} holds no restore point: is it a backup set?")
     point = points.choose(source.known, point=request.point, until=request.until, at=request.at)
@@ -221,7 +221,8 @@ def _sites(
     for disk in made:
         if disk.target in given:
             about = about_disk(point, disk.target)
-            found[disk.target] = sites.at(given[disk.target], disk.size, about, stack)
+            least = sites.room(disk.size, made[disk].format)
+            found[disk.target] = sites.at(given[disk.target], least, about, stack)
         elif request.output is None:
             raise UsageError(f"disk {disk.target} has no place: give -o, or -d {disk.target}=PATH")
         else:
@@ -262,7 +263,8 @@ def of_sequence(request: RestoreRequest, stack: ExitStack, cancelled: Callable[[
         wanted = "raw"
     format_, warnings = restore_options.choose_format(given.format, wanted, given.disk)
     if path is not None:
-        site = sites.at(path, given.layers[0].size, f"Disk {given.disk}", stack)
+        least = sites.room(given.layers[0].size, format_)
+        site = sites.at(path, least, f"Disk {given.disk}", stack)
     elif request.output is not None:
         naming = output_names.Wanted(
             target=given.disk, source="", original=given.format, format=format_

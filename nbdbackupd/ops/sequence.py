@@ -20,6 +20,7 @@ from nbdbackupd.ops import layers as layering
 from nbdbackupd.ops import peer_index
 from nbdbackupd.ops.layers import IndexedLayer, Layer, RawLayer, ScannedLayer
 from nbdbackupd.repo.peer import read_files
+from nbdbackupd.repo.peer_place import Folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +93,8 @@ def _read(path: Path) -> _Given:
 def _is_peers_raw(path: Path) -> bool:
     """Whether the files beside it say that this is a raw image that virtnbdbackup saved."""
     return any(
-        file.name == path.name and file.meta is None for file in read_files(path.parent).files
+        file.name == path.name and file.meta is None
+        for file in read_files(Folder(path.parent)).files
     )
 
 

@@ -84,7 +84,9 @@ def run(
     if request.workers < 1:
         raise UsageError("at least one worker is needed")
     with runlog.context(SET=request.path):
-        verify = _verify_peer if peer.is_peer(request.path) else _verify
+        place = peer.place_of(request.path)
+        theirs = place is not None and peer.is_peer(place)
+        verify = _verify_peer if theirs else _verify
         report = verify(request, progress, cancelled)
         telling.verified(log, report)
     return report

@@ -20,6 +20,7 @@ from nbdbackupd.ops.findings import Findings
 from nbdbackupd.ops.layers import Layer
 from nbdbackupd.ops.opened import OpenedSet
 from nbdbackupd.repo import layout
+from nbdbackupd.repo.peer_place import Place
 
 BLOCK: Final = 1 << 20
 
@@ -46,11 +47,13 @@ class PeerCheck:
 
     def _prove(self, point: RestorePoint, disk: DiskPoint) -> None:
         where: dict[str, object] = {"disk": disk.target, "point": point.id}
+        assert self.source.place is not None  # noqa: S101 - for the type checker
+        place = self.source.place
         self._note(
-            lambda: opened.check_sum(self.source.path, disk, self.cancelled, where),
+            lambda: opened.check_sum(place, disk, self.cancelled, where),
             point, disk, layout.checksum(disk.file),
         )  # fmt: skip
-        self._note(lambda: self._prove_blocks(point, disk), point, disk, disk.file)
+        self._note(lambda: self._prove_blocks(place, point, disk), point, disk, disk.file)
 
     def _note(
         self, prove: Callable[[], object], point: RestorePoint, disk: DiskPoint, file: str
@@ -62,10 +65,10 @@ class PeerCheck:
             name = str(told).rpartition("/")[2] if told else file
             self.findings.add_error(err, point=point.id, disk=disk.target, file=name)
 
-    def _prove_blocks(self, point: RestorePoint, disk: DiskPoint) -> None:
+    def _prove_blocks(self, place: Place, point: RestorePoint, disk: DiskPoint) -> None:
         with ExitStack() as stack:
             layer = stack.enter_context(
-                opened.open_peer(self.source.path, point, disk, self.cancelled, deep=False)
+                opened.open_peer(place, point, disk, self.cancelled, deep=False)
             )
             if layer.compressed:
                 self._decompress(layer, disk)

@@ -19,10 +19,11 @@ from nbdbackupd.errors import FormatError, RepositoryError
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import BackupSet, RestorePoint
 from nbdbackupd.repo import layout
-from nbdbackupd.repo.peer import read_small
+from nbdbackupd.repo.peer_place import read_small
 
 STAGE: Final = ".import"
 NAMES: Final = "names.json"
+MAX_LIST: Final = 64 << 20
 
 
 class Stage:
@@ -129,7 +130,7 @@ def _clear(stage: Stage) -> None:
 
 def _listed(path: Path) -> list[str]:
     try:
-        names = json.loads(read_small(path))
+        names = json.loads(read_small(path, MAX_LIST))
     except (ValueError, RecursionError) as err:
         raise FormatError("list of a dead import is damaged", file=path) from err
     safe = isinstance(names, list) and all(

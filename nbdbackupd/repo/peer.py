@@ -15,10 +15,8 @@ raw image itself, as all are with ``--type raw``. Nothing that a file says is tr
 """
 
 import json
-import os
 import re
-import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +28,7 @@ from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.domain import Domain, parse_domain
 from nbdbackupd.repo import layout
+from nbdbackupd.repo.peer_place import Archive, Folder, Place, is_archive
 
 MAX_FILE: Final = 16 << 20
 """A small file (XML, JSON, checksum) of more bytes is refused unread."""
@@ -88,38 +87,41 @@ class PeerFiles:
     configs: Mapping[str, Domain] = field(default_factory=dict)
 
 
-def is_peer(path: Path) -> bool:
-    """Whether a directory holds streams named as virtnbdbackup names them, and no manifest.
+def is_peer(place: Place) -> bool:
+    """Whether a place holds streams named as virtnbdbackup names them, and no manifest.
 
     Raises RepositoryError if it can't be read.
     """
-    with durable.translate_os_errors("read", path):
-        if not path.is_dir():
+    points = place.path / layout.POINTS
+    with durable.translate_os_errors("read", points):
+        if points.is_dir() and any(
+            each.suffix == layout.MANIFEST_SUFFIX for each in points.iterdir()
+        ):
             return False
-        points = path / layout.POINTS
-        if points.is_dir() and any(each.suffix == layout.MANIFEST_SUFFIX for each in _scan(points)):
-            return False
-        return any(_parse_name(each.name) is not None for each in _scan(path))
+    return any(_parse_name(name) is not None for name in place.sizes())
 
 
-def _scan(path: Path) -> Iterator[Path]:
-    with os.scandir(path) as entries:
-        for entry in entries:
-            yield Path(entry.path)
+def place_of(path: Path) -> Place | None:
+    """The place at a path: a directory or an archive; None if it is neither.
+
+    Raises RepositoryError, FormatError, IntegrityError.
+    """
+    if path.is_dir():
+        return Folder(path)
+    return Archive(path) if is_archive(path) else None
 
 
-def read_files(path: Path) -> PeerFiles:
+def read_files(place: Place) -> PeerFiles:
     """Read the heads of all streams and the small files; contents are not read.
 
-    Raises RepositoryError if the directory can't be read.
+    Raises RepositoryError if the place can't be read.
     """
-    with durable.translate_os_errors("read", path):
-        sizes = _sizes(path)
+    sizes = place.sizes()
     found: list[PeerFile] = []
     problems: list[str] = []
     warnings: list[str] = []
     broken = set()
-    configs = _read_configs(path, sizes, warnings)
+    configs = _read_configs(place, sizes, warnings)
     for name in sorted(sizes):
         if name.endswith(PARTIAL):
             warnings.append(f"{name} is left of a run that failed, it is ignored")
@@ -129,33 +131,17 @@ def read_files(path: Path) -> PeerFiles:
         _, level, ident = parsed
         try:
             config = configs.get("copy" if level is Level.COPY else ident)
-            found.append(_read_file(path, name, parsed, sizes, config))
+            found.append(_read_file(place, name, parsed, sizes, config))
         except FormatError as err:
-            err.fields.setdefault("file", path / name)
+            err.fields.setdefault("file", place.path / name)
             problems.append(_line(err))
             broken.add((level, ident))
-    domain, checkpoints = _read_checkpoints(path, sizes, warnings)
+    domain, checkpoints = _read_checkpoints(place, sizes, warnings)
     return PeerFiles(
         files=tuple(found), problems=tuple(problems), warnings=tuple(warnings),
         broken=frozenset(broken), checkpoints=checkpoints, domain=domain, sizes=sizes,
         configs=configs,
     )  # fmt: skip
-
-
-def read_small(path: Path, maximum: int = MAX_FILE) -> bytes:
-    """A regular file of bounded size; a pipe or a link in its place is refused.
-
-    Raises IntegrityError, RepositoryError.
-    """
-    with durable.translate_os_errors("read", path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise IntegrityError("no regular file", file=path)
-            data = file.read(maximum + 1)
-    if len(data) > maximum:
-        raise IntegrityError(f"larger than {maximum} bytes", file=path)
-    return data
 
 
 def parse_checkpoints(data: bytes) -> tuple[str, ...]:
@@ -201,20 +187,6 @@ def parse_config(data: bytes) -> Domain:
         raise FormatError(f"not a domain XML: {err}") from err
 
 
-def _sizes(path: Path) -> dict[str, int]:
-    found = {}
-    for each in _scan(path):
-        try:
-            status = each.lstat()
-        except FileNotFoundError:
-            continue
-        if stat.S_ISREG(status.st_mode):
-            found[each.name] = status.st_size
-        elif _parse_name(each.name) is not None:
-            found[each.name] = -1
-    return found
-
-
 def _parse_name(name: str) -> tuple[str, Level, str] | None:
     """Disk, level and ident that a stream's name tells; None for other files."""
     found = _WHOLE.fullmatch(name) or _CHANGES.fullmatch(name)
@@ -225,7 +197,7 @@ def _parse_name(name: str) -> tuple[str, Level, str] | None:
 
 
 def _read_file(
-    path: Path,
+    place: Place,
     name: str,
     parsed: tuple[str, Level, str],
     sizes: Mapping[str, int],
@@ -234,12 +206,12 @@ def _read_file(
     disk, level, ident = parsed
     if sizes[name] < 0:
         raise IntegrityError("not a regular file")
-    with durable.translate_os_errors("read", path / name):
-        meta = _read_meta(path, name, parsed, sizes, config)
+    with durable.translate_os_errors("read", place.path / name):
+        meta = _read_meta(place, name, parsed, sizes, config)
     if meta is not None:
         _check_meta(meta, disk, level, ident)
     sum_name = layout.checksum(name)
-    checksum = _read_checksum(path / sum_name) if sum_name in sizes else None
+    checksum = read_checksum(place, sum_name) if sum_name in sizes else None
     return PeerFile(
         name=name, disk=disk, level=level, ident=ident, size=sizes[name], meta=meta,
         checksum=checksum,
@@ -247,7 +219,7 @@ def _read_file(
 
 
 def _read_meta(
-    path: Path,
+    place: Place,
     name: str,
     parsed: tuple[str, Level, str],
     sizes: Mapping[str, int],
@@ -256,7 +228,7 @@ def _read_meta(
     """The meta frame, or None where something else than the file says that it is a raw image."""
     disk, level, _ = parsed
     try:
-        return stream.read_meta(path / name)
+        return stream.read_meta(place.file(name), place.window(name))
     except IntegrityError:
         if level not in (Level.FULL, Level.COPY):
             raise
@@ -265,7 +237,7 @@ def _read_meta(
             driver = ["raw"]  # a raw disk saved beside a full: its XML has the checkpoint's name
         if sizes[name] and sizes[name] % SECTOR == 0 and driver == ["raw"]:
             return None
-        told = {parse_image_size(read_small(path / info)) for info in _infos(disk, sizes)}
+        told = {parse_image_size(place.read_small(info, MAX_FILE)) for info in _infos(disk, sizes)}
         if sizes[name] in told:
             return None
         raise
@@ -291,20 +263,26 @@ def _is_name(name: str) -> bool:
     return 0 < len(name) <= layout.MAX_DOMAIN and "/" not in name and name.isprintable()
 
 
-def _read_checksum(path: Path) -> int:
-    text = read_small(path, 64).strip()
+def read_checksum(place: Place, name: str) -> int | None:
+    """The Adler-32 in a checksum file, None if there is no such file.
+
+    Raises IntegrityError.
+    """
+    if name not in place.sizes():
+        return None
+    text = place.read_small(name, 64).strip()
     if not text.isdigit() or len(text) > 10 or int(text) > 0xFFFFFFFF:
-        raise IntegrityError("checksum file holds no number", file=path)
+        raise IntegrityError("checksum file holds no number", file=place.path / name)
     return int(text)
 
 
-def _read_configs(path: Path, sizes: Mapping[str, int], warnings: list[str]) -> dict[str, Domain]:
+def _read_configs(place: Place, sizes: Mapping[str, int], warnings: list[str]) -> dict[str, Domain]:
     """The domain as each ``vmconfig.IDENT.xml`` tells it, by ident."""
     found = {}
     for name in sorted(sizes):
         if name.startswith("vmconfig.") and name.endswith(".xml"):
             try:
-                config = parse_config(read_small(path / name))
+                config = parse_config(place.read_small(name, MAX_FILE))
             except FormatError as err:
                 warnings.append(f"{name}: {_line(err)}")
             else:
@@ -313,7 +291,7 @@ def _read_configs(path: Path, sizes: Mapping[str, int], warnings: list[str]) -> 
 
 
 def _read_checkpoints(
-    path: Path, sizes: Mapping[str, int], warnings: list[str]
+    place: Place, sizes: Mapping[str, int], warnings: list[str]
 ) -> tuple[str, tuple[str, ...]]:
     """The domain's name and its checkpoints as the ``.cpt`` file tells them."""
     lists = [name for name in sizes if name.endswith(".cpt")]
@@ -323,7 +301,7 @@ def _read_checkpoints(
         return "", ()
     (name,) = lists
     try:
-        return name.removesuffix(".cpt"), parse_checkpoints(read_small(path / name))
+        return name.removesuffix(".cpt"), parse_checkpoints(place.read_small(name, MAX_FILE))
     except FormatError as err:
         warnings.append(f"{name}: {_line(err)}")
         return name.removesuffix(".cpt"), ()

@@ -32,6 +32,7 @@ UNKNOWN_TIME: Final = "1970-01-01T00:00:00Z"
 XML_ROLE: Final = "domain-xml"
 INFO_ROLE: Final = "image-info"
 FIRMWARE: Final = ("loader", "nvram", "kernel", "initrd")
+"""Files that each run writes under one name, that of the original: only the last is kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,7 +152,7 @@ def _stored(
     for role in FIRMWARE if config else ():
         origin = getattr(config, role)
         base = origin.rpartition("/")[2]
-        wanted += [(f"{base}.{ident}", role, origin, "")] if base else []
+        wanted += [(base, role, origin, "")] if base.strip(".") else []
     return tuple(
         StoredFile(name, role, found.sizes[name], "", origin, disk)
         for name, role, origin, disk in dict.fromkeys(wanted)
@@ -246,6 +247,11 @@ def _warnings(found: PeerFiles, known: BackupSet) -> list[str]:
             f"checkpoint {', '.join(idle[:3])} is listed, but no sound point made it: "
             f"that run failed, or its files are gone"
         )
+    shared = sorted(
+        {file.name for point in known.points for file in point.files if file.role in FIRMWARE}
+    )
+    if shared and len(known.points) > 1:
+        warnings.append(f"{', '.join(shared)}: kept once for all points, as the last run saved it")
     held = {disk.target for point in known.points[:1] for disk in point.disks}
     for point in known.points:
         missing = held - {disk.target for disk in point.disks}
