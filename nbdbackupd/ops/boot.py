@@ -35,7 +35,7 @@ from nbdbackupd.source import scratch
 from nbdbackupd.virt import transient
 from nbdbackupd.virt.connection import Connection
 
-__all__ = ["BootRequest", "Booted", "booted", "release", "start", "stop"]
+__all__ = ["BootRequest", "Booted", "booted", "end", "release", "start", "stop"]
 
 PREFIX: Final = "boot_"
 # what a guest writes can't be foreseen; when no space is left, it is paused
@@ -54,7 +54,7 @@ def booted(
     with places.attended():
         up = _start(request, places, connection, cancelled)
         with ExitStack() as stack:
-            stack.callback(_end, places, up.record, connection)
+            stack.callback(end, places, up.record, connection)
             yield up
 
 
@@ -99,7 +99,7 @@ def stop(places: Places, connection: Connection) -> BootRecord:
                 f"the disks of {places.name} are in place: 'nbdbackupctl boot --resume "
                 f"{places.name}' ends the live restore, its domain is yours then"
             )
-        _end(places, record, connection)
+        end(places, record, connection)
     return record
 
 
@@ -140,12 +140,12 @@ def _start(
         return making.run(given, point, images)
     except BaseException:
         # whatever ended it: nothing of this boot may stay
-        _end(places, making.record, connection)
+        end(places, making.record, connection)
         raise
 
 
-def _end(places: Places, record: BootRecord, connection: Connection) -> None:
-    """End a boot; see ``stop``. The lock is held."""
+def end(places: Places, record: BootRecord, connection: Connection) -> None:
+    """End a boot whose lock the caller holds; as ``stop``."""
     if record.uri != connection.uri:
         raise ConfigError(f"{record.name} was booted at {record.uri}: give --connect {record.uri}")
     known = places.read() or record

@@ -215,7 +215,7 @@ def all_of(scratch_dir: Path, runtime_dir: Path) -> list[tuple[Places, BootRecor
             continue
         if record is not None:
             found.append((Places.of(record.name, runtime_dir, scratch_dir), record))
-    return found
+    return sorted(found, key=lambda each: each[1].name)
 
 
 def _read(path: Path) -> BootRecord | None:

@@ -56,11 +56,14 @@ def sweep(runtime_dir: Path, scratch_dir: Path, connection: Connection) -> tuple
         if record.uri != connection.uri or places.attendant():
             continue
         try:
-            if not _is_left(record, connection):
-                continue
-            boot.stop(places, connection)
+            with places.attended():
+                # what it is now: it may have been made at this moment
+                left = places.read()
+                if left is None or not _is_left(left, connection):
+                    continue
+                boot.end(places, left, connection)
         except BusyError:
-            # somebody took it up at this moment
+            # somebody took it up
             continue
         except NbdbackupError as err:
             log.warning("boot %s can't be ended: %s", record.name, err)

@@ -236,7 +236,8 @@ class _Work:
     def _finish(self) -> LiveReport:
         record = self._record
         domain = transient.find(self._connection, record.uuid)
-        if record.held and domain is not None:
+        running = domain is not None and transient.is_running(domain)
+        if record.held and domain is not None and running:
             domain.resume()
             self._note(held=False)
         defined = False
@@ -251,7 +252,7 @@ class _Work:
         return LiveReport(
             record=record,
             defined=defined,
-            running=domain is not None and transient.is_running(domain),
+            running=running,
             seconds=time.monotonic() - self._begun,
         )
 
