@@ -21,6 +21,7 @@ GRUB: Final = EXT | {
 }  # fmt: skip
 """Types of blkid that GRUB 2.06 has readers for."""
 
+EXTENDED: Final = frozenset({"0x5", "0xf", "0x85"})
 MAX_PARTITIONS: Final = 1024
 EXT_MAGIC: Final = b"\x53\xef"
 EXT_SUPERBLOCK: Final = 1024
@@ -90,10 +91,9 @@ class FileSystem:
 
 
 def parse_partx(text: str, disk_size: int, sector: int) -> tuple[Partition, ...]:
-    """The partitions in the output of ``partx --pairs -o NR,START,SECTORS,NAME,SCHEME``.
+    """The partitions in the output of ``partx --pairs -o NR,START,SECTORS,TYPE,NAME,SCHEME``.
 
-    Those that do not lie on the disk, or hold nothing (an extended partition holds others and
-    has two sectors for partx), are left out.
+    Those that do not lie on the disk are left out, and so are extended ones, which hold others.
     """
     found = []
     for line in text.splitlines()[:MAX_PARTITIONS]:
@@ -103,7 +103,8 @@ def parse_partx(text: str, disk_size: int, sector: int) -> tuple[Partition, ...]
         except (ValueError, KeyError):
             continue
         offset, size = start * sector, count * sector
-        if number > 0 and start > 0 and count > 2 and offset + size <= disk_size:
+        is_extended = row.get("SCHEME") == "dos" and row.get("TYPE") in EXTENDED
+        if min(number, start, count) > 0 and offset + size <= disk_size and not is_extended:
             found.append(
                 Partition(
                     number=number, offset=offset, size=size,

@@ -89,7 +89,7 @@ def probe(disk: Path, target: str) -> tuple[FileSystem, ...]:
 
 def _partitions(disk: Path, size: int, sector: int) -> tuple[Partition, ...]:
     # 1: there is no table
-    columns = "NR,START,SECTORS,NAME,SCHEME"
+    columns = "NR,START,SECTORS,TYPE,NAME,SCHEME"
     argv = ["partx", "--sector-size", str(sector), "--pairs", "--output", columns, "--", str(disk)]
     text = proc.output(argv, timeout=SECONDS, ok=(0, 1), max_output=1 << 20)
     return file_systems.parse_partx(text, size, sector)

@@ -1,5 +1,6 @@
 """Single files of points: what is read of real file systems equals what was put into them."""
 
+import errno
 import os
 import shutil
 import signal
@@ -50,7 +51,9 @@ class World:
             [(fat, ", type=uefi, name=boot"), (ext, ""), (xfs, ""), (MIB, ", type=swap")],
         )  # fmt: skip
         self.vdb = top / "vdb.raw"
-        trees.disk(self.vdb, "dos", [(ntfs, ", type=7"), (fat, ", type=c")])
+        trees.disk(
+            self.vdb, "dos", [(ntfs, ", type=7"), (20 * MIB, ", type=5"), (fat, "5:, type=c")]
+        )  # 5: an extended partition, so the last one is a logical one
         self.set = top / "set"
         made = SetBuilder(self.set, level=1)
         made.disks = {
@@ -60,7 +63,11 @@ class World:
         # what the guest does next: one file more, another gone
         (top / "late").write_text("made later\n")
         where = f"{self.vda}?offset={self.starts[1]}"
-        for command in (f"write {top / 'late'} /late", "rm /empty"):
+        for command in (
+            f"write {top / 'late'} /late",
+            "rm /empty",
+            "ea_set /late user.colour blue",
+        ):
             subprocess.run(["debugfs", "-w", "-R", command, where], check=True, capture_output=True)
         made.inc({"vda": differences(made.disks["vda"], self.vda.read_bytes())})
         self.ctl = Ctl("test:///default", top)
@@ -108,7 +115,7 @@ def test_file_systems_of_both_kinds_of_tables(world: World) -> None:
     found = world.ctl("files", world.set, "fs", "--json").json["file_systems"]
     assert [(each["disk"], each["partition"], each["type"], each["label"]) for each in found] == [
         ("vda", 1, "vfat", "EFI"), ("vda", 2, "ext4", "root"), ("vda", 3, "xfs", "data"),
-        ("vda", 4, "", ""), ("vdb", 1, "ntfs", "Windows"), ("vdb", 2, "vfat", "EFI"),
+        ("vda", 4, "", ""), ("vdb", 1, "ntfs", "Windows"), ("vdb", 5, "vfat", "EFI"),
     ]  # fmt: skip
     assert [each["offset"] for each in found[:4]] == world.starts
     assert found[0]["name"] == "boot"
@@ -169,6 +176,17 @@ def test_each_point_has_its_own_files(world: World, tmp_path: Path) -> None:
     assert "/late\n" in new.stdout
     world.ctl("files", "-d", "vda", "-p", "2", world.set, "cp", "late", tmp_path)
     assert (tmp_path / "late").read_text() == "made later\n"
+    try:
+        os.setxattr(tmp_path, "user.test", b"x")
+        assert os.getxattr(tmp_path / "late", "user.colour") == b"blue"
+    except OSError as err:
+        assert err.errno == errno.ENOTSUP  # noqa: PT017 - of this host's file system
+    archive = world.ctl("files", "-d", "vda", "-p", "2", world.set, "tar", "late", "-f",
+                        tmp_path / "a.tar")  # fmt: skip
+    assert archive.stderr == ""
+    with tarfile.open(tmp_path / "a.tar") as opened:
+        (member,) = opened.getmembers()
+    assert member.pax_headers["SCHILY.xattr.user.colour"] == "blue"
 
 
 def test_a_listing_tells_all(world: World) -> None:
@@ -220,7 +238,7 @@ def test_nothing_is_replaced(world: World, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("disk", "number", "kind"),
-    [("vda", "1", "vfat"), ("vda", "3", "xfs"), ("vdb", "1", "ntfs"), ("vdb", "2", "vfat")],
+    [("vda", "1", "vfat"), ("vda", "3", "xfs"), ("vdb", "1", "ntfs"), ("vdb", "5", "vfat")],
 )
 def test_files_of_others(world: World, tmp_path: Path, disk: str, number: str, kind: str) -> None:
     argv = ("-d", disk, "-p", number, "--tool", "grub-mount", world.set)

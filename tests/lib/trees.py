@@ -124,13 +124,15 @@ def ntfs(image: Path, source: Path, size: int, label: str) -> Path:
 def disk(image: Path, label: str, parts: Sequence[tuple[Path | int, str]]) -> list[int]:
     """A partitioned disk: images, or bare sizes, each with words for sfdisk; their offsets.
 
-    Sizes are in bytes; all are whole MiB. For a logical partition of MBR sfdisk takes the next
-    MiB by itself.
+    Sizes are in bytes, all are whole MiB. Words may begin with a number and a colon: 5 and more
+    are logical partitions within the extended one.
     """
     sizes = [each if isinstance(each, int) else each.stat().st_size for each, _ in parts]
     _blank(image, sum(sizes) + 8 * MIB + len(parts) * MIB)
     script = [f"label: {label}"]
-    script += [f"size={size // 512}{words}" for size, (_, words) in zip(sizes, parts, strict=True)]
+    for size, (_, words) in zip(sizes, parts, strict=True):
+        number, _, rest = words.rpartition(":")
+        script.append(f"{number}{':' if number else ''} size={size // 512}{rest}")
     subprocess.run(
         ["sfdisk", "-q", image], input="\n".join([*script, ""]), text=True, check=True,
         capture_output=True, timeout=60,

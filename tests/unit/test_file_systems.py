@@ -26,7 +26,7 @@ def test_partitions_that_do_not_lie_on_the_disk() -> None:
         'NR="2" START="4096" SECTORS="99999999" NAME="" SCHEME="gpt"\n'
         'NR="3" START="0" SECTORS="10" NAME="" SCHEME="gpt"\n'
         'NR="x" START="9" SECTORS="9" NAME="" SCHEME="gpt"\n'
-        'NR="4" START="4096" SECTORS="2" NAME="" SCHEME="dos"\n'
+        'NR="4" START="4096" SECTORS="9" TYPE="0x5" NAME="" SCHEME="dos"\n'
         'nonsense "\n'
     )
     (found,) = file_systems.parse_partx(text, 8 * MIB, 512)
