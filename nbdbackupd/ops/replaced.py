@@ -72,7 +72,7 @@ class ReplacedImage(Site):
             yield output
         like = next((each for each in (self.final, self.aside) if each.exists()), None)
         if like is not None:
-            _resemble(self.incomplete, like)
+            resemble(self.incomplete, like)
             durable.fsync_file(self.incomplete)
 
     def set_aside(self) -> None:
@@ -101,7 +101,7 @@ class ReplacedImage(Site):
         return f"{self.final} is missing now (the old image is {self.aside}): restore once more"
 
 
-def _resemble(path: Path, like: Path) -> None:
+def resemble(path: Path, like: Path) -> None:
     """Owner, mode, and what the file system calls attributes: labels and access lists."""
     found = like.stat()
     with suppress(PermissionError):

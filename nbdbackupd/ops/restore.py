@@ -20,6 +20,7 @@ from nbdbackupd.errors import BusyError, GaveWayError, NbdbackupError, UsageErro
 from nbdbackupd.nbdio.throttle import Throttle
 from nbdbackupd.ops import restore_files, restore_plan, restore_work, sites, telling
 from nbdbackupd.ops.definer import Definer, Planned, PlannedDisk
+from nbdbackupd.ops.replaced import resemble
 from nbdbackupd.ops.restore_plan import Placement, Plan
 from nbdbackupd.ops.restore_request import (
     Progress,
@@ -58,19 +59,19 @@ def run(
     """
     _check_request(request)
     ending = telling.Ending(log, telling.restore_ending)
-    with ExitStack() as stack:
-        stack.enter_context(runlog.context(SET=request.source or ""))
-        stack.enter_context(ending.told())
-        check = cancelled if placement is None else _also(cancelled, placement.check)
-        if request.sequence:
-            plan = restore_plan.of_sequence(request, stack, check)
-        else:
-            plan = restore_plan.of_set(request, placement, stack, check)
-        _prepare(plan, request, confirm, definer, stack)
-        for warning in plan.warnings:
-            log.warning("%s", warning)
-        with _state_told(plan.sites):
-            disks = _write(plan, request, placement, progress, check)
+    with runlog.context(SET=request.source or ""), ending.told():
+        with ExitStack() as stack:
+            check = cancelled if placement is None else _also(cancelled, placement.check)
+            if request.sequence:
+                plan = restore_plan.of_sequence(request, stack, check)
+            else:
+                plan = restore_plan.of_set(request, placement, stack, check)
+            _prepare(plan, request, confirm, definer, stack)
+            for warning in plan.warnings:
+                log.warning("%s", warning)
+            with _state_told(plan.sites):
+                disks = _write(plan, request, placement, progress, check)
+        # when devices are let go: QEMU wants them for itself
         definition = definer.finish() if definer is not None else None
     xml = [each.final for each in plan.files if each.stored.role == restore_files.XML_ROLE]
     report = RestoreReport(
@@ -131,9 +132,10 @@ def _prepare(
     _check_targets(plan, force=request.force)
     if definer is not None:
         definer.prepare(_planned(plan, request))
-    lost = tuple(site.overwrites for site in plan.sites if site.overwrites)
+    lost = [site.overwrites for site in plan.sites if site.overwrites]
+    lost += [f"{each.stored.role} {each.final}" for each in plan.files if each.replaces]
     if lost:
-        confirm(lost)
+        confirm(tuple(lost))
 
 
 def _planned(plan: Plan, request: RestoreRequest) -> Planned:
@@ -185,6 +187,8 @@ def _write(
     for each in plan.files:
         with durable.translate_os_errors("write", each.incomplete):
             restore_files.copy(each, cancelled, point=plan.point)
+            if each.replaces and each.final.exists():
+                resemble(each.incomplete, each.final)
     cancelled()
     if placement is not None:
         placement.settle()
@@ -233,7 +237,7 @@ def _check_targets(plan: Plan, *, force: bool) -> None:
     for site in plan.sites:
         site.check(force=force)
     for each in plan.files:
-        sites.refuse_existing(each.final, force=force)
+        sites.refuse_existing(each.final, force=force or each.replaces)
 
 
 def _set_aside(plan: Plan) -> None:

@@ -25,11 +25,15 @@ CHUNK: Final = 1 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileCopy:
-    """A file of the set and where it goes; ``final`` is its name once it is complete."""
+    """A file of the set and where it goes; ``final`` is its name once it is complete.
+
+    ``replaces``: the user agreed that one of that name is replaced.
+    """
 
     stored: StoredFile
     source: Path
     final: Path
+    replaces: bool = False
 
     @property
     def incomplete(self) -> Path:

@@ -18,9 +18,10 @@ from nbdbackupd.model.domain import Disk
 from nbdbackupd.model.hostpaths import PathUse
 from nbdbackupd.ops import define_paths, leftovers, sources
 from nbdbackupd.ops.replaced import ReplacedImage
+from nbdbackupd.ops.restore_files import FileCopy
 from nbdbackupd.ops.restore_options import Choice
 from nbdbackupd.ops.restore_plan import Placement, about_disk
-from nbdbackupd.ops.sites import BlockDevice, Site
+from nbdbackupd.ops.sites import BlockDevice, Site, room
 from nbdbackupd.ops.survey import Looked, look
 from nbdbackupd.source import untouched
 from nbdbackupd.virt import definition
@@ -29,6 +30,7 @@ from nbdbackupd.virt.domain import Domain, Ending
 
 log = logging.getLogger(__name__)
 FORMATS = ("qcow2", "raw")
+NVRAM_ROLE = "nvram"
 
 
 class InPlace(Placement):
@@ -100,10 +102,32 @@ class InPlace(Placement):
             path = Path(self._disks[disk.target].source)
             if path.is_block_device():
                 about = about_disk(point, disk.target)
-                found[disk.target] = BlockDevice(path, disk.size, about, stack)
+                least = room(disk.size, made[disk].format)
+                found[disk.target] = BlockDevice(path, least, about, stack)
             else:
                 found[disk.target] = ReplacedImage(path, disk.target, stack)
         return found
+
+    def files(self, directory: Path, point: RestorePoint) -> tuple[FileCopy, ...]:
+        """The firmware's variables, unless disks of the point are left out.
+
+        Keys that a guest keeps in its TPM may be bound to what they say (BitLocker).
+        """
+        if self._domain is None or {disk.target for disk in point.disks} - self._disks.keys():
+            return ()
+        final = Path(self._domain.definition().nvram)
+        if not final.is_absolute() or not final.parent.is_dir():
+            return ()
+        return tuple(
+            FileCopy(
+                stored=stored,
+                source=directory / stored.name,
+                final=final.resolve(),
+                replaces=True,
+            )
+            for stored in point.files
+            if stored.role == NVRAM_ROLE
+        )
 
     def check(self) -> None:
         """Raise SourceError if the domain was started meanwhile."""

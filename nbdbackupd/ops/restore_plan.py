@@ -97,6 +97,9 @@ class Placement(Protocol):
     ) -> Mapping[str, Site]:
         """The place of each disk, by target."""
 
+    def files(self, directory: Path, point: RestorePoint) -> tuple[FileCopy, ...]:
+        """Files of the point, in the set's ``directory``, that are to go somewhere."""
+
     def check(self) -> None:
         """Raise if the restore must end; from any thread."""
 
@@ -138,6 +141,8 @@ def of_set(
     files: tuple[FileCopy, ...] = ()
     if request.output is not None:
         files = restore_files.plan(source.path, point, request.output)
+    if placement is not None:
+        files += placement.files(source.path, point)
     for each in files:
         layering.check_size(each.source, each.stored.size, point=point.id)
     return Plan(

@@ -19,6 +19,7 @@ from nbdbackupd.errors import NbdbackupError, NotSupportedError, RepositoryError
 from nbdbackupd.model.chain import DiskPoint, RestorePoint
 from nbdbackupd.ops.output_names import INCOMPLETE
 from nbdbackupd.ops.outputs import Output
+from nbdbackupd.ops.restore_files import FileCopy
 from nbdbackupd.ops.restore_options import Choice
 from nbdbackupd.ops.restore_plan import Placement, about_disk, names_of
 from nbdbackupd.ops.sites import BlockDevice, Site, Work, image_at
@@ -84,6 +85,14 @@ class PoolPlacement(Placement):
             stack.callback(volume.abandon)
             found[disk.target] = volume
         return found
+
+    def files(
+        self,
+        directory: Path,  # noqa: ARG002 - none
+        point: RestorePoint,  # noqa: ARG002 - none
+    ) -> tuple[FileCopy, ...]:
+        """A pool holds disks only."""
+        return ()
 
     def check(self) -> None:
         """Nothing but the user ends it."""

@@ -115,7 +115,7 @@ class BlockDevice(Site):
     is_device = True
 
     def __init__(self, path: Path, size: int, about: str, stack: ExitStack) -> None:
-        """``size`` is the disk's; ``about`` says what is restored. ``stack`` keeps the claim."""
+        """``size`` is the least; ``about`` says what is restored. ``stack`` keeps the claim."""
         self.final = path
         self.overwrites = f"block device {path}"
         self._size = size
@@ -206,13 +206,18 @@ def refuse_existing(final: Path, *, force: bool) -> None:
         raise RepositoryError(f"{final} exists and is no file: give another -o")
 
 
-def at(path: Path, size: int, about: str, stack: ExitStack) -> Site:
+def room(size: int, format_: str) -> int:
+    """The least size of a device for a disk; for qcow2 that depends on the data."""
+    return size if format_ == "raw" else 0
+
+
+def at(path: Path, least: int, about: str, stack: ExitStack) -> Site:
     """The site that a path means: a block device, else an image in a directory that exists.
 
-    Raises UsageError.
+    ``least`` is how large a device must be, in bytes. Raises UsageError.
     """
     if path.is_block_device():
-        return BlockDevice(path, size, about, stack)
+        return BlockDevice(path, least, about, stack)
     if path.is_dir():
         raise UsageError(f"{path} is a directory: give the path of an image or of a block device")
     if not path.parent.is_dir():

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import random
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -89,6 +90,14 @@ def test_qcow2_on_a_device(tmp_path: Path, size: int) -> None:
         subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", device, out], check=True)
         assert out.read_bytes() == made.images[-1]["vda"]
         assert report.disks[0].format == "qcow2"
+    # a device smaller than the disk will do for what it holds
+    little = SetBuilder(tmp_path / "little")
+    little.disks = {"vda": bytearray(64 * MIB)}
+    little.disks["vda"][40 * MIB : 41 * MIB] = random.Random(8).randbytes(MIB)
+    little.full()
+    with loop(tmp_path / "device", 8 * MIB) as device:
+        run(to(little, device, format="qcow2"))
+        assert sets.read_image(shutil.copyfile(device, out), "qcow2") == little.images[0]["vda"]
     # its tables need room, too; that is found when it gets full, and told
     dense = SetBuilder(tmp_path / "dense")
     dense.disks = {"vda": bytearray(random.Random(2).randbytes(SIZE))}

@@ -1,6 +1,8 @@
 """Restores onto the images of the very domain, under a real libvirt."""
 
+import html
 import os
+import random
 import shutil
 import subprocess
 import time
@@ -15,9 +17,11 @@ from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec
 from tests.lab.guest import GuestOptions
 from tests.lab.process import wait_until
-from tests.lib.ctl import Result
+from tests.lib import sets
+from tests.lib.ctl import Ctl, Result
 from tests.lib.loops import content, loop
 from tests.lib.scene import WARNED, Saved, Scene, assert_same, scene
+from tests.lib.sets import Change, SetBuilder
 
 pytestmark = pytest.mark.system
 KIB = 1024
@@ -169,7 +173,7 @@ def test_what_is_refused_changes_nothing(here: Scene) -> None:
     before = state(here)
     # an overlay of another domain stands on one
     overlay = here.directory / "overlay.qcow2"
-    backing = ["-b", guest.image("vda"), "-F", "qcow2"]
+    backing = ["-b", str(guest.image("vda")), "-F", "qcow2"]
     run(["qemu-img", "create", "-q", "-f", "qcow2", *backing, overlay])
     other = here.lab.guest(
         f"other-{uuid.uuid4().hex[:8]}", (DiskSpec(target="vda", path=overlay),),
@@ -281,3 +285,118 @@ def test_the_guests_start_ends_a_restore_that_can_end(here: Scene) -> None:
     assert process.returncode == BUSY
     assert "is being started" in text
     assert state(here) == before
+
+
+XML = """<domain type='qemu'><name>vm1</name><uuid>{uuid}</uuid><memory unit='MiB'>64</memory>
+<os><type arch='x86_64' machine='q35'>hvm</type>
+{firmware}</os>
+<features><acpi/></features><devices>{disks}</devices></domain>"""
+FIRMWARE = """<loader readonly='yes' type='pflash'>/usr/share/none.fd</loader><nvram>{}</nvram>"""
+DISK = """<disk type='{type}' device='disk'><driver name='qemu' type='qcow2'/>
+<source file='{path}'/>{more}<target dev='{target}' bus='virtio'/></disk>"""
+
+
+def define(
+    lab: DaemonLab, tmp_path: Path, *, more: str = "", uefi: bool = False
+) -> tuple[Path, Path]:
+    """A domain that never runs, of the UUID of sets made by hand; its first image and NVRAM."""
+    images = {target: tmp_path / f"{target} 'image'.qcow2" for target in ("vda", "vdb")}
+    for image in images.values():
+        run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"])
+    disks = [
+        DISK.format(type="file", path=html.escape(str(image), quote=True), target=target, more=more)
+        for target, image in images.items()
+    ]
+    nvram = tmp_path / "VARS.fd"
+    nvram.write_text("of today")
+    nvram.chmod(0o644)
+    path = tmp_path / "vm1.xml"
+    firmware = FIRMWARE.format(nvram) if uefi else ""
+    path.write_text(XML.format(uuid=sets.UUID, firmware=firmware, disks="".join(disks)))
+    lab.virsh("define", path)
+    return images["vda"], nvram
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> SetBuilder:
+    made = SetBuilder(tmp_path / "set")
+    made.disks = {"vda": sets.random_disk(random.Random(1), MIB), "vdb": bytearray(MIB)}
+    made.full()
+    made.inc({"vda": [Change(0, b"n" * 4096)]})
+    return made
+
+
+def test_firmware_variables_go_with_all_disks(
+    lab: DaemonLab, tmp_path: Path, made: SetBuilder
+) -> None:
+    image, nvram = define(lab, tmp_path, uefi=True)
+    ctl = Ctl(lab.uri, tmp_path / "ctl")
+    try:
+        ctl("restore", made.path, "--in-place", "--yes", "-d", "vda", code=WARNED)
+        assert nvram.read_text() == "of today"
+        assert sets.read_image(image, "qcow2") == made.images[1]["vda"]
+        refused = ctl("restore", made.path, "--in-place", code=USAGE)
+        assert f"nvram {nvram}" in refused.stderr
+        ctl("restore", made.path, "--in-place", "--yes", "--point", "point1", code=WARNED)
+        assert nvram.read_bytes() == b"vars point1" * 100
+        assert nvram.stat().st_mode & 0o777 == 0o644
+        assert sets.read_image(image, "qcow2") == made.images[0]["vda"]
+        # an image that is lost comes back all the same
+        image.unlink()
+        ctl("restore", made.path, "--in-place", "--yes", code=WARNED)
+        assert sets.read_image(image, "qcow2") == made.images[1]["vda"]
+    finally:
+        lab.virsh("undefine", "--nvram", "vm1")
+
+
+def test_what_the_definition_opens_with_the_image(
+    lab: DaemonLab, tmp_path: Path, made: SetBuilder
+) -> None:
+    """libvirt would put old blocks below the restored image, which does not know of them."""
+    base = tmp_path / "base.qcow2"
+    run(["qemu-img", "create", "-q", "-f", "qcow2", base, "1M"])
+    more = f"<backingStore type='file'><format type='qcow2'/><source file='{base}'/></backingStore>"
+    image, _ = define(lab, tmp_path, more=more)
+    ctl = Ctl(lab.uri, tmp_path / "ctl")
+    try:
+        refused = ctl("restore", made.path, "--in-place", "--yes", code=DOMAIN)
+        assert "<backingStore>" in refused.stderr
+        # by the image alone: it is lost by a restore, so that has to be asked for
+        define(lab, tmp_path)
+        run(["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", base, image])
+        refused = ctl("restore", made.path, "--in-place", "--yes", code=DOMAIN)
+        assert f"stands on {base}" in refused.stderr
+        ctl("restore", made.path, "--in-place", "--yes", "--force", code=WARNED)
+        assert sets.read_image(image, "qcow2") == made.images[1]["vda"]
+        run(["qemu-img", "snapshot", "-c", "mine", image])
+        lab.virsh("snapshot-create-as", "vm1", "theirs")
+        refused = ctl("restore", made.path, "--in-place", "--yes", code=DOMAIN)
+        assert "snapshots (theirs)" in refused.stderr
+        lab.virsh("snapshot-delete", "--metadata", "vm1", "theirs")
+    finally:
+        lab.virsh("undefine", "--snapshots-metadata", "vm1")
+
+
+def test_a_clone_in_a_pool(here: Scene) -> None:
+    """Volumes, and a domain on them, beside the original."""
+    pool, name = f"p-{here.guest.name}", f"clone-{here.guest.name}"
+    directory = here.lab.directory / pool
+    directory.mkdir(mode=0o755)
+    here.lab.virsh("pool-create-as", "--name", pool, "--type", "dir", "--target", directory)
+    before = state(here)
+    try:
+        report = here.ctl(
+            "restore", here.set, "--pool", pool, "-o", here.directory / "out",
+            "--define", "--name", name, "--json", code=WARNED,
+        ).json  # fmt: skip
+        assert report["definition"]["name"] == name
+        xml = here.lab.virsh("dumpxml", name)
+        for disk in report["disks"]:
+            assert disk["path"] in xml
+            assert disk["path"].startswith(str(directory))
+            assert_same(Path(disk["path"]), disk["format"],
+                        here.history[-1].references[disk["target"]])  # fmt: skip
+        assert state(here) == before
+        here.lab.virsh("undefine", name)
+    finally:
+        here.lab.virsh("pool-destroy", pool)
