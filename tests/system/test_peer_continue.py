@@ -15,6 +15,7 @@ from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec
 from tests.lab.guest import GuestOptions
 from tests.lab.peer import BOOKWORM, TRIXIE, Peer, peer
+from tests.lib.peer_sets import open_directory
 from tests.lib.scene import WARNED, Saved, Scene, scene
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -47,9 +48,7 @@ def here(lab: DaemonLab, tmp_path: Path, request: pytest.FixtureRequest) -> Iter
 
 def begin(here: Scene, theirs: Peer, into: Path, *levels: str) -> None:
     """Have the peer make a chain, each point with a change; then import it."""
-    scratch = here.lab.directory / "scratch"
-    scratch.mkdir(mode=0o777, exist_ok=True)
-    scratch.chmod(0o777)
+    scratch = open_directory(here.lab.directory / "scratch")
     for number, level in enumerate(levels):
         here.guest.write("vda", (5 * MIB) + number * 64 * KIB, 64 * KIB, 1 + number)
         theirs.backup("-d", here.guest.name, "-l", level, "-o", into, "--scratchdir", scratch)
