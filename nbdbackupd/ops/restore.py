@@ -19,7 +19,7 @@ from nbdbackupd import log as runlog
 from nbdbackupd.errors import BusyError, GaveWayError, NbdbackupError, UsageError
 from nbdbackupd.nbdio.throttle import Throttle
 from nbdbackupd.ops import restore_files, restore_plan, restore_work, sites, telling
-from nbdbackupd.ops.definer import Definer, Planned, PlannedDisk
+from nbdbackupd.ops.definer import Definer, Definition, Planned, PlannedDisk
 from nbdbackupd.ops.replaced import resemble
 from nbdbackupd.ops.restore_plan import Placement, Plan
 from nbdbackupd.ops.restore_request import (
@@ -73,8 +73,20 @@ def run(
                 disks = _write(plan, request, placement, progress, check)
         # when devices are let go: QEMU wants them for itself
         definition = definer.finish() if definer is not None else None
+    report = _report(plan, disks, definition, ending.seconds)
+    with runlog.context(DOMAIN=plan.domain, SET=request.source or ""):
+        telling.restored(log, report)
+    return report
+
+
+def _report(
+    plan: Plan,
+    disks: tuple[RestoredDisk, ...],
+    definition: Definition | None,
+    seconds: float,
+) -> RestoreReport:
     xml = [each.final for each in plan.files if each.stored.role == restore_files.XML_ROLE]
-    report = RestoreReport(
+    return RestoreReport(
         point=plan.point,
         domain=plan.domain,
         created=plan.created,
@@ -82,12 +94,9 @@ def run(
         config=xml[0] if xml else None,
         files=tuple(each.final for each in plan.files if each.final not in xml),
         warnings=plan.warnings + (definition.warnings if definition else ()),
-        seconds=ending.seconds,
+        seconds=seconds,
         definition=definition,
     )
-    with runlog.context(DOMAIN=plan.domain, SET=request.source or ""):
-        telling.restored(log, report)
-    return report
 
 
 def _check_request(request: RestoreRequest) -> None:
