@@ -24,7 +24,13 @@ JOURNALS: Final = (Path("/run/log/journal"), Path("/var/log/journal"))
 HOOK: Final = "nbdbackup-hook"
 """What libvirt's hook calls itself in the log."""
 
-UNITS: Final = ("nbdbackup", "nbdbackup-offline", "nbdbackup-checkpoints", "nbdbackup-verify")
+UNITS: Final = (
+    "nbdbackup",
+    "nbdbackup-offline",
+    "nbdbackup-checkpoints",
+    "nbdbackup-verify",
+    "nbdbackup-boot-test",
+)
 SILENCE_SECONDS: Final = 120.0
 POLL_SECONDS: Final = 0.2
 CHUNK: Final = 64 << 10

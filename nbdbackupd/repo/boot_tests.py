@@ -102,7 +102,7 @@ def _read(path: Path) -> BootTest | None:
             document = json.loads(file.read(MAX_SIZE))
         if document.pop("version") != VERSION:
             return None
-        kinds = {"passed": {bool}, "seconds": {int, float}}
+        kinds: dict[str, set[type]] = {"passed": {bool}, "seconds": {int, float}}
         sound = all(type(each) in kinds.get(name, {str}) for name, each in document.items())
         return BootTest(**document) if sound else None
     except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as err:

@@ -267,9 +267,9 @@ def test_debian_package_lives_and_dies(share: Path) -> None:
         assert "daemon-reload" in asked
         assert not re.search(r"\b(stop|restart|try-restart|disable)\b", asked), asked
     asked = (share / "removed").read_text()
-    assert "stop nbdbackup@*.timer nbdbackup-verify@*.timer\n" in asked
+    assert "stop nbdbackup@*.timer nbdbackup-verify@*.timer nbdbackup-boot-test@*.timer\n" in asked
     assert re.search(r"^stop nbdbackup@\*\.service ", asked, re.MULTILINE)
-    assert "--quiet disable nbdbackup@.timer nbdbackup-verify@.timer\n" in asked
+    assert "disable nbdbackup@.timer nbdbackup-verify@.timer nbdbackup-boot-test@.timer\n" in asked
     assert "backups and what belongs to them stay in /var/lib/nbdbackup" in purged
     left = {each for each in purged.splitlines() if each.startswith("/")}
     made = {each for each in left if each.startswith("/var/lib/nbdbackup/")}
@@ -316,7 +316,7 @@ def test_rpm_package_lives_and_dies(share: Path) -> None:
     assert "daemon-reload" in asked
     assert not re.search(r"\b(stop|restart|try-restart|disable)\b", asked), asked
     asked = (share / "systemctl").read_text()
-    assert "--quiet disable nbdbackup@.timer nbdbackup-verify@.timer\n" in asked
+    assert "disable nbdbackup@.timer nbdbackup-verify@.timer nbdbackup-boot-test@.timer\n" in asked
     assert removed.count("No such file") == 3
     assert "/var/lib/nbdbackup/repository/vm1\n" in removed
 

@@ -28,6 +28,7 @@ KINDS: Final = {
     "nbdbackup-offline": "backup after the end of domain",
     "nbdbackup-checkpoints": "reconciliation of domain",
     "nbdbackup-verify": "verification of domain",
+    "nbdbackup-boot-test": "boot test of domain",
 }
 DESCRIPTION = """\
 Tell by mail or by a program how a unit ended, and what it said last, as the section notification

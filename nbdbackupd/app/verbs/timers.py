@@ -125,7 +125,11 @@ def _render(lines: list[Line]) -> str:
 
 
 def _kind(unit: str) -> str:
-    kinds = {"nbdbackup": "backup", "nbdbackup-verify": "verify"}
+    kinds = {
+        "nbdbackup": "backup",
+        "nbdbackup-verify": "verify",
+        "nbdbackup-boot-test": "boot test",
+    }
     template = unit.partition("@")[0]
     return kinds.get(template, template)
 
