@@ -57,11 +57,11 @@ def settings_of(
     asking = needs_libvirt(name, configuration)
     if not asking:
         return name, "", settings_for(name, "", {}, configuration)
-    from nbdbackupd.virt.domain import Domain
+    from nbdbackupd.ops import domains
 
     try:
         with connected(configuration, context).connection() as connection:
-            domain = Domain.find(connection, name)
+            domain = domains.find(connection, name, context.runtime_dir.absolute())
             return domain.name, domain.uuid, settings_of_domain(domain, configuration)
     except DomainError as err:
         raise type(err)(

@@ -1,12 +1,17 @@
 """Finding a domain, also a transient one that has ended and that libvirt has forgotten."""
 
+import time
 from pathlib import Path
+from typing import Final
 
 from nbdbackupd.errors import DomainNotFoundError
 from nbdbackupd.source import kept
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain, Ending
 from nbdbackupd.virt.ended import EndedDomain
+
+SETTLE_SECONDS: Final = 10.0
+POLL_SECONDS: Final = 0.1
 
 
 def find(connection: Connection, name: str, runtime_dir: Path) -> Domain:
@@ -16,7 +21,7 @@ def find(connection: Connection, name: str, runtime_dir: Path) -> Domain:
     on elsewhere, is not found. Raises DomainNotFoundError, DomainError.
     """
     try:
-        return Domain.find(connection, name)
+        return _settled(Domain.find(connection, name))
     except DomainNotFoundError as err:
         known = kept.read(runtime_dir, name)
         if known is None:
@@ -27,3 +32,15 @@ def find(connection: Connection, name: str, runtime_dir: Path) -> Domain:
             raise DomainNotFoundError(f"{err.message}; {why_not}", **fields) from err
         ending = known.end.ending if known.end is not None else Ending.UNKNOWN
         return EndedDomain(connection, known.name, known.uuid, kept=known.xml, ending=ending)
+
+
+def _settled(domain: Domain) -> Domain:
+    """A transient domain that is not active comes or goes: wait until it has.
+
+    Its hook is called, and may have started us, shortly before libvirt forgets it. Raises
+    DomainNotFoundError.
+    """
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while not domain.is_active() and not domain.is_persistent() and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    return domain

@@ -38,6 +38,8 @@ def test_what_was_put_off_is_caught_up(appliance: Appliance) -> None:
     assert point["level"] == "inc"
     assert {disk["mode"] for disk in point["disks"]} == {"delta"}
     assert data(point) == 2 * MIB
+    # the note says what libvirt no longer knows
+    assert point["consistency"] == "offline"
     protected.note(point)
     assert not before.exists()
     (run,) = host.journal(f"UNIT={service('vm11', 'nbdbackup-offline')}", "JOB_RESULT=done",

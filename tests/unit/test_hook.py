@@ -526,6 +526,37 @@ def test_put_off_backups_are_caught_up(dash: Host) -> None:
     assert dash.calls() == []
 
 
+def test_a_note_says_how_the_guest_ended_until_it_runs_again(host: Host) -> None:
+    (host.top / "running").write_text("stopping\n")
+    note = host.pending / escaped("a-b")
+    host.log("a-b", STARTED, "shutting down, reason=shutdown")
+    host.hook("a-b", "release", "end", "-")
+    assert kept.put_off(note) is Ending.SHUTDOWN
+    host.hook("a-b", "release", "end", "destroyed")
+    assert kept.put_off(note) is Ending.DESTROYED
+    host.hook("other", "started", "begin", "-")
+    assert note.exists()
+    host.hook("a-b", "started", "begin", "-")
+    assert not note.exists()
+    assert kept.put_off(note) is Ending.UNKNOWN
+
+
+def test_what_killed_hooks_have_begun_is_removed(dash: Host) -> None:
+    dash.hook("vm1", "started", "begin", "-")
+    directory = dash.kept("vm1").parent
+    with subprocess.Popen(["sleep", "60"]) as alive:
+        try:
+            parts = [directory / f".{pid}.part" for pid in (alive.pid, 1 << 23, "x")]
+            for part in parts:
+                part.touch()
+            kept.sweep(dash.runtime)
+            assert [part.exists() for part in parts] == [True, False, True]
+        finally:
+            alive.kill()
+    assert dash.kept("vm1").exists()
+    kept.sweep(dash.top / "none")
+
+
 def removal(pending: Path, instance: str) -> list[str]:
     """What the unit does after a backup; %i is put in as it is (systemd.unit(5))."""
     unit = (TOP / "units/nbdbackup-offline@.service").read_text()

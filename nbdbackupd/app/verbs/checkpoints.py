@@ -8,6 +8,7 @@ from nbdbackupd.app import configured, signals
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, seconds
 from nbdbackupd.app.context import Context
+from nbdbackupd.errors import DomainNotFoundError
 
 if TYPE_CHECKING:
     from nbdbackupd.model.reconcile import Entry, KnownChain, Step
@@ -62,10 +63,17 @@ def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 if something could not be done."""
     from nbdbackupd.ops import checkpoints
 
+    try:
+        state_dir = configured.state_directory(args.domain, context).absolute()
+    except DomainNotFoundError:
+        if not args.started:
+            raise
+        # whether there is one matters no more
+        state_dir = context.state_dir.absolute()
     request = checkpoints.CheckpointsRequest(
         domain=args.domain,
         runtime_dir=context.runtime_dir.absolute(),
-        state_dir=configured.state_directory(args.domain, context).absolute(),
+        state_dir=state_dir,
         run_id=app_context.new_run_id(app_context.now()),
         directory=args.output.absolute() if args.output else None,
         repair=args.repair,
