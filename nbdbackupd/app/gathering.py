@@ -239,7 +239,7 @@ def _look(name: str, known: _Known, context: Context, notes: list[str]) -> "Doma
         newest=found.instant,
         problem=found.problem,
         damage=found.damage,
-        warnings=newest.warnings if newest is not None else (),
+        warnings=found.concerns,
         failure=failure_of(service),
         is_covered=_is_covered(settings, timer, known.configuration),
         is_wanted=settings.schedule_calendar != (),

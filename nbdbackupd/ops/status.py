@@ -12,8 +12,9 @@ from nbdbackupd.model.health import Facts, Health, Limits, Verdict, age_text, ju
 from nbdbackupd.model.units import human_size
 from nbdbackupd.ops.catalog import stored_bytes
 from nbdbackupd.ops.locks import DOMAIN_LOCK, holder
-from nbdbackupd.ops.sets import sets_of
-from nbdbackupd.repo import layout
+from nbdbackupd.ops.sets import DomainSet, sets_of
+from nbdbackupd.repo import boot_tests, layout
+from nbdbackupd.repo.boot_tests import BootTest
 
 JSON_VERSION: Final = 1
 NAGIOS: Final = {Health.OK: 0, Health.WARNING: 1, Health.CRITICAL: 2, Health.UNKNOWN: 3}
@@ -25,7 +26,8 @@ class Stored:
     """What the sets of a domain hold.
 
     ``set`` is the one with the newest point, and ``points`` the number of its points. ``problem``
-    says why they can't be read, ``damage`` what is damaged in that set.
+    says why they can't be read, ``damage`` what is damaged in that set. ``test`` is the last boot
+    test of one of its points.
     """
 
     directory: Path
@@ -34,6 +36,15 @@ class Stored:
     points: int = 0
     problem: str = ""
     damage: str = ""
+    test: BootTest | None = None
+
+    @property
+    def concerns(self) -> tuple[str, ...]:
+        """What the newest point lacks, and a boot test that has failed."""
+        found = self.newest.warnings if self.newest is not None else ()
+        if self.test is None or self.test.passed:
+            return found
+        return (*found, f"point {self.test.point} did not come up: {self.test.reason}")
 
     @property
     def instant(self) -> datetime | None:
@@ -68,6 +79,7 @@ class DomainStatus:
             "level": point.level.value if point is not None else "",
             "stored_bytes": stored_bytes(point) if point is not None else 0,
             "points": self.stored.points,
+            "boot_test": self.stored.test.to_json() if self.stored.test is not None else None,
             "next_run": _time(self.next),
             "busy": self.busy,
         }
@@ -117,7 +129,14 @@ def stored(directory: Path) -> Stored:
         newest=found.known.newest,
         points=len(found.known.points),
         damage=damage,
+        test=_last_test(found),
     )
+
+
+def _last_test(found: DomainSet) -> BootTest | None:
+    points = {point.id for point in found.known.points}
+    tests = (each for each in boot_tests.read(found.path).values() if each.point in points)
+    return max(tests, key=lambda each: each.tested, default=None)
 
 
 def names_in(repository: Path) -> dict[str, Path]:

@@ -18,7 +18,7 @@ from nbdbackupd.app import ctl, systemd, tables
 from nbdbackupd.model import unitname
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.health import Facts, Health, Limits, age_text, judge
-from nbdbackupd.repo import layout
+from nbdbackupd.repo import boot_tests, layout
 from nbdbackupd.repo.repository import Repository
 from tests.lib import chains, points
 from tests.lib.pages import TOP
@@ -346,6 +346,27 @@ def test_what_the_newest_point_lacks(host: Host) -> None:
     host.file("a", "match: {name: vm1}")
     host.save("vm1", NOW, warning="vda was read whole: its bitmap is lost")
     assert host.status()["vm1"]["reasons"] == ["vda was read whole: its bitmap is lost"]
+
+
+def test_a_point_that_did_not_come_up(host: Host) -> None:
+    """The last boot test counts; those of points that are gone do not."""
+    host.libvirt("vm1")
+    host.file("a", "match: {name: vm1}")
+    host.save("vm1", NOW)
+    (folder,) = (host.repository / "vm1").iterdir()
+    (point,) = (each.id for each in Repository.open(folder).load().points)
+    failed = boot_tests.BootTest(
+        point=point, tested="2026-03-01T00:00:00Z", passed=False, waited_for="agent", seconds=9.0,
+        reason="no sign within 9 s",
+    )  # fmt: skip
+    boot_tests.write(folder, failed, b"")
+    boot_tests.write(folder, replace(failed, point="gone", tested="2026-03-02T00:00:00Z"), b"")
+    found = host.status()["vm1"]
+    assert found["reasons"] == [f"point {point} did not come up: no sign within 9 s"]
+    assert (found["health"], found["boot_test"]["passed"]) == ("warning", False)
+    boot_tests.write(folder, replace(failed, passed=True, reason=""), b"")
+    found = host.status()["vm1"]
+    assert (found["health"], found["boot_test"]["passed"]) == ("ok", True)
 
 
 def test_names_that_are_too_long_for_a_directory(host: Host) -> None:
