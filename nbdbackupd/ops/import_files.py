@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Final
 
 from nbdbackupd import durable
-from nbdbackupd.errors import FormatError, IntegrityError, RepositoryError
+from nbdbackupd.errors import IntegrityError, RepositoryError
 from nbdbackupd.ops import layers as layering
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.importing import Stage
+from nbdbackupd.repo.peer_place import BROKEN, Archive
 
 CHUNK: Final = 1 << 20
 ZEROES: Final = bytes(CHUNK)
-MAX_ENTRIES: Final = 1 << 16
 
 
 def bring(source: Path, stage: Stage, *, link: bool, check: Callable[[], None]) -> None:
@@ -76,16 +76,13 @@ def unpack(archive: Path, stage: Stage, check: Callable[[], None]) -> None:
     Raises FormatError, IntegrityError, RepositoryError, NoSpaceError.
     """
     os.close(layering.open_file(archive))
+    entries = Archive(archive).entries
     try:
         with durable.translate_os_errors("unpack", archive), zipfile.ZipFile(archive) as opened:
-            entries = opened.infolist()
-            names = [entry.filename for entry in entries]
-            if len(set(names)) != len(names) or len(names) > MAX_ENTRIES:
-                raise FormatError("archive holds a name twice, or too many", file=archive)
             for entry in entries:
-                if not entry.is_dir() and not entry.filename.endswith(".partial"):
+                if not entry.filename.endswith(".partial"):
                     _unpack(opened, entry, stage.place(entry.filename), check)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError) as err:
+    except BROKEN as err:
         raise IntegrityError(f"archive is damaged: {err}", file=archive) from err
 
 

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import stat
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -299,13 +300,27 @@ def sha256_file(path: Path, check: Callable[[], None], **where: object) -> str:
 
 def adler32_file(path: Path, check: Callable[[], None], window: Window | None = None) -> int:
     """The Adler-32 of a file, or of a part of it, read once; as ``sha256_file``."""
+    return _sum_file(path, check, window, adler.adler32, adler.START)
+
+
+def crc32_file(path: Path, check: Callable[[], None], window: Window | None = None) -> int:
+    """The CRC-32 of a file, or of a part of it, read once; as ``sha256_file``."""
+    return _sum_file(path, check, window, zlib.crc32, 0)
+
+
+def _sum_file(
+    path: Path,
+    check: Callable[[], None],
+    window: Window | None,
+    add: Callable[[bytes, int], int],
+    total: int,
+) -> int:
     fd = open_file(path)
     try:
-        total = adler.START
         place, left = window or (0, os.fstat(fd).st_size)
         while part := os.pread(fd, min(CHUNK, left), place):
             check()
-            total = adler.adler32(part, total)
+            total = add(part, total)
             place, left = place + len(part), left - len(part)
     finally:
         os.close(fd)

@@ -17,7 +17,6 @@ from nbdbackupd.repo import layout, peer, peer_points
 from nbdbackupd.repo.peer_place import Place
 from nbdbackupd.repo.repository import Repository
 
-
 MAX_MEMBER: Final = 1 << 30
 """Bytes of a file beside the streams (an initrd) that is taken out of an archive."""
 
@@ -153,14 +152,19 @@ def open_peer(
 def check_sum(
     place: Place, disk: DiskPoint, check: Callable[[], None], where: dict[str, object]
 ) -> bool:
-    """Prove a file by the peer's checksum beside it; whether there is one.
+    """Prove a file by the peer's checksum beside it or the archive's; whether there is one.
 
     Raises IntegrityError.
     """
     told = peer.read_checksum(place, layout.checksum(disk.file))
-    if told is None:
-        return False
     path, window = place.file(disk.file), place.window(disk.file)
+    crc = place.crc(disk.file)
+    if crc is not None and crc != layering.crc32_file(path, check, window):
+        raise IntegrityError(
+            f"archive is damaged: the CRC-32 of {disk.file} does not match", file=path, **where
+        )
+    if told is None:
+        return crc is not None
     if told != layering.adler32_file(path, check, window):
         raise IntegrityError("file is damaged: its Adler-32 does not match", file=path, **where)
     return True

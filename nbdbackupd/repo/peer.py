@@ -46,7 +46,8 @@ _CHANGES: Final = re.compile(
 class PeerFile:
     """One disk in one run. ``ident``: checkpoint of an increment, seconds of a differential.
 
-    ``meta`` is None for a raw image; ``checksum`` None if there is no checksum file.
+    ``meta`` is None for a raw image; ``checksum`` None if there is no checksum file. ``has_crc``:
+    an archive vouches for its bytes.
     """
 
     name: str
@@ -56,6 +57,7 @@ class PeerFile:
     size: int
     meta: StreamMeta | None
     checksum: int | None
+    has_crc: bool = False
 
     @property
     def is_offline(self) -> bool:
@@ -214,7 +216,7 @@ def _read_file(
     checksum = read_checksum(place, sum_name) if sum_name in sizes else None
     return PeerFile(
         name=name, disk=disk, level=level, ident=ident, size=sizes[name], meta=meta,
-        checksum=checksum,
+        checksum=checksum, has_crc=place.crc(name) is not None,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import os
 import stat
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -20,6 +21,12 @@ LOCAL_HEADER: Final = struct.Struct("<4s22xHH")
 """Signature, and at byte 26 the lengths of name and extra field (PKWARE APPNOTE, section 4.3.7)."""
 
 SIGNATURE: Final = b"PK\x03\x04"
+KNOWN: Final = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+BROKEN: Final = (
+    zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, EOFError, RuntimeError,
+    ValueError, OverflowError,
+)  # fmt: skip
+"""What the library raises for an archive that is damaged or was made to harm."""
 
 
 class Place(Protocol):
@@ -41,6 +48,9 @@ class Place(Protocol):
 
     def window(self, name: str) -> Window | None:
         """Where in ``file`` they lie; None: they are all of it."""
+
+    def crc(self, name: str) -> int | None:
+        """The CRC-32 that the place itself tells of the file, or None."""
 
 
 class Folder:
@@ -74,6 +84,10 @@ class Folder:
         """See ``Place``."""
         return None
 
+    def crc(self, name: str) -> int | None:  # noqa: ARG002 - as in Place
+        """See ``Place``."""
+        return None
+
 
 class Archive:
     """A zip archive whose members are stored as they are."""
@@ -87,11 +101,18 @@ class Archive:
         try:
             with durable.translate_os_errors("read", path), zipfile.ZipFile(path) as opened:
                 entries = [each for each in opened.infolist() if not each.is_dir()]
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as err:
+        except BROKEN as err:
             raise IntegrityError(f"archive is damaged: {err}", file=path) from err
         self._entries = {each.filename: each for each in entries}
         if len(self._entries) != len(entries) or len(entries) > MAX_ENTRIES:
             raise FormatError("archive holds a name twice, or too many", file=path)
+        if any(each.compress_type not in KNOWN for each in entries):
+            raise FormatError("archive is compressed in a way that is not known", file=path)
+
+    @property
+    def entries(self) -> tuple[zipfile.ZipInfo, ...]:
+        """All members that are files."""
+        return tuple(self._entries.values())
 
     def sizes(self) -> dict[str, int]:
         """See ``Place``."""
@@ -109,7 +130,7 @@ class Archive:
                 opened.open(entry) as file,
             ):
                 data = file.read(maximum + 1)
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError) as err:
+        except BROKEN as err:
             raise IntegrityError(f"archive is damaged: {err}", file=self.path) from err
         if len(data) > maximum:
             raise IntegrityError(f"larger than {maximum} bytes", file=f"{self.path}:{name}")
@@ -138,6 +159,10 @@ class Archive:
         if start + entry.file_size > size:
             raise IntegrityError("archive ends too early", file=self.path, offset=size)
         return Window(start, entry.file_size)
+
+    def crc(self, name: str) -> int | None:
+        """See ``Place``."""
+        return self._entries[name].CRC
 
 
 def read_small(path: Path, maximum: int) -> bytes:

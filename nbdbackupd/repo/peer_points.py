@@ -236,7 +236,7 @@ def _lost_disks(known: BackupSet, point: RestorePoint) -> list[str]:
 
 def _warnings(found: PeerFiles, known: BackupSet) -> list[str]:
     warnings = []
-    bare = [file.name for file in found.files if file.checksum is None]
+    bare = [file.name for file in found.files if file.checksum is None and not file.has_crc]
     if bare:
         more = f" and {len(bare) - 3} more" if len(bare) > 3 else ""
         warnings.append(f"no checksum file vouches for the bytes of {', '.join(bare[:3])}{more}")

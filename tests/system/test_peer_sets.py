@@ -165,18 +165,23 @@ def test_damage_is_found(chain: tuple[Path, dict[str, str]], ctl: Ctl, tmp_path:
 def test_copies_raw_disks_and_archives(made: PeerSets, ctl: Ctl, tmp_path: Path) -> None:
     made.check(ctl, made.directory / "copy", "copy", "now")
     made.check(ctl, made.directory / "bare", "copy", "now", TWO)
+    archive = made.directory / "stdout.zip"
+    assert ctl("list", archive, "--json").json["points"][0]["domain"] == made.guest.name
+    assert ctl("verify", archive, "--json").json["sound"]
+    made.check(ctl, archive, "copy", "now", TWO)
     into = tmp_path / "from archive"
-    ctl("import", made.directory / "stdout.zip", "-o", into, code=None)
+    ctl("import", archive, "-o", into, code=None)
     made.check(ctl, into, "copy", "now", TWO)
     unpacked = tmp_path / "unpacked"
-    shutil.unpack_archive(made.directory / "stdout.zip", unpacked, "zip")
+    shutil.unpack_archive(archive, unpacked, "zip")
     made.check(ctl, unpacked, "copy", "now", TWO)
     broken = tmp_path / "broken.zip"
-    data = bytearray((made.directory / "stdout.zip").read_bytes())
+    data = bytearray(archive.read_bytes())
     data[5000] ^= 1
     broken.write_bytes(data)
     told = ctl("import", broken, "-o", tmp_path / "other", code=DAMAGED).stderr
     assert "CRC" in told
+    ctl("verify", broken, code=DAMAGED)
     assert {each.name for each in (tmp_path / "other").iterdir()} <= {".lock"}
 
 

@@ -3,6 +3,7 @@
 Short and the same each time in CI; ``NBDBACKUP_FUZZ_SECONDS`` lets each test search so long.
 """
 
+import io
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import resource
 import shutil
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -24,10 +26,11 @@ from nbdbackupd.errors import FormatError, NbdbackupError
 from nbdbackupd.format import blocks, index, manifest, stream
 from nbdbackupd.format.index import HEADER, RECORD, Index
 from nbdbackupd.format.stream import StreamReader
-from nbdbackupd.ops import opened, sequence
+from nbdbackupd.ops import import_files, opened, sequence
 from nbdbackupd.ops.layers import MAX_STORED, IndexedLayer, Layer, ScannedLayer
 from nbdbackupd.repo import peer
 from nbdbackupd.repo.draft import Intent
+from nbdbackupd.repo.importing import Stage
 from tests.lib.points import full_point
 
 T = TypeVar("T")
@@ -353,6 +356,37 @@ def test_directories(place: Path) -> None:
             shutil.rmtree(made)
 
     fuzz(st.dictionaries(FILES, CONTENTS, max_size=7), check)
+
+
+@st.composite
+def archives(draw: st.DrawFn) -> bytes:
+    """What the peer writes to standard output, or nearly so."""
+    made = io.BytesIO()
+    kind = draw(st.sampled_from([zipfile.ZIP_STORED] * 3 + [zipfile.ZIP_DEFLATED]))
+    names = st.one_of(FILES, st.sampled_from(["../a", "/a", "checkpoints/a.xml", "..", "a/"]))
+    with zipfile.ZipFile(made, "w", kind) as archive:
+        for name, data in draw(st.dictionaries(names, CONTENTS, max_size=4)).items():
+            archive.writestr(name, data)
+    return made.getvalue()
+
+
+def test_archives(place: Path) -> None:
+    path = place / "a.zip"
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        with suppress(NbdbackupError):
+            open_all(path)
+        stage = Stage(place / "stage")
+        stage.path.mkdir(parents=True)
+        try:
+            with suppress(NbdbackupError):
+                import_files.unpack(path, stage, lambda: None)
+        finally:
+            shutil.rmtree(stage.root)
+        assert sorted(place.iterdir()) == [path]
+
+    fuzz(edits(archives()), check)
 
 
 def open_all(directory: Path) -> None:
