@@ -25,6 +25,10 @@ DOWN: Final = "down"
 NONE: Final = "none"
 SOURCE_ATTRIBUTE: Final = {"file": "file", "block": "dev"}
 ONLY_QCOW2: Final = ("discard_no_unref",)
+SINGLE: Final = (
+    "name", "uuid", "genid", "os", "devices", "os/type", "os/loader", "os/nvram", "os/kernel",
+    "os/initrd",
+)  # fmt: skip
 MEDIA: Final = ("cdrom", "floppy")
 MACHINE_VERSION: Final = re.compile(r"-(?:rhel)?\d[\d.]*$")
 NAME_BAD: Final = re.compile(r"[/\n\0]")
@@ -144,6 +148,10 @@ def parse(xml: str) -> ET.Element:
         raise DomainError(f"domain XML can't be parsed: {err}") from err
     if root.tag != "domain":
         raise DomainError(f"not a domain XML: its root element is <{root.tag}>")
+    for path in SINGLE:
+        if len(root.findall(path)) > 1:
+            # libvirt writes no such thing, and reads both, or another one than we would change
+            raise DomainError(f"domain XML is damaged: it has more than one {path}")
     return root
 
 

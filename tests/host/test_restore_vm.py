@@ -363,6 +363,34 @@ def test_thirty_disks(host: Host) -> None:
     host.run("virsh", "undefine", "restore_many")
 
 
+def test_onto_a_block_device_and_into_a_pool(host: Host) -> None:
+    """A domain starts on what is written elsewhere than in the output directory."""
+    host.run("truncate", "-s", "1M", "/var/tmp/device")
+    device = host.run("losetup", "--find", "--show", "/var/tmp/device").strip()
+    try:
+        words = ("-d", f"sda={device}", "--yes", "-o", "/var/tmp/block", "--define", "--start")
+        report = ctl(host, "restore", "/var/tmp/many", *words, code=3)
+        assert report["definition"]["started"]
+        root = ET.fromstring(host.run("virsh", "dumpxml", "--inactive", "restore_many"))
+        (disk,) = root.findall("./devices/disk")
+        source, driver = disk.find("source"), disk.find("driver")
+        assert source is not None
+        assert driver is not None
+        assert (disk.get("type"), source.get("dev"), driver.get("type")) == ("block", device, "raw")
+        host.run("virsh", "destroy", "restore_many")
+        host.run("qemu-img", "compare", "-q", device, f"{IMAGES}/many/sda.qcow2")
+        host.run("virsh", "undefine", "restore_many")
+    finally:
+        host.run("losetup", "--detach", device)
+    host.run("mkdir", f"{IMAGES}/pool")
+    host.run("virsh", "pool-create-as", "clones", "dir", "--target", f"{IMAGES}/pool")
+    words = ("-d", "sdb", "--pool", "clones", "-o", "/var/tmp/pool", "--define", "--start")
+    report = ctl(host, "restore", "/var/tmp/many", *words, code=3)
+    assert report["definition"]["started"]
+    xml = host.run("virsh", "dumpxml", "--inactive", "restore_many")
+    assert f"<source file='{IMAGES}/pool/sdb.qcow2'/>" in xml
+
+
 def test_a_name_that_is_taken_meanwhile(host: Host) -> None:
     """The last look comes before the definition; the message says what stands."""
     into = f"{IMAGES}/late"

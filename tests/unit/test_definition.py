@@ -1,5 +1,6 @@
 """A definition for another domain: nothing that two can't share, and libvirt's schema holds."""
 
+import copy
 import random
 import re
 from dataclasses import replace
@@ -197,7 +198,9 @@ def test_names_that_libvirt_refuses(name: str) -> None:
         adapt(replace(CLONE, name=name))
 
 
-@pytest.mark.parametrize("xml", ["", "<domain>", "<pool/>", "no xml"])
+@pytest.mark.parametrize(
+    "xml", ["", "<domain>", "<pool/>", "no xml", "<domain><devices/><devices/></domain>"]
+)
 def test_what_is_no_definition(xml: str) -> None:
     with pytest.raises(DomainError):
         adapt(xml=xml)
@@ -207,6 +210,61 @@ def test_an_empty_definition_becomes_one() -> None:
     adapted = adapt(Changes(name="x"), "<domain/>")
     assert root_of(adapted).findtext("name") == "x"
     assert root_of(adapted).findtext("uuid") == adapted.uuid
+
+
+def mutilated(rng: random.Random) -> str:
+    """The sample with elements and attributes missing, doubled, and in another order."""
+    root = ET.fromstring(PRODUCTION)
+    for _ in range(rng.randrange(1, 30)):
+        parent = rng.choice(list(root.iter()))
+        children = list(parent)
+        match rng.randrange(5):
+            case 0 if children:
+                parent.remove(rng.choice(children))
+            case 1 if children:
+                parent.append(copy.deepcopy(rng.choice(children)))
+            case 2:
+                rng.shuffle(children)
+                parent[:] = children
+            case 3 if parent.attrib:
+                parent.attrib.pop(rng.choice(list(parent.attrib)))
+            case 4:
+                parent.text = rng.choice([None, "", " ", "/PROD/odd", "\t\n"])
+    return ET.tostring(root, encoding="unicode")
+
+
+def test_odd_definitions(seed: int) -> None:
+    """Whatever is missing: there is a definition without the original's images, or an error."""
+    rng = random.Random(seed)
+    images = [
+        word for word in re.findall("'(/[^']*PROD[^']*)'", PRODUCTION) if "mirror" not in word
+    ]
+    adapted = 0
+    for _ in range(200):
+        xml = mutilated(rng)
+        targets = [
+            each.get("dev", "") for each in ET.fromstring(xml).findall("./devices/disk/target")
+        ]
+        disks = {name: disk for name, disk in DISKS.items() if name in targets}
+        changes = replace(CLONE, disks=disks, keep_identity=rng.random() < 0.3)
+        try:
+            found = adapt(changes, xml)
+        except (DomainError, UsageError):
+            continue
+        adapted += 1
+        root = root_of(found)
+        assert root.findtext("name") == "clone"
+        sources = {
+            value
+            for disk in root.iter("disk")
+            for source in disk.iter("source")
+            for value in source.attrib.values()
+        }
+        assert not sources.intersection(images)
+        assert {use.path for use in hostpaths.of_domain(root) if isinstance(use, PathUse)} == set(
+            found.paths
+        )
+    assert adapted > 50
 
 
 def use(path: str, *, readonly: bool = False) -> PathUse:
