@@ -21,6 +21,7 @@ from nbdbackupd.model.chain import (
     Layout,
     Level,
     RestorePoint,
+    SkippedDisk,
     StoredFile,
 )
 from nbdbackupd.model.domain import Domain
@@ -111,6 +112,7 @@ def _point(key: tuple[Level, str], files: Sequence[PeerFile], found: PeerFiles) 
         parent=base,
         checkpoint=made,
         base_checkpoint=base,
+        skipped=_skipped(files, config),
         files=_stored(config_name, config, files, found),
     )
 
@@ -136,6 +138,15 @@ def _disk(file: PeerFile, config: Domain | None) -> DiskPoint:
         layout=Layout.STREAM if meta else Layout.RAW,
         serial=known[0].serial if known else "",
         layers=_layers(known[0].layers) if known else (),
+    )
+
+
+def _skipped(files: Sequence[PeerFile], config: Domain | None) -> tuple[SkippedDisk, ...]:
+    held = {file.disk for file in files}
+    return tuple(
+        SkippedDisk(disk.target, "virtnbdbackup did not save it")
+        for disk in (config.disks if config else ())
+        if disk.target and disk.target not in held
     )
 
 
@@ -247,6 +258,9 @@ def _warnings(found: PeerFiles, known: BackupSet) -> list[str]:
             f"checkpoint {', '.join(idle[:3])} is listed, but no sound point made it: "
             f"that run failed, or its files are gone"
         )
+    undated = [point.id for point in known.points if point.created == UNKNOWN_TIME]
+    if undated:
+        warnings.append(f"nothing says when {', '.join(undated[:3])} was made")
     shared = sorted(
         {file.name for point in known.points for file in point.files if file.role in FIRMWARE}
     )

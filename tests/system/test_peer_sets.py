@@ -162,9 +162,29 @@ def test_damage_is_found(chain: tuple[Path, dict[str, str]], ctl: Ctl, tmp_path:
     assert ctl("verify", path, "--json").json["sound"]
 
 
+def test_stream_versions(
+    made: PeerSets, chain: tuple[Path, dict[str, str]], ctl: Ctl, tmp_path: Path
+) -> None:
+    """Version 1 is read as 2 is, a newer one is refused."""
+    path = shutil.copytree(chain[0], tmp_path / "a set")
+    for file in path.glob("*.chksum"):
+        file.unlink()
+    for version in (b"1", b"3"):
+        for file in path.glob("*.data"):
+            data = file.read_bytes()
+            file.write_bytes(re.sub(rb'("streamVersion": )\d', rb"\g<1>" + version, data, count=1))
+        if version == b"1":
+            made.check(ctl, path, "inc.virtnbdbackup.2", chain[1]["inc.virtnbdbackup.2"], TWO)
+    told = ctl("restore", path, "-o", tmp_path / "out", code=BROKEN).stderr
+    assert "written by a newer program" in told
+
+
 def test_copies_raw_disks_and_archives(made: PeerSets, ctl: Ctl, tmp_path: Path) -> None:
     made.check(ctl, made.directory / "copy", "copy", "now")
     made.check(ctl, made.directory / "bare", "copy", "now", TWO)
+    listed = ctl("list", made.directory / "bare", "--json").json
+    assert [skip["target"] for skip in listed["points"][0]["skipped"]] == ["vdc"]
+    assert any("nothing says when" in warning for warning in listed["warnings"])
     archive = made.directory / "stdout.zip"
     assert ctl("list", archive, "--json").json["points"][0]["domain"] == made.guest.name
     assert ctl("verify", archive, "--json").json["sound"]
