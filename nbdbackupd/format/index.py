@@ -35,6 +35,7 @@ MAX_SHARING = 64
 """Records that may share one lz4 frame."""
 HEADER = struct.Struct("<8sIIQQ")
 RECORD = struct.Struct("<QQQII32s")
+PLACE = struct.Struct("<QQQ")
 NO_DIGEST = bytes(32)
 DROP_EVERY = 1 << 14
 """Records (1 MiB of them) after which an iteration lets go of what it has read."""
@@ -178,6 +179,13 @@ class Index:
             return record
         start = self._plain(first).offset
         return record._replace(skip=record.offset - start, whole=self._plain(last).end - start)
+
+    def place(self, number: int) -> tuple[int, int, int]:
+        """Offset, length and position of record ``number``, unchecked; quicker than all of it."""
+        found: tuple[int, int, int] = PLACE.unpack_from(
+            self._map, HEADER.size + number * RECORD.size
+        )
+        return found
 
     def _plain(self, number: int) -> Record:
         return Record(*RECORD.unpack_from(self._map, HEADER.size + number * RECORD.size))

@@ -104,8 +104,16 @@ class View:
 
     def spans(self, offset: int, length: int) -> list[Span]:
         """Who holds the range, without gap; it lies within the disk. Raises what layers raise."""
-        found: list[Span] = []
         end = offset + length
+        held = self._last
+        if held.begin <= offset and end <= held.end:  # the usual case, in a hurry
+            number = bisect.bisect_right(held.starts, offset) - 1
+            if number + 1 == len(held.starts) or end <= held.starts[number + 1]:
+                ref = held.refs[number]
+                if ref >= 0:
+                    return [(offset, length, ref >> _NUMBER_BITS, ref & _NUMBERS)]
+                return [(offset, length, ref, 0)]
+        found: list[Span] = []
         while offset < end:
             window = self._last
             if not window.begin <= offset < window.end:

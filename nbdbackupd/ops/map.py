@@ -29,7 +29,7 @@ PACKAGE: Final = Path(proc.__file__).parent
 START_SECONDS: Final = 60.0
 STOP_SECONDS: Final = 5.0
 POLL_SECONDS: Final = 0.003
-THREADS: Final = 8
+THREADS: Final = 4
 """For each connection; more of them only wait for one another."""
 
 SOCKET_PATH_MAX: Final = 107

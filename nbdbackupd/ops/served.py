@@ -225,10 +225,14 @@ class _Layer:
 
     def read_plain(self, number: int, at: int, part: memoryview) -> None:
         """A part of a plain block, from guest offset ``at`` on."""
+        offset, length, position = self.index.place(number)
+        whole = len(part) == length
+        if not (whole or self._prove) or self._is_proven(number):
+            self._read_at(part, position + at - offset)
+            return
         record = self.record(number)
-        whole = len(part) == record.length
-        if not (whole or self._prove) or self._is_proven(number) or record.digest == NO_DIGEST:
-            self._read_at(part, record.position + at - record.offset)
+        if record.digest == NO_DIGEST:
+            self._read_at(part, position + at - offset)
             return
         block = part if whole else memoryview(bytearray(record.length))
         self._read_at(block, record.position)
@@ -258,12 +262,13 @@ class _Layer:
         )
 
     def _read_at(self, view: memoryview, position: int) -> None:
-        while view:
-            count = os.preadv(self._fd, [view], position)
+        count = os.preadv(self._fd, (view,), position)
+        while count < len(view):
             if not count:
                 raise IntegrityError("file ends too early", file=self._plan.file, offset=position)
             view = view[count:]
             position += count
+            count = os.preadv(self._fd, (view,), position)
 
 
 class _Flight:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from scripts.benchmark import data
+from scripts.benchmark import data, maps
 from scripts.benchmark.measure import Sample, Series, print_ratio, print_series, verdict
 from scripts.benchmark.setting import DOMAIN, TARGET, Setting
 from tests.lab.disks import DiskSpec
@@ -99,7 +99,10 @@ def version(setting: Setting) -> None:
     print(f"    {'--version':<24}{verdict(series.seconds, VERSION_GOAL_SECONDS)}")
 
 
-CASES = {case.__name__: case for case in (full, lz4, restore, empty, memory, version)}
+CASES = {
+    **{case.__name__: case for case in (full, lz4, restore, empty, memory, version)},
+    "map": maps.measure,
+}
 
 
 def _full_backups(
