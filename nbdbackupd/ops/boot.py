@@ -9,7 +9,7 @@ tells later commands what there is to end.
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -174,7 +174,15 @@ def _remove_output(record: BootRecord) -> None:
     if not record.output:
         return
     files = [Path(disk.final) for disk in record.disks] + [Path(each) for each in record.files]
+    output = Path(record.output)
     with durable.translate_os_errors("remove", record.output):
-        for path in (*files, boot_images.marker(Path(record.output))):
+        for path in (*files, boot_images.marker(output)):
             path.unlink(missing_ok=True)
             path.with_name(f"{path.name}{output_names.INCOMPLETE}").unlink(missing_ok=True)
+        for path in files:
+            for folder in path.parents:
+                if folder == output or not folder.is_relative_to(output):
+                    break
+                # those of firmware files, if nobody else has put anything there
+                with suppress(OSError):
+                    folder.rmdir()

@@ -85,12 +85,20 @@ def _domain_runs(record: BootRecord, connection: Connection) -> bool:
     return bool(record.uuid) and transient.find(connection, record.uuid) is not None
 
 
-def wait_for_end(up: boot.Booted, *, pause: Callable[[], None]) -> None:
+def wait_for_end(
+    up: boot.Booted, *, pause: Callable[[], None], on_held: Callable[[], None]
+) -> None:
     """Wait until the guest has ended; ``pause`` waits a little and raises to end the wait.
 
-    Raises DomainError if libvirt can't be asked.
+    ``on_held`` is called each time that a disk's error has stopped the guest. Raises DomainError if
+    libvirt can't be asked.
     """
+    was_held = False
     while transient.is_running(up.domain):
+        is_held = transient.is_held_by_error(up.domain)
+        if is_held and not was_held:
+            on_held()
+        was_held = is_held
         pause()
 
 

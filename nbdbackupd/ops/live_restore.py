@@ -20,7 +20,7 @@ from nbdbackupd.ops import boot, boot_images, booting, mapped
 from nbdbackupd.ops.boot_record import BootDisk, BootRecord, Phase, Places
 from nbdbackupd.qemu import image
 from nbdbackupd.qemu.image import CreateOptions
-from nbdbackupd.virt import blockcopy, transient
+from nbdbackupd.virt import blockcopy, definition, transient
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain, State
 
@@ -242,7 +242,7 @@ class _Work:
             self._note(held=False)
         defined = False
         if record.define:
-            transient.define(self._connection, record.definition)
+            definition.define(self._connection, record.definition)
             defined = True
         marker = boot_images.marker(Path(record.output))
         with durable.translate_os_errors("remove", marker):

@@ -66,7 +66,10 @@ def state(domain: Domain) -> State:
 
 def is_held_by_error(domain: Domain) -> bool:
     """Tell whether QEMU has paused the guest because a disk reported an error."""
-    found = domain.call("can't read its state", lambda handle: handle.state())
+    try:
+        found = domain.call("can't read its state", lambda handle: handle.state())
+    except DomainNotFoundError:
+        return False
     return found == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR]
 
 
@@ -89,13 +92,6 @@ def end(domain: Domain) -> None:
                 f"domain {domain.name} does not end: try 'virsh destroy'", domain=domain.name
             )
         time.sleep(POLL_SECONDS)
-
-
-def define(connection: Connection, xml: str) -> None:
-    """Make a transient domain persistent, or define it anew if it has ended. Raises DomainError."""
-    _, handle = connection.current()
-    with fault.translate("can't define the domain"):
-        handle.defineXML(xml)
 
 
 def ping(domain: Domain, *, seconds: int) -> bool:

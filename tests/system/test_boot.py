@@ -344,7 +344,7 @@ class TestLiveRestore:
             ("KILL@nbdbackupd.virt.blockcopy:begin#2", True),
             ("KILL+@nbdbackupd.virt.blockcopy:pivot#1", True),
             ("KILL+@nbdbackupd.virt.blockcopy:pivot#2", True),
-            ("KILL+@nbdbackupd.virt.transient:define#1", True),
+            ("KILL+@nbdbackupd.virt.definition:define#1", True),
             ("TERM@nbdbackupd.virt.blockcopy:begin#1", True),
             ("KILL@nbdbackupd.ops.boot_images:make#2", False),
         ],
@@ -561,3 +561,10 @@ def test_without_libvirt(production: Scene, saved: Saved, tmp_path: Path) -> Non
     ctl = type(production.ctl)("qemu:///system?socket=/nowhere", tmp_path / "ctl")
     refused = ctl("boot", saved.set, code=20)
     assert "can't connect to" in refused.stderr
+    # a host that keeps backups may not even have the library
+    (tmp_path / "libvirt.py").write_text("raise ImportError('it is gone')")
+    ctl.environment["PYTHONPATH"] = str(tmp_path)
+    for words in (("boot", saved.set), ("verify", saved.set, "--boot")):
+        refused = ctl(*words, code=20)
+        assert "it is gone; a host that boots points needs python3-libvirt" in refused.stderr
+    ctl("verify", saved.set)

@@ -11,7 +11,7 @@ from nbdbackupd.app import named, signals
 from nbdbackupd.app.arguments import Arguments, rate, size
 from nbdbackupd.app.context import Context, now
 from nbdbackupd.app.verbs.restore import moment
-from nbdbackupd.errors import Interrupted, UsageError
+from nbdbackupd.errors import DomainError, Interrupted, UsageError
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.boot import Booted, BootRequest
@@ -91,6 +91,7 @@ def _add_live(parser: argparse.ArgumentParser) -> None:
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
     _check(args)
+    require_libvirt()
     if args.list:
         return _list(context)
     if args.stop:
@@ -117,6 +118,16 @@ def run(args: Arguments, context: Context) -> int:
             _tell(up, context, request)
             _wait(up, cancel)
     return _code(up)
+
+
+def require_libvirt() -> None:
+    """Raise DomainError where libvirt's Python library is not installed."""
+    try:
+        import nbdbackupd.virt.transient  # noqa: F401 - only to see whether it can be
+    except ImportError as err:
+        raise DomainError(
+            f"a Python library can't be used: {err}; a host that boots points needs python3-libvirt"
+        ) from err
 
 
 def _check(args: Arguments) -> None:
@@ -194,8 +205,15 @@ def _wait(up: "Booted", cancel: signals.Cancel) -> None:
         time.sleep(POLL_SECONDS)
         cancel.check()
 
+    def tell_held() -> None:
+        log.warning(
+            "the guest is held by an error of its disks: is %s full? Then make room, and let it go "
+            "on with 'virsh resume %s'",
+            up.places.work, up.record.name,
+        )  # fmt: skip
+
     try:
-        boots.wait_for_end(up, pause=pause)
+        boots.wait_for_end(up, pause=pause, on_held=tell_held)
     except Interrupted:
         # the way this is meant to end
         log.info("ending %s", up.record.name)

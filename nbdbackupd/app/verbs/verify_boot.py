@@ -12,6 +12,7 @@ from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments, duration, size
 from nbdbackupd.app.context import Context, now
 from nbdbackupd.app.sizes import human_time
+from nbdbackupd.app.verbs.boot import require_libvirt
 from nbdbackupd.errors import UsageError
 
 if TYPE_CHECKING:
@@ -82,10 +83,12 @@ def sign(text: str) -> Awaited:
 
 
 def check(args: Arguments) -> None:
-    """Raise UsageError for options that do nothing."""
+    """Raise UsageError for options that do nothing, DomainError if libvirt's library is missing."""
     given = [name for name in ONLY_WITH if getattr(args, name)]
     if given and not args.boot:
         raise UsageError(f"--{given[0].replace('_', '-')} goes with --boot")
+    if args.boot:
+        require_libvirt()
 
 
 def run(
