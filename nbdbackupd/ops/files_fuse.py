@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,13 +97,14 @@ def foreground(
     seconds: float,
     cancelled: Callable[[], None],
     busy_seconds: float = BUSY_SECONDS,
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[proc.Process]:
     """Run a program that stays in the foreground and mounts at ``at``; both end with the block.
 
-    Raises ProcessError if it can't be started, or has mounted nothing in so many ``seconds``, and
-    what ``cancelled`` raises.
+    ``env`` is added to our environment. Raises ProcessError if it can't be started, or has mounted
+    nothing in so many ``seconds``, and what ``cancelled`` raises.
     """
-    with proc.spawn(argv, grace_seconds=END_SECONDS) as program:
+    with proc.spawn(argv, env=env, grace_seconds=END_SECONDS) as program:
         try:
             deadline = time.monotonic() + seconds
             while not is_mounted(at):

@@ -34,11 +34,10 @@ REPLAY_SECONDS: Final = 600.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A disk to read from: as a file with its bytes, and as the NBD server behind it."""
+    """A disk to read from: a file with its bytes."""
 
     disk: str
     file: Path
-    uri: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,7 +156,11 @@ def mounted(
             yield up.poll
     elif reader.tool == GUESTMOUNT:
         argv = _guestmount(sources, mine, found, at, replay=replay)
-        with files_fuse.foreground(argv, at, seconds=APPLIANCE_SECONDS, cancelled=cancelled) as up:
+        # libvirt would run the appliance as an account that can't open our files
+        with files_fuse.foreground(
+            argv, at, seconds=APPLIANCE_SECONDS, cancelled=cancelled,
+            env={"LIBGUESTFS_BACKEND": "direct"},
+        ) as up:  # fmt: skip
             yield up.poll
     elif reader.tool == KERNEL:
         argv = _kernel(mine, found, at, replay=replay)
@@ -191,7 +194,7 @@ def _guestmount(
         inside = f"{inside}:/:{journal}"
     argv: list[str | Path] = [GUESTMOUNT, "--no-fork", *([] if replay else ["--ro"])]
     for each in sources if found.volume else [mine]:
-        argv += ["--format=raw", "-a", each.uri]
+        argv += ["--format=raw", "-a", each.file]
     return [*argv, "-m", inside, "-o", "auto_unmount", at]
 
 

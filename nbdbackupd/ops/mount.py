@@ -36,6 +36,9 @@ GATE_SECONDS: Final = 60.0
 LOCK: Final = "lock"
 NOTE: Final = "note.json"
 PURPOSE: Final = "mount"
+DISK: Final = "disk"
+"""The file in which nbdfuse shows one."""
+
 START_SECONDS: Final = 60.0
 END_SECONDS: Final = 60.0
 
@@ -201,7 +204,7 @@ def _served(request: MountRequest, stack: ExitStack, cancelled: Callable[[], Non
     for number, disk in enumerate(up.disks):
         at = home / f"{number}"
         at.mkdir(0o700)
-        file = at / "disk"
+        file = at / DISK
         access = [] if request.replay else ["-r"]
         argv = ["nbdfuse", *access, "-o", "auto_unmount", str(file), disk.uri]
         programs.append(
@@ -211,7 +214,7 @@ def _served(request: MountRequest, stack: ExitStack, cancelled: Callable[[], Non
                 )
             )
         )
-        sources.append(Source(disk=disk.target, file=file, uri=disk.uri))
+        sources.append(Source(disk=disk.target, file=file))
     found = files_probe.probe_all([(source.disk, source.file) for source in sources])
 
     def check() -> int:
@@ -292,10 +295,12 @@ def _is_of(mount: files_fuse.Mount, home: Path) -> bool:
     """Whether a mount outside of its home belongs to it; the directory may be another's by now."""
     if mount.source.startswith("/dev/loop"):
         number = mount.source.removeprefix("/dev/")
-        with contextlib.suppress(OSError):
-            backing = Path(f"/sys/block/{number}/loop/backing_file").read_text()
-            return backing.startswith(f"{home}/")
-        return False
+        try:
+            backing = Path(f"/sys/block/{number}/loop/backing_file").read_text().strip()
+        except OSError:
+            return False
+        # the path begins where nbdfuse's mount was, when that has gone
+        return backing.startswith(f"{home}/") or backing == f"/{DISK}"
     return mount.source.startswith(f"{home}/") or mount.type in (
         "fuse.grub-mount", "fuse.grub2-mount", "fuse.guestmount", "fuse",
     )  # fmt: skip
