@@ -268,8 +268,15 @@ def test_ends_that_are_none(one: Appliance, tmp_path: Path) -> None:
     assert lab.units(guest.name) == ["nbdbackup-offline"]
     saved = one.save("--shutdown")
     assert saved.modes == {"vda": "delta", "vdb": "delta"}
+    assert "no backup job" in here.ctl("abort", guest.name).stdout
+    silent = here.ctl("abort", "--quiet", guest.name)
+    assert (silent.stdout, silent.stderr) == ("", "")
     lab.virsh("undefine", "--checkpoints-metadata", "--domain", guest.name)
     assert "it was undefined" in one.run("--shutdown")["reason"]
+    # nor does what the units run after a run say anything where there is nothing
+    here.ctl("abort", guest.name, code=DOMAIN)
+    silent = here.ctl("abort", "--quiet", guest.name)
+    assert (silent.stdout, silent.stderr) == ("", "")
     # a unit that systemd starts so late has nothing to do
     here.ctl("checkpoints", guest.name, "--repair", code=DOMAIN)
     assert here.ctl("checkpoints", guest.name, "--repair", "--started").stdout == "nothing to do\n"
