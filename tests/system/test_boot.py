@@ -21,9 +21,11 @@ from tests.lab.compare import first_difference_raw
 from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec
 from tests.lab.guest import GuestOptions
+from tests.lab.peer import TRIXIE, peer
 from tests.lab.process import command_line, wait_until
 from tests.lib import bootsector
 from tests.lib.ctl import Result
+from tests.lib.peer_sets import PeerSets
 from tests.lib.scene import Saved, Scene, scene
 from tests.lib.told import told
 
@@ -555,6 +557,23 @@ def verify(made: Scene, sign: str, *options: str, code: int) -> Result:
     """Verify the set and boot its newest point."""
     words = ("--boot", "--json", "--boot-wait", sign, *options, *scratch(made))
     return made.ctl("verify", made.set, *words, code=code)
+
+
+@pytest.mark.slow
+def test_a_set_of_the_peer(lab: DaemonLab, production: Scene, tmp_path: Path) -> None:
+    scratch_dir = lab.directory / "peer"
+    scratch_dir.mkdir()
+    scratch_dir.chmod(0o777)
+    sets = PeerSets(
+        peer=peer(TRIXIE, lab.launcher), guest=production.guest, directory=tmp_path,
+        scratch=scratch_dir,
+    )  # fmt: skip
+    path = sets.run("copy", "copy", "-z")
+    words = ("--boot", "--json", "--boot-wait", "console:W0000000[5-9a-f]", *scratch(production))
+    test = production.ctl("verify", path, *words, code=WARNED).json["boot"]
+    assert (test["passed"], test["reason"]) == (True, "")
+    assert production.ctl.points(path)[0]["boot_test"]["passed"] is True
+    assert_nothing(production)
 
 
 def test_without_libvirt(production: Scene, saved: Saved, tmp_path: Path) -> None:
