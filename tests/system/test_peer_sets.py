@@ -326,3 +326,22 @@ def test_map(made: PeerSets, chain: tuple[Path, dict[str, str]], ctl: Ctl, tmp_p
         assert "identical" in run(["qemu-img", "compare", "-f", "raw", "-F", "raw", uri, reference])
         served.terminate()
         served.wait(20)
+
+
+@pytest.mark.parametrize("style", ["--as-chain", "--as-snapshots"])
+def test_several_points_in_one_restore(
+    made: PeerSets, chain: tuple[Path, dict[str, str]], ctl: RiggedCtl, tmp_path: Path, style: str
+) -> None:
+    path, points = chain
+    report = ctl("restore", path, "-o", tmp_path / "out", style, "--json", code=None).json
+    for disk in report["disks"]:
+        # the full and its three increments
+        assert len(disk["points"]) == 4
+        images = [*disk["images"], disk["path"]]
+        for number, point in enumerate(disk["points"]):
+            raw = tmp_path / "raw"
+            argv = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw"]
+            argv += [] if disk["images"] else ["-l", f"snapshot.name={point}"]
+            run([*argv, images[number if disk["images"] else 0], raw])
+            reference = made.references[points[point]][disk["target"]]
+            assert first_difference_raw(raw, reference) is None, (point, disk["target"])
