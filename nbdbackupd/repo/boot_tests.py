@@ -1,24 +1,22 @@
 """The newest boot test of each point, kept in the set beside its manifests.
 
-``tests/<point>.json`` with the result, and ``tests/<point>.png`` (or ``.ppm``) with the last
-screen. They belong to no manifest: what is missing or damaged there takes nothing from the point,
-and programs that do not know them leave them alone.
+``boot-tests/<point>.json`` with the result, and ``boot-tests/<point>.png`` (or ``.ppm``) with the
+last screen. They belong to no manifest: what is missing or damaged there takes nothing from the
+point, and programs that do not know them leave them alone.
 """
 
 import json
 import logging
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from nbdbackupd import durable
 from nbdbackupd.repo import layout
 
 log = logging.getLogger(__name__)
-FOLDER: Final = "tests"
 VERSION: Final = 1
-SUFFIX: Final = ".json"
 MAX_SIZE: Final = 64 << 10
 # a screen may show what is nobody's business
 MODE: Final = 0o600
@@ -58,12 +56,11 @@ def write(set_path: Path, test: BootTest, picture: bytes) -> Path:
 
     Raises RepositoryError or NoSpaceError.
     """
-    folder = set_path / FOLDER
-    stem = layout.escape(test.point, layout.MAX_IDENT)
-    path = folder / f"{stem}{SUFFIX}"
+    path = set_path / layout.boot_test(test.point)
+    folder = path.parent
     with durable.translate_os_errors("write", path):
         durable.make_directory(folder)
-        for old in _pictures(folder, stem):
+        for old in _pictures(path):
             if old.name != test.picture:
                 old.unlink(missing_ok=True)
         if test.picture:
@@ -75,14 +72,14 @@ def write(set_path: Path, test: BootTest, picture: bytes) -> Path:
 
 def picture_name(point: str, suffix: str) -> str:
     """What the picture of a point's test is called."""
-    return f"{layout.escape(point, layout.MAX_IDENT)}.{suffix}"
+    return PurePosixPath(layout.boot_test(point, suffix)).name
 
 
 def read(set_path: Path) -> dict[str, BootTest]:
     """The tests of a set by point; what can't be read is as if it were not there."""
     found = {}
     try:
-        paths = sorted((set_path / FOLDER).glob(f"*{SUFFIX}"))
+        paths = sorted((set_path / layout.BOOT_TESTS).glob(f"*{layout.MANIFEST_SUFFIX}"))
     except OSError as err:
         log.info("boot tests of %s can't be read: %s", set_path, err)
         return {}
@@ -110,5 +107,6 @@ def _read(path: Path) -> BootTest | None:
         return None
 
 
-def _pictures(folder: Path, stem: str) -> list[Path]:
-    return [folder / f"{stem}.{suffix}" for suffix in ("png", "ppm", "img")]
+def _pictures(path: Path) -> list[Path]:
+    stem = path.name.removesuffix(layout.MANIFEST_SUFFIX)
+    return [path.with_name(f"{stem}.{suffix}") for suffix in ("png", "ppm", "img")]

@@ -18,6 +18,7 @@ from nbdbackupd.model.chain import Layout, Level, StoredFile
 POINTS: Final = "points"
 CHECKPOINTS: Final = "checkpoints"
 LOGS: Final = "logs"
+BOOT_TESTS: Final = "boot-tests"
 LOCK: Final = ".lock"
 DRAFT_PREFIX: Final = ".draft-"
 INTENT: Final = "intent.json"
@@ -131,6 +132,11 @@ def draft(run_id: str) -> str:
 def run_log(run_id: str) -> str:
     """The log of a run, relative to the set."""
     return f"{LOGS}/{escape(run_id, MAX_IDENT)}.log"
+
+
+def boot_test(point_id: str, suffix: str = "json") -> str:
+    """The newest boot test of a point, or with ``png`` its picture, relative to the set."""
+    return f"{BOOT_TESTS}/{escape(point_id, MAX_IDENT)}.{suffix}"
 
 
 def checkpoint_xml(checkpoint: str) -> str:

@@ -156,7 +156,7 @@ def test_as_a_service(host: Host, production: Uefi) -> None:
     plain = f"[Service]\nEnvironment=PYTHONPATH={SOURCE}\nExecStart=\nExecStart={words}"
     host.write(drop_in, f"{plain}\n")
     host.run("systemctl", "daemon-reload")
-    host.run("rm", "-rf", f"{SET}/tests")
+    host.run("rm", "-rf", f"{SET}/boot-tests")
     host.run("systemctl", "start", name, timeout_seconds=120)
     assert ctl(host, "list", SET)["points"][0]["boot_test"]["passed"] is True
     assert_nothing(host, production)

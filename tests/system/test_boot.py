@@ -517,12 +517,12 @@ class TestVerifyBoot:
         assert_nothing(production)
 
     def test_not_recorded(self, production: Scene, saved: Saved) -> None:
-        shutil.rmtree(saved.set / "tests", ignore_errors=True)
-        (saved.set / "tests").write_text("in the way")
+        shutil.rmtree(saved.set / "boot-tests", ignore_errors=True)
+        (saved.set / "boot-tests").write_text("in the way")
         try:
             test = verify(production, "console:tiny", "--boot-only", code=WARNED).json["boot"]
         finally:
-            (saved.set / "tests").unlink()
+            (saved.set / "boot-tests").unlink()
         assert (test["passed"], test["result"]) == (True, "")
         assert any("not recorded" in warning for warning in test["warnings"])
 

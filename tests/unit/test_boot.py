@@ -270,10 +270,10 @@ class TestResult:
         assert boot_tests.read(tmp_path / "absent") == {}
 
     def test_not_written(self, tmp_path: Path) -> None:
-        (tmp_path / "tests").touch()
+        (tmp_path / "boot-tests").touch()
         with pytest.raises(RepositoryError):
             boot_tests.write(tmp_path, TEST, b"")
-        (tmp_path / "tests").unlink()
-        (tmp_path / "tests").symlink_to("/dev/full")
+        (tmp_path / "boot-tests").unlink()
+        (tmp_path / "boot-tests").symlink_to("/dev/full")
         with pytest.raises((RepositoryError, NoSpaceError)):
             boot_tests.write(tmp_path, TEST, b"")

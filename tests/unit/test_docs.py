@@ -133,6 +133,8 @@ def test_file_names_are_those_of_the_layout() -> None:
         layout.copy("tpm-state", "P", "N"),
         layout.checkpoint_list("D"),
         layout.run_log("R"),
+        layout.boot_test("P"),
+        layout.boot_test("P", "png"),
         layout.LOCK,
         f"{layout.draft('R')}/",
         ".nbdbackup-tmp-…",
@@ -140,7 +142,8 @@ def test_file_names_are_those_of_the_layout() -> None:
 
 
 def test_roles_are_those_of_the_model() -> None:
-    beside = {"stream", "raw image", "derived", "manifest", "log", "lock", "draft", "temporary"}
+    beside = {"stream", "raw image", "derived", "manifest", "log", "boot test", "lock", "draft"}
+    beside.add("temporary")
     listed = {row[1] for row in tables(FORMAT, "name")[0]} - beside
     told = re.search(r"``role`` is one of: (.*?)\.", chain.StoredFile.__doc__ or "", re.DOTALL)
     assert told is not None
