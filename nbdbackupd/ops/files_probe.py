@@ -15,6 +15,9 @@ from nbdbackupd.model import file_systems, lvm
 from nbdbackupd.model.file_systems import EXT_SUPERBLOCK, FileSystem, Partition
 
 SECONDS: Final = 60.0
+EDGE: Final = 1 << 20
+"""Where signatures of disks lie, in bytes from both ends."""
+
 LVM_MEMBER: Final = "LVM2_member"
 SECTORS: Final = (512, 4096)
 """Sizes of a logical sector, in bytes: a partition table counts in them and does not say which."""
@@ -67,8 +70,7 @@ def probe(disk: Path, target: str) -> tuple[FileSystem, ...]:
     ``disk`` is a file that holds the disk's bytes. Raises ProcessError, RepositoryError if it
     can't be read.
     """
-    with durable.translate_os_errors("read", disk):
-        size = disk.stat().st_size
+    size = _readable(disk)
     whole = FileSystem(disk=target, partition=0, offset=0, size=size)
     # a file system without partitions may hold what looks like a table of them (vfat does)
     alone = _identified(disk, whole)
@@ -85,6 +87,15 @@ def probe(disk: Path, target: str) -> tuple[FileSystem, ...]:
         )
         for each in found
     ) or (alone,)  # fmt: skip
+
+
+def _readable(disk: Path) -> int:
+    """The size of a disk whose beginning and end can be read: partx and blkid hide errors there."""
+    with durable.translate_os_errors("read", disk), disk.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        for offset in (0, max(0, size - EDGE)):
+            os.pread(file.fileno(), EDGE, offset)
+    return size
 
 
 def _partitions(disk: Path, size: int, sector: int) -> tuple[Partition, ...]:

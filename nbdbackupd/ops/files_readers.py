@@ -188,10 +188,10 @@ def _guestmount(
     sources: Sequence[Source], mine: Source, found: FileSystem, at: Path, *, replay: bool
 ) -> list[str | Path]:
     inside = f"/dev/{found.volume}" if found.volume else f"/dev/sda{found.partition or ''}"
-    # the drive is read-only, so the kernel inside can't replay a journal, and must be told so
+    # the appliance writes to an overlay of its own; what is given here takes the place of its "ro"
     journal = {"xfs": "norecovery,nouuid", "ext3": "noload", "ext4": "noload"}.get(found.type)
     if journal and not replay:
-        inside = f"{inside}:/:{journal}"
+        inside = f"{inside}:/:ro,{journal}"
     argv: list[str | Path] = [GUESTMOUNT, "--no-fork", *([] if replay else ["--ro"])]
     for each in sources if found.volume else [mine]:
         argv += ["--format=raw", "-a", each.file]

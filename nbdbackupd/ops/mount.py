@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nbdbackupd import durable, proc
-from nbdbackupd.errors import BusyError, ProcessError, UsageError
+from nbdbackupd.errors import BusyError, IntegrityError, ProcessError, RepositoryError, UsageError
 from nbdbackupd.model import file_systems
 from nbdbackupd.model.file_systems import FileSystem
 from nbdbackupd.ops import files_fuse, files_probe, files_readers
@@ -215,7 +215,13 @@ def _served(request: MountRequest, stack: ExitStack, cancelled: Callable[[], Non
             )
         )
         sources.append(Source(disk=disk.target, file=file))
-    found = files_probe.probe_all([(source.disk, source.file) for source in sources])
+    try:
+        found = files_probe.probe_all([(source.disk, source.file) for source in sources])
+    except RepositoryError as err:
+        if up.check():
+            message = "the backup is damaged where partitions and file systems are told"
+            raise IntegrityError(message) from err
+        raise
 
     def check() -> int:
         for program in programs:

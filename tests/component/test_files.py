@@ -438,6 +438,22 @@ def test_damage_is_told_and_the_rest_is_there(tmp_path: Path) -> None:
     assert "can't read /dir/below/big.bin" in done.stderr
 
 
+def test_damage_where_the_file_system_begins(tmp_path: Path) -> None:
+    """It must not be taken for a disk that holds nothing."""
+    source = trees.plain_cases(tmp_path / "src")
+    image = trees.ext4(tmp_path / "ext", source, 16 * MIB, "to be damaged")
+    made = SetBuilder(tmp_path / "set")
+    made.disks = {"vda": bytearray(image.read_bytes())}
+    made.full()
+    stream = made.path / made.points[0].disk("vda").file
+    data = bytearray(stream.read_bytes())
+    data[data.index(b"to be damaged")] ^= 1
+    stream.write_bytes(data)
+    done = Ctl("test:///default", tmp_path)("files", made.path, "fs", code=40)
+    assert "damaged where partitions" in done.stderr
+    assert done.stdout == ""
+
+
 def test_names_that_would_lead_out(tmp_path: Path) -> None:
     (tmp_path / "src/dir").mkdir(parents=True)
     (tmp_path / "src/dir/.._.._evil").write_text("evil")
