@@ -156,11 +156,19 @@ def changed(runtime_dir: Path, name: str, uuid: str) -> dict[str, str]:
     """How images of a domain that is off differ from those that its guest left, by path.
 
     Empty if nobody noted them. A file that is the same and was written to by somebody counts.
+    Media of drives and disks that domains share don't: others change them as they like.
     """
     kept = read(runtime_dir, name)
     if kept is None or kept.end is None or kept.uuid != uuid:
         return {}
-    found = {path: _difference(before, path) for path, before in kept.end.images.items()}
+    own = {
+        layer.path
+        for disk in parse_domain(kept.xml).disks
+        if disk.device == "disk" and not disk.shareable
+        for layer in disk.layers
+    }
+    noted = {path: each for path, each in kept.end.images.items() if path in own}
+    found = {path: _difference(before, path) for path, before in noted.items()}
     return {path: text for path, text in found.items() if text}
 
 

@@ -240,13 +240,21 @@ def test_what_a_guest_has_left_is_noted(host: Host) -> None:
         path.write_bytes(bytes(number))
     link = host.top / "link"
     link.symlink_to(images[2])
-    sources = [*(("file", each) for each in images), ("dev", link)]
+    media, shared = host.top / "cd.iso", host.top / "shared"
+    others = [media, shared]
+    for path in others:
+        path.touch()
+    sources = [*(("file", each, "disk") for each in images), ("dev", link, "disk")]
+    sources += [("file", media, "cdrom"), ("file", shared, "disk")]
     disks = "".join(
-        f"      <source {kind}='{escape(str(each), QUOTES)}' index='1'/>\n"
-        for kind, each in sources
+        f"    <disk type='file' device='{device}'>\n      <target dev='vd{number}'/>\n"
+        f"      <source {kind}='{escape(str(path), QUOTES)}' index='1'/>\n"
+        f"{'      <shareable/>' if path is shared else ''}    </disk>\n"
+        for number, (kind, path, device) in enumerate(sources)
     )
     none = "      <source dev='eth0' mode='bridge'/>\n      <source file='/none/such'/>\n"
-    xml = XML.replace(">x<", ">vm1<").replace("</domain>", f"{disks}{none}</domain>")
+    devices = f"<devices>\n{disks}{none}</devices></domain>"
+    xml = XML.replace(">x<", ">vm1<").replace("</domain>", devices)
     (host.top / "etc/qemu").mkdir(parents=True)
     (host.top / "etc/qemu/vm1.xml").write_text(xml)
     host.hook("vm1", "started", "begin", "-", xml=xml)
@@ -256,11 +264,14 @@ def test_what_a_guest_has_left_is_noted(host: Host) -> None:
     host.hook("vm1", "release", "end", "destroyed", xml=xml)
     end = host.end(UUID)
     assert (end.ending, end.is_persistent) == (Ending.DESTROYED, True)
-    expected = {str(path): kept.Identity.of(str(path)) for path in (*images, link)}
+    expected = {str(path): kept.Identity.of(str(path)) for path in (*images, link, *others)}
     assert end.images == expected
     assert kept.End.parse(end.pack()) == end
     # what differs is told, as it is since
     changes = partial(kept.changed, host.runtime, "vm1", UUID)
+    assert changes() == {}
+    for path in others:
+        path.write_text("others may")
     assert changes() == {}
     images[0].write_text("more")
     os.utime(images[1], ns=(0, 1))
