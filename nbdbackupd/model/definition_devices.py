@@ -127,6 +127,9 @@ def _interface(
     fresh = new_mac(entropy, taken)
     mac.set("address", fresh)
     told.changes.append(f"network card {name or '(no MAC)'} has MAC address {fresh}")
+    backend = each.find("backend")
+    if backend is not None:
+        backend.attrib.pop("logFile", None)
     if remove(each, "portForward"):
         told.warnings.append(f"network card {name}: forwarded ports of the host were removed")
     _forget_tap(each)
