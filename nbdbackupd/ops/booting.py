@@ -241,6 +241,8 @@ def serve(
         source=Path(record.source),
         point=record.point,
         socket=places.sockets,
+        # what is copied from here becomes the guest's only disk, and a boot test is a proof
+        prove=True,
         owner=owner,
         purpose=purpose(record.name),
     )

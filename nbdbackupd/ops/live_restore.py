@@ -193,8 +193,8 @@ class _Work:
                 elif found is None or found.mirror != disk.final:
                     raise DomainError(
                         f"the copy of disk {target} to {disk.final} has failed; the guest runs on: "
-                        f"see libvirt's log of {domain.name}, mend it, and go on with "
-                        f"'nbdbackupctl boot --resume {domain.name}'",
+                        f"look whether there is space, and at the set with 'nbdbackupctl verify'; "
+                        f"'nbdbackupctl boot --resume {domain.name}' goes on",
                         domain=domain.name, disk=target,
                     )  # fmt: skip
                 else:

@@ -387,6 +387,17 @@ class TestLiveRestore:
         assert_images(production, report, saved)
         assert_let_go(production, out, running=False)
 
+    def test_damaged_data_is_not_copied(self, production: Scene, saved: Saved, out: Path) -> None:
+        with damaged(saved.set / "vdb.full.data"):
+            refused = boot(production, "--live-restore", out, "--define", code=20)
+            assert "the copy of disk vdb" in refused.stderr
+            assert "has failed" in refused.stderr
+            assert production.ctl("boot", "--resume", "boot_vm1", code=20).stderr
+            assert "Persistent:     no" in production.lab.virsh("dominfo", "boot_vm1")
+            production.ctl("boot", "--stop", "boot_vm1")
+        assert_nothing(production)
+        assert list(out.iterdir()) == []
+
     def test_given_up(self, production: Scene, saved: Saved, out: Path) -> None:
         out.mkdir(mode=0o755)
         (out / "mine").write_text("keep")
@@ -535,17 +546,22 @@ class TestVerifyBoot:
         production.ctl("verify", saved.set, "--boot", "--boot-wait", "prayer", code=2)
 
     def test_damaged_data_is_not_booted(self, production: Scene, saved: Saved) -> None:
-        stream = saved.set / "vdb.full.data"
-        data = bytearray(stream.read_bytes())
-        data[len(data) // 2] ^= 1
-        whole = stream.read_bytes()
-        stream.write_bytes(data)
-        try:
+        with damaged(saved.set / "vdb.full.data"):
             report = verify(production, "console:tiny", code=40).json
-        finally:
-            stream.write_bytes(whole)
         assert (report["sound"], report["boot"]) == (False, None)
         assert_nothing(production)
+
+
+@contextlib.contextmanager
+def damaged(stream: Path) -> Iterator[None]:
+    """A bit of a stream's first data is wrong meanwhile: what no increment replaces."""
+    whole = stream.read_bytes()
+    at = whole.index(b"\x51" * 4096) + 4096
+    stream.write_bytes(whole[:at] + b"\x50" + whole[at + 1 :])
+    try:
+        yield
+    finally:
+        stream.write_bytes(whole)
 
 
 def scratch(made: Scene) -> tuple[str, str]:

@@ -207,8 +207,8 @@ def _wait(up: "Booted", cancel: signals.Cancel) -> None:
 
     def tell_held() -> None:
         log.warning(
-            "the guest is held by an error of its disks: is %s full? Then make room, and let it go "
-            "on with 'virsh resume %s'",
+            "the guest is held by an error of its disks: if %s is full, make room and let it go on "
+            "with 'virsh resume %s'; else see 'nbdbackupctl verify'",
             up.places.work, up.record.name,
         )  # fmt: skip
 
