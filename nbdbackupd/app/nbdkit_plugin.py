@@ -1,13 +1,18 @@
 """What nbdkit's Python plugin loads to serve one disk: its callbacks, see nbdkit-python-plugin(3).
 
-Parameter: ``plan``, the descriptor of a file with a ``ServedPlan``, made by ``ops/map.py``. Damage
-is told on ``report``, a descriptor, a line each; nbdkit's own log has it, too.
+Parameters: ``plan``, the descriptor of a file with a ``ServedPlan``, made by ``ops/map.py``, and
+``report``, that of a socket on which damage is told, a line each (nbdkit's own log has it, too).
+When the other end of that is gone, so is the one who started us, and we go at once: nbdkit would
+wait for its clients, and it takes signals of a dead parent for itself (PR_SET_PDEATHSIG, seen with
+1.32). Without ``report`` nobody needs to live.
 """
 
 import errno
 import itertools
 import json
 import os
+import select
+import threading
 from pathlib import Path
 from typing import Final
 
@@ -48,6 +53,20 @@ def get_ready() -> None:
     document = Path(f"/proc/self/fd/{int(_given['plan'])}").read_text(encoding="utf-8")
     plan = ServedPlan.from_json(json.loads(document))
     _disks.append(ServedDisk(plan, _tell))
+
+
+def after_fork() -> None:
+    """Begin to watch who started us; threads do not survive a fork."""
+    if "report" in _given:
+        os.set_blocking(int(_given["report"]), False)
+        threading.Thread(target=_watch, daemon=True).start()
+
+
+def _watch() -> None:
+    poller = select.poll()
+    poller.register(int(_given["report"]), select.POLLIN)
+    poller.poll()  # nothing is ever sent to us: this is the end of the other one
+    os._exit(0)
 
 
 def _tell(line: str) -> None:

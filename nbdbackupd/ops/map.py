@@ -7,6 +7,7 @@ afterwards does not matter. Each map has a directory of its own, see ``ops/mappe
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,6 @@ log = logging.getLogger(__name__)
 
 PACKAGE: Final = Path(proc.__file__).parent
 START_SECONDS: Final = 60.0
-STOP_SECONDS: Final = 5.0
 POLL_SECONDS: Final = 0.003
 THREADS: Final = 4
 """For each connection; more of them only wait for one another."""
@@ -87,8 +87,8 @@ def _explained() -> Iterator[None]:
 def serving(request: MapRequest, *, cancelled: Callable[[], None]) -> Iterator[Serving]:
     """Serve while the block runs: one nbdkit for each disk, all gone at the end with their files.
 
-    The servers die with the thread that calls this. ``cancelled`` is polled until all are ready.
-    Raises UsageError, ConfigError, RepositoryError, ChainBrokenError, FormatError, IntegrityError,
+    The servers die with this process, or with the thread that calls this. ``cancelled`` is polled
+    until all are ready. Raises UsageError, ConfigError, RepositoryError, ChainBrokenError, FormatError, IntegrityError,
     BusyError, ProcessError.
     """
     check_request(request)
@@ -96,31 +96,22 @@ def serving(request: MapRequest, *, cancelled: Callable[[], None]) -> Iterator[S
         found = map_plan.find(request, cancelled)
         home = mapped.make_home(request.runtime_dir)
         stack.callback(mapped.discard, home)
-        served, running = [], []
-        for place in _places(request, found, home):
-            stack.callback(mapped.remove_socket, place.socket)
-            with (
-                map_plan.handover(request, found, place.target, cancelled) as given,
-                _Report(place.target, stack) as report,
-            ):
-                process = stack.enter_context(
-                    proc.spawn(
-                        ["nbdkit", "-f", "--exit-with-parent",
-                         *_argv(request, place, given), f"report={report.writer}"],
-                        pass_fds=(*given.fds, home.lock, report.writer),
-                        env=_environment(), grace_seconds=STOP_SECONDS,
-                    )
-                )  # fmt: skip
-                with _explained():
-                    _await(place, cancelled, process.check)
-                running.append((process, report))
-                served.append(_opened_up(request, place, given, process.pid, stack))
+        running = [
+            _start(request, found, home, place, stack, cancelled=cancelled)
+            for place in _places(request, found, home)
+        ]
+        served = []
+        for each in running:
+            with _explained():
+                _await(each.place, cancelled, each.process.check)
+            pid = each.process.pid
+            served.append(_opened_up(request, each.place, each.size, pid, stack))
         mapping = _noted(request, found, home, served, keeper=os.getpid())
 
         def check() -> int:
-            for process, _ in running:
-                process.check()
-            return sum(report.read() for _, report in running)
+            for each in running:
+                each.process.check()
+            return sum(each.report.read() for each in running)
 
         yield Serving(mapping=mapping, warnings=found.warnings, check=check)
 
@@ -146,7 +137,7 @@ def detach(request: MapRequest, *, cancelled: Callable[[], None]) -> Serving:
                     )  # fmt: skip
                 _await(place, cancelled, lambda: None)
                 pid = int(place.pid_file.read_text())
-                served.append(_opened_up(request, place, given, pid, stack))
+                served.append(_opened_up(request, place, given.size, pid, stack))
             cancelled()
         mapping = _noted(request, found, home, served, keeper=0)
         stack.pop_all()
@@ -229,6 +220,38 @@ def _argv(request: MapRequest, place: _Place, given: Handover) -> list[str]:
     return [*argv, "python", str(script), f"plan={given.plan}"]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Running:
+    """A server of ours that was started; ``size`` of its disk in bytes."""
+
+    place: _Place
+    process: proc.Process
+    report: "_Report"
+    size: int
+
+
+def _start(
+    request: MapRequest, found: Found, home: Home, place: _Place, stack: ExitStack,
+    *, cancelled: Callable[[], None],
+) -> _Running:  # fmt: skip
+    """Start a server that ends with the stack; it inherits what it needs, we keep nothing."""
+    stack.callback(mapped.remove_socket, place.socket)
+    with (
+        map_plan.handover(request, found, place.target, cancelled) as given,
+        _Report(place.target, stack) as report,
+    ):
+        words = ["-f", "--exit-with-parent", *_argv(request, place, given)]
+        process = stack.enter_context(
+            proc.spawn(
+                ["nbdkit", *words, f"report={report.writer}"],
+                pass_fds=(*given.fds, home.lock, report.writer),
+                # asked kindly, it would wait for its clients; it has nothing to lose
+                env=_environment(), grace_seconds=0,
+            )
+        )  # fmt: skip
+        return _Running(place=place, process=process, report=report, size=given.size)
+
+
 def _await(place: _Place, cancelled: Callable[[], None], check: Callable[[], None]) -> None:
     """Wait until the server writes its id, which it does when it is ready."""
     deadline = time.monotonic() + START_SECONDS
@@ -241,7 +264,7 @@ def _await(place: _Place, cancelled: Callable[[], None], check: Callable[[], Non
 
 
 def _opened_up(
-    request: MapRequest, place: _Place, given: Handover, pid: int, stack: ExitStack
+    request: MapRequest, place: _Place, size: int, pid: int, stack: ExitStack
 ) -> ServedDisk:
     """What a server that is ready still lacks: rights of its socket, the kernel's device."""
     if place.socket is not None:
@@ -254,7 +277,7 @@ def _opened_up(
         stack.callback(kernel_nbd.detach, request.device)
         kernel_nbd.attach(request.device, place.socket)
     return ServedDisk(
-        target=place.target, size=given.size, uri=_uri(request, place), socket=place.socket,
+        target=place.target, size=size, uri=_uri(request, place), socket=place.socket,
         pid=pid, device=request.device,
     )  # fmt: skip
 
@@ -286,29 +309,35 @@ def _noted(
 
 
 class _Report:
-    """What a server says of damage: a pipe that it inherits (its standard output is closed).
+    """What a server says of damage, on a socket that it inherits (it closes its output).
 
-    A context manager, while which the writing end is open here, too; the reading end is closed
-    with the stack.
+    When our end is gone, the server ends at once, with or without clients. A context manager,
+    while which the server's end is open here, too; ours is closed with the stack.
     """
 
     def __init__(self, target: str, stack: ExitStack) -> None:
         self._target = target
         self._rest = b""
         self._damaged = 0
-        self._reader, self.writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        stack.callback(os.close, self._reader)
+        ours, self._theirs = socket.socketpair()
+        self._ours = stack.enter_context(ours)
+        self._ours.setblocking(False)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        os.close(self.writer)
+        self._theirs.close()
+
+    @property
+    def writer(self) -> int:
+        """The server's end."""
+        return self._theirs.fileno()
 
     def read(self) -> int:
         """Log what was said since the last call; how many blocks were damaged so far."""
         try:
-            said = os.read(self._reader, 1 << 16)
+            said = self._ours.recv(1 << 16)
         except BlockingIOError:
             said = b""
         *lines, self._rest = (self._rest + said).split(b"\n")

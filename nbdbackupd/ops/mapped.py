@@ -33,6 +33,9 @@ LOCK: Final = "lock"
 GATE: Final = "gate"
 GATE_SECONDS: Final = 30.0
 END_SECONDS: Final = 20.0
+GRACE_SECONDS: Final = 1.0
+"""A server that is asked to end waits for its clients, which may never leave."""
+
 KILL_SECONDS: Final = 5.0
 POLL_SECONDS: Final = 0.02
 
@@ -173,7 +176,7 @@ def end(mapping: Mapping, runtime_dir: Path) -> None:
     servers = [disk.pid for disk in mapping.disks]
     # a keeper cleans up by itself when it is asked to end
     _signal([mapping.keeper] if mapping.keeper else servers, path / LOCK, signal.SIGTERM)
-    if not _wait(path / LOCK, END_SECONDS):
+    if not _wait(path / LOCK, END_SECONDS if mapping.keeper else GRACE_SECONDS):
         _signal([mapping.keeper, *servers], path / LOCK, signal.SIGKILL)
         if not _wait(path / LOCK, KILL_SECONDS):
             raise BusyError(f"the servers of map {mapping.id} do not end, see {path}")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import nbd
 import pytest
 
 from nbdbackupd.ops import mapped
@@ -115,6 +116,36 @@ def test_a_kill_leaves_no_server_and_the_next_one_sweeps(ctl: Ctl, made: SetBuil
     assert len(list((ctl.runtime / "map").glob("*/*.sock"))) == 2
     assert ctl("map", "--list").stdout == "nothing is mapped\n"
     assert list((ctl.runtime / "map").glob("*/*")) == []
+
+
+@contextlib.contextmanager
+def idle_client(disk: dict[str, Any]) -> Iterator[None]:
+    """A client that is connected and asks for nothing, as the kernel's is."""
+    client = nbd.NBD()
+    client.connect_unix(disk["socket"])
+    client.pread(512, 0)
+    yield
+    with contextlib.suppress(nbd.Error):
+        client.shutdown()
+
+
+def test_clients_that_stay_keep_nothing_alive(ctl: Ctl, made: SetBuilder) -> None:
+    """nbdkit, asked to end, waits for its clients (1.32)."""
+    for signum, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 0)):
+        with (
+            in_front(ctl, made.path) as (process, report),
+            idle_client(report["map"]["disks"][0]),
+        ):
+            begun = time.monotonic()
+            process.send_signal(signum)
+            process.communicate(timeout=SECONDS)
+            wait_for(lambda: servers(ctl) == [])
+            assert time.monotonic() - begun < 4
+            assert process.returncode == code
+    report = ctl("map", made.path, "--detach", "--json").json
+    with idle_client(report["map"]["disks"][1]):
+        ctl("unmap", "--all")
+        assert servers(ctl) == []
 
 
 def test_only_the_owner_may_connect(ctl: Ctl, made: SetBuilder) -> None:
