@@ -88,8 +88,8 @@ def serving(request: MapRequest, *, cancelled: Callable[[], None]) -> Iterator[S
     """Serve while the block runs: one nbdkit for each disk, all gone at the end with their files.
 
     The servers die with this process, or with the thread that calls this. ``cancelled`` is polled
-    until all are ready. Raises UsageError, ConfigError, RepositoryError, ChainBrokenError, FormatError, IntegrityError,
-    BusyError, ProcessError.
+    until all are ready. Raises UsageError, ConfigError, RepositoryError, ChainBrokenError,
+    FormatError, IntegrityError, BusyError, ProcessError.
     """
     check_request(request)
     with ExitStack() as stack:
