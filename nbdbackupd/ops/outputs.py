@@ -183,7 +183,6 @@ def changed(
     ) as output:
         yield output
     _check_closed(path)
-    image.check(path, format="qcow2")
     durable.fsync_file(path)
 
 

@@ -251,7 +251,8 @@ def _check_targets(plan: Plan, *, force: bool) -> None:
 
 def _set_aside(plan: Plan) -> None:
     with durable.translate_os_errors("rename", "the old images"):
-        for site in plan.sites:
+        # what stands on others goes first
+        for site in reversed(plan.sites):
             site.set_aside()
 
 

@@ -232,6 +232,8 @@ def _sites(
             raise UsageError(f"disk {disk.target} has no place: give -o, or -d {disk.target}=PATH")
         else:
             found[disk.target] = sites.NewFile(request.output / names[disk.target])
+    if request.style is Style.CHAIN:
+        found = {target: sites.ChainFile(site.final) for target, site in found.items()}
     finals = [site.final.resolve() for site in found.values()]
     if len(set(finals)) < len(finals):
         raise UsageError("two disks can't go to one place")

@@ -95,4 +95,4 @@ def _older(site: Site, point: RestorePoint) -> Site:
     """The image of an older point, beside that of the wanted one and named after both."""
     path: Path = site.final
     name = output_names.clean(f"{path.stem}.{point.id}{path.suffix}", path.suffix)
-    return sites.NewFile(path.with_name(name))
+    return sites.ChainFile(path.with_name(name))

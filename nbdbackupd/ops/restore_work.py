@@ -18,7 +18,7 @@ from nbdbackupd.ops.restore_plan import Job
 from nbdbackupd.ops.restore_request import Progress, RestoredDisk, RestoreRequest, Style
 from nbdbackupd.ops.restore_steps import Step
 from nbdbackupd.ops.sites import Site, Work
-from nbdbackupd.qemu import snapshots
+from nbdbackupd.qemu import image, snapshots
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +117,9 @@ class _Writer:
                 written += self._on_top(step, path, content.delta(step.layers[0]))
                 overlays.append((path, below))
             below = site
+        for path, _ in overlays:
+            self._cancelled()
+            image.check(path, format="qcow2")
         for path, lower in overlays:
             snapshots.name_backing(path, lower.final)
             durable.fsync_file(path)
@@ -142,6 +145,8 @@ class _Writer:
                 written += self._on_top(step, path, changes)
             snapshots.take(path, step.point)
             before = step
+        self._cancelled()
+        image.check(site.incomplete, format="qcow2")
         durable.fsync_file(site.incomplete)
         return written
 

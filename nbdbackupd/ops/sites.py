@@ -108,6 +108,14 @@ class NewFile(Site):
         os.rename(self.incomplete, self.final)  # noqa: PTH104 - as in durable
 
 
+class ChainFile(NewFile):
+    """A new image that others of a chain stand on, or that stands on others."""
+
+    def set_aside(self) -> None:
+        """Remove an older one: for a moment it would stand on an image that it is not made for."""
+        self.final.unlink(missing_ok=True)
+
+
 class BlockDevice(Site):
     """A block device, which is overwritten."""
 

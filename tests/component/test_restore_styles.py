@@ -1,8 +1,11 @@
 """Several points in one restore, as a chain of images or as snapshots in one."""
 
+import errno
+import os
 import random
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -246,3 +249,38 @@ def test_an_older_image_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(NbdbackupError, match="--force"):
         run(request)
     assert (out / "vda.point2.qcow2").read_text() == "mine"
+    report = run(replace(request, force=True))
+    prove(made, report, ["point1", "point2", "point4", "point5", "point6"], tmp_path)
+
+
+def test_a_chain_that_replaces_another_never_mixes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An end between two renames leaves images that are of one chain, or none."""
+    made = SetBuilder(tmp_path / "set")
+    made.disks = {"vda": bytearray(b"a" * MIB)}
+    made.full()
+    made.inc({"vda": [Change(0, b"b" * 4096)]})
+    made.inc({"vda": [Change(4096, b"c" * 4096)]})
+    out = tmp_path / "out"
+    request = RestoreRequest(source=made.path, output=out, style=Style.CHAIN, force=True)
+    report = run(request)
+    images = [*report.disks[0].images, report.disks[0].path]
+    rename, left = os.rename, 0
+
+    def failing(source: Path, target: Path) -> None:
+        nonlocal left
+        if target in images:
+            left -= 1
+            if left < 0:
+                raise OSError(errno.EIO, "no more")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    for count in range(3):
+        left = count
+        with pytest.raises(NbdbackupError):
+            run(request)
+        assert [path.exists() for path in images] == [number < count for number in range(3)]
+    left = 3
+    prove(made, run(request), ["point1", "point2", "point3"], tmp_path)
