@@ -8,7 +8,7 @@ UTF-8 with surrogate escapes for what is none.
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -183,7 +183,7 @@ class Tree:
             except SourceError as err:
                 self._note(problems, shown([*names, name]), _cause(err))
 
-    def walk(self, names: Sequence[bytes], problems: Problems) -> Iterator[Node]:
+    def walk(self, names: Sequence[bytes], problems: Problems) -> Generator[Node, None, None]:
         """The name and all below it; a directory before and, with ``leave``, after its content.
 
         What can't be read is noted, and so is a directory that is its own ancestor, which a

@@ -339,7 +339,7 @@ def test_each_way_a_mount_ends(world: World, tmp_path: Path, tool: str, how: str
         waited(lambda: any(str(at) in line for line in mounts()))
         waited((at / "late").exists)
         if how == "fusermount3":
-            unmount = ["umount", at] if tool == "kernel" else ["fusermount3", "-u", at]
+            unmount = ["umount", str(at)] if tool == "kernel" else ["fusermount3", "-u", str(at)]
             subprocess.run(unmount, check=True, timeout=SECONDS)
         else:
             process.send_signal(signal.Signals[how])
