@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 TABLE: Final = Path("/proc/self/mountinfo")
 DEVICE: Final = Path("/dev/fuse")
 POLL_SECONDS: Final = 0.01
+MAX_WORDS: Final = 300
 WATCH_SECONDS: Final = 0.2
 BUSY_SECONDS: Final = 3.0
 """How long a mount that is in use at the end is tried again before it is detached."""
@@ -109,7 +110,7 @@ def foreground(
             deadline = time.monotonic() + seconds
             while not is_mounted(at):
                 cancelled()
-                program.check()
+                _check(program)
                 if time.monotonic() > deadline:
                     raise ProcessError(f"{program.name} mounted nothing within {seconds:g} s")
                 time.sleep(POLL_SECONDS)
@@ -119,6 +120,18 @@ def foreground(
                 # it writes nothing back, but its own end is the proper one
                 with contextlib.suppress(ProcessError):
                     program.wait(END_SECONDS, ok=range(-64, 256))
+
+
+def _check(program: proc.Process) -> None:
+    """As its own check; the first error that it told says more than its last line."""
+    try:
+        program.check()
+    except ProcessError as err:
+        told = [line for line in program.complaints.split("\n") if "error:" in line]
+        if not told:
+            raise
+        words = "".join(char if char.isprintable() else " " for char in told[0]).strip()
+        raise ProcessError(f"{program.name} failed: {words[:MAX_WORDS]}") from err
 
 
 @contextmanager
