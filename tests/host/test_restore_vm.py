@@ -18,7 +18,7 @@ from tests.lab.agent_guest import make_ext4
 from tests.lab.disks import MIB
 from tests.lab.host import Host
 from tests.lab.hostguest import HostGuest, guest_binds
-from tests.lab.hostlab import HostLab
+from tests.lab.hostlab import SHARED, HostLab
 from tests.lab.hostroot import SUITES, hypervisor
 from tests.lab.process import wait_until
 from tests.lib.definitions import CLONE, PRODUCTION
@@ -57,14 +57,21 @@ def suite(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def host(suite: str) -> Iterator[Host]:
-    """A hypervisor with firmware and TPMs, and the program as it is here."""
+def lab(suite: str) -> Iterator[HostLab]:
+    """One for each suite."""
+    assert suite in SUITES
     with HostLab() as lab:
-        binds = {**guest_binds(), SOURCE: TOP}
-        host = lab.host("lab-a", hypervisor(suite), readonly_binds=binds)
-        host.apt("update")
-        host.apt("install", "ovmf", "swtpm", "swtpm-tools", "python3-lz4", "python3-yaml")
-        yield host
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def host(suite: str, lab: HostLab) -> Host:
+    """A hypervisor with firmware and TPMs, and the program as it is here."""
+    binds = {**guest_binds(), SOURCE: TOP}
+    host = lab.host("lab-a", hypervisor(suite), readonly_binds=binds)
+    host.apt("update")
+    host.apt("install", "ovmf", "swtpm", "swtpm-tools", "python3-lz4", "python3-yaml")
+    return host
 
 
 def ctl(host: Host, *words: str, code: int = 0) -> Any:
@@ -419,6 +426,23 @@ def test_a_name_that_is_taken_meanwhile(host: Host) -> None:
     host.run("virsh", "undefine", "late")
     host.run("virsh", "define", f"{into}/late.adjusted.xml")
     host.run("virsh", "undefine", "late")
+
+
+def test_a_domain_of_another_host(suite: str, lab: HostLab, host: Host) -> None:
+    """Images on shared storage, defined at a libvirt that is elsewhere."""
+    other = lab.host("lab-b", hypervisor(suite))
+    into = f"{SHARED}/it's elsewhere"
+    uri = "qemu+ssh://root@lab-b/system"
+    words = ("/var/tmp/many", "-c", uri, "-d", "sda", "-o", into, "--define")
+    report = ctl(host, "restore", *words, "--start", code=3)
+    assert report["definition"]["started"]
+    assert [text for text in report["warnings"] if f"libvirt is on another host ({uri})" in text]
+    assert other.run("virsh", "list", "--name").split() == ["restore_many"]
+    assert "restore_many" not in host.run("virsh", "list", "--all", "--name")
+    # names are told apart by path alone there
+    error = ctl(host, "restore", *words, "--name", "x", "--force", code=20)
+    assert "is disk sda of domain restore_many" in error["error"]["message"]
+    other.run("virsh", "destroy", "restore_many")
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["clone", "same"])
