@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from nbdbackupd import __version__, durable
 from nbdbackupd.errors import (
+    ChainBrokenError,
     CheckpointError,
     FormatError,
     IntegrityError,
@@ -26,6 +27,7 @@ from nbdbackupd.model import jobxml
 from nbdbackupd.model.chain import DiskMode, DiskPoint, Layout, RestorePoint, StoredFile
 from nbdbackupd.ops import catalog, import_files, opened, peer_index
 from nbdbackupd.ops import layers as layering
+from nbdbackupd.ops.opened import OpenedSet
 from nbdbackupd.repo import importing, layout, peer
 from nbdbackupd.repo.importing import Stage
 from nbdbackupd.repo.peer_place import Folder, is_archive, read_small
@@ -42,13 +44,15 @@ PROGRAM: Final = "virtnbdbackup, imported by nbdbackupd"
 class ImportRequest:
     """Which set, a directory or an archive; into ``output``, or where it lies.
 
-    ``link``: the streams in ``output`` are hard links. ``run_id`` becomes the id of the chain.
+    ``link``: the streams in ``output`` are hard links. ``sound``: what is not sound is left out,
+    which needs an ``output``. ``run_id`` becomes the id of the chain.
     """
 
     source: Path
     run_id: str
     output: Path | None = None
     link: bool = False
+    sound: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +117,8 @@ def run(
 def _check(request: ImportRequest, *, archive: bool) -> None:
     if request.link and request.output is None:
         raise UsageError("--link needs -o: where a set is imported in place nothing is linked")
+    if request.sound and request.output is None:
+        raise UsageError("--sound needs -o: what is not sound stays where it is")
     if archive:
         if request.output is None or request.link:
             raise UsageError(f"{request.source} is an archive: give a directory with -o, no --link")
@@ -160,7 +166,14 @@ class _Import:
             raise RepositoryError(
                 f"{self._request.source} holds no backup that virtnbdbackup wrote"
             )
-        source = opened.open_set(self._from)
+        try:
+            source = opened.open_set(self._from, sound=self._request.sound)
+        except ChainBrokenError as err:
+            err.message = err.message.replace(str(self._from), str(self._request.source), 1)
+            err.message += "; 'import --sound -o DIR' leaves out what is not sound"
+            raise
+        if source.problems:
+            self._leave_out(source)
         made = []
         for point in source.known.points:
             if not point.uuid or not point.domain:
@@ -168,7 +181,17 @@ class _Import:
                     f"no sound vmconfig file tells whose {point.id} is: its UUID is needed"
                 )
             made.append(self._point(point))
-        return made, source.hints
+        return made, source.warnings
+
+    def _leave_out(self, source: OpenedSet) -> None:
+        """Take the streams that are in no sound point out of the stage."""
+        if not source.known.points:
+            raise RepositoryError(f"{self._request.source}: nothing is sound")
+        held = {disk.file for point in source.known.points for disk in point.disks}
+        for name in peer.stream_names(Folder(self._from)):
+            if name not in held:
+                self._stage.place(name).unlink()
+                self._stage.place(layout.checksum(name)).unlink(missing_ok=True)
 
     def _point(self, point: RestorePoint) -> RestorePoint:
         files = [self._stored(each) for each in point.files]

@@ -4,10 +4,10 @@ Names, as its versions 1.9.15 and 2.28 make them (measured)::
 
     DISK.full.data  DISK.copy.data          a whole disk
     DISK.inc.CHECKPOINT.data                what changed since the checkpoint before
-    DISK.diff.SECONDS.data                  what changed since the newest checkpoint; makes none
+    DISK.diff.SECONDS.data                  the same, without a checkpoint; begun at these seconds
     ….data.partial                          of a run that failed
     ….data.chksum                           decimal Adler-32 of the file; 1.9.15 writes none
-    vmconfig.IDENT.xml, DISK.IDENT.qcow.json    IDENT: copy, the checkpoint, or the seconds
+    vmconfig.IDENT.xml, DISK.IDENT.qcow.json    IDENT: copy, the checkpoint, seconds of the end
     DOMAIN.cpt, checkpoints/CHECKPOINT.xml  the chain's checkpoints, also of runs that failed
 
 A raw disk that was saved with ``--raw`` is ``DISK.copy.data`` in any case, and that file is the
@@ -16,15 +16,16 @@ raw image itself, as all are with ``--type raw``. Nothing that a file says is tr
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from nbdbackupd import durable
-from nbdbackupd.errors import DomainError, FormatError, IntegrityError
+from nbdbackupd.errors import CheckpointError, DomainError, FormatError, IntegrityError
 from nbdbackupd.format import stream
 from nbdbackupd.format.stream import StreamMeta
+from nbdbackupd.model import jobxml
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.domain import Domain, parse_domain
 from nbdbackupd.repo import layout
@@ -75,8 +76,9 @@ class PeerFile:
 class PeerFiles:
     """What a directory holds: sound files, a line for each that is not, and what else matters.
 
-    ``checkpoints`` is the domain's list; ``broken`` are points (level, ident) with a file that is
-    not sound. ``sizes`` are the sizes of all regular files, by name.
+    ``checkpoints`` is the domain's list, ``tracked`` the disks of each as far as its XML is there;
+    ``broken`` are points (level, ident) with a file that is not sound. ``sizes`` are the sizes of
+    all regular files, by name.
     """
 
     files: tuple[PeerFile, ...]
@@ -87,6 +89,7 @@ class PeerFiles:
     domain: str
     sizes: Mapping[str, int]
     configs: Mapping[str, Domain] = field(default_factory=dict)
+    tracked: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 def is_peer(place: Place) -> bool:
@@ -100,7 +103,12 @@ def is_peer(place: Place) -> bool:
             each.suffix == layout.MANIFEST_SUFFIX for each in points.iterdir()
         ):
             return False
-    return any(_parse_name(name) is not None for name in place.sizes())
+    return bool(stream_names(place))
+
+
+def stream_names(place: Place) -> list[str]:
+    """The names that streams have, whatever the files hold. Raises RepositoryError."""
+    return sorted(name for name in place.sizes() if _parse_name(name) is not None)
 
 
 def place_of(path: Path) -> Place | None:
@@ -142,7 +150,7 @@ def read_files(place: Place) -> PeerFiles:
     return PeerFiles(
         files=tuple(found), problems=tuple(problems), warnings=tuple(warnings),
         broken=frozenset(broken), checkpoints=checkpoints, domain=domain, sizes=sizes,
-        configs=configs,
+        configs=configs, tracked=_read_tracked(place, found, warnings),
     )  # fmt: skip
 
 
@@ -307,6 +315,25 @@ def _read_checkpoints(
     except FormatError as err:
         warnings.append(f"{name}: {_line(err)}")
         return name.removesuffix(".cpt"), ()
+
+
+def _read_tracked(
+    place: Place, files: Iterable[PeerFile], warnings: list[str]
+) -> dict[str, frozenset[str]]:
+    """The disks of each checkpoint that a stream made, as its XML tells them."""
+    found = {}
+    for name in sorted({file.meta.checkpoint for file in files if file.meta}):
+        path = f"{layout.CHECKPOINTS}/{name}.xml"
+        if not name or not place.has(path):
+            continue
+        try:
+            data = place.read_small(path, MAX_FILE)
+            if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
+                raise FormatError("checkpoint XML with a document type")
+            found[name] = frozenset(jobxml.tracked(data.decode(errors="replace")))
+        except (FormatError, CheckpointError) as err:
+            warnings.append(f"{path}: {err.message}")
+    return found
 
 
 def _line(err: FormatError) -> str:

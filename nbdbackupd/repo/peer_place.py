@@ -43,6 +43,9 @@ class Place(Protocol):
     def read_small(self, name: str, maximum: int) -> bytes:
         """A whole file; raises IntegrityError if it is larger, or another kind of file."""
 
+    def has(self, name: str) -> bool:
+        """Whether there is a file of that name, which may be in a directory."""
+
     def file(self, name: str) -> Path:
         """The file that holds the bytes."""
 
@@ -75,6 +78,10 @@ class Folder:
     def read_small(self, name: str, maximum: int) -> bytes:
         """See ``Place``."""
         return read_small(self.path / name, maximum)
+
+    def has(self, name: str) -> bool:
+        """See ``Place``."""
+        return (self.path / name).is_file()
 
     def file(self, name: str) -> Path:
         """See ``Place``."""
@@ -135,6 +142,10 @@ class Archive:
         if len(data) > maximum:
             raise IntegrityError(f"larger than {maximum} bytes", file=f"{self.path}:{name}")
         return data
+
+    def has(self, name: str) -> bool:
+        """See ``Place``."""
+        return name in self._entries
 
     def file(self, name: str) -> Path:  # noqa: ARG002 - as in Place
         """See ``Place``."""

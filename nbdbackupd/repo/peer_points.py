@@ -6,7 +6,7 @@ empty, or the least that can be said.
 """
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Final
@@ -25,6 +25,7 @@ from nbdbackupd.model.chain import (
     StoredFile,
 )
 from nbdbackupd.model.domain import Domain
+from nbdbackupd.repo import peer_runs
 from nbdbackupd.repo.peer import PeerFile, PeerFiles
 
 CHAIN: Final = "virtnbdbackup"
@@ -49,9 +50,7 @@ def build(found: PeerFiles) -> PeerSet:
     """Make points of the files and prove that they hang together."""
     problems = list(found.problems)
     points = []
-    for key, files in _groups(found.files).items():
-        if key in found.broken:
-            continue
+    for key, files in peer_runs.group(found).items():
         try:
             points.append(_point(key, files, found))
         except ChainBrokenError as err:
@@ -69,18 +68,6 @@ def build(found: PeerFiles) -> PeerSet:
     )
 
 
-def _groups(files: Iterable[PeerFile]) -> dict[tuple[Level, str], list[PeerFile]]:
-    """The files of each run; a raw image beside a full was saved with it."""
-    groups: dict[tuple[Level, str], list[PeerFile]] = {}
-    for file in files:
-        groups.setdefault((file.level, file.ident), []).append(file)
-    full, copy = (Level.FULL, ""), (Level.COPY, "")
-    if full in groups and all(file.meta is None for file in groups.get(copy, ())):
-        held = {file.disk for file in groups[full]}
-        groups[full] += [file for file in groups.pop(copy, []) if file.disk not in held]
-    return groups
-
-
 def _point(key: tuple[Level, str], files: Sequence[PeerFile], found: PeerFiles) -> RestorePoint:
     level, ident = key
     name = f"{level}.{ident}" if ident else str(level)
@@ -96,6 +83,12 @@ def _point(key: tuple[Level, str], files: Sequence[PeerFile], found: PeerFiles) 
         made = ""
     else:
         made = checkpoint
+    lost = found.tracked.get(made, frozenset()) - {file.disk for file in files} if made else ()
+    if lost:
+        raise ChainBrokenError(
+            f"{name} lacks disk {', '.join(sorted(lost))}, which checkpoint {made} covers: "
+            f"a stream is missing"
+        )
     config_name = {Level.COPY: "copy", Level.FULL: checkpoint}.get(level, ident)
     config = found.configs.get(config_name)
     dates = sorted(file.meta.date for file in files if file.meta)
@@ -105,8 +98,8 @@ def _point(key: tuple[Level, str], files: Sequence[PeerFile], found: PeerFiles) 
         chain=CHAIN,
         level=level,
         created=_utc(dates[0]) if dates else UNKNOWN_TIME,
-        domain=config.name if config else found.domain,
-        uuid=config.uuid if config else "",
+        domain=config.name if config else found.domain or _only(found, "name"),
+        uuid=config.uuid if config else _only(found, "uuid"),
         disks=tuple(_disk(file, config) for file in files),
         consistency=Consistency.CRASH,
         parent=base,
@@ -139,6 +132,12 @@ def _disk(file: PeerFile, config: Domain | None) -> DiskPoint:
         serial=known[0].serial if known else "",
         layers=_layers(known[0].layers) if known else (),
     )
+
+
+def _only(found: PeerFiles, what: str) -> str:
+    """What all of the set's XML says alike: a directory is one domain's."""
+    told = {str(getattr(config, what)) for config in found.configs.values()}
+    return told.pop() if len(told) == 1 else ""
 
 
 def _skipped(files: Sequence[PeerFile], config: Domain | None) -> tuple[SkippedDisk, ...]:

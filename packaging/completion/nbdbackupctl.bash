@@ -100,7 +100,7 @@ _nbdbackupctl_options() {
         ;;
     import)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet -o --output --link'
+        --runtime-dir -v --verbose -q --quiet -o --output --link --sound'
         ;;
     estimate)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress

@@ -74,8 +74,9 @@ class PeerSets:
                 self.guest.write(target, place, 256 * KIB, 0x20 + number)
             self.note(f"{into}-{number}")
             self.run(level, into, *options)
-        names = sorted(path.name for path in (self.directory / into).glob("vda.diff.*.data"))
-        first, second = (name.removeprefix("vda.").removesuffix(".data") for name in names)
+        # the seconds in the names of the streams are others: those at which each disk was begun
+        names = sorted(path.name for path in (self.directory / into).glob("vmconfig.1*.xml"))
+        first, second = (f"diff.{name.split('.')[1]}" for name in names)
         ids = ["full", "inc.virtnbdbackup.1", "inc.virtnbdbackup.2", first, second]
         ids.append("inc.virtnbdbackup.3")
         self.points[into] = {ident: f"{into}-{number}" for number, ident in enumerate(ids)}

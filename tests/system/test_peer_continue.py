@@ -100,6 +100,24 @@ def test_a_domain_that_is_off(here: Scene, theirs: Peer) -> None:
 
 
 @ONE
+def test_a_set_whose_last_point_is_not_sound(here: Scene, theirs: Peer) -> None:
+    """It goes on from the newest point that is: that bitmap has recorded ever since."""
+    whole = here.directory / "whole"
+    scratch = open_directory(here.lab.directory / "scratch")
+    words: list[str | Path] = ["-d", here.guest.name, "-o", whole, "--scratchdir", scratch]
+    theirs.backup("-l", "full", *words)
+    change(here, 1)
+    theirs.backup("-l", "inc", *words)
+    (whole / "vda.inc.virtnbdbackup.1.data").unlink()
+    change(here, 2)
+    here.ctl("import", whole, "-o", here.set, "--sound", code=WARNED)
+    saved = here.save()
+    assert set(saved.modes.values()) == {"delta"}
+    assert saved.point["parent"] == "full"
+    here.prove_all()
+
+
+@ONE
 def test_another_chain_of_the_same_names(here: Scene, theirs: Peer) -> None:
     """The peer began anew elsewhere: its checkpoint has the name, and covers another time."""
     begin(here, theirs, here.set, "full")

@@ -291,6 +291,12 @@ def test_an_increment_that_was_replaced_is_named(made: PeerSets, ctl: Ctl) -> No
     told = ctl("list", path, "--json", code=DAMAGED).json
     assert [point["id"] for point in told["points"]] == ["full", "inc.virtnbdbackup.0"]
     assert "was replaced by one of the same name" in told["problems"][0]
+    told = ctl("import", path, code=BROKEN).stderr
+    assert "import --sound" in told
+    rest = made.directory / "rest"
+    ctl("import", path, "-o", rest, "--sound", code=WARNED)
+    ctl("verify", rest)
+    made.check(ctl, rest, "inc.virtnbdbackup.0", "offline-1", TWO)
     guest.start()
 
 

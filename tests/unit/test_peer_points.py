@@ -132,11 +132,52 @@ def test_a_disk_that_skipped_an_increment_is_named(tmp_path: Path) -> None:
         opened.open_set(tmp_path)
 
 
+def test_a_disk_that_was_lost_is_named(tmp_path: Path) -> None:
+    """The checkpoint tells which disks its run saved."""
+    chain(tmp_path, 2)
+    (tmp_path / "checkpoints").mkdir()
+    disk = "<disk name='{}' checkpoint='bitmap' bitmap='x'/>"
+    xml = f"<domaincheckpoint><name>x</name><disks>{disk.format('sda')}{disk.format('sdb')}</disks>"
+    (tmp_path / f"checkpoints/{CP}2.xml").write_text(xml + "</domaincheckpoint>")
+    found = opened.open_set(tmp_path, sound=True)
+    assert ids(found) == ["full", f"inc.{CP}1"]
+    assert "lacks disk sdb, which checkpoint" in found.problems[0]
+
+
 def test_a_full_under_the_name_of_an_increment(tmp_path: Path) -> None:
     chain(tmp_path, 1)
     write(tmp_path, f"sda.inc.{CP}2.data", f"{CP}2", f"{CP}1", changes=False)
     point = opened.open_set(tmp_path).known.by_id(f"inc.{CP}2")
     assert point.disks[0].mode is DiskMode.FULL
+
+
+def test_disks_of_a_differential_are_begun_one_after_another(tmp_path: Path) -> None:
+    """With one worker each has its own seconds; the XML is written at the end of the run."""
+    chain(tmp_path, 1)
+    write(tmp_path, "sdb.full.data", f"{CP}0", disk="sdb")
+    write(tmp_path, f"sdb.inc.{CP}1.data", f"{CP}1", f"{CP}0", disk="sdb")
+    for begun, disk in ((100, "sda"), (130, "sdb"), (140, "sda"), (150, "sda"), (160, "sdb")):
+        write(tmp_path, f"{disk}.diff.{begun}.data", f"{CP}2", f"{CP}1", disk=disk)
+    # the run that began at 140 failed
+    for ended in (131, 170):
+        (tmp_path / f"vmconfig.{ended}.xml").write_text(XML)
+    found = opened.open_set(tmp_path)
+    files = {
+        point.id: [disk.file for disk in point.disks]
+        for point in found.known.points
+        if point.level == "diff"
+    }
+    assert files == {
+        "diff.131": ["sda.diff.100.data", "sdb.diff.130.data"],
+        "diff.140": ["sda.diff.140.data"],
+        "diff.170": ["sda.diff.150.data", "sdb.diff.160.data"],
+    }
+    assert found.known.by_id("diff.131").files[0].name == "vmconfig.131.xml"
+    # a damaged stream takes its whole run with it
+    (tmp_path / "sdb.diff.160.data").write_bytes(b"meta")
+    found = opened.open_set(tmp_path, sound=True)
+    assert "diff.170" not in ids(found)
+    assert "diff.131" in ids(found)
 
 
 def test_raw_images_need_evidence(tmp_path: Path) -> None:
@@ -159,7 +200,7 @@ def test_raw_images_need_evidence(tmp_path: Path) -> None:
     }  # fmt: skip
     assert all(file.sha256 == "" for file in full.files)
     assert any(f"inc.{CP}1 does not hold disk sdb" in hint for hint in found.hints)
-    assert inc.domain == ""
+    assert (inc.domain, inc.uuid) == (full.domain, full.uuid)
     # a damaged stream is not taken for an image
     (tmp_path / "sda.full.data").write_bytes(bytes(4096))
     with pytest.raises(ChainBrokenError, match="not a frame header"):

@@ -35,6 +35,10 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         "--link", action="store_true",
         help="with -o: hard links instead of copies, on the same file system",
     )  # fmt: skip
+    parser.add_argument(
+        "--sound", action="store_true",
+        help="with -o: leave out what is damaged, or hangs on what is missing",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -47,6 +51,7 @@ def run(args: Arguments, context: Context) -> int:
         run_id=app_context.new_run_id(app_context.now()),
         output=args.output.absolute() if args.output else None,
         link=args.link,
+        sound=args.sound,
     )
     with signals.listen() as cancel, context.progress() as progress:
 
