@@ -54,9 +54,7 @@ class DomainDefiner(Adjuster):
                 f"libvirt is on another host ({connection.uri}): the images must be seen there "
                 f"under the same paths"
             )
-        _refuse_taken(connection, adapted)
-        uses = virt.resolve_all(connection, adapted.uses)
-        define_paths.refuse_shared(uses, virt.paths_in_use(connection), local=local)
+        self._refuse_others(adapted)
         if local:
             images = {disk.path.parent for disk in state.planned.disks if disk.type == "file"}
             define_paths.check_way(connection.base_owner(), sorted(images))
@@ -70,6 +68,14 @@ class DomainDefiner(Adjuster):
             else:
                 adjust.tell_tpm(state, connection.uri)
 
+    def _refuse_others(self, adapted: Adapted) -> None:
+        """See that the name, the UUID and the files are nobody else's."""
+        connection = self._connection
+        _refuse_taken(connection, adapted)
+        uses = virt.resolve_all(connection, adapted.uses)
+        local = adjust.is_local(connection.uri)
+        define_paths.refuse_shared(uses, virt.paths_in_use(connection), local=local)
+
     def act(self, state: State) -> tuple[bool, bool]:
         """Put the TPM's state into its place, define, and start.
 
@@ -82,7 +88,7 @@ class DomainDefiner(Adjuster):
             f"definition, but no domain is defined"
         ):
             # a restore takes its time, and others work meanwhile
-            _refuse_taken(connection, adapted)
+            self._refuse_others(adapted)
             if state.tpm_place is not None:
                 vtpm.put(state.tpm_place, adjust.tpm_files(state.planned))
             try:
