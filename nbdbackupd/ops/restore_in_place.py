@@ -54,6 +54,7 @@ class InPlace(Placement):
         self._disks: Mapping[str, Disk] = {}
         self._domain: Domain | None = None
         self._trouble: list[NbdbackupError] = []
+        self.warnings: tuple[str, ...] = ()
 
     def begin(self, point: RestorePoint, disks: tuple[DiskPoint, ...], stack: ExitStack) -> None:
         """Find the domain, lock it, take a lease on its images, and refuse what can't be.
@@ -80,13 +81,16 @@ class InPlace(Placement):
             disk.target: _usable(domain, disk.target, looked, force=self._force) for disk in disks
         }
         self._refuse_shared(domain)
-        others = [
-            disk.target
-            for disk in looked.definition.disks
-            if disk.device == "disk" and disk.target not in self._disks
+        left = [
+            each.target
+            for each in looked.definition.disks
+            if each.device == "disk" and all(disk.target != each.target for disk in point.disks)
         ]
-        if others:
-            log.warning("disks that the restore leaves as they are: %s", ", ".join(others))
+        if left:
+            self.warnings = (
+                f"restore point {point.id} does not hold all disks of domain {domain.name}: "
+                f"{', '.join(left)} stay as they are",
+            )
         stack.enter_context(untouched.watch(domain, self._trouble.append))
 
     def format(self, disk: DiskPoint) -> str:

@@ -84,7 +84,10 @@ class Placement(Protocol):
     """Chooses where disks go, in place of the request's output directory.
 
     Its methods are called in this order, ``check`` often, before and after the last ones.
+    ``warnings`` are those of ``begin``.
     """
+
+    warnings: tuple[str, ...]
 
     def begin(self, point: RestorePoint, disks: tuple[DiskPoint, ...], stack: ExitStack) -> None:
         """Look whether these disks can be placed; ``stack`` is that of the run."""
@@ -153,6 +156,7 @@ def of_set(
         files=files,
         warnings=(
             *source.warnings,
+            *(placement.warnings if placement is not None else ()),
             *(text for each in made.values() for text in each.warnings),
             *(text for job in jobs for text in _sizes(job)),
         ),

@@ -35,6 +35,8 @@ NOT_OF_LVM: Final = re.compile(r"[^A-Za-z0-9+_.-]")
 class PoolPlacement(Placement):
     """New volumes in one pool."""
 
+    warnings = ()
+
     def __init__(self, connection: Connection, name: str) -> None:
         """The connection stays the caller's."""
         self._connection = connection

@@ -341,6 +341,13 @@ def test_firmware_variables_go_with_all_disks(
         assert nvram.read_bytes() == b"vars point1" * 100
         assert nvram.stat().st_mode & 0o777 == 0o644
         assert sets.read_image(image, "qcow2") == made.images[0]["vda"]
+        # a disk that came later is left as it is, and that is said
+        more = tmp_path / "vdc.xml"
+        run(["qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "vdc", "1M"])
+        more.write_text(DISK.format(type="file", path=tmp_path / "vdc", target="vdc", more=""))
+        lab.virsh("attach-device", "--config", "vm1", more)
+        report = ctl("restore", made.path, "--in-place", "--yes", "--json", code=WARNED).json
+        assert any("vdc stay as they are" in warning for warning in report["warnings"])
         # an image that is lost comes back all the same
         image.unlink()
         ctl("restore", made.path, "--in-place", "--yes", code=WARNED)
