@@ -343,5 +343,5 @@ class _Report:
         *lines, self._rest = (self._rest + said).split(b"\n")
         self._damaged += len(lines)
         for line in lines:
-            log.error("disk %s: %s", self._target, line.decode(errors="replace"))
+            log.error("disk %s of a map: %s", self._target, line.decode(errors="replace"))
         return self._damaged

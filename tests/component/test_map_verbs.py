@@ -247,7 +247,7 @@ def test_damage_that_was_met_is_told(ctl: Ctl, made: SetBuilder, tmp_path: Path)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 40
-    assert "disk vdb: block" in err
+    assert "disk vdb of a map: block" in err
     assert name in err
 
 
