@@ -15,7 +15,7 @@ from nbdbackupd import durable, events
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import CheckpointError, RepositoryError
 from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint, effective_level
-from nbdbackupd.ops import domains, leftovers, reconciling, recording, telling
+from nbdbackupd.ops import domains, foreign, leftovers, reconciling, recording, telling
 from nbdbackupd.ops.backup_job import Job
 from nbdbackupd.ops.backup_request import BackupReport, BackupRequest
 from nbdbackupd.ops.sources import changed_bytes, images_of
@@ -152,6 +152,8 @@ def _below_threshold(run: _Run, survey: Survey, parent: RestorePoint | None) -> 
     if request.threshold is None or parent is None:
         return ""
     if any(not plan.delta for plan in survey.plans):
+        return ""
+    if foreign.why_other(run.domain, run.repository, parent):
         return ""
     try:
         sizes = changed_bytes(

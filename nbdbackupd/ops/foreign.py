@@ -41,9 +41,9 @@ def prove(
     The disks are to be read in full then, ``demoted`` says why.
     """
     deltas = [target for target, export in snapshot.exports.items() if export.bitmap]
-    if not is_foreign(parent.checkpoint) or not deltas:
+    if not deltas or not is_foreign(parent.checkpoint):
         return snapshot
-    reason = _why_other(domain, repository, parent)
+    reason = why_other(domain, repository, parent)
     if not reason:
         log.info("checkpoint %s is the one that the set knows", parent.checkpoint)
         return snapshot
@@ -53,9 +53,11 @@ def prove(
     )
 
 
-def _why_other(domain: Domain, repository: Repository, parent: RestorePoint) -> str:
-    """Why libvirt's checkpoint may be another one of the same name, or nothing."""
+def why_other(domain: Domain, repository: Repository, parent: RestorePoint) -> str:
+    """Why libvirt's checkpoint may be another than the base of that name, or nothing."""
     name = parent.checkpoint
+    if not is_foreign(name):
+        return ""
     try:
         stored = jobxml.creation_time(repository.checkpoint_xml(parent))
         found = jobxml.creation_time(checkpoints.xml(domain, name))

@@ -313,7 +313,9 @@ FILES = st.sampled_from(
     ["vda.full.data", "vda.copy.data", "vdb.full.data", "vdb.copy.data",
      "vda.inc.virtnbdbackup.1.data", "vda.inc.virtnbdbackup.2.data", "vda.diff.17.data",
      "vda.inc.virtnbdbackup.0.data", "vda.full.data.partial", "vm1.cpt", "vm2.cpt",
-     "vmconfig.copy.xml", "vmconfig.virtnbdbackup.0.xml", "vda.virtnbdbackup.0.qcow.json",
+     "vmconfig.copy.xml", "vmconfig.19.xml", "vdb.diff.18.data",
+     f"vmconfig.{'9' * 30}.xml", f"vda.diff.{'1' * 40}.data",
+     "vmconfig.virtnbdbackup.0.xml", "vda.virtnbdbackup.0.qcow.json",
      "vda.full.data.chksum", ".full.data", "vda.inc..data"]
 )  # fmt: skip
 LINKS = st.sampled_from(["", *(f"virtnbdbackup.{number}" for number in range(3))])
