@@ -5,7 +5,7 @@ ISO image, firmware) does no harm; a file that one of two domains writes to belo
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 from xml.etree import ElementTree as ET
 
@@ -17,11 +17,16 @@ SHARED_SPECIAL: Final = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PathUse:
-    """A path of a domain: ``what`` it is there ("disk vda", "nvram"), and if it is only read."""
+    """A path of a domain: ``what`` it is there ("disk vda", "nvram"), and if it is only read.
+
+    ``format`` is that of a disk's top image, as the definition says: nothing else may be believed,
+    since a guest can write any header into a raw image.
+    """
 
     path: str
     what: str
     readonly: bool = False
+    format: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,10 +37,11 @@ class VolumeUse:
     volume: str
     what: str
     readonly: bool = False
+    format: str = field(default="", compare=False)
 
     def at(self, path: str) -> PathUse:
         """The same with its path."""
-        return PathUse(path=path, what=self.what, readonly=self.readonly)
+        return PathUse(path=path, what=self.what, readonly=self.readonly, format=self.format)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,8 +115,11 @@ def _of_disks(root: ET.Element) -> Iterator[PathUse | VolumeUse]:
         device = disk.get("device", "disk")
         what = f"{'disk' if device in ('disk', 'lun') else device} {name}"
         readonly = device == "cdrom" or disk.find("readonly") is not None
+        driver = disk.find("driver")
+        kind = driver.get("type", "raw") if driver is not None else "raw"
         for source in disk.findall("source"):
-            yield from _of_source(source, what, readonly=readonly)
+            for use in _of_source(source, what, readonly=readonly):
+                yield replace(use, format=kind)
         for source in disk.iterfind(".//dataStore/source"):
             yield from _of_source(source, f"{what}, data file", readonly=readonly)
         for source in disk.findall("./mirror/source"):

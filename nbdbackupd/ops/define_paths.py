@@ -69,10 +69,11 @@ def _backing(uses: Iterable[PathUse]) -> list[PathUse]:
     """The files below the images of a domain, which its XML does not tell while it is off."""
     found = []
     for use in uses:
-        if not use.what.startswith("disk ") or not Path(use.path).is_file():
+        # without a format, or raw: there is none below, whatever a guest has written there
+        if use.format in ("", "raw") or not Path(use.path).exists():
             continue
         try:
-            layers = image.info_chain(Path(use.path))[1:]
+            layers = image.info_chain(Path(use.path), format=use.format)[1:]
         except NbdbackupError as err:
             log.info("backing files of %s are not known: %s", use.path, err)
             continue

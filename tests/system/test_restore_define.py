@@ -110,7 +110,7 @@ def end(lab: Lab, name: str) -> None:
 def forgotten(production: Scene) -> Iterator[None]:
     """No test leaves a domain to the next one."""
     yield
-    for name in names(production.lab) - {"vm1", "vm2"}:
+    for name in names(production.lab) - {"vm1", "vm2", "vm3"}:
         undefine(production.lab, name)
 
 
@@ -256,6 +256,17 @@ def test_images_of_others_are_refused(production: Scene, tmp_path: Path) -> None
     )
     assert "is disk vda, backing file of domain vm2" in result.stderr
     assert template.path.stat().st_nlink == 2
+    # what a guest has written into a raw image is not believed
+    (into / images["vda"]).unlink()
+    claimed, raw = DiskSpec(path=tmp_path / "claimed", size=MIB), tmp_path / "raw"
+    assert claimed.path is not None
+    create_image(claimed, claimed.path)
+    create_image(DiskSpec(size=MIB, backing=claimed.path), raw)
+    lab.guest("vm3", [DiskSpec(path=raw, format="raw")])
+    (into / images["vda"]).hardlink_to(claimed.path)
+    production.ctl(
+        "restore", production.set, "-o", into, "--define", "--force", "-d", "vda", code=3
+    )
 
 
 def test_a_failed_restore_defines_nothing(production: Scene, tmp_path: Path) -> None:
