@@ -141,13 +141,7 @@ def of_set(
         )
         for disk, each in made.items()
     )  # fmt: skip
-    files: tuple[FileCopy, ...] = ()
-    if request.output is not None:
-        files = restore_files.plan(source.path, point, request.output)
-    if placement is not None:
-        files += placement.files(source.path, point)
-    for each in files:
-        layering.check_size(each.source, each.stored.size, point=point.id)
+    files = _files(request, source, point, placement)
     return Plan(
         point=point.id,
         domain=point.domain,
@@ -162,6 +156,22 @@ def of_set(
         ),
         source=source,
     )
+
+
+def _files(
+    request: RestoreRequest,
+    source: OpenedSet,
+    point: RestorePoint,
+    placement: Placement | None,
+) -> tuple[FileCopy, ...]:
+    files: tuple[FileCopy, ...] = ()
+    if request.output is not None:
+        files = restore_files.plan(source.path, point, request.output)
+    if placement is not None:
+        files += placement.files(source.path, point)
+    for each in files:
+        layering.check_size(each.source, each.stored.size, point=point.id)
+    return files
 
 
 def _sizes(job: Job) -> tuple[str, ...]:
