@@ -115,10 +115,14 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tree:
-    """The root of a mounted file system; ``follows_links`` as of its reader."""
+    """The root of a mounted file system; ``follows_links`` as of its reader.
+
+    ``has_inodes``: two names with one inode number are names of one file.
+    """
 
     root: Path
     follows_links: bool
+    has_inodes: bool
     check: Callable[[], None]
 
     def resolve(self, path: str, *, last: bool = False) -> tuple[bytes, ...]:

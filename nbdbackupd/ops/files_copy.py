@@ -164,7 +164,7 @@ def _copy_file(run: _Run, node: Node, name: bytes, target: int) -> None:
 def _copy_regular(run: _Run, node: Node, name: bytes, target: int) -> None:
     """A file's bytes; a further name of one that is there already becomes that."""
     key = (node.status.st_dev, node.status.st_ino)
-    several = node.status.st_nlink > 1
+    several = node.status.st_nlink > 1 and run.tree.has_inodes
     if several and key in run.first:
         old = b"/".join([run.top, *run.first[key]])
         # a path that is too long, a file system without links: then it is copied once more

@@ -125,6 +125,11 @@ def _run(
             raise
 
     crew = Crew(watch)
-    tree = Tree(root=mounted.path, follows_links=mounted.reader.follows_links, check=crew.check)
+    tree = Tree(
+        root=mounted.path,
+        follows_links=mounted.reader.follows_links,
+        has_inodes=mounted.has_inodes,
+        check=crew.check,
+    )
     crew.run({"files": lambda: found.append(work(tree))})
     return found[0]

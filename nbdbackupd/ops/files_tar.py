@@ -68,6 +68,8 @@ def archive(
         names.flush()
         names.seek(0)
         options = ["--gzip"] if compress else []
+        if not tree.has_inodes:
+            options.append("--hard-dereference")
         argv = [
             "tar", "--create", "--format=pax", "--numeric-owner", "--sparse", "--xattrs", "--acls",
             "--no-recursion", *options, "--file=-", "--directory", os.fspath(tree.root),

@@ -64,7 +64,8 @@ class MountedTree:
 
     ``notes`` tell what the reader can't do; ``warnings`` what of the set is not sound. ``check``
     tells how many damaged blocks were met, and raises ProcessError if a program has died.
-    ``abort`` lets whoever waits for a byte of it fail at once.
+    ``abort`` lets whoever waits for a byte of it fail at once. ``has_inodes``: inode numbers are
+    those of the file system; libfuse may make them up, and gives one to another file later.
     """
 
     path: Path
@@ -73,6 +74,7 @@ class MountedTree:
     created: str
     file_system: FileSystem
     reader: Reader
+    has_inodes: bool
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     check: Callable[[], int]
@@ -144,11 +146,17 @@ def opened(
                 raise ProcessError(f"{reader.tool} ended with status {status}: {at} is gone")
             return served.check()
 
+        # 1 is libfuse's number of the root; fuse2fs has made them up since it is built with FUSE 3
+        with durable.translate_os_errors("read", at):
+            has_inodes = at.stat().st_ino != 1
+        notes = reader.notes
+        if not has_inodes and chosen.type in file_systems.EXT:
+            notes = (*notes, f"{reader.tool} does not tell which names are of one file")
         mapped = served.up.mapping
         yield MountedTree(
             path=at, point=mapped.point, domain=mapped.domain, created=mapped.created,
-            file_system=chosen, reader=reader, notes=reader.notes, warnings=served.up.warnings,
-            check=check, abort=served.abort,
+            file_system=chosen, reader=reader, has_inodes=has_inodes, notes=notes,
+            warnings=served.up.warnings, check=check, abort=served.abort,
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import signal
 import stat
@@ -92,6 +93,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         assert [each.name for each in (made.ctl.runtime / name).iterdir()] == ["gate"]
 
 
+def has_inodes() -> bool:
+    """Whether fuse2fs shows inode numbers of its own: built with FUSE 2 it does."""
+    done = subprocess.run(["fuse2fs", "-V"], capture_output=True, text=True, check=False)
+    found = re.search(r"FUSE library version:? (\d)", done.stdout + done.stderr)
+    assert found is not None
+    return found[1] == "2"
+
+
+def as_read(top: Path) -> dict[str, tuple[object, ...]]:
+    """A directory as fuse2fs can show it."""
+    found = trees.described(top)
+    if not has_inodes():
+        found["// names of one file"] = ()
+    return found
+
+
 def mounts() -> list[str]:
     return Path("/proc/self/mountinfo").read_text().splitlines()
 
@@ -144,9 +161,11 @@ def test_ext4_comes_out_as_it_was(world: World, tmp_path: Path) -> None:
     assert report["warnings"] == ["/pipe: fifo"]
     assert report["problems"] == []
     (out / "lost+found").rmdir()
-    expected = trees.described(world.hard)
+    expected = as_read(world.hard)
     del expected["pipe"]
     assert trees.described(out) == expected
+    told = [each for each in report["notes"] if "names are of one file" in each]
+    assert bool(told) != has_inodes()
     assert (out / "etc/program").stat().st_mode & stat.S_ISUID == 0
     assert (out / "sparse").stat().st_blocks * 512 < MIB
     assert report["copied"]["files"] == sum(each.is_file() and not each.is_symlink()
@@ -163,7 +182,7 @@ def test_ext4_as_an_archive(world: World, tmp_path: Path) -> None:
         assert len(archive.getmembers()) == len(list(world.hard.rglob("*"))) + 2
     trees.run(["tar", "-x", "-p", "--numeric-owner", "-f", file, "-C", out])
     (out / "lost+found").rmdir()
-    assert trees.described(out) == trees.described(world.hard)
+    assert trees.described(out) == as_read(world.hard)
     assert stat.S_IMODE((out / "etc/program").stat().st_mode) == 0o4755
 
 
@@ -183,7 +202,7 @@ def test_each_point_has_its_own_files(world: World, tmp_path: Path) -> None:
         assert err.errno == errno.ENOTSUP  # noqa: PT017 - of this host's file system
     archive = world.ctl("files", "-d", "vda", "-p", "2", world.set, "tar", "late", "-f",
                         tmp_path / "a.tar")  # fmt: skip
-    assert archive.stderr == ""
+    assert "can't read" not in archive.stderr
     with tarfile.open(tmp_path / "a.tar") as opened:
         (member,) = opened.getmembers()
     assert member.pax_headers["SCHILY.xattr.user.colour"] == "blue"
@@ -248,7 +267,7 @@ def test_files_of_others(world: World, tmp_path: Path, disk: str, number: str, k
             assert (tmp_path / name).read_bytes() == (world.plain / "top.bin").read_bytes()
         return
     done = world.ctl("files", *argv, "cp", "/", tmp_path / "out")
-    assert "without owners and rights" in done.stderr
+    assert ("without owners and rights" in done.stderr) == (kind == "xfs")
     found = trees.described(tmp_path / "out", rights=False)
     assert found == trees.described(world.plain, rights=False)
 
@@ -300,12 +319,23 @@ def test_a_mount_until_it_is_unmounted(world: World, tmp_path: Path) -> None:
     at.mkdir()
     options = ("-d", "vda", "-p", "2", "--point", first(world))
     done = world.ctl("mount", *options, "--detach", world.set, at, "--json").json
+    try:
+        look_at(world, at, done, options)
+    finally:
+        world.ctl("unmount", "--lazy", at, code=None)
+    assert "nothing is mounted" in world.ctl("unmount", at, code=2).stderr
+    (at / "file").write_text("x")
+    assert "not empty" in world.ctl("mount", *options, world.set, at, code=2).stderr
+
+
+def look_at(world: World, at: Path, done: dict[str, object], options: tuple[str, ...]) -> None:
+    """What there is to see while it is mounted, and what can be done to it."""
     assert done["directory"] == str(at)
     assert done["tool"] == "fuse2fs"
     # here, in contrast to a copy, a program keeps what makes it run as its owner
     assert (at / "etc/program").stat().st_mode & stat.S_ISUID
     for part in ("etc", "tmp", "no entry"):
-        assert trees.described(at / part) == trees.described(world.hard / part)
+        assert trees.described(at / part) == as_read(world.hard / part)
     assert len(list((at / "many").iterdir())) == MANY // 100
     with pytest.raises(OSError, match=r"[Rr]ead-only"):
         (at / "new").write_text("x")
@@ -315,9 +345,6 @@ def test_a_mount_until_it_is_unmounted(world: World, tmp_path: Path) -> None:
         assert held.read(3) == b"\0\0\0"
     world.ctl("unmount", at)
     assert list(at.iterdir()) == []
-    assert "nothing is mounted" in world.ctl("unmount", at, code=2).stderr
-    (at / "file").write_text("x")
-    assert "not empty" in world.ctl("mount", *options, world.set, at, code=2).stderr
 
 
 def test_a_mount_in_use_can_be_detached(world: World, tmp_path: Path) -> None:
@@ -405,7 +432,7 @@ def test_an_unclean_journal(tmp_path: Path) -> None:
     assert "was not replayed" in done.stderr
     assert (tmp_path / "old").read_bytes() == b"o" * 4096
     done = ctl("files", made.path, "cp", "/file", tmp_path / "replayed", "--replay")
-    assert done.stderr == ""
+    assert "was not replayed" not in done.stderr
     assert (tmp_path / "replayed").read_bytes() == b"n" * 4096
     assert trees.described(tmp_path / "set") == before
     assert (
@@ -512,7 +539,7 @@ def test_logical_volumes(tmp_path: Path) -> None:
     ]  # fmt: skip
     # the only one that is known to hold files
     ctl("files", made.path, "cp", "/etc", tmp_path)
-    assert trees.described(tmp_path / "etc") == trees.described(source / "etc")
+    assert trees.described(tmp_path / "etc") == as_read(source / "etc")
     for volume, name, where in (("wide", "top.bin", plain), ("ro-ot", "empty", source)):
         ctl("files", made.path, "cp", name, tmp_path, "-p", f"vg-a/{volume}",
             "--tool", "grub-mount")  # fmt: skip
@@ -559,7 +586,7 @@ def test_root_is_not_needed(world: World, tmp_path_factory: pytest.TempPathFacto
 
         options = ("-d", "vda", "-p", "2")
         as_nobody("files", *options, top / "set", "cp", "/etc", "/no entry", own)
-        assert trees.described(own / "etc") == trees.described(world.hard / "etc")
+        assert trees.described(own / "etc") == as_read(world.hard / "etc")
         assert trees.described(own / "no entry") == trees.described(world.hard / "no entry")
         as_nobody("files", "-d", "vda", "-p", "3", top / "set", "cp", "/top.bin", own)
         assert (own / "top.bin").read_bytes() == (world.plain / "top.bin").read_bytes()

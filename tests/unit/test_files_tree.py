@@ -12,8 +12,8 @@ from nbdbackupd.ops import files_copy, files_tar
 from nbdbackupd.ops.files import MAX_DEPTH, Problems, Tree
 
 
-def tree(root: Path, *, follows_links: bool = False) -> Tree:
-    return Tree(root=root, follows_links=follows_links, check=lambda: None)
+def tree(root: Path, *, has_inodes: bool = True) -> Tree:
+    return Tree(root=root, follows_links=False, has_inodes=has_inodes, check=lambda: None)
 
 
 def in_a_thread(work: Callable[[], None]) -> None:
@@ -93,6 +93,10 @@ def test_names_of_one_file_stay_within_a_copy(tmp_path: Path) -> None:
     assert (tmp_path / "all/two").stat().st_nlink == 2
     assert (tmp_path / "all/two").samefile(tmp_path / "all/a/one")
     assert not (tmp_path / "all/two").samefile(tmp_path / "src/two")
+    # where numbers of inodes mean nothing, each name is a file of its own
+    files_copy.copy(tree(tmp_path / "src", has_inodes=False), ["/"], tmp_path / "own", Problems())
+    assert (tmp_path / "own/two").read_text() == "x"
+    assert (tmp_path / "own/two").stat().st_nlink == 1
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 4097, (1 << 20) - 1, 1 << 20, (1 << 20) + 5000])
