@@ -191,6 +191,12 @@ class TestBoot:
         raw = production.directory / "vdb.raw"
         run(["qemu-img", "convert", "-U", "-O", "raw", overlay, raw])
         assert first_difference_raw(raw, saved.references["vdb"]) is None
+        # what the guest stands on is not to be taken away by mistake
+        (served,) = production.ctl("map", "--list", "--json").json["maps"]
+        refused = production.ctl("unmap", served["id"], code=2)
+        assert "is of 'boot boot_vm1', which must end it" in refused.stderr
+        production.ctl("unmap", "--all")
+        assert servers(production)
         production.ctl("boot", "--stop", "boot_vm1")
         assert_nothing(production)
         assert digest(saved.set) == before

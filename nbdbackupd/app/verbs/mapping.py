@@ -234,9 +234,10 @@ def run_unmap(args: Arguments, context: Context) -> int:
         raise RepositoryError(f"no map is, or serves, {args.what}: 'map --list' shows all")
     others = [each for each in chosen if each.purpose != "map"]
     if others and not args.all:
+        keeper = others[0].keeper
+        who = f"process {keeper}" if keeper else "'nbdbackupctl boot --list' shows how"
         raise UsageError(
-            f"map {others[0].id} is of '{others[0].purpose}', which must end it: "
-            f"process {others[0].keeper}"
+            f"map {others[0].id} is of '{others[0].purpose}', which must end it: {who}"
         )
     ended = [each for each in chosen if each not in others]
     for each in ended:
