@@ -165,8 +165,11 @@ class Index:
 
     def find(self, offset: int) -> int:
         """The number of the first record that ends after a guest offset; all records if none."""
-        before = bisect.bisect_right(range(len(self)), offset, key=lambda n: self._plain(n).offset)
-        return before - 1 if before and self._plain(before - 1).end > offset else before
+        after = bisect.bisect_right(range(len(self)), offset, key=lambda n: self.place(n)[0])
+        if not after:
+            return 0
+        start, length, _ = self.place(after - 1)
+        return after - 1 if start + length > offset else after
 
     def record(self, number: int) -> Record:
         """Record ``number``, 0-based, unchecked."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MAP: Final = """\
 Serve the disks of a restore point over NBD, read-only, without restoring them: each disk is ready
-at once and is read by qemu-img, nbdcopy, guestfish or QEMU. Ends on Ctrl-C or 'unmap'.
+at once and is read by qemu-img, nbdcopy or QEMU. Ends on Ctrl-C or 'unmap'.
 """
 UNMAP: Final = "End maps that 'map' has made, and tell when nothing of them is left."
 POLL_SECONDS: Final = 0.2
@@ -194,7 +194,7 @@ def render(mapping: "Mapping", *, is_detached: bool) -> str:
         device = f"  {disk.device}" if disk.device else ""
         lines.append(f"  {disk.target:<6} {human_size(disk.size):>10}  {disk.uri}{device}")
     first = shlex.quote(mapping.disks[0].uri)
-    lines += [f"try: qemu-img info {first}", f"     guestfish --ro --format=raw -a {first} -i"]
+    lines += [f"try: qemu-img info {first}", f"     nbdcopy {first} disk.raw"]
     end = f"'nbdbackupctl unmap {mapping.id}'" + ("" if is_detached else " or Ctrl-C")
     return "\n".join([*lines, f"{end} ends it"])
 
