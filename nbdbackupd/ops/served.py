@@ -27,6 +27,9 @@ FLIGHT_SECONDS: Final = 60.0
 PART: Final = struct.Struct("<QQ16x")
 """Of a block that is a part of a frame: the guest bytes before it, and all of the frame."""
 
+STEP: Final = 64 << 20
+"""Guest bytes whose pieces are looked up at a time for extents: of a few bytes each at worst."""
+
 MOST_EXTENTS: Final = 8192
 """In one answer; the client asks on from where it ends."""
 
@@ -117,7 +120,7 @@ class ServedDisk:
         start, was_zero = offset, False
         while offset < end and given < MOST_EXTENTS:
             with self._lock:
-                spans = self._view.spans(offset, min(end - offset, 1 << 30))
+                spans = self._view.spans(offset, min(end - offset, STEP))
             for at, _, layer, _ in spans:
                 is_zero = layer == ZERO
                 if is_zero is not was_zero and at > start:
