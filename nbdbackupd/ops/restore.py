@@ -203,6 +203,8 @@ def _write(
         placement.settle()
     _set_aside(plan)
     done += restore_work.write_all(rest, request, pace, progress, _deaf(cancelled))
+    if placement is not None:
+        placement.settle()
     _name_all(plan, force=request.force)
     order = [job.target for job in plan.jobs]
     return tuple(sorted(done, key=lambda disk: order.index(disk.target)))

@@ -4,6 +4,7 @@ import html
 import os
 import random
 import shutil
+import stat
 import subprocess
 import time
 import uuid
@@ -25,7 +26,7 @@ from tests.lib.sets import Change, SetBuilder
 
 pytestmark = pytest.mark.system
 KIB = 1024
-USAGE, DOMAIN, INTEGRITY, BUSY = 2, 20, 40, 75
+USAGE, DOMAIN, SOURCE, INTEGRITY, BUSY = 2, 20, 30, 40, 75
 SIZE = 8 * MIB
 
 
@@ -285,6 +286,38 @@ def test_the_guests_start_ends_a_restore_that_can_end(here: Scene) -> None:
     assert process.returncode == BUSY
     assert "is being started" in text
     assert state(here) == before
+
+
+def test_a_start_while_a_device_is_written(here: Scene) -> None:
+    """Giving way would help nobody now; a guest that runs nevertheless is noticed."""
+    device = here.guest.image("vdb")
+    words = ("restore", here.set, "--in-place", "--yes", "-d", "vdb", "--bandwidth-limit")
+    with here.ctl.start(*words, "2M") as process:
+        wait_until(lambda: content(device, 9) == b"nbdbackup", "begin", 30)
+        here.ctl("yield", here.guest.name)
+        _, text = process.communicate(timeout=60)
+    assert process.returncode == 0, text
+    assert content(device, SIZE) == here.history[-1].references["vdb"].read_bytes()
+    with here.ctl.start(*words, "256K") as process:
+        wait_until(lambda: content(device, 9) == b"nbdbackup", "begin", 30)
+        with pytest.raises(LabError, match="Failed to lock"):
+            here.guest.start()
+        # another node of the device, as in libvirt's own mount namespace, has locks of its own
+        node = here.guest.places.images / "node"
+        os.mknod(node, 0o660 | stat.S_IFBLK, device.stat().st_rdev)
+        shutil.chown(node, here.lab.qemu_user)
+        here.guest.use_image("vdb", node)
+        here.guest.define()
+        here.guest.start()
+        _, text = process.communicate(timeout=60)
+    assert process.returncode == SOURCE, text
+    assert f"{device} is incomplete now" in text
+    assert "was started" in text
+    here.guest.stop()
+    here.guest.use_image("vdb", device)
+    here.guest.define()
+    restore(here, "--yes", "-d", "vdb")
+    assert content(device, SIZE) == here.history[-1].references["vdb"].read_bytes()
 
 
 XML = """<domain type='qemu'><name>vm1</name><uuid>{uuid}</uuid><memory unit='MiB'>64</memory>
