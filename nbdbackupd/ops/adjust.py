@@ -3,6 +3,7 @@
 libvirt is not needed. ``ops.define`` goes on from here and defines the domain.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -121,6 +122,8 @@ class Adjuster:
         with durable.translate_os_errors("write", state.config):
             durable.write_atomic(state.config, state.adapted.xml.encode(), 0o600)
             for each in state.planned.files:
+                if each.stored.role == restore_files.TREE_ROLE:
+                    _own_like(each.final, each.stored.origin)
                 if each.stored.role == "loader":
                     # no secret, and the one file that libvirt does not give to QEMU's account
                     each.final.chmod(0o644)
@@ -262,8 +265,22 @@ def _tpm_path(planned: Planned, xml: str) -> str | None:
 
 
 def _make_passable(planned: Planned) -> None:
-    """Make the directories of firmware such that QEMU gets through, whatever its account."""
+    """Make the directories of firmware such that QEMU and swtpm get through as other accounts.
+
+    The files stay closed; libvirt gives them away when the domain starts.
+    """
     for each in planned.files:
-        if each.stored.role in FIRMWARE:
+        if each.stored.role in FIRMWARE or each.stored.role == restore_files.TREE_ROLE:
             with durable.translate_os_errors("create", each.final.parent):
                 durable.make_directory(each.final.parent, PASS)
+
+
+def _own_like(path: Path, original: str) -> None:
+    """Give a file to the owner of the original, if that is here and we may.
+
+    libvirt gives swtpm the directory of a TPM's state; of a state in a single file, which it has
+    known since 10.10, it leaves the owner to the administrator (measured with 11.3.0).
+    """
+    with contextlib.suppress(OSError):
+        found = Path(original).stat()
+        os.chown(path, found.st_uid, found.st_gid)
