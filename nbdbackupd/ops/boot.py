@@ -75,7 +75,7 @@ def places_of(request: BootRequest) -> Places:
     name = request.name
     if not name:
         _, point = _choose(request)
-        name = f"{PREFIX}{point.domain}"
+        name = point.domain if request.keep_identity else f"{PREFIX}{point.domain}"
     if not name.strip() or definition_model.NAME_BAD.search(name):
         raise UsageError(f"{name!r} can't be the name of a domain")
     return Places.of(name, request.runtime_dir, request.scratch_dir)

@@ -39,7 +39,8 @@ class BootRequest:
     """What to boot and how.
 
     ``point``, ``until`` and ``at`` choose the point as for a restore. ``name`` empty means the
-    original's with ``boot_`` before it. ``memory`` in bytes, 0: as the original. ``network`` is
+    original's with ``boot_`` before it, or with ``keep_identity``, which also keeps UUID and MAC
+    addresses, the original's. ``memory`` in bytes, 0: as the original. ``network`` is
     ``none``, ``down`` or ``keep``. ``output`` is where a live restore puts the images, in
     ``format`` (None: as the originals), ``define`` makes the domain persistent then.
 
@@ -56,6 +57,7 @@ class BootRequest:
     until: str = ""
     at: datetime | None = None
     name: str = ""
+    keep_identity: bool = False
     memory: int = 0
     network: str = "none"
     output: Path | None = None
@@ -178,7 +180,11 @@ class Making:
         self, point: RestorePoint, disks: tuple[BootDisk, ...], files: tuple[FileCopy, ...]
     ) -> "BootDefiner":
         """Everything that libvirt must agree to is looked at; nothing is defined."""
-        wanted = DefineRequest(name=self.record.name, network=self._request.network)
+        wanted = DefineRequest(
+            name=self.record.name,
+            keep_identity=self._request.keep_identity,
+            network=self._request.network,
+        )
         definer = BootDefiner(wanted, secrets.token_bytes, self._connection)
         definer.prepare(
             Planned(

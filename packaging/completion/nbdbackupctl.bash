@@ -67,9 +67,9 @@ _nbdbackupctl_options() {
         ;;
     boot)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet --point --until --at --name --memory --network
-        --detach --live-restore --define --format --bandwidth-limit --list --stop --resume
-        --scratch-dir'
+        --runtime-dir -v --verbose -q --quiet --point --until --at --name --keep-identity --memory
+        --network --detach --live-restore --define --format --bandwidth-limit --list --stop
+        --resume --scratch-dir'
         ;;
     mount)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress

@@ -20,6 +20,7 @@ from tests.lab.command import LabError, run
 from tests.lab.compare import first_difference_raw
 from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec
+from tests.lab.embed import EmbeddedLab
 from tests.lab.guest import GuestOptions
 from tests.lab.peer import TRIXIE, peer
 from tests.lab.process import command_line, wait_until
@@ -579,6 +580,28 @@ def verify(made: Scene, sign: str, *options: str, code: int) -> Result:
     """Verify the set and boot its newest point."""
     words = ("--boot", "--json", "--boot-wait", sign, *options, *scratch(made))
     return made.ctl("verify", made.set, *words, code=code)
+
+
+def test_in_place_of_the_original(production: Scene, saved: Saved) -> None:
+    """On a host that does not know it, the very domain; beside itself, refused."""
+    original = ET.fromstring(production.lab.virsh("dumpxml", "vm1"))
+    refused = boot(production, "--keep-identity", code=20)
+    assert "a domain vm1 exists" in refused.stderr
+    refused = boot(production, "--keep-identity", "--name", "other", code=20)
+    assert f"has UUID {original.findtext('uuid')}" in refused.stderr
+    assert_nothing(production)
+    with EmbeddedLab() as host:
+        ctl = type(production.ctl)(host.uri, host.directory / "ctl")
+        words = ("--keep-identity", "--network", "keep", "--detach", "--json")
+        report = ctl("boot", saved.set, *words, code=None).json
+        assert (report["name"], report["uuid"]) == ("vm1", original.findtext("uuid"))
+        again = ET.fromstring(host.virsh("dumpxml", "vm1"))
+        macs = [each.get("address") for each in again.findall("./devices/interface/mac")]
+        assert macs == ["52:54:00:aa:bb:cc"]
+        wait_alive(Path(report["console"]))
+        ctl("boot", "--stop", "vm1")
+        assert host.virsh("list", "--all", "--name").split() == []
+        assert not list(ctl.scratch.iterdir())
 
 
 @pytest.mark.slow

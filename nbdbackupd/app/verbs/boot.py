@@ -48,6 +48,10 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         "--name", metavar="NAME", help="name of the domain (default: boot_ and the original's)"
     )
     parser.add_argument(
+        "--keep-identity", action="store_true",
+        help="keep name, UUID and MAC addresses: the original is gone for good",
+    )  # fmt: skip
+    parser.add_argument(
         "--memory", metavar="SIZE", type=size, default=0, help="memory (default: as the original)"
     )
     parser.add_argument(
@@ -153,6 +157,7 @@ def _request(args: Arguments, context: Context, source: Path) -> "BootRequest":
         until=args.until or "",
         at=args.at,
         name=args.name or "",
+        keep_identity=args.keep_identity,
         memory=args.memory,
         network=args.network,
         output=output,
