@@ -351,11 +351,11 @@ def _noted(path: Path) -> dict[str, Any]:
 def _remove(path: Path) -> None:
     """Remove a session's directory: never what is mounted in it, were it still there."""
     for each in sorted(path.iterdir(), reverse=True) if path.is_dir() else ():
-        if each.is_dir():
-            with contextlib.suppress(OSError):
+        # a mount whose program has gone answers each question with an error
+        with contextlib.suppress(OSError):
+            if each.is_dir():
                 each.rmdir()
-        else:
-            with contextlib.suppress(OSError):
+            else:
                 each.unlink()
     with contextlib.suppress(OSError):
         path.rmdir()
