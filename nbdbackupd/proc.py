@@ -43,7 +43,7 @@ PACKAGES: Final = {
     "fusermount3": "fuse3",
     "grub-mount": "grub-common (Debian) or grub2-tools-extra (Fedora, EL)",
     "guestmount": "libguestfs-tools (Debian) or libguestfs (Fedora, EL)",
-    "nbd-client": "nbd-client (Debian) or nbd (Fedora)",
+    "nbd-client": "nbd-client (Debian) or nbd (Fedora, EL)",
     "nbdcopy": "libnbd-bin (Debian) or libnbd (Fedora, EL)",
     "nbdfuse": "libnbd-bin (Debian) or nbdfuse (Fedora, EL)",
     "nbdinfo": "libnbd-bin (Debian) or libnbd (Fedora, EL)",
