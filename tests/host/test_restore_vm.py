@@ -37,6 +37,7 @@ PROGRAM: Final = (
 )  # fmt: skip
 IMAGES: Final = "/var/lib/libvirt/images"
 TPM: Final = "/var/lib/libvirt/swtpm"
+ACCOUNT: Final = 'swtpm_user = "tss"\nswtpm_group = "tss"'
 FIRMWARE: Final = (
     "<os firmware='efi'><type arch='x86_64' machine='q35'>hvm</type>"
     "<firmware><feature enabled='no' name='secure-boot'/></firmware></os>"
@@ -71,6 +72,9 @@ def host(suite: str, lab: HostLab) -> Host:
     host = lab.host("lab-a", hypervisor(suite), readonly_binds=binds)
     host.apt("update")
     host.apt("install", "ovmf", "swtpm", "swtpm-tools", "python3-lz4", "python3-yaml")
+    # the TPM's account is another one than ours and QEMU's
+    host.run("sh", "-c", f"echo '{ACCOUNT}' >>/etc/libvirt/qemu.conf")
+    host.run("systemctl", "restart", "libvirtd")
     return host
 
 
@@ -253,6 +257,8 @@ def prove_clone(host: Host, point: str) -> None:
     assert proof(clone) == ("first", "first")
     assert "efi" in clone.exec("ls /sys/firmware")
     assert indexes(clone) == [1]
+    owned = host.run("find", f"{TPM}/{told['uuid']}", "-name", "*.permall", "-printf", "%u %m")
+    assert owned == "tss 600"
     clone.shutdown()
     for disk in report["disks"]:
         if disk["format"] == "qcow2":
