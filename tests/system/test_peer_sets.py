@@ -320,8 +320,14 @@ def test_extents_of_several_requests(
         guest.close()
 
 
-def test_map(made: PeerSets, chain: tuple[Path, dict[str, str]], ctl: Ctl, tmp_path: Path) -> None:
+@pytest.mark.parametrize("imported", [False, True])
+def test_map(
+    made: PeerSets, chain: tuple[Path, dict[str, str]], ctl: Ctl, tmp_path: Path, *, imported: bool
+) -> None:
     path, points = chain
+    if imported:
+        path = tmp_path / "imported"
+        ctl("import", chain[0], "-o", path, "--link", code=None)
     socket = tmp_path / "socket"
     with ctl.start("map", path, "--point", "inc.virtnbdbackup.2", "-d", "vda",
                    "--socket", socket) as served:  # fmt: skip
