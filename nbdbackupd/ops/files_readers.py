@@ -25,6 +25,9 @@ GUESTMOUNT: Final = "guestmount"
 KERNEL: Final = "kernel"
 TOOLS: Final = (FUSE2FS, GRUB_MOUNT, GUESTMOUNT, KERNEL)
 
+PLAIN: Final = frozenset({"vfat", "exfat"})
+"""Types that have neither owners nor links: grub-mount shows all of them."""
+
 START_SECONDS: Final = 60.0
 APPLIANCE_SECONDS: Final = 600.0
 """guestmount boots a small virtual machine: 21 s without KVM on two processors."""
@@ -124,7 +127,7 @@ def _notes(name: str, found: FileSystem, *, replay: bool) -> Iterator[str]:
             f"the journal of {found.place} was not replayed: the newest changes before the point "
             "may be missing; --replay replays it on a copy that is thrown away"
         )
-    if name == GRUB_MOUNT:
+    if name == GRUB_MOUNT and found.type not in PLAIN:
         yield (
             f"grub-mount reads {found.type or found.place} without owners and rights, and follows "
             f"symbolic links; guestmount shows all: {proc.hint(GUESTMOUNT)}"
