@@ -1,5 +1,7 @@
 """Volumes of a storage pool: made, found and removed by libvirt."""
 
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,9 @@ from nbdbackupd.virt.connection import Connection
 
 IN_DIRECTORY: Final = frozenset({"dir", "fs", "netfs"})
 ON_DEVICES: Final = frozenset({"logical"})
+BUSY: Final = "asynchronous jobs running"
+BUSY_SECONDS: Final = 60.0
+POLL_SECONDS: Final = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +44,7 @@ class Pool:
         """
         self.name = name
         self._connection = connection
+        self._lock = threading.Lock()
         with fault.translate(f"can't use storage pool {name}"):
             pool = self._pool()
             root = ET.fromstring(pool.XMLDesc(0))  # noqa: S314 - libvirtd's own
@@ -78,7 +84,8 @@ class Pool:
             target = ET.SubElement(root, "target")
             ET.SubElement(target, "format", type=volume.format)
         with fault.translate(f"can't make volume {volume.name} in storage pool {self.name}"):
-            made = self._pool().createXML(ET.tostring(root, encoding="unicode"), 0)
+            with self._lock:
+                made = self._pool().createXML(ET.tostring(root, encoding="unicode"), 0)
             return made.path()
 
     def delete(self, name: str) -> None:
@@ -93,11 +100,24 @@ class Pool:
 
     @contextmanager
     def _refreshed(self) -> Iterator[libvirt.virStoragePool]:
-        with fault.translate(f"storage pool {self.name} fails"):
+        with fault.translate(f"storage pool {self.name} fails"), self._lock:
             pool = self._pool()
-            pool.refresh(0)
+            deadline = time.monotonic() + BUSY_SECONDS
+            while not _is_refreshed(pool, deadline):
+                time.sleep(POLL_SECONDS)
             yield pool
 
     def _pool(self) -> libvirt.virStoragePool:
         _, handle = self._connection.current()
         return handle.storagePoolLookupByName(self.name)
+
+
+def _is_refreshed(pool: libvirt.virStoragePool, deadline: float) -> bool:
+    """Refresh; False while libvirt makes a volume for anybody: it refuses then (9.0, measured)."""
+    try:
+        pool.refresh(0)
+    except libvirt.libvirtError as err:
+        if BUSY not in fault.line(err) or time.monotonic() > deadline:
+            raise
+        return False
+    return True

@@ -4,6 +4,7 @@ import random
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,27 @@ def test_volumes_are_made_and_filled(lab: DaemonLab, pool: str, tmp_path: Path, 
     assert (out / "vm1.xml").exists()
     found = volumes(lab, pool)
     assert sets.read_image(found["vdb.qcow2"], "qcow2") == made.images[0]["vdb"]
+
+
+def test_a_pool_in_which_volumes_are_being_made(
+    lab: DaemonLab, pool: str, tmp_path: Path, ctl: Ctl
+) -> None:
+    """libvirt refuses to look at a pool as long as it allocates a volume there, for anybody."""
+    made = built(tmp_path / "set")
+    with ThreadPoolExecutor() as others:
+        done = [
+            others.submit(
+                lab.virsh, "vol-create-as", "--pool", pool, f"theirs{number}", "64M",
+                "--allocation", "64M",
+            )
+            for number in range(6)
+        ]  # fmt: skip
+        ctl("restore", made.path, "--pool", pool, "-j", "2", code=WARNED)
+        for each in done:
+            each.result()
+    found = volumes(lab, pool)
+    for disk, content in made.images[-1].items():
+        assert sets.read_image(found[f"{disk}.qcow2"], "qcow2") == content
 
 
 def test_a_guest_starts_from_its_volume(
