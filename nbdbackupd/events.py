@@ -378,7 +378,8 @@ BOOT_TEST_FAILED: Final = Event(
     text="restore point {POINT} of {DOMAIN} did not come up: {REASON}",
     fields=("POINT", "REASON", "DURATION_USEC"),
     meaning="A guest that was booted from the point gave no sign of life in time.",
-    cure="Look at the picture in the set, below boot-tests/, and run it by hand: 'nbdbackupctl boot'.",
+    cure="Look at the picture in the set, below boot-tests/, and run it by hand: "
+    "'nbdbackupctl boot'.",
 )
 REPOSITORY_NOT_MOUNTED: Final = Event(
     name="repository-not-mounted",

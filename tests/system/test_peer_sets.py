@@ -144,7 +144,7 @@ def test_damage_is_found(chain: tuple[Path, dict[str, str]], ctl: Ctl, tmp_path:
     for broken, says in (
         (sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :], ""),
         (sound[:-30], "ends too early|not a frame header|without sizes"),
-        (sound.replace(b"stop", b"stap"), "not a frame header"),
+        (sound.replace(b"stop", b"sxop"), "not a frame header"),
         (sound.replace(b"vda", b"vdb", 1), "meta frame is of disk"),
     ):
         stream.write_bytes(broken)
