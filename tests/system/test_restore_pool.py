@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab.command import LabError
 from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec
 from tests.lab.guest import GuestOptions
+from tests.lab.process import wait_until
 from tests.lib import sets
 from tests.lib.ctl import Ctl
 from tests.lib.sets import SetBuilder
@@ -86,19 +88,25 @@ def test_a_pool_in_which_volumes_are_being_made(
     """libvirt refuses to look at a pool as long as it allocates a volume there, for anybody."""
     made = built(tmp_path / "set")
     with ThreadPoolExecutor() as others:
-        done = [
-            others.submit(
-                lab.virsh, "vol-create-as", "--pool", pool, f"theirs{number}", "64M",
-                "--allocation", "64M",
-            )
-            for number in range(6)
-        ]  # fmt: skip
+        # takes some seconds: the metadata of a large image
+        theirs = others.submit(
+            lab.virsh, "vol-create-as", "--pool", pool, "theirs", "400G",
+            "--allocation", "0", "--format", "qcow2", "--prealloc-metadata",
+        )  # fmt: skip
+        wait_until(lambda: is_busy(lab, pool), "a volume being made", 20)
         ctl("restore", made.path, "--pool", pool, "-j", "2", code=WARNED)
-        for each in done:
-            each.result()
+        theirs.result()
     found = volumes(lab, pool)
     for disk, content in made.images[-1].items():
         assert sets.read_image(found[f"{disk}.qcow2"], "qcow2") == content
+
+
+def is_busy(lab: DaemonLab, pool: str) -> bool:
+    try:
+        lab.virsh("pool-refresh", pool)
+    except LabError as err:
+        return "asynchronous jobs" in str(err)
+    return False
 
 
 def test_a_guest_starts_from_its_volume(
