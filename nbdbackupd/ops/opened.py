@@ -1,6 +1,8 @@
 """Opening a set, whoever wrote it, for all that only reads: list, verify, restore, map, boot."""
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +23,14 @@ MAX_MEMBER: Final = 1 << 30
 """Bytes of a file beside the streams (an initrd) that is taken out of an archive."""
 
 
+class Unpacked:
+    """A private directory, removed with the last who knows it, or by ``remove``, also twice."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="nbdbackup-"))
+        self.remove = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenedSet:
     """A set whose points and links are proven; ``known`` holds them.
@@ -37,7 +47,7 @@ class OpenedSet:
     hints: tuple[str, ...] = ()
     peer: bool = False
     place: Place | None = None
-    unpacked: tempfile.TemporaryDirectory[str] | None = None
+    unpacked: Unpacked | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -47,7 +57,7 @@ class OpenedSet:
     def close(self) -> None:
         """Remove what was taken out of an archive: ``path`` is gone then. Safe to call twice."""
         if self.unpacked is not None:
-            self.unpacked.cleanup()
+            self.unpacked.remove()
 
     def layers(
         self,
@@ -103,12 +113,16 @@ def _open_peer_set(path: Path, place: Place, *, sound: bool) -> OpenedSet:
         raise ChainBrokenError(f"{path}: {found.problems[0]}{rest}")
     unpacked = None
     if not path.is_dir():
-        unpacked = tempfile.TemporaryDirectory(prefix="nbdbackup-")
-        for file in {file for point in found.known.points for file in point.files}:
-            data = place.read_small(file.name, max(peer.MAX_FILE, min(file.size, MAX_MEMBER)))
-            (Path(unpacked.name) / file.name).write_bytes(data)
+        unpacked = Unpacked()
+        try:
+            for file in {file for point in found.known.points for file in point.files}:
+                data = place.read_small(file.name, max(peer.MAX_FILE, min(file.size, MAX_MEMBER)))
+                (unpacked.path / file.name).write_bytes(data)
+        except BaseException:
+            unpacked.remove()
+            raise
     return OpenedSet(
-        path=Path(unpacked.name) if unpacked else path,
+        path=unpacked.path if unpacked else path,
         known=found.known, problems=found.problems, hints=found.warnings, peer=True,
         place=place, unpacked=unpacked,
     )  # fmt: skip
