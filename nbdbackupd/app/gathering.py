@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nbdbackupd.app.config.settings import DomainSettings
     from nbdbackupd.app.systemd import Service, Timer
     from nbdbackupd.model.health import Limits
-    from nbdbackupd.ops.status import DomainStatus, StatusReport, Stored
+    from nbdbackupd.ops.reporting.status import DomainStatus, StatusReport, Stored
     from nbdbackupd.virt.connection import Connection
 
 
@@ -77,7 +77,7 @@ def gather(
     Raises ConfigError if the configuration has a problem, DomainNotFoundError for a name that
     nobody knows. What can't be asked is told in the report's notes.
     """
-    from nbdbackupd.ops.status import StatusReport
+    from nbdbackupd.ops.reporting.status import StatusReport
 
     configuration = configured.read(context).require_sound()
     notes: list[str] = []
@@ -112,7 +112,7 @@ def record_host(connection: "Connection", configuration: "Configuration", direct
 
     Raises DomainError, RepositoryError, NoSpaceError.
     """
-    from nbdbackupd.ops import metrics
+    from nbdbackupd.ops.reporting import metrics
 
     units = ask_systemd([])
     domains = _domains_of(connection, configuration)
@@ -208,7 +208,7 @@ def _is_covered(
 
 def _folders(configuration: "Configuration") -> dict[str, Path]:
     from nbdbackupd.app.config.settings import global_settings
-    from nbdbackupd.ops import status
+    from nbdbackupd.ops.reporting import status
 
     path = "repository.path"
     repositories: Iterable[Path] = (
@@ -225,7 +225,7 @@ def _folders(configuration: "Configuration") -> dict[str, Path]:
 def _look(name: str, known: _Known, context: Context, notes: list[str]) -> "DomainStatus":
     from nbdbackupd.model import unitname
     from nbdbackupd.model.health import Facts
-    from nbdbackupd.ops import status
+    from nbdbackupd.ops.reporting import status
 
     uuid, settings = _settings(name, known, notes)
     timer = _timer(known.units, name, uuid)
@@ -264,7 +264,7 @@ def _settings(name: str, known: _Known, notes: list[str]) -> "tuple[str, DomainS
 
 def _stored(name: str, settings: "DomainSettings", known: _Known) -> "Stored":
     from nbdbackupd.app.config.settings import check_mounted, domain_directory
-    from nbdbackupd.ops import status
+    from nbdbackupd.ops.reporting import status
 
     directory = domain_directory(settings, name)
     try:

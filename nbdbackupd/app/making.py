@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nbdbackupd.app.config.settings import DomainSettings
     from nbdbackupd.model.chain import Level
     from nbdbackupd.model.policy import NextRun
-    from nbdbackupd.ops.backup_request import BackupRequest
+    from nbdbackupd.ops.saving.backup_request import BackupRequest
     from nbdbackupd.virt.domain import Domain
 
 UNSET: Final = argparse.SUPPRESS
@@ -68,7 +68,7 @@ def plan(domain: "Domain", settings: "DomainSettings", now: "datetime", wanted: 
     level that needs a full that is not there.
     """
     from nbdbackupd.app.config import settings as app_settings
-    from nbdbackupd.ops import sets
+    from nbdbackupd.ops.sets import sets
 
     app_settings.check_mounted(settings)
     directory = app_settings.domain_directory(settings, domain.name)
@@ -117,7 +117,7 @@ def request(
     domain: str, directory: Path, context: Context, fields: Mapping[str, Any]
 ) -> "BackupRequest":
     """A request of now; ``fields`` may overrule what comes from the context."""
-    from nbdbackupd.ops.backup_request import BackupRequest
+    from nbdbackupd.ops.saving.backup_request import BackupRequest
 
     moment = app_context.now()
     common: dict[str, Any] = {

@@ -9,7 +9,7 @@ from nbdbackupd.app import configured
 from nbdbackupd.app.context import Context
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.lookup import DomainSets
+    from nbdbackupd.ops.sets.lookup import DomainSets
 
 HELP = "directory of the set, or name of a domain that the configured repository has sets of"
 
@@ -23,7 +23,7 @@ def domain_of(source: Path, context: Context) -> "DomainSets | None":
     if os.path.lexists(source) or os.sep in str(source):
         return None
     from nbdbackupd.app.config.settings import global_settings
-    from nbdbackupd.ops import lookup
+    from nbdbackupd.ops.sets import lookup
 
     configuration = configured.read(context).require_sound()
     # a file for some domains may have a repository of its own; labels would need libvirt

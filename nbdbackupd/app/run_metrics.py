@@ -10,7 +10,7 @@ from nbdbackupd.errors import NbdbackupError
 
 if TYPE_CHECKING:
     from nbdbackupd.model.chain import RestorePoint
-    from nbdbackupd.ops.backup_request import BackupReport
+    from nbdbackupd.ops.saving.backup_request import BackupReport
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class RunMetrics:
     ) -> None:
         if self._directory is None:
             return
-        from nbdbackupd.ops import metrics
+        from nbdbackupd.ops.reporting import metrics
 
         facts = metrics.RunFacts(
             domain=self._domain,

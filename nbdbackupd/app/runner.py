@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nbdbackupd.app.config.files import Configuration
     from nbdbackupd.app.config.settings import DomainSettings
     from nbdbackupd.app.making import Planned
-    from nbdbackupd.ops.backup_request import BackupReport, BackupRequest
+    from nbdbackupd.ops.saving.backup_request import BackupReport, BackupRequest
     from nbdbackupd.virt.connection import Connection
     from nbdbackupd.virt.domain import Domain, Ending
 
@@ -111,7 +111,7 @@ def run(wish: Wish, context: Context, watch: Watch) -> RunReport:
     place or another run of the domain, ProcessError of a program before it, RepositoryError if
     the repository is not mounted, and what a backup raises.
     """
-    from nbdbackupd.ops import telling
+    from nbdbackupd.ops.reporting import telling
 
     with ExitStack() as stack:
         stack.enter_context(runlog.context(DOMAIN=wish.domain))
@@ -126,7 +126,7 @@ def run(wish: Wish, context: Context, watch: Watch) -> RunReport:
 def _find_and_run(wish: Wish, context: Context, watch: Watch) -> RunReport:
     from nbdbackupd.app.config.matching import is_uuid
     from nbdbackupd.app.config.settings import global_settings
-    from nbdbackupd.ops import domains
+    from nbdbackupd.ops.saving import domains
     from nbdbackupd.virt.domain import Domain
 
     configuration = configured.read(context).require_sound()
@@ -199,7 +199,7 @@ class _Run:
 
     def why_not(self) -> str:
         """Why there is nothing to do after the guest's end; empty if there is."""
-        from nbdbackupd.ops import after_end
+        from nbdbackupd.ops.saving import after_end
 
         if not self.settings.on_shutdown:
             return "on_shutdown is off in its configuration"
@@ -231,7 +231,7 @@ class _Run:
 
     def in_slot(self) -> RunReport:
         """Wait for a place, then run, with the programs before and after."""
-        from nbdbackupd.ops import slots
+        from nbdbackupd.ops.saving import slots
 
         self.watch.doing("waiting for a place among the concurrent runs")
         with slots.slot(
@@ -250,7 +250,7 @@ class _Run:
 
     def with_programs(self) -> RunReport:
         from nbdbackupd.app.config.settings import domain_directory
-        from nbdbackupd.ops import commands
+        from nbdbackupd.ops.saving import commands
 
         settings = self.settings
         about = {
@@ -280,7 +280,7 @@ class _Run:
         )  # fmt: skip
 
     def _after(self, about: Mapping[str, str], timeout: float) -> tuple[str, ...]:
-        from nbdbackupd.ops import commands
+        from nbdbackupd.ops.saving import commands
 
         self.watch.doing("running the programs after the backup")
         return commands.run_all(
@@ -289,7 +289,7 @@ class _Run:
 
     def backup(self) -> RunReport:
         """Choose the set, make the point, drop what older sets have left at libvirt."""
-        from nbdbackupd.ops import backup
+        from nbdbackupd.ops.saving import backup
 
         # only now: a program before the run may have mounted the repository
         planned = self.plan()
@@ -335,7 +335,7 @@ class _Run:
         return kept.put_off(directory / unitname.escape(self.domain.name))
 
     def _retire(self, planned: "Planned", request: "BackupRequest", chain: str) -> tuple[str, ...]:
-        from nbdbackupd.ops import retiring
+        from nbdbackupd.ops.chains import retiring
 
         if request.state_dir is None:
             return ()

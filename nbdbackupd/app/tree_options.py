@@ -13,7 +13,7 @@ from nbdbackupd.app.verbs.restore import moment
 
 if TYPE_CHECKING:
     from nbdbackupd.model.file_systems import FileSystem
-    from nbdbackupd.ops.mount import MountRequest
+    from nbdbackupd.ops.browsing.mount import MountRequest
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +71,9 @@ def _take_any_order(parser: argparse.ArgumentParser) -> None:
 
 def request(args: Arguments, context: Context) -> "MountRequest":
     """What the options ask for. Raises as ``named.set_of``."""
-    from nbdbackupd.ops.files_readers import KERNEL
-    from nbdbackupd.ops.map import MapRequest
-    from nbdbackupd.ops.mount import MountRequest
+    from nbdbackupd.ops.browsing.files_readers import KERNEL
+    from nbdbackupd.ops.browsing.mount import MountRequest
+    from nbdbackupd.ops.serving.map import MapRequest
 
     chosen = {"point": args.point or "", "until": args.until or "", "at": args.at}
     return MountRequest(

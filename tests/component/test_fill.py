@@ -11,9 +11,9 @@ import pytest
 from nbdbackupd.crew import Crew
 from nbdbackupd.errors import NbdError
 from nbdbackupd.format.index import MAX_BLOCK
-from nbdbackupd.ops import layers
-from nbdbackupd.ops.fill import fill
-from nbdbackupd.ops.outputs import DEPTH, Output, Writer
+from nbdbackupd.ops.restoring.fill import fill
+from nbdbackupd.ops.restoring.outputs import DEPTH, Output, Writer
+from nbdbackupd.ops.sets import layers
 from tests.lib import sets
 from tests.lib.sets import SetBuilder
 

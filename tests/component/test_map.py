@@ -24,10 +24,11 @@ from nbdbackupd.errors import (
 from nbdbackupd.format.index import HEADER, MAGIC, NO_DIGEST, RECORD
 from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model.chain import DiskMode, DiskPoint, Level
-from nbdbackupd.ops import map as maps
-from nbdbackupd.ops import mapped, restore
-from nbdbackupd.ops.map import MapRequest, ServedDisk
-from nbdbackupd.ops.restore import RestoreRequest
+from nbdbackupd.ops.restoring import restore
+from nbdbackupd.ops.restoring.restore import RestoreRequest
+from nbdbackupd.ops.serving import map as maps
+from nbdbackupd.ops.serving import mapped
+from nbdbackupd.ops.serving.map import MapRequest, ServedDisk
 from tests.lib import sets
 from tests.lib.sets import Change, SetBuilder
 

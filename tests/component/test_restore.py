@@ -25,8 +25,8 @@ from nbdbackupd.errors import (
 )
 from nbdbackupd.format.index import Index, Kind
 from nbdbackupd.model.chain import DiskMode, Level
-from nbdbackupd.ops import restore
-from nbdbackupd.ops.restore import RestoreReport, RestoreRequest
+from nbdbackupd.ops.restoring import restore
+from nbdbackupd.ops.restoring.restore import RestoreReport, RestoreRequest
 from nbdbackupd.qemu import image
 from nbdbackupd.qemu.image import CreateOptions
 from tests.lib import sets

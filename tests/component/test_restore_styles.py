@@ -12,8 +12,8 @@ import pytest
 
 from nbdbackupd.errors import IntegrityError, NbdbackupError, RepositoryError, UsageError
 from nbdbackupd.model.chain import Level
-from nbdbackupd.ops import restore
-from nbdbackupd.ops.restore_request import (
+from nbdbackupd.ops.restoring import restore
+from nbdbackupd.ops.restoring.restore_request import (
     Place,
     RestoredDisk,
     RestoreReport,

@@ -20,10 +20,11 @@ from nbdbackupd.errors import (
 from nbdbackupd.format.index import HEADER, RECORD, Index, Kind
 from nbdbackupd.format.stream import StreamReader
 from nbdbackupd.model.chain import DiskMode, Level
-from nbdbackupd.ops import restore, verify
-from nbdbackupd.ops.findings import MAX_PER_FILE
-from nbdbackupd.ops.restore import RestoreRequest
-from nbdbackupd.ops.verify import VerifyReport, VerifyRequest
+from nbdbackupd.ops.proving import verify
+from nbdbackupd.ops.proving.findings import MAX_PER_FILE
+from nbdbackupd.ops.proving.verify import VerifyReport, VerifyRequest
+from nbdbackupd.ops.restoring import restore
+from nbdbackupd.ops.restoring.restore import RestoreRequest
 from tests.lib import sets
 from tests.lib.sets import Change, SetBuilder
 

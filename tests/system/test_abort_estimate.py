@@ -11,8 +11,9 @@ import pytest
 from nbdbackupd import durable
 from nbdbackupd.errors import BusyError
 from nbdbackupd.model.chain import Level
-from nbdbackupd.ops import abort, backup, estimate, leftovers
-from nbdbackupd.ops.backup_request import BackupRequest
+from nbdbackupd.ops.chains import leftovers
+from nbdbackupd.ops.saving import abort, backup, estimate
+from nbdbackupd.ops.saving.backup_request import BackupRequest
 from nbdbackupd.source.running import RunningDisk, RunningRequest, open_running
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.connection import Connection, open_connection

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from nbdbackupd.model import naming
-from nbdbackupd.ops import checkpoints
+from nbdbackupd.ops.chains import checkpoints
 from nbdbackupd.virt.connection import open_connection
 from nbdbackupd.virt.domain import Domain
 from tests.lab.command import run

@@ -9,7 +9,7 @@ import pytest
 
 from nbdbackupd.errors import FreezeError
 from nbdbackupd.model.chain import Consistency
-from nbdbackupd.ops import metadata
+from nbdbackupd.ops.saving import metadata
 from nbdbackupd.source import quiesce
 from nbdbackupd.source.quiesce import FreezePolicy, Quiet
 from nbdbackupd.source.running import RunningDisk, RunningRequest, open_running

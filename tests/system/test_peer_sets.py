@@ -237,7 +237,7 @@ def test_import(
 @pytest.mark.parametrize(
     "fault",
     [
-        "KILL@nbdbackupd.ops.peer_index:write#3",
+        "KILL@nbdbackupd.ops.sets.peer_index:write#3",
         "KILL@os:rename#1",
         "KILL@os:rename#4",
         "KILL+@nbdbackupd.durable:write_atomic#2",

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd.errors import BusyError, IntegrityError, NoSpaceError, RepositoryError, UsageError
-from nbdbackupd.ops import restore
-from nbdbackupd.ops.restore import RestoreReport, RestoreRequest
-from nbdbackupd.ops.restore_request import Place
+from nbdbackupd.ops.restoring import restore
+from nbdbackupd.ops.restoring.restore import RestoreReport, RestoreRequest
+from nbdbackupd.ops.restoring.restore_request import Place
 from tests.lib import sets
 from tests.lib.ctl import Ctl
 from tests.lib.loops import content, loop

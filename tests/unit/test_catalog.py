@@ -9,7 +9,7 @@ import pytest
 from nbdbackupd.errors import ChainBrokenError, FormatError, IntegrityError, RepositoryError
 from nbdbackupd.model.chain import DiskMode, Layout, Level
 from nbdbackupd.model.units import human_size
-from nbdbackupd.ops import catalog
+from nbdbackupd.ops.sets import catalog
 from tests.lib import chains, points
 
 

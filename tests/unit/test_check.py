@@ -12,8 +12,9 @@ from nbdbackupd.app.verbs import check as verb
 from nbdbackupd.model import access
 from nbdbackupd.model.access import Account
 from nbdbackupd.model.finding import Area, Finding, Notes, Severity, worst
-from nbdbackupd.ops import check_access, check_request, locks
-from nbdbackupd.ops.check import CheckReport
+from nbdbackupd.ops.checking import check_access, check_request
+from nbdbackupd.ops.checking.check import CheckReport
+from nbdbackupd.ops.saving import locks
 
 OWNER, GROUP, OTHER = 65001, 65002, 65003
 

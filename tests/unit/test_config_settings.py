@@ -22,7 +22,7 @@ from nbdbackupd.app.config.settings import DomainSettings
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError, DomainError, FormatError, RepositoryError, UsageError
 from nbdbackupd.model.policy import LevelPolicy, Rotate
-from nbdbackupd.ops.backup_request import BackupRequest
+from nbdbackupd.ops.saving.backup_request import BackupRequest
 from nbdbackupd.source.quiesce import FreezePolicy
 from scripts import gen_config, generated
 from tests.lib.pages import TOP

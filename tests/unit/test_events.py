@@ -23,7 +23,7 @@ from nbdbackupd import crew, events, log
 from nbdbackupd.app import ctl
 from nbdbackupd.errors import BusyError, DomainError, GaveWayError, Interrupted
 from nbdbackupd.events import ALL, Event
-from nbdbackupd.ops import telling
+from nbdbackupd.ops.reporting import telling
 from scripts import gen_events, generated
 from tests.lib.pages import TOP
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nbdbackupd.errors import NotSupportedError, UsageError
 from nbdbackupd.model import file_systems, lvm
 from nbdbackupd.model.file_systems import FileSystem
-from nbdbackupd.ops import files_readers
+from nbdbackupd.ops.browsing import files_readers
 
 MIB = 1 << 20
 ROOT = FileSystem(disk="vda", partition=2, offset=MIB, size=MIB, type="ext4", is_files=True)

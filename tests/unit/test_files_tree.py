@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd.errors import RepositoryError, UsageError
-from nbdbackupd.ops import files_copy, files_tar
-from nbdbackupd.ops.files import MAX_DEPTH, Problems, Tree
+from nbdbackupd.ops.browsing import files_copy, files_tar
+from nbdbackupd.ops.browsing.files import MAX_DEPTH, Problems, Tree
 
 
 def tree(root: Path, *, has_inodes: bool = True) -> Tree:

@@ -26,8 +26,8 @@ from nbdbackupd.errors import FormatError, NbdbackupError
 from nbdbackupd.format import blocks, index, manifest, stream
 from nbdbackupd.format.index import HEADER, RECORD, Index
 from nbdbackupd.format.stream import StreamReader
-from nbdbackupd.ops import import_files, opened, sequence
-from nbdbackupd.ops.layers import MAX_STORED, IndexedLayer, Layer, ScannedLayer
+from nbdbackupd.ops.sets import import_files, opened, sequence
+from nbdbackupd.ops.sets.layers import MAX_STORED, IndexedLayer, Layer, ScannedLayer
 from nbdbackupd.repo import peer
 from nbdbackupd.repo.draft import Intent
 from nbdbackupd.repo.importing import Stage

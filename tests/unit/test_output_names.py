@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdbackupd.ops import output_names
-from nbdbackupd.ops.output_names import Wanted
+from nbdbackupd.ops.restoring import output_names
+from nbdbackupd.ops.restoring.output_names import Wanted
 
 
 def names(*disks: tuple[str, str, str, str], domain: str = "vm1") -> list[str]:

@@ -12,8 +12,8 @@ import pytest
 from nbdbackupd.errors import ChainBrokenError
 from nbdbackupd.format import stream
 from nbdbackupd.model.chain import DiskMode, Layout
-from nbdbackupd.ops import opened
-from nbdbackupd.ops.opened import OpenedSet
+from nbdbackupd.ops.sets import opened
+from nbdbackupd.ops.sets.opened import OpenedSet
 
 CP = "virtnbdbackup."
 XML = """<domain><name>vm1</name><uuid>5a1f0a3e-9d0f-4a8e-8a5e-0f2a3f9b1c77</uuid>

@@ -11,7 +11,8 @@ import pytest
 from nbdbackupd.errors import BusyError, NoFullError, ProcessError, RepositoryError
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.policy import LevelPolicy, NextRun, Rotate
-from nbdbackupd.ops import commands, lookup, sets, slots
+from nbdbackupd.ops.saving import commands, slots
+from nbdbackupd.ops.sets import lookup, sets
 from nbdbackupd.repo.repository import Repository
 from tests.lib import chains, points
 from tests.lib.ctl import Ctl

@@ -26,7 +26,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
-    from nbdbackupd.ops import abort
+    from nbdbackupd.ops.saving import abort
 
     quiet = getattr(args, "quiet", False)
     with context.connection() as connection:

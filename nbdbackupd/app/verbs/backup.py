@@ -22,7 +22,7 @@ from nbdbackupd.app.sizes import human_size, human_time
 
 if TYPE_CHECKING:
     from nbdbackupd.app.config.files import Configuration
-    from nbdbackupd.ops.backup_request import BackupReport, BackupRequest
+    from nbdbackupd.ops.saving.backup_request import BackupReport, BackupRequest
     from nbdbackupd.virt.connection import Connection
 
 LEVELS = ("auto", "full", "inc", "diff", "copy")
@@ -159,7 +159,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 with warnings."""
     from nbdbackupd.app import preload
-    from nbdbackupd.ops import backup
+    from nbdbackupd.ops.saving import backup
 
     preload.preload()
     configuration = None
@@ -194,7 +194,7 @@ def _request(
     name, directory = args.domain, args.output
     if configuration is not None:
         from nbdbackupd.app.config.settings import request_fields
-        from nbdbackupd.ops import domains
+        from nbdbackupd.ops.saving import domains
 
         domain = domains.find(connection, args.domain, context.runtime_dir.absolute())
         found = configured.settings_of_domain(domain, configuration)

@@ -14,10 +14,10 @@ from nbdbackupd.app.verbs.restore import moment
 from nbdbackupd.errors import DomainError, Interrupted, UsageError
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.boot import Booted, BootRequest
-    from nbdbackupd.ops.boot_record import Places
-    from nbdbackupd.ops.boots import KnownBoot
-    from nbdbackupd.ops.live_restore import LiveReport
+    from nbdbackupd.ops.instant.boot import Booted, BootRequest
+    from nbdbackupd.ops.instant.boot_record import Places
+    from nbdbackupd.ops.instant.boots import KnownBoot
+    from nbdbackupd.ops.instant.live_restore import LiveReport
     from nbdbackupd.virt.connection import Connection
 
 DESCRIPTION: Final = """\
@@ -102,7 +102,7 @@ def run(args: Arguments, context: Context) -> int:
         return _stop(args.stop, context)
     if args.resume:
         return _resume(args, context)
-    from nbdbackupd.ops import boot, boots
+    from nbdbackupd.ops.instant import boot, boots
 
     source = named.set_of(
         args.source, context, point=args.point or "", until=args.until or "", at=args.at
@@ -145,7 +145,7 @@ def _check(args: Arguments) -> None:
 
 
 def _request(args: Arguments, context: Context, source: Path) -> "BootRequest":
-    from nbdbackupd.ops.boot import BootRequest
+    from nbdbackupd.ops.instant.boot import BootRequest
 
     output = args.live_restore.absolute() if args.live_restore is not None else None
     return BootRequest(
@@ -204,7 +204,7 @@ def _code(up: "Booted") -> int:
 
 def _wait(up: "Booted", cancel: signals.Cancel) -> None:
     """Wait until the guest has ended, or somebody asks us to end it."""
-    from nbdbackupd.ops import boots
+    from nbdbackupd.ops.instant import boots
 
     def pause() -> None:
         time.sleep(POLL_SECONDS)
@@ -231,7 +231,7 @@ def _follow(
     connection: "Connection",
     cancel: signals.Cancel,
 ) -> int:
-    from nbdbackupd.ops import live_restore
+    from nbdbackupd.ops.instant import live_restore
 
     with context.progress() as progress:
 
@@ -265,7 +265,7 @@ def _render(report: "LiveReport") -> str:
 
 
 def _resume(args: Arguments, context: Context) -> int:
-    from nbdbackupd.ops.boot_record import Places
+    from nbdbackupd.ops.instant.boot_record import Places
 
     places = Places.of(args.resume, context.runtime_dir.absolute(), context.scratch_dir.absolute())
     with signals.listen() as cancel, context.connection() as connection:
@@ -273,7 +273,7 @@ def _resume(args: Arguments, context: Context) -> int:
 
 
 def _stop(name: str, context: Context) -> int:
-    from nbdbackupd.ops import boots
+    from nbdbackupd.ops.instant import boots
 
     with signals.listen() as cancel, context.connection() as connection:
         record = boots.stop(
@@ -286,7 +286,7 @@ def _stop(name: str, context: Context) -> int:
 
 
 def _list(context: Context) -> int:
-    from nbdbackupd.ops import boots
+    from nbdbackupd.ops.instant import boots
 
     with context.connection() as connection:
         found = boots.known(

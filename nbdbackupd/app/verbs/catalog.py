@@ -11,8 +11,8 @@ from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.catalog import ListReport
-    from nbdbackupd.ops.lookup import DomainSets
+    from nbdbackupd.ops.sets.catalog import ListReport
+    from nbdbackupd.ops.sets.lookup import DomainSets
 
 DAMAGED = 40
 
@@ -38,7 +38,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 def run_list(args: Arguments, context: Context) -> int:
     """Carry ``list`` out; 40 if a point is damaged, the sound ones are listed all the same."""
-    from nbdbackupd.ops import catalog
+    from nbdbackupd.ops.sets import catalog
 
     domain = named.domain_of(args.source, context)
     paths = [args.source.absolute()] if domain is None else [each.path for each in domain.sets]
@@ -62,7 +62,7 @@ def _document(domain: "DomainSets", reports: "Sequence[ListReport]") -> dict[str
 
 def run_show(args: Arguments, context: Context) -> int:
     """Carry ``show`` out."""
-    from nbdbackupd.ops import catalog
+    from nbdbackupd.ops.sets import catalog
 
     point = args.point or ""
     report = catalog.show(named.set_of(args.source, context, point=point), point=point)

@@ -16,7 +16,7 @@ from nbdbackupd.app.context import Context
 from nbdbackupd.errors import DomainError
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.check import CheckReport
+    from nbdbackupd.ops.checking.check import CheckReport
 
 DESCRIPTION = """\
 Find out whether the next backup of a domain will work: programs, libvirt, images, checkpoints,
@@ -28,7 +28,7 @@ EXIT: Final = {"ok": 0, "warn": 3, "fail": 20}
 COLOURS: Final = {"ok": "32", "warn": "33", "fail": "1;31"}
 WIDTH: Final = 100
 GAP: Final = "        "
-SURVEY_LOGGER: Final = "nbdbackupd.ops.survey"
+SURVEY_LOGGER: Final = "nbdbackupd.ops.saving.survey"
 
 
 def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
@@ -58,8 +58,8 @@ def run(args: Arguments, context: Context) -> int:
     # what it warns of becomes a finding
     logging.getLogger(SURVEY_LOGGER).setLevel(logging.ERROR)
     try:
-        from nbdbackupd.ops import check
-        from nbdbackupd.ops.check_request import CheckRequest
+        from nbdbackupd.ops.checking import check
+        from nbdbackupd.ops.checking.check_request import CheckRequest
     except ImportError as err:
         raise DomainError(f"a Python library can't be used: {err}; install it") from err
     request = CheckRequest(

@@ -12,7 +12,7 @@ from nbdbackupd.errors import DomainNotFoundError
 
 if TYPE_CHECKING:
     from nbdbackupd.model.reconcile import Entry, KnownChain, Step
-    from nbdbackupd.ops.checkpoints import CheckpointsReport
+    from nbdbackupd.ops.chains.checkpoints import CheckpointsReport
 
 WARNED = 3
 DESCRIPTION = """\
@@ -61,7 +61,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 if something could not be done."""
-    from nbdbackupd.ops import checkpoints
+    from nbdbackupd.ops.chains import checkpoints
 
     try:
         state_dir = configured.state_directory(args.domain, context).absolute()

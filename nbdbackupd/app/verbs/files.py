@@ -14,9 +14,9 @@ from nbdbackupd.app.sizes import human_size
 from nbdbackupd.errors import FormatError, SourceError, UsageError
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.files import Entry
-    from nbdbackupd.ops.files_report import FilesReport
-    from nbdbackupd.ops.mount import MountedTree
+    from nbdbackupd.ops.browsing.files import Entry
+    from nbdbackupd.ops.browsing.files_report import FilesReport
+    from nbdbackupd.ops.browsing.mount import MountedTree
 
 DESCRIPTION: Final = """\
 Read single files of a restore point, without restoring disks and without root. fs: show the
@@ -45,7 +45,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 30 if something could not be read, 40 if for damage."""
     _check(args, context)
-    from nbdbackupd.ops import files_tar, mount
+    from nbdbackupd.ops.browsing import files_tar, mount
 
     request = tree_options.request(args, context)
     with signals.listen() as cancel, ExitStack() as stack:
@@ -91,7 +91,7 @@ def _check(args: Arguments, context: Context) -> None:
 def _act(
     args: Arguments, tree: "MountedTree", output: int, cancel: signals.Cancel
 ) -> "FilesReport":
-    from nbdbackupd.ops import files_report
+    from nbdbackupd.ops.browsing import files_report
 
     paths = args.paths or ["/"]
     if args.action == "cp":

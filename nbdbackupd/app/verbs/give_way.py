@@ -31,7 +31,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
     from nbdbackupd import log
-    from nbdbackupd.ops import give_way
+    from nbdbackupd.ops.saving import give_way
 
     if args.journal:
         log.to_journal(sys.stderr)

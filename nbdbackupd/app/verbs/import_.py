@@ -44,7 +44,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 with warnings."""
-    from nbdbackupd.ops import import_set
+    from nbdbackupd.ops.sets import import_set
 
     request = import_set.ImportRequest(
         source=args.source.absolute(),

@@ -13,7 +13,7 @@ from nbdbackupd.app.context import Context
 from nbdbackupd.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.journal import Entry, Query
+    from nbdbackupd.ops.reporting.journal import Entry, Query
 
 MAX_LINES: Final = 1_000_000
 PRIORITIES: Final = ("panic", "alert", "critical", "error", "warning", "notice", "info", "debug")
@@ -59,7 +59,7 @@ def lines(text: str) -> int:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
-    from nbdbackupd.ops import journal
+    from nbdbackupd.ops.reporting import journal
 
     query = journal.Query(
         domain=args.domain, run=args.run_id, since=args.since, count=args.lines,
@@ -84,7 +84,7 @@ def run(args: Arguments, context: Context) -> int:
 
 
 def _entries(args: Arguments, query: "Query", cancel: signals.Cancel) -> "Iterator[Entry]":
-    from nbdbackupd.ops import journal
+    from nbdbackupd.ops.reporting import journal
 
     if args.output is None:
         return journal.read(query, cancel.check)

@@ -17,7 +17,7 @@ from nbdbackupd.app.verbs.restore import moment
 from nbdbackupd.errors import RepositoryError, UsageError
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.map import Mapping, MapRequest, Serving
+    from nbdbackupd.ops.serving.map import Mapping, MapRequest, Serving
 
 MAP: Final = """\
 Serve the disks of a restore point over NBD, read-only, without restoring them: each disk is ready
@@ -124,7 +124,7 @@ def run_map(args: Arguments, context: Context) -> int:
         return _list(context)
     if (args.source is None) == (not args.sequence):
         raise UsageError("map takes either a SOURCE or --sequence FILES")
-    from nbdbackupd.ops import map as maps
+    from nbdbackupd.ops.serving import map as maps
 
     request = _request(args, context)
     warnings = _warnings(request)
@@ -142,7 +142,7 @@ def run_map(args: Arguments, context: Context) -> int:
 
 
 def _request(args: Arguments, context: Context) -> "MapRequest":
-    from nbdbackupd.ops.map import MapRequest
+    from nbdbackupd.ops.serving.map import MapRequest
 
     source = None
     if args.source is not None:
@@ -208,7 +208,7 @@ def _watch(up: "Serving", cancel: signals.Cancel) -> int:
 
 
 def _list(context: Context) -> int:
-    from nbdbackupd.ops import mapped
+    from nbdbackupd.ops.serving import mapped
 
     found = mapped.known(context.runtime_dir.absolute())
     document = {"version": 1, "maps": [each.to_json() for each in found]}
@@ -223,7 +223,7 @@ def _list(context: Context) -> int:
 
 def run_unmap(args: Arguments, context: Context) -> int:
     """Carry ``unmap`` out."""
-    from nbdbackupd.ops import mapped
+    from nbdbackupd.ops.serving import mapped
 
     if bool(args.what) == args.all:
         raise UsageError("unmap takes either what to end, or --all; 'map --list' shows all maps")

@@ -51,7 +51,7 @@ def run_mount(args: Arguments, context: Context) -> int:
     """Carry ``mount`` out; 40 if damage was met, 0 when it is asked to end."""
     if args.detach and KEEPER not in os.environ:
         return _detach(context)
-    from nbdbackupd.ops import mount
+    from nbdbackupd.ops.browsing import mount
 
     request = tree_options.request(args, context)
     with signals.listen() as cancel:
@@ -115,7 +115,7 @@ def _render(document: dict[str, Any]) -> str:
 
 def run_unmount(args: Arguments, context: Context) -> int:
     """Carry ``unmount`` out."""
-    from nbdbackupd.ops import mount
+    from nbdbackupd.ops.browsing import mount
 
     directory = args.directory.absolute()
     mount.end(directory, context.runtime_dir.absolute(), lazy=args.lazy)

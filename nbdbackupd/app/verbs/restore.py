@@ -14,7 +14,7 @@ from nbdbackupd.app.verbs import restore_define, restore_targets
 from nbdbackupd.errors import UsageError
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.restore import RestoreReport
+    from nbdbackupd.ops.restoring.restore import RestoreReport
 
 DESCRIPTION = """\
 Bring the disks of a restore point back as images, with the domain's XML beside them. Needs
@@ -75,7 +75,7 @@ def moment(text: str) -> datetime:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
-    from nbdbackupd.ops import restore
+    from nbdbackupd.ops.restoring import restore
 
     if (args.source is None) == (not args.sequence):
         raise UsageError("restore takes either a SOURCE directory or --sequence FILES")

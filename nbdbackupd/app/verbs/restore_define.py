@@ -11,8 +11,8 @@ from nbdbackupd.app.context import Context
 from nbdbackupd.errors import DomainError, UsageError
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.adjust import Adjuster
-    from nbdbackupd.ops.definer import Definition
+    from nbdbackupd.ops.defining.adjust import Adjuster
+    from nbdbackupd.ops.defining.definer import Definition
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +62,7 @@ def definer(args: Arguments, context: Context) -> "Iterator[Adjuster | None]":
         return
     if args.start and not args.define:
         raise UsageError("--start goes with --define")
-    from nbdbackupd.ops import adjust
+    from nbdbackupd.ops.defining import adjust
 
     request = adjust.DefineRequest(
         name=args.name or "",
@@ -76,7 +76,7 @@ def definer(args: Arguments, context: Context) -> "Iterator[Adjuster | None]":
         yield adjust.Adjuster(request, os.urandom)
         return
     try:
-        from nbdbackupd.ops import define
+        from nbdbackupd.ops.defining import define
     except ImportError as err:
         raise DomainError(f"a Python library can't be used: {err}; install it") from err
     with context.connection() as connection:

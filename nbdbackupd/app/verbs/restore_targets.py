@@ -13,7 +13,7 @@ from nbdbackupd.app.context import Context, new_run_id, now
 from nbdbackupd.errors import DomainError, UsageError
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.restore_plan import Placement
+    from nbdbackupd.ops.restoring.restore_plan import Placement
 
 POLL_SECONDS = 0.2
 YES = "yes"
@@ -74,7 +74,7 @@ def _disks(text: str) -> tuple[tuple[str, Path | None], ...]:
 
 def wishes(args: Arguments) -> dict[str, Any]:
     """What the options mean, as members of the request. Raises UsageError."""
-    from nbdbackupd.ops.restore_request import Place, Style
+    from nbdbackupd.ops.restoring.restore_request import Place, Style
 
     given = [each for part in args.disk for each in part]
     placed = [target for target, path in given if path is not None]
@@ -113,7 +113,7 @@ def placement(
     if args.sequence:
         raise UsageError("stream files by hand have no domain: give -o, or -d DISK=PATH")
     try:
-        from nbdbackupd.ops import restore_in_place, restore_pool
+        from nbdbackupd.ops.restoring import restore_in_place, restore_pool
     except ImportError as err:
         raise DomainError(f"a Python library can't be used: {err}; install it") from err
     with context.connection() as connection:

@@ -13,8 +13,8 @@ from nbdbackupd.app.sizes import human_size
 from nbdbackupd.app.verbs import verify_boot
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.boot_test import BootTestReport
-    from nbdbackupd.ops.verify import VerifyReport
+    from nbdbackupd.ops.instant.boot_test import BootTestReport
+    from nbdbackupd.ops.proving.verify import VerifyReport
 
 DAMAGED = 40
 DESCRIPTION = """\
@@ -71,7 +71,7 @@ def _document(proof: dict[str, Any], booted: "BootTestReport | None") -> dict[st
 
 
 def _prove(args: Arguments, context: Context, path: Path, cancel: signals.Cancel) -> "VerifyReport":
-    from nbdbackupd.ops import verify
+    from nbdbackupd.ops.proving import verify
 
     request = verify.VerifyRequest(path=path, point=args.point or "", workers=args.workers)
     with context.progress() as progress:

@@ -1,0 +1,344 @@
+"""Making libvirt and the images agree with the points that are committed.
+
+``model/reconcile.py`` says what is to be done; here it is found out and carried out. While a
+domain runs libvirt removes bitmaps. While it is off we take them out of the images first and
+then make libvirt forget the checkpoint: a kill in between leaves a checkpoint without a bitmap,
+which the next run forgets, never a bitmap that libvirt does not know of.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from nbdbackupd import events
+from nbdbackupd.errors import (
+    BusyError,
+    CheckpointError,
+    DomainError,
+    GaveWayError,
+    NbdbackupError,
+)
+from nbdbackupd.model import jobxml
+from nbdbackupd.model.chain import BackupSet, DiskMode, RestorePoint
+from nbdbackupd.model.naming import tag_of
+from nbdbackupd.model.plan import BaseDisk, DiskState
+from nbdbackupd.model.reconcile import (
+    WHY,
+    Action,
+    Fate,
+    KnownChain,
+    Step,
+    View,
+    reconcile,
+    removal,
+)
+from nbdbackupd.ops.saving.survey import Looked
+from nbdbackupd.qemu import bitmaps
+from nbdbackupd.repo import layout
+from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.state import Record, State
+from nbdbackupd.source.lease import Lease
+from nbdbackupd.virt import checkpoints
+from nbdbackupd.virt.domain import Domain
+
+log = logging.getLogger(__name__)
+QCOW2 = "qcow2"
+Erase = Callable[[str, Path], None]
+"""Removes a bitmap from one image of a domain that is off; one that is not there is fine."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Known:
+    """Chains of a domain, and the stored XML of their bases by checkpoint."""
+
+    chains: tuple[KnownChain, ...] = ()
+    xml: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step that was tried; ``problem``: why it could not be done."""
+
+    step: Step
+    problem: str = ""
+
+
+def of_set(repository: Repository, known: BackupSet, records: Iterable[Record] = ()) -> Known:
+    """The chain of a set that was read; a record of another copy of it protects that one's base."""
+    chain = KnownChain.of_set(known, os.fspath(repository.path))
+    if chain is None:
+        return Known()
+    record = next((each for each in records if each.chain == chain.id), None)
+    stored = _stored_xml(repository, known.head)
+    if record is not None:
+        chain = replace(chain, elsewhere=_elsewhere(record, chain))
+        if record.checkpoint == chain.base:
+            stored = stored or record.xml
+    return Known(chains=(chain,), xml={chain.base: stored})
+
+
+def of_record(record: Record) -> Known:
+    """A chain whose set is not at hand: its base can be redefined, nothing can be removed."""
+    chain = KnownChain(
+        id=record.chain,
+        base=record.checkpoint,
+        point=record.point,
+        disks=tuple(disk for disk in record.disks if disk.bitmap),
+        committed=frozenset({record.checkpoint} - {""}),
+        set=record.set,
+    )
+    return Known(chains=(chain,), xml={record.checkpoint: record.xml})
+
+
+def view(domain: Domain, looked: Looked, ask: Iterable[str] = ()) -> View:
+    """What is there now. A running domain is asked which disks can tell since checkpoints ``ask``.
+
+    libvirt 9.0 tells nothing at all if one disk has grown since (measured): then nothing is
+    known of any. Raises DomainError.
+    """
+    found = frozenset(checkpoints.names(domain))
+    sound = {}
+    for name in found.intersection(ask) if looked.is_active else ():
+        try:
+            sound[name] = frozenset(checkpoints.sound_sizes(domain, name))
+        except DomainError as err:
+            log.info("%s", err.message)
+    return View(is_active=looked.is_active, checkpoints=found, disks=looked.states, sound=sound)
+
+
+def prepare(
+    domain: Domain,
+    known: Known,
+    looked: Looked,
+    dead: Iterable[str],
+    *,
+    erase: Erase | None = None,
+    cancelled: Callable[[], None] = lambda: None,
+) -> frozenset[str]:
+    """At the start of a run: reconcile, as far as that works; the domain's lock is held.
+
+    Returns the checkpoints that something should have been done about and was not: keep the
+    notes of dead runs that made them. What can't be removed costs a warning and stays for the
+    next run. ``erase`` is needed, and ``cancelled`` looked at before each change, while the
+    domain is off. Raises DomainError if libvirt does not list the checkpoints, and what
+    ``cancelled`` raises, GaveWayError.
+    """
+    plan = reconcile(view(domain, looked), known.chains, frozenset(dead))
+    done = apply(domain, plan.steps, known.xml, erase=erase, cancelled=cancelled)
+    return frozenset(each.step.name for each in done if each.problem)
+
+
+def apply(
+    domain: Domain,
+    steps: Iterable[Step],
+    xml: Mapping[str, str],
+    *,
+    erase: Erase | None = None,
+    cancelled: Callable[[], None] = lambda: None,
+) -> tuple[Done, ...]:
+    """Do each step; one that fails is told in the log and in the result, the others go on.
+
+    Raises what ``cancelled`` raises, and GaveWayError if a domain that is off is to start.
+    """
+    results = []
+    for step in steps:
+        if step.action is Action.REDEFINE and domain.is_gone():
+            # a transient one: libvirt is told when it knows it again
+            continue
+        cancelled()
+        problem = ""
+        try:
+            _carry_out(domain, step, xml, erase, cancelled)
+        except GaveWayError:
+            raise
+        except NbdbackupError as err:
+            problem = err.message
+            events.emit(log, events.CHECKPOINT_LEFT, checkpoint=step.name, reason=problem)
+        else:
+            events.emit(log, _EVENTS[step.action], checkpoint=step.name, reason=step.why)
+        results.append(Done(step, problem))
+    return tuple(results)
+
+
+_EVENTS = {
+    Action.REDEFINE: events.CHECKPOINT_REDEFINED,
+    Action.REMOVE: events.CHECKPOINT_REMOVED,
+}
+
+
+def _carry_out(
+    domain: Domain,
+    step: Step,
+    xml: Mapping[str, str],
+    erase: Erase | None,
+    cancelled: Callable[[], None],
+) -> None:
+    if step.action is Action.REDEFINE:
+        _redefine(domain, step, xml.get(step.name, ""))
+    elif domain.is_active():
+        if not step.metadata and step.targets:
+            # libvirt removes only bitmaps that it knows of
+            _redefine(domain, step, "")
+        checkpoints.delete(domain, step.name)
+    else:
+        _remove_off(domain, step, erase, cancelled)
+
+
+def _redefine(domain: Domain, step: Step, stored: str) -> None:
+    """From the stored XML, or from one of our own making, which does as well (measured)."""
+    if stored:
+        try:
+            checkpoints.redefine(domain, stored, step.targets)
+        except CheckpointError as err:
+            log.warning("the stored XML of checkpoint %s can't be used: %s", step.name, err)
+        else:
+            return
+    checkpoints.redefine(domain, jobxml.checkpoint_xml(step.name, step.targets, ()), step.targets)
+
+
+def _remove_off(
+    domain: Domain, step: Step, erase: Erase | None, cancelled: Callable[[], None]
+) -> None:
+    if step.images and erase is None:
+        raise BusyError("the images of the domain can't be changed now")
+    for image in step.images:
+        if erase is not None:
+            cancelled()
+            erase(step.name, Path(image))
+    if step.metadata:
+        checkpoints.delete(domain, step.name)
+
+
+def eraser(lease: Lease) -> Erase:
+    """Removes bitmaps from images of a domain that is off, unless its start is announced."""
+
+    def erase(name: str, path: Path) -> None:
+        with lease.images() as fd:
+            bitmaps.remove(os.fspath(path), name, pass_fds=(fd,))
+
+    return erase
+
+
+def drop_failed(
+    domain: Domain,
+    name: str,
+    states: Mapping[str, DiskState],
+    erase: Erase | None = None,
+) -> bool:
+    """Remove the checkpoint of a run that made no point; False if it stays for the next run.
+
+    Of a domain that is off its bitmap is looked for in the top image of every disk, where
+    alone a run adds it.
+    """
+    tops = {
+        target: state.layers[0].path
+        for target, state in states.items()
+        if state.layers and state.layers[0].format == QCOW2
+    }
+    step = Step(
+        action=Action.REMOVE,
+        name=name,
+        why="the run that made it failed",
+        images=tuple(dict.fromkeys(tops.values())),
+        metadata=True,
+    )
+    return all(not each.problem for each in _try(domain, [step], {}, erase))
+
+
+def _try(
+    domain: Domain, steps: list[Step], xml: Mapping[str, str], erase: Erase | None
+) -> tuple[Done, ...]:
+    """``apply`` where the run's outcome is settled: what is in the way costs a warning only."""
+    try:
+        return apply(domain, steps, xml, erase=erase)
+    except GaveWayError as err:
+        log.warning("%s", err)
+        return tuple(Done(step, err.message) for step in steps)
+
+
+def advance(
+    domain: Domain,
+    repository: Repository,
+    point: RestorePoint,
+    parent: RestorePoint | None,
+    looked: Looked,
+    *,
+    state: State | None = None,
+    erase: Erase | None = None,
+) -> None:
+    """After a point was published: its checkpoint is the base now, the parent's goes.
+
+    The point exists whatever happens here; what fails costs a warning, and the next run does it.
+    """
+    if not point.makes_base:
+        return
+    xml = {point.checkpoint: _stored_xml(repository, point)}
+    steps = []
+    if point.checkpoint and not looked.is_active:
+        # of a running domain libvirt made it itself
+        targets = tuple(disk.target for disk in point.disks if disk.bitmap)
+        why = WHY[Fate.BASE]
+        steps.append(Step(action=Action.REDEFINE, name=point.checkpoint, why=why, targets=targets))
+    if parent is not None and point.checkpoint and tag_of(parent.checkpoint):
+        steps += _whole_again(point, parent, looked)
+        steps.append(removal(parent.checkpoint, looked.states, WHY[Fate.SUPERSEDED]))
+    if state is not None:
+        remember(state, repository, point, xml[point.checkpoint])
+    _try(domain, steps, xml, erase)
+
+
+def _whole_again(point: RestorePoint, parent: RestorePoint, looked: Looked) -> list[Step]:
+    """Tell libvirt of bitmaps that it would leave behind with the parent's checkpoint.
+
+    That one may have been redefined for those disks alone whose changes could be used.
+    """
+    targets = tuple(
+        disk.target for disk in parent.disks if disk.bitmap and disk.target in looked.states
+    )
+    unused = {disk.target for disk in point.disks if disk.mode is DiskMode.FULL}
+    if not looked.is_active or not unused.intersection(targets):
+        return []
+    why = "its bitmaps are to be removed"
+    return [Step(action=Action.REDEFINE, name=parent.checkpoint, why=why, targets=targets)]
+
+
+def remember(state: State, repository: Repository, head: RestorePoint, xml: str) -> None:
+    """Note a chain's newest base in the state directory; a failure costs a warning."""
+    record = Record(
+        chain=head.chain,
+        uuid=head.uuid,
+        domain=head.domain,
+        set=os.fspath(repository.path),
+        point=head.id,
+        checkpoint=head.checkpoint,
+        xml=xml,
+        disks=tuple(BaseDisk.of(disk) for disk in head.disks),
+    )
+    try:
+        state.save(record)
+    except NbdbackupError as err:
+        log.warning("the base of the chain is not noted: %s", err)
+
+
+def _stored_xml(repository: Repository, point: RestorePoint | None) -> str:
+    try:
+        return repository.checkpoint_xml(point)
+    except NbdbackupError as err:
+        log.warning("the XML of a checkpoint can't be read: %s", err)
+        return ""
+
+
+def _elsewhere(record: Record, chain: KnownChain) -> frozenset[str]:
+    """The base of another copy of the set, unless that is known not to hold its point."""
+    if not record.checkpoint or record.checkpoint in chain.committed or record.set == chain.set:
+        return frozenset()
+    points = Path(record.set) / layout.POINTS
+    try:
+        names = [each.name for each in points.iterdir()]
+    except OSError:
+        # away for now, or for good
+        return frozenset({record.checkpoint})
+    holds = any(layout.names_point(name, record.point) for name in names)
+    return frozenset({record.checkpoint} if holds else ())

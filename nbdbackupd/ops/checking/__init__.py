@@ -1,0 +1,1 @@
+"""Whether the next backup of a domain will work."""

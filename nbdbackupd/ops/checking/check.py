@@ -1,0 +1,86 @@
+"""``check``: find out whether the next backup of a domain will work; nothing is changed.
+
+Each area is looked at by a module of its own. One that can't be looked at is a finding, too, and
+the others go on.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nbdbackupd.errors import NbdbackupError
+from nbdbackupd.model.finding import Area, Finding, Notes, Severity, worst
+from nbdbackupd.ops.checking import check_access, check_domain, check_host, check_runs, check_set
+from nbdbackupd.ops.checking.check_request import CheckRequest, Patient
+from nbdbackupd.ops.saving.survey import look
+from nbdbackupd.virt.connection import Connection
+from nbdbackupd.virt.domain import Domain
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckReport:
+    """All findings, area by area. ``state``: running, paused or off."""
+
+    domain: str
+    uuid: str
+    state: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def severity(self) -> Severity:
+        """The gravest of all findings."""
+        return worst(self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as a JSON document, schema version 1."""
+        return {
+            "version": 1,
+            "domain": self.domain,
+            "uuid": self.uuid,
+            "state": self.state,
+            "severity": self.severity.value,
+            "findings": [each.to_json() for each in self.findings],
+        }
+
+
+def run(request: CheckRequest, connection: Connection) -> CheckReport:
+    """Look at everything that a backup of the domain needs.
+
+    Raises DomainError or BusyError if libvirt can't be asked at all, DomainNotFoundError.
+    """
+    domain = Domain.find(connection, request.domain)
+    state = domain.state()
+    patient = Patient(request=request, domain=domain, looked=look(domain))
+    findings: list[Finding] = []
+    for area, functions in AREAS:
+        notes = Notes(area)
+        for function in functions:
+            _examine(function, patient, notes)
+        findings += notes.done()
+    return CheckReport(
+        domain=domain.name, uuid=domain.uuid, state=state.value, findings=tuple(findings)
+    )
+
+
+def _examine(function: Callable[[Patient, Notes], None], patient: Patient, notes: Notes) -> None:
+    try:
+        function(patient, notes)
+    except NbdbackupError as err:
+        notes.fail(err.message)
+    except OSError as err:
+        place = f"{os.fsdecode(err.filename)}: " if err.filename else ""
+        notes.fail(f"{place}{err.strerror or err}")
+
+
+AREAS: tuple[tuple[Area, tuple[Callable[[Patient, Notes], None], ...]], ...] = (
+    (Area.HOST, (check_host.programs, check_host.libraries)),
+    (Area.LIBVIRT, (check_host.connection, check_domain.features_of)),
+    (Area.DISKS, (check_domain.disks,)),
+    (Area.CHECKPOINTS, (check_set.checkpoints,)),
+    (Area.GUEST, (check_domain.agent,)),
+    (Area.SCRATCH, (check_access.scratch_space,)),
+    (Area.TARGET, (check_set.target,)),
+    (Area.ACCESS, (check_access.paths, check_access.confinement)),
+    (Area.RUNS, (check_runs.job, check_runs.locks, check_runs.images, check_runs.leftovers)),
+)

@@ -1,0 +1,73 @@
+"""What a check is asked, and what its parts are given to look at."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdbackupd.model.chain import RestorePoint
+from nbdbackupd.ops.chains import leftovers
+from nbdbackupd.ops.saving.locks import holder
+from nbdbackupd.ops.saving.survey import Looked
+from nbdbackupd.repo import layout
+from nbdbackupd.virt.domain import Domain
+
+RAW = "raw"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckRequest:
+    """Which domain, and where its backups would work; all paths absolute.
+
+    ``directory`` is the set, if one was named. ``scratch_reserve`` is in bytes.
+    """
+
+    domain: str
+    directory: Path | None
+    runtime_dir: Path
+    scratch_dir: Path
+    scratch_reserve: int
+    state_dir: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Patient:
+    """The domain and what was seen of its disks; shared by all parts of one check."""
+
+    request: CheckRequest
+    domain: Domain
+    looked: Looked
+
+    @property
+    def own_dir(self) -> Path:
+        """The domain's directory for locks and notes; may be missing."""
+        return leftovers.domain_dir(self.request.runtime_dir, self.domain.uuid)
+
+    @property
+    def socket_dir(self) -> Path:
+        """The directory of QEMU's socket; may be missing."""
+        return leftovers.socket_dir(self.request.runtime_dir, self.domain.uuid)
+
+    def saved(self, head: RestorePoint | None = None) -> tuple[str, ...]:
+        """The disks that a backup takes; raw ones where the last point ``head`` holds them."""
+        before = {disk.target for disk in head.disks} if head is not None else set()
+        disks = (self.looked.definition.disk(target) for target in self.looked.states)
+        return tuple(
+            disk.target
+            for disk in disks
+            if disk.target in before or (disk.format != RAW and not disk.transient)
+        )
+
+    def domain_holder(self) -> str:
+        """Who works on the domain now, or nothing."""
+        return holder(self.own_dir / leftovers.LOCK)
+
+    def set_holder(self) -> str:
+        """Who works on the set now, or nothing."""
+        directory = self.request.directory
+        return holder(directory / layout.LOCK) if directory is not None else ""
+
+
+def existing(path: Path) -> Path:
+    """The path itself, or the nearest directory above it that exists."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path

@@ -1,0 +1,104 @@
+"""Runs: who works on the domain or the set now, and what those left that died."""
+
+from nbdbackupd.model.finding import Notes
+from nbdbackupd.ops.chains import leftovers as notes_of_runs
+from nbdbackupd.ops.checking.check_request import Patient
+from nbdbackupd.repo import layout
+from nbdbackupd.source import kept, lease, running, scratch
+from nbdbackupd.virt import jobs
+
+SHOWN = 5
+
+
+def job(patient: Patient, notes: Notes) -> None:
+    """A job at libvirt: that of a run that lives, that of a dead one, or somebody else's."""
+    found = jobs.active_job(patient.domain)
+    name = patient.domain.name
+    if found is None:
+        notes.ok("no job runs on the domain")
+        return
+    busy = patient.domain_holder()
+    if not running.is_own_job(found, patient.socket_dir):
+        notes.warn(
+            f"the domain is busy with {found}: a backup would be refused",
+            f"wait, or end a backup job with 'nbdbackupctl abort --any {name}'",
+        )
+    elif busy:
+        notes.ok(f"a backup runs: {busy}")
+    else:
+        notes.warn(
+            f"a dead run left its job: {found}",
+            f"the next backup ends it, or 'nbdbackupctl abort {name}'",
+        )
+
+
+def locks(patient: Patient, notes: Notes) -> None:
+    """Who holds the locks, and the lease on the images of a domain that is off."""
+    waits = "a backup now would be refused, or wait with --wait"
+    domain, of_set = patient.domain_holder(), patient.set_holder()
+    if domain:
+        notes.warn(f"the domain is locked by {domain}", waits)
+    if of_set and of_set != domain:
+        notes.warn(f"the set is locked by {of_set}", waits)
+    if not domain and not of_set:
+        notes.ok("nobody holds a lock")
+    held = lease.read(patient.own_dir)
+    if held is None:
+        return
+    if held.run.is_alive():
+        notes.ok(f"process {held.run.pid} reads the images of the domain; its start ends that")
+    else:
+        notes.warn(
+            f"a dead run left its lease {patient.own_dir / lease.LEASE}",
+            "it holds nothing; the next backup removes it",
+        )
+
+
+def images(patient: Patient, notes: Notes) -> None:
+    """Whether images of a domain that is off are as its guest, or our last run, has left them."""
+    if patient.looked.is_active:
+        return
+    domain = patient.domain
+    runtime_dir = patient.request.runtime_dir
+    known = kept.read(runtime_dir, domain.name)
+    if known is None or known.end is None or known.uuid != domain.uuid:
+        return
+    changes = kept.describe(kept.changed(runtime_dir, domain.name, domain.uuid))
+    if changes:
+        notes.warn(
+            f"since the guest's end {changes}",
+            "the next increment has what programs wrote that know qcow2, and reads replaced "
+            "images whole; others must not write to images whose changes are tracked",
+        )
+    else:
+        notes.ok("its images are as the guest left them")
+
+
+def leftovers(patient: Patient, notes: Notes) -> None:
+    """Files of dead runs; those of a run that lives are left out."""
+    found = [] if patient.domain_holder() else _of_domain(patient, notes)
+    if patient.request.directory is not None and not patient.set_holder():
+        found += sorted(
+            str(path) for path in patient.request.directory.glob(f"{layout.DRAFT_PREFIX}*")
+        )
+    for path in found[:SHOWN]:
+        notes.warn(f"a dead run left {path}", "the next backup removes it")
+    if len(found) > SHOWN:
+        notes.warn(f"dead runs left {len(found) - SHOWN} files more")
+    if not found:
+        notes.ok("no dead run left anything")
+
+
+def _of_domain(patient: Patient, notes: Notes) -> list[str]:
+    marker = patient.socket_dir / running.MARKER_NAME
+    if marker.exists():
+        notes.fail(
+            f"a run died while it held the guest ({marker}): it may still be frozen or paused",
+            f"let it go with 'nbdbackupctl abort {patient.domain.name}'",
+        )
+    files = [
+        patient.own_dir / notes_of_runs.NOTE,
+        patient.socket_dir / running.SOCKET_NAME,
+        *scratch.leftovers(patient.request.scratch_dir, patient.domain.uuid),
+    ]
+    return [str(path) for path in files if path.exists()]

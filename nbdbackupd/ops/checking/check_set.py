@@ -1,0 +1,169 @@
+"""The set that the next point goes to: is it sound, is there room, and where will it start from."""
+
+import os
+from pathlib import Path
+
+from nbdbackupd.errors import CheckpointError, NbdbackupError
+from nbdbackupd.model.chain import BackupSet, RestorePoint
+from nbdbackupd.model.finding import Notes
+from nbdbackupd.model.naming import tag_of_chain
+from nbdbackupd.model.reconcile import Action, Entry, Fate, KnownChain, Plan, reconcile
+from nbdbackupd.model.units import human_size
+from nbdbackupd.ops.chains import leftovers, reconciling
+from nbdbackupd.ops.checking.check_request import Patient, existing
+from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.state import State
+from nbdbackupd.virt import checkpoints as virt_checkpoints
+
+WILL = {Action.REDEFINE: "is to be made known to libvirt", Action.REMOVE: "is to be removed"}
+
+
+def checkpoints(patient: Patient, notes: Notes) -> None:
+    """Whether the next increment can start where the last point ended, for each disk."""
+    busy = patient.domain_holder()
+    if busy:
+        notes.ok(f"not looked at while {busy} changes them")
+        return
+    chains = _chains(patient)
+    if not chains:
+        notes.ok("no chain of this domain is known here; '-o DIR' names a set to look at")
+    noted = leftovers.dead_run(patient.request.runtime_dir, patient.domain.uuid)
+    dead = {noted.checkpoint} if noted is not None and noted.checkpoint else set()
+    found = reconciling.view(patient.domain, patient.looked, [each.base for each in chains])
+    _tell(patient, reconcile(found, chains, dead), chains, notes)
+
+
+def _chains(patient: Patient) -> tuple[KnownChain, ...]:
+    """The chain of the set that was named, and those of which the state directory tells."""
+    records = State(patient.request.state_dir).records(patient.domain.uuid)
+    chains: tuple[KnownChain, ...] = ()
+    if patient.request.directory is not None:
+        repository = Repository(patient.request.directory)
+        known = _load(repository)
+        if known is not None and known.head is not None:
+            chains = reconciling.of_set(repository, known, records).chains
+    seen = {chain.id for chain in chains}
+    others = [reconciling.of_record(each) for each in records if each.chain not in seen]
+    return (*chains, *(chain for other in others for chain in other.chains))
+
+
+def _load(repository: Repository) -> BackupSet | None:
+    """The points, or None if the set is damaged: that is told of the target."""
+    try:
+        return repository.load()
+    except NbdbackupError:
+        return None
+
+
+def head(patient: Patient) -> RestorePoint | None:
+    """The newest point of the set that was named, if that can be read."""
+    if patient.request.directory is None:
+        return None
+    known = _load(Repository(patient.request.directory))
+    return known.head if known is not None else None
+
+
+def _tell(patient: Patient, plan: Plan, chains: tuple[KnownChain, ...], notes: Notes) -> None:
+    sets = {chain.id: chain.set for chain in chains}
+    for entry in plan.entries:
+        if entry.fate is Fate.BASE:
+            _tell_base(entry, sets.get(entry.chain, ""), notes)
+        elif entry.fate in (Fate.ELSEWHERE, Fate.UNSURE, Fate.UNKNOWN):
+            notes.ok(f"{entry.name} is left alone: {entry.fate.value} chain or set")
+    advice = (
+        f"the next backup does it, or 'nbdbackupctl checkpoints {patient.domain.name} --repair'"
+    )
+    for step in plan.steps:
+        notes.warn(f"{step.name} {WILL[step.action]}: {step.why}", advice)
+    if plan.foreign:
+        notes.ok(f"{plan.foreign} of other programs, left alone")
+
+
+def _tell_base(entry: Entry, path: str, notes: Notes) -> None:
+    for target, why in entry.problems.items():
+        notes.warn(
+            f"{target} will be read whole into {path}: {why}", "the next backup begins it anew"
+        )
+    if not entry.problems:
+        notes.ok(f"{entry.name}, where the next increment into {path} starts, is sound")
+
+
+def target(patient: Patient, notes: Notes) -> None:
+    """The directory, the soundness of what it holds, and its space."""
+    path = patient.request.directory
+    if path is None:
+        notes.ok("no set was named with '-o DIR'")
+        return
+    repository = Repository.open(path)
+    _place(path, notes)
+    try:
+        repository.check_can_begin()
+        known = repository.load()
+        if known.head is not None:
+            repository.check_present(known.points)
+    except NbdbackupError as err:
+        notes.fail(err.message, f"'nbdbackupctl verify {path}' names all that is damaged")
+        return
+    newest = known.head
+    if newest is None:
+        notes.ok("the set has no point yet: the next one is a full")
+    elif newest.uuid != patient.domain.uuid:
+        notes.fail(
+            f"the set belongs to domain {newest.domain} (UUID {newest.uuid})", "give another set"
+        )
+        return
+    else:
+        chain = tag_of_chain(newest.chain)
+        notes.ok(f"{len(known.points)} point(s), the newest is {newest.id} of chain {chain}")
+    _space(patient, path, newest, notes)
+
+
+def _place(path: Path, notes: Notes) -> None:
+    there = existing(path)
+    if not there.is_dir():
+        notes.fail(f"{there} is no directory", "give another set")
+    elif not os.access(there, os.W_OK | os.X_OK):
+        notes.fail(f"this account can't write to {there}", "check owner and mode, and the mount")
+    if there.stat().st_dev == Path("/").stat().st_dev:
+        notes.warn(
+            f"{path} is on the root file system: is its storage mounted?",
+            "mount it, or ignore this if it belongs there",
+        )
+    elif there != path:
+        notes.ok(f"{path} will be made in {there}")
+    else:
+        notes.ok(f"{path} is there, on a file system of its own")
+
+
+def _space(patient: Patient, path: Path, last: RestorePoint | None, notes: Notes) -> None:
+    found = os.statvfs(existing(path))
+    free = found.f_bavail * found.f_frsize
+    expected = _expected(patient, last)
+    if expected is None:
+        notes.ok(f"{human_size(free)} are free; what changed is not told of a domain that is off")
+        return
+    text = f"{human_size(free)} are free, the next point takes up to {human_size(expected)}"
+    if free < expected:
+        notes.fail(text, "free space on the target; compression (-z) may help")
+    else:
+        notes.ok(text)
+
+
+def _expected(patient: Patient, last: RestorePoint | None) -> int | None:
+    """The most bytes that the next point saves; None where nobody tells what changed."""
+    changed: dict[str, int] = {}
+    if last is not None and last.checkpoint:
+        if not patient.looked.is_active:
+            return None
+        try:
+            changed = virt_checkpoints.sound_sizes(patient.domain, last.checkpoint)
+        except CheckpointError:
+            # libvirt does not know it now; then all that is allocated is the bound
+            changed = {}
+    total = 0
+    for disk_target in patient.saved(last):
+        state = patient.looked.states[disk_target]
+        chain = patient.looked.chains.get(disk_target, ())
+        allocated = sum(layer.actual_size for layer in chain) if chain else state.size
+        total += changed.get(disk_target, min(allocated, state.size))
+    return total

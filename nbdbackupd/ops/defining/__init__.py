@@ -1,0 +1,1 @@
+"""A domain made of what was restored."""

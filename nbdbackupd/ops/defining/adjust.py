@@ -1,0 +1,288 @@
+"""``restore --adjust-config``: the point's own XML made fit for the restored images.
+
+libvirt is not needed. ``ops.define`` goes on from here and defines the domain.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Final
+from urllib.parse import urlsplit
+
+from nbdbackupd import durable
+from nbdbackupd.errors import IntegrityError, RepositoryError, UsageError
+from nbdbackupd.model import definition as model
+from nbdbackupd.model import domain as domain_model
+from nbdbackupd.model.definition import Adapted, Changes, NewDisk
+from nbdbackupd.model.definition_devices import Entropy
+from nbdbackupd.model.hostpaths import PathUse
+from nbdbackupd.ops.defining import vtpm
+from nbdbackupd.ops.defining.definer import Definition, Planned
+from nbdbackupd.ops.restoring import output_names, restore_files
+from nbdbackupd.ops.restoring.restore_files import FileCopy
+from nbdbackupd.ops.sets import layers
+
+log = logging.getLogger(__name__)
+
+PREFIX: Final = "restore_"
+FIRMWARE: Final = ("nvram", "loader", "kernel", "initrd")
+PASS: Final = 0o711
+"""Mode of directories that QEMU has to pass."""
+NEEDED: Final = (
+    "disk", "cdrom", "floppy", "loader", "kernel", "initrd", "dtb", "ACPI", "filesystem",
+)  # fmt: skip
+"""What QEMU does not make itself."""
+MAX_XML: Final = 64 << 20
+SYSTEM_URI: Final = "qemu:///system"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DefineRequest:
+    """What kind of domain to make.
+
+    ``name`` empty: ``restore_`` and the original's, or the original's with ``keep_identity``.
+    ``media`` (``keep``, ``remove``), ``network`` (``keep``, ``down``, ``none``) and
+    ``other_disks`` (``keep``, ``remove``) as in ``model.definition.Changes``. ``start``: start it
+    once it is defined.
+    """
+
+    name: str = ""
+    keep_identity: bool = False
+    media: str = model.REMOVE
+    network: str = model.KEEP
+    other_disks: str = model.REMOVE
+    start: bool = False
+
+
+@dataclass(slots=True)
+class State:
+    """What ``prepare`` found out for ``finish``; ``tpm_place``: where a TPM's state is to go."""
+
+    planned: Planned
+    adapted: Adapted
+    config: Path
+    tpm_place: Path | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+class Adjuster:
+    """Adapts the point's XML and writes it beside the images; see ``Definer``."""
+
+    def __init__(self, request: DefineRequest, entropy: Entropy) -> None:
+        """``entropy`` gives random bytes for UUIDs and MAC addresses."""
+        self.request = request
+        self._entropy = entropy
+        self._state: State | None = None
+
+    def prepare(self, planned: Planned) -> None:
+        """Look at everything; nothing is made but directories for firmware.
+
+        Raises UsageError, RepositoryError, IntegrityError, DomainError, NotSupportedError,
+        ConfigError.
+        """
+        xml = _read_xml(planned)
+        changes = _changes(planned, xml, self.request)
+        adapted = model.adapt(xml, self.fit(xml, changes), self._entropy)
+        config = planned.output / output_names.clean(f"{adapted.name}.adjusted.xml", ".xml")
+        if os.path.lexists(config) and not planned.force:
+            raise RepositoryError(f"{config} exists: use --force to replace it, or another -o")
+        self._state = state = State(planned, adapted, config)
+        self.look(state)
+        for warning in (*adapted.warnings, *state.warnings):
+            log.warning("%s", warning)
+        _make_passable(planned)
+
+    def fit(self, xml: str, changes: Changes) -> Changes:
+        """Add what the host demands. Raises DomainError or NotSupportedError."""
+        del xml
+        return changes
+
+    def look(self, state: State) -> None:
+        """See whether the definition will do. Raises NbdbackupError."""
+        tell_missing(state)
+        if wants_tpm(state):
+            tell_tpm(state, SYSTEM_URI)
+
+    def act(self, state: State) -> tuple[bool, bool]:
+        """Make the domain; return whether it is defined, and whether it runs.
+
+        Raises NbdbackupError.
+        """
+        del state
+        return False, False
+
+    def finish(self) -> Definition:
+        """Write the adapted XML; the rest is up to ``act``.
+
+        Raises RepositoryError, NoSpaceError, and what ``act`` raises.
+        """
+        state = self._state
+        assert state is not None  # noqa: S101 - prepare came first
+        with durable.translate_os_errors("write", state.config):
+            durable.write_atomic(state.config, state.adapted.xml.encode(), 0o600)
+            for each in state.planned.files:
+                if each.stored.role == restore_files.TREE_ROLE:
+                    _own_like(each.final, each.stored.origin)
+                if each.stored.role == "loader":
+                    # no secret, and the one file that libvirt does not give to QEMU's account
+                    each.final.chmod(0o644)
+        defined, started = self.act(state)
+        return Definition(
+            name=state.adapted.name,
+            uuid=state.adapted.uuid,
+            config=state.config,
+            defined=defined,
+            started=started,
+            changes=state.adapted.changes,
+            warnings=(*state.adapted.warnings, *state.warnings),
+        )
+
+
+def is_local(uri: str) -> bool:
+    """Whether a libvirt URI is of this host."""
+    return not urlsplit(uri).netloc
+
+
+def wants_tpm(state: State) -> bool:
+    """Whether a TPM's state has to go to libvirt's own place; warns if the point holds none."""
+    backend = model.parse(state.adapted.xml).find("./devices/tpm/backend[@type='emulator']")
+    if backend is None:
+        return False
+    if not tpm_files(state.planned):
+        state.warnings.append(
+            "the point does not hold the TPM's state: the guest gets an empty TPM"
+        )
+        return False
+    return backend.find("source") is None
+
+
+def tell_missing(state: State) -> None:
+    """Warn of files that the definition names, and that are neither here nor to come."""
+    planned = state.planned
+    coming = {str(disk.path) for disk in planned.disks}
+    coming |= {str(each.final) for each in planned.files} | {str(_tpm_directory(planned))}
+    for use in state.adapted.uses:
+        if not isinstance(use, PathUse) or not use.what.startswith(NEEDED) or use.path in coming:
+            continue
+        if not os.path.exists(use.path):  # noqa: PTH110 - a path with a zero byte is just missing
+            state.warnings.append(
+                f"{use.what} {use.path} is not on this host: the domain can't start without it"
+            )
+
+
+def tell_tpm(state: State, uri: str) -> None:
+    """Warn that the user has to put the TPM's state into its place."""
+    state.warnings.append(
+        f"put the TPM's state, {_tpm_directory(state.planned)}, to "
+        f"{vtpm.places(uri, state.adapted.uuid)[0]} on the domain's host before its first start"
+    )
+
+
+def _read_xml(planned: Planned) -> str:
+    """The point's domain XML, proven."""
+    if not planned.point and not planned.files:
+        raise UsageError("stream files alone are no domain: give the backup set to define one")
+    found = [each for each in planned.files if each.stored.role == restore_files.XML_ROLE]
+    if not found:
+        raise RepositoryError(f"restore point {planned.point} holds no domain XML")
+    stored, path = found[0].stored, found[0].source
+    layers.check_size(path, min(stored.size, MAX_XML), point=planned.point)
+    with durable.translate_os_errors("read", path):
+        data = path.read_bytes()
+    if stored.sha256 and hashlib.sha256(data).hexdigest() != stored.sha256:
+        raise IntegrityError(
+            "file is damaged: its SHA-256 does not match", file=path, point=planned.point
+        )
+    try:
+        return data.decode()
+    except UnicodeDecodeError as err:
+        raise IntegrityError("the domain XML is no UTF-8", file=path) from err
+
+
+def _changes(planned: Planned, xml: str, request: DefineRequest) -> Changes:
+    files = {each.stored.role: each for each in planned.files}
+    # what the point's XML says, whatever the domain is called today
+    name = model.parse(xml).findtext("name", "") or planned.domain
+    finals = {role: str(files[role].final) for role in FIRMWARE if role in files}
+    loader, own = _loader(files.get("loader"), domain_model.parse_domain(xml).loader)
+    return Changes(
+        name=request.name or (name if request.keep_identity else f"{PREFIX}{name}"),
+        keep_identity=request.keep_identity,
+        disks={
+            disk.target: NewDisk(path=str(disk.path), format=disk.format, type=disk.type)
+            for disk in planned.disks
+        },
+        other_disks=request.other_disks,
+        media=request.media,
+        network=request.network,
+        nvram=finals.get("nvram"),
+        loader=loader,
+        own_loader=own,
+        kernel=finals.get("kernel"),
+        initrd=finals.get("initrd"),
+        tpm=_tpm_path(planned, xml),
+    )
+
+
+def _loader(copy: FileCopy | None, path: str) -> tuple[str | None, bool]:
+    """The loader's path, None to leave it, and whether it is the point's own copy.
+
+    The host's is as good if it is the same: libvirt knows it, with all that goes with it.
+    """
+    if copy is None:
+        return None, False
+    original = Path(copy.stored.origin or path)
+    try:
+        if original.read_bytes() == copy.source.read_bytes():
+            return str(original), False
+    except OSError:
+        log.info("loader %s is not on this host", original)
+    return str(copy.final), True
+
+
+def _tpm_directory(planned: Planned) -> Path:
+    return planned.output / output_names.CONFIG / restore_files.TREE_ROLE
+
+
+def tpm_files(planned: Planned) -> list[tuple[Path, PurePosixPath]]:
+    """The restored files of the TPM's state, with their paths within it."""
+    base = _tpm_directory(planned)
+    return [
+        (each.final, PurePosixPath(each.final.relative_to(base)))
+        for each in planned.files
+        if each.stored.role == restore_files.TREE_ROLE
+    ]
+
+
+def _tpm_path(planned: Planned, xml: str) -> str | None:
+    """The private path of a TPM state whose path the XML tells."""
+    source = model.parse(xml).find("./devices/tpm/backend[@type='emulator']/source")
+    files = tpm_files(planned)
+    if source is None or not files:
+        return None
+    return str(files[0][0] if source.get("type") == "file" else _tpm_directory(planned))
+
+
+def _make_passable(planned: Planned) -> None:
+    """Make the directories of firmware such that QEMU and swtpm get through as other accounts.
+
+    The files stay closed; libvirt gives them away when the domain starts.
+    """
+    for each in planned.files:
+        if each.stored.role in FIRMWARE or each.stored.role == restore_files.TREE_ROLE:
+            with durable.translate_os_errors("create", each.final.parent):
+                durable.make_directory(each.final.parent, PASS)
+
+
+def _own_like(path: Path, original: str) -> None:
+    """Give a file to the owner of the original, if that is here and we may.
+
+    libvirt gives swtpm the directory of a TPM's state; of a state in a single file, which it has
+    known since 10.10, it leaves the owner to the administrator (measured with 11.3.0).
+    """
+    with contextlib.suppress(OSError):
+        found = Path(original).stat()
+        os.chown(path, found.st_uid, found.st_gid)

@@ -1,0 +1,1 @@
+"""A restore point as a running domain."""

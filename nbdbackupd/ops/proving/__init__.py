@@ -1,0 +1,1 @@
+"""Proof that a set holds what it says."""

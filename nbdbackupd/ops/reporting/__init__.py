@@ -1,0 +1,1 @@
+"""What happened, and how well domains are protected."""

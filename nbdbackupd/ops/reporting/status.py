@@ -1,0 +1,239 @@
+"""``status``: the newest point of each domain, and how well the domain is protected."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from nbdbackupd.errors import FormatError, NbdbackupError
+from nbdbackupd.model.chain import RestorePoint
+from nbdbackupd.model.health import Facts, Health, Limits, Verdict, age_text, judge
+from nbdbackupd.model.units import human_size
+from nbdbackupd.ops.saving.locks import DOMAIN_LOCK, holder
+from nbdbackupd.ops.sets.catalog import stored_bytes
+from nbdbackupd.ops.sets.sets import DomainSet, sets_of
+from nbdbackupd.repo import boot_tests, layout
+from nbdbackupd.repo.boot_tests import BootTest
+
+JSON_VERSION: Final = 1
+NAGIOS: Final = {Health.OK: 0, Health.WARNING: 1, Health.CRITICAL: 2, Health.UNKNOWN: 3}
+SHOWN: Final = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """What the sets of a domain hold.
+
+    ``set`` is the one with the newest point, and ``points`` the number of its points. ``problem``
+    says why they can't be read, ``damage`` what is damaged in that set. ``test`` is the last boot
+    test of one of its points.
+    """
+
+    directory: Path
+    set: str = ""
+    newest: RestorePoint | None = None
+    points: int = 0
+    problem: str = ""
+    damage: str = ""
+    test: BootTest | None = None
+
+    @property
+    def concerns(self) -> tuple[str, ...]:
+        """What the newest point lacks, and a boot test that has failed."""
+        found = self.newest.warnings if self.newest is not None else ()
+        if self.test is None or self.test.passed:
+            return found
+        return (*found, f"point {self.test.point} did not come up: {self.test.reason}")
+
+    @property
+    def instant(self) -> datetime | None:
+        """When the newest point was made."""
+        return datetime.fromisoformat(self.newest.created) if self.newest is not None else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainStatus:
+    """One domain. ``busy`` names who works on it now; ``next`` is its next run on schedule."""
+
+    name: str
+    stored: Stored
+    verdict: Verdict
+    is_covered: bool
+    limits: Limits
+    next: datetime | None = None
+    busy: str = ""
+
+    def describe(self, now: datetime) -> dict[str, Any]:
+        """As a JSON object."""
+        point, instant = self.stored.newest, self.stored.instant
+        return {
+            "domain": self.name,
+            "health": self.verdict.health.value,
+            "reasons": list(self.verdict.reasons),
+            "protected": self.is_covered,
+            "set": str(self.stored.directory / self.stored.set) if self.stored.set else "",
+            "point": point.id if point is not None else "",
+            "created": point.created if point is not None else "",
+            "age": (now - instant).total_seconds() if instant is not None else None,
+            "level": point.level.value if point is not None else "",
+            "stored_bytes": stored_bytes(point) if point is not None else 0,
+            "points": self.stored.points,
+            "boot_test": self.stored.test.to_json() if self.stored.test is not None else None,
+            "next_run": _time(self.next),
+            "busy": self.busy,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StatusReport:
+    """All domains at a moment; ``notes`` tell what could not be asked."""
+
+    moment: datetime
+    domains: tuple[DomainStatus, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def health(self) -> Health:
+        """The worst of all domains; unknown if there are none because somebody was not asked."""
+        found = [each.verdict.health for each in self.domains]
+        none = Health.UNKNOWN if self.notes else Health.OK
+        return max(found, key=lambda each: each.rank, default=none)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as a JSON document, schema version 1; sizes in bytes, ages in seconds."""
+        return {
+            "version": JSON_VERSION,
+            "health": self.health.value,
+            "moment": _time(self.moment),
+            "notes": list(self.notes),
+            "domains": [each.describe(self.moment) for each in self.domains],
+        }
+
+
+def stored(directory: Path) -> Stored:
+    """Read the sets of a domain; what fails is in the result, so that one can't hide the others."""
+    try:
+        sets = sets_of(directory)
+    except NbdbackupError as err:
+        return Stored(directory=directory, problem=" ".join(str(err).split()))
+    # of two that were made in the same second, the set that began last
+    with_points = [each for each in reversed(sets) if each.known.points]
+    found = max(with_points, key=lambda each: each.known.newest.created, default=None)
+    damage = next((f"{each.path.name}: {each.problems[0]}" for each in sets if each.problems), "")
+    if found is None:
+        return Stored(directory=directory, damage=damage)
+    return Stored(
+        directory=directory,
+        set=found.path.name,
+        newest=found.known.newest,
+        points=len(found.known.points),
+        damage=damage,
+        test=_last_test(found),
+    )
+
+
+def _last_test(found: DomainSet) -> BootTest | None:
+    points = {point.id for point in found.known.points}
+    tests = (each for each in boot_tests.read(found.path).values() if each.point in points)
+    return max(tests, key=lambda each: each.tested, default=None)
+
+
+def names_in(repository: Path) -> dict[str, Path]:
+    """The domains that have sets in a repository, with their directories.
+
+    A name that was too long for a file's is taken from the points. What can't be read has none.
+    """
+    try:
+        folders = sorted(path for path in repository.iterdir() if path.is_dir())
+    except OSError:
+        return {}
+    found = {}
+    for folder in folders:
+        if folder.name.startswith(".") or folder.name == "lost+found":
+            continue
+        try:
+            name = layout.unescape(folder.name)
+        except FormatError:
+            newest = stored(folder).newest
+            name = newest.domain if newest is not None else folder.name
+        if any(folder.glob(f"*/{layout.POINTS}")):
+            found[name] = folder
+    return found
+
+
+def busy(runtime_dir: Path, uuid: str) -> str:
+    """Who works on a domain now, or nothing."""
+    return holder(runtime_dir / uuid / DOMAIN_LOCK) if uuid else ""
+
+
+def status_of(
+    name: str, found: Stored, facts: Facts, limits: Limits, now: datetime, **more: Any
+) -> DomainStatus:
+    """Judge a domain; ``more`` are ``next`` and ``busy``."""
+    return DomainStatus(
+        name=name, stored=found, verdict=judge(facts, limits, now),
+        is_covered=facts.is_covered, limits=limits, **more,
+    )  # fmt: skip
+
+
+def nagios(report: StatusReport) -> tuple[str, int]:
+    """One line with performance data, and the exit status, by the guidelines for plugins."""
+    bad = [each for each in report.domains if each.verdict.health is not Health.OK]
+    bad.sort(key=lambda each: (-each.verdict.health.rank, each.name))
+    word = report.health.value.upper()
+    number = len(report.domains)
+    all_of_them = f"{number} domain{'s' * (number != 1)}"
+    if bad:
+        told = "; ".join(f"{each.name}: {each.verdict.reasons[0]}" for each in bad[:SHOWN])
+        more = f"; {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        text = f"{len(bad)} of {all_of_them}: {told}{more}"
+    else:
+        text = all_of_them
+    if report.notes:
+        text += f" ({'; '.join(report.notes)})"
+    data = " ".join(_performance(report))
+    return f"NBDBACKUP {word} - {_plain(text)} | {data}", NAGIOS[report.health]
+
+
+def _performance(report: StatusReport) -> list[str]:
+    unprotected = sum(not each.is_covered for each in report.domains)
+    found = [f"domains={len(report.domains)};;;0", f"unprotected={unprotected};;;0"]
+    for each in report.domains:
+        instant = each.stored.instant
+        if instant is not None:
+            age = max(0, int((report.moment - instant).total_seconds()))
+            label = _plain(each.name).replace("'", "''").replace("=", "_")
+            limits = f"{each.limits.warning:.0f};{each.limits.critical:.0f}"
+            found.append(f"'{label} age'={age}s;{limits};0")
+    return found
+
+
+def rows(domains: Sequence[DomainStatus], now: datetime) -> list[tuple[str, ...]]:
+    """The cells of a table, its head first; the last is the health."""
+    found: list[tuple[str, ...]] = [
+        ("DOMAIN", "LAST POINT", "AGE", "LEVEL", "SIZE", "NEXT RUN", "HEALTH")
+    ]
+    for each in domains:
+        point, instant = each.stored.newest, each.stored.instant
+        if point is None or instant is None:
+            cells = ("-", "-", "-", "-")
+        else:
+            age = age_text((now - instant).total_seconds())
+            local = instant.astimezone().strftime("%Y-%m-%d %H:%M")
+            cells = (local, age, point.level.value, human_size(stored_bytes(point)))
+        next_run = each.next.astimezone().strftime("%Y-%m-%d %H:%M") if each.next else "-"
+        found.append((each.name, *cells, next_run, each.verdict.health.value))
+    return found
+
+
+def _time(moment: datetime | None) -> str:
+    """RFC 3339 in UTC, as the manifests have it; empty for none."""
+    if moment is None:
+        return ""
+    return moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _plain(text: str) -> str:
+    """Without what would end the text of a plugin."""
+    return "".join(char if char.isprintable() and char != "|" else "?" for char in text)

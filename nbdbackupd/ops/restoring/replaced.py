@@ -1,0 +1,115 @@
+"""An image of a domain that is off, replaced by a restored one.
+
+The new image is made beside the old one, so all that goes wrong while it is made leaves the domain
+as it was. Then the old images are set aside, and only when all the new ones are complete do they
+get their names. A run that is killed in between leaves a domain that lacks an image: it can't
+start as if nothing had happened.
+"""
+
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from nbdbackupd import durable
+from nbdbackupd.errors import RepositoryError
+from nbdbackupd.ops.restoring.devices import lock_like_qemu
+from nbdbackupd.ops.restoring.output_names import INCOMPLETE
+from nbdbackupd.ops.restoring.outputs import Output
+from nbdbackupd.ops.restoring.sites import Site, Work, image_at
+
+log = logging.getLogger(__name__)
+SET_ASIDE: Final = ".replaced"
+OURS: Final = ("user.", "system.", "security.")
+"""Extended attributes that go over to the new image; ``trusted.`` ones are libvirt's notes."""
+
+
+class ReplacedImage(Site):
+    """An image file that is replaced."""
+
+    def __init__(self, path: Path, target: str, stack: ExitStack) -> None:
+        """``stack`` keeps every QEMU away from the old image."""
+        self.final = path.resolve()
+        self.overwrites = f"disk {target}, image {self.final}"
+        self._stack = stack
+        self._is_locked = False
+        self._is_aside = False
+
+    @property
+    def incomplete(self) -> Path:
+        """The new image until it is complete."""
+        return self.final.with_name(f"{self.final.name}{INCOMPLETE}")
+
+    @property
+    def aside(self) -> Path:
+        """The old image once it is set aside."""
+        return self.final.with_name(f"{self.final.name}{SET_ASIDE}")
+
+    def check(self, *, force: bool) -> None:  # noqa: ARG002 - being there is no reason to refuse
+        """Keep QEMU away from the old image; it may be gone, its directory not.
+
+        Raises BusyError if it is in use, RepositoryError if it is no file.
+        """
+        if self._is_locked or self._is_aside:
+            return
+        with durable.translate_os_errors("open", self.final):
+            if not os.path.lexists(self.final) and self.final.parent.is_dir():
+                return
+            fd = os.open(self.final, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            self._stack.callback(os.close, fd)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise RepositoryError(f"{self.final} is no file")
+            lock_like_qemu(fd, self.final)
+        self._is_locked = True
+
+    @contextmanager
+    def open(self, work: Work) -> Iterator[Output]:
+        """The new image, which gets owner, mode and labels of the old one."""
+        with image_at(self.incomplete, work) as output:
+            yield output
+        like = next((each for each in (self.final, self.aside) if each.exists()), None)
+        if like is not None:
+            resemble(self.incomplete, like)
+            durable.fsync_file(self.incomplete)
+
+    def set_aside(self) -> None:
+        """Rename the old image, durably."""
+        if self._is_aside:
+            return
+        if self.final.exists():
+            os.rename(self.final, self.aside)  # noqa: PTH104 - as in durable
+            durable.fsync_directory(self.final.parent)
+        self._is_aside = True
+
+    def name(self) -> None:
+        """Give the new image its name."""
+        os.rename(self.incomplete, self.final)  # noqa: PTH104 - as in durable
+        self._is_aside = False
+
+    def finish(self) -> None:
+        """Remove the old image."""
+        self.aside.unlink(missing_ok=True)
+        durable.fsync_directory(self.final.parent)
+
+    def state(self) -> str:
+        """Whether the domain has no image there now."""
+        if not self._is_aside:
+            return ""
+        return f"{self.final} is missing now (the old image is {self.aside}): restore once more"
+
+
+def resemble(path: Path, like: Path) -> None:
+    """Owner, mode, and what the file system calls attributes: labels and access lists."""
+    found = like.stat()
+    with suppress(PermissionError):
+        os.chown(path, found.st_uid, found.st_gid)
+    path.chmod(stat.S_IMODE(found.st_mode))
+    try:
+        for name in os.listxattr(like):
+            if name.startswith(OURS):
+                os.setxattr(path, name, os.getxattr(like, name))
+    except OSError as err:
+        log.info("attributes of %s are not all copied: %s", like, err.strerror)

@@ -1,0 +1,105 @@
+"""What a restore puts beside the images: the domain's XML, and files that the guest needs.
+
+NVRAM, loader, kernel, initrd and vTPM state come from the very point that is restored, into
+``config/<role>/`` of the output directory; nothing on the host is touched (F-91).
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from nbdbackupd import durable
+from nbdbackupd.errors import FormatError, IntegrityError
+from nbdbackupd.model.chain import RestorePoint, StoredFile
+from nbdbackupd.ops.restoring import output_names
+from nbdbackupd.ops.sets import layers
+from nbdbackupd.repo import layout
+
+XML_ROLE: Final = "domain-xml"
+TREE_ROLE: Final = "tpm-state"
+COPIED: Final = frozenset({"loader", "nvram", "kernel", "initrd", TREE_ROLE})
+CHUNK: Final = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileCopy:
+    """A file of the set and where it goes; ``final`` is its name once it is complete.
+
+    ``replaces``: the user agreed that one of that name is replaced.
+    """
+
+    stored: StoredFile
+    source: Path
+    final: Path
+    replaces: bool = False
+
+    @property
+    def incomplete(self) -> Path:
+        """Where it is written first."""
+        return self.final.with_name(f"{self.final.name}{output_names.INCOMPLETE}")
+
+
+def plan(directory: Path, point: RestorePoint, output: Path) -> tuple[FileCopy, ...]:
+    """The files of a point that belong to a restored domain, the XML first."""
+    copies = []
+    taken: set[Path] = set()
+    for stored in sorted(point.files, key=lambda each: each.role != XML_ROLE):
+        if stored.role == XML_ROLE:
+            final = output / output_names.xml_name(point.domain)
+        elif stored.role in COPIED:
+            final = output / output_names.CONFIG / stored.role / _name(stored, point)
+        else:
+            continue
+        if final in taken:
+            final = final.parent / output_names.clean(stored.name, "")
+        taken.add(final)
+        copies.append(FileCopy(stored=stored, source=directory / stored.name, final=final))
+    return tuple(copies)
+
+
+def _name(stored: StoredFile, point: RestorePoint) -> PurePosixPath:
+    if stored.role == TREE_ROLE:
+        try:
+            parts = PurePosixPath(layout.path_in_tree(stored, point.id)).parts
+        except FormatError:  # a name that was cut to fit can't be told any more
+            parts = (stored.name,)
+        return PurePosixPath(*(output_names.clean(part, "") for part in parts))
+    base = PurePosixPath(stored.origin).name or stored.name
+    return PurePosixPath(output_names.clean(base, ""))
+
+
+def copy(each: FileCopy, check: Callable[[], None], **where: object) -> None:
+    """Write the incomplete copy, durably; size and digest are proven on the way.
+
+    Raises IntegrityError, OSError.
+    """
+    reading = layers.open_file(each.source, **where)
+    try:
+        durable.make_directory(each.incomplete.parent)
+        each.incomplete.unlink(missing_ok=True)
+        writing = durable.create_exclusive(each.incomplete)
+        try:
+            size, found = _pour(reading, writing, check)
+            durable.fsync_file(writing)
+        finally:
+            os.close(writing)
+    finally:
+        os.close(reading)
+    # the files of a peer's set have no digest
+    if (size, found) != (each.stored.size, each.stored.sha256 or found):
+        raise IntegrityError(
+            "file is damaged: its SHA-256 does not match", file=each.source, **where
+        )
+
+
+def _pour(reading: int, writing: int, check: Callable[[], None]) -> tuple[int, str]:
+    size, total = 0, hashlib.sha256()
+    while part := os.read(reading, CHUNK):
+        check()
+        durable.write_all(writing, part)
+        total.update(part)
+        size += len(part)
+    return size, total.hexdigest()

@@ -1,0 +1,223 @@
+"""``restore --in-place``: onto the images of the very domain, which is off and stays off."""
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from nbdbackupd import durable
+from nbdbackupd.errors import (
+    BusyError,
+    DomainError,
+    DomainNotFoundError,
+    NbdbackupError,
+    NotSupportedError,
+)
+from nbdbackupd.model.chain import DiskPoint, RestorePoint
+from nbdbackupd.model.domain import Disk
+from nbdbackupd.model.hostpaths import PathUse
+from nbdbackupd.ops.chains import leftovers
+from nbdbackupd.ops.defining import define_paths
+from nbdbackupd.ops.restoring.replaced import ReplacedImage
+from nbdbackupd.ops.restoring.restore_files import FileCopy
+from nbdbackupd.ops.restoring.restore_options import Choice
+from nbdbackupd.ops.restoring.restore_plan import Placement, about_disk
+from nbdbackupd.ops.restoring.sites import BlockDevice, Site, room
+from nbdbackupd.ops.saving import sources
+from nbdbackupd.ops.saving.survey import Looked, look
+from nbdbackupd.source import untouched
+from nbdbackupd.virt import definition
+from nbdbackupd.virt.connection import Connection
+from nbdbackupd.virt.domain import Domain, Ending
+
+log = logging.getLogger(__name__)
+FORMATS = ("qcow2", "raw")
+NVRAM_ROLE = "nvram"
+
+
+class InPlace(Placement):
+    """The images of the domain that a point is of."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        runtime_dir: Path,
+        run_id: str,
+        force: bool,
+        cancelled: Callable[[], None],
+    ) -> None:
+        """The connection stays the caller's. ``force``: snapshots of the domain may be lost."""
+        self._connection = connection
+        self._runtime_dir = runtime_dir
+        self._run_id = run_id
+        self._force = force
+        self._cancelled = cancelled
+        self._disks: Mapping[str, Disk] = {}
+        self._domain: Domain | None = None
+        self._trouble: list[NbdbackupError] = []
+        self.warnings: tuple[str, ...] = ()
+
+    def begin(self, point: RestorePoint, disks: tuple[DiskPoint, ...], stack: ExitStack) -> None:
+        """Find the domain, lock it, take a lease on its images, and refuse what can't be.
+
+        Raises DomainNotFoundError, DomainError, NotSupportedError, BusyError, GaveWayError.
+        """
+        domain = self._domain = self._find(point)
+        directory = leftovers.prepare_domain_dir(self._runtime_dir, domain.uuid)
+        stack.enter_context(
+            durable.Lock(directory / leftovers.LOCK, owner=f"restore of {domain.name} in place")
+        )
+        held = stack.enter_context(
+            sources.images_of(domain, self._runtime_dir, self._run_id, self._cancelled)
+        )
+        if held is None:
+            raise DomainError(
+                f"domain {domain.name} runs: shut it down first ('virsh shutdown'), or restore "
+                f"to another place",
+                domain=domain.name,
+            )
+        self._check_domain(domain)
+        looked = look(domain)
+        self._disks = {
+            disk.target: _usable(domain, disk.target, looked, force=self._force) for disk in disks
+        }
+        self._refuse_shared(domain)
+        left = [
+            each.target
+            for each in looked.definition.disks
+            if each.device == "disk" and all(disk.target != each.target for disk in point.disks)
+        ]
+        if left:
+            self.warnings = (
+                f"restore point {point.id} does not hold all disks of domain {domain.name}: "
+                f"{', '.join(left)} stay as they are",
+            )
+        stack.enter_context(untouched.watch(domain, self._trouble.append))
+
+    def format(self, disk: DiskPoint) -> str:
+        """As the domain's definition says."""
+        return self._disks[disk.target].format
+
+    def place(
+        self, point: RestorePoint, made: Mapping[DiskPoint, Choice], stack: ExitStack
+    ) -> Mapping[str, Site]:
+        """The image or device of each disk."""
+        found: dict[str, Site] = {}
+        for disk in made:
+            path = Path(self._disks[disk.target].source)
+            if path.is_block_device():
+                about = about_disk(point, disk.target)
+                least = room(disk.size, made[disk].format)
+                found[disk.target] = BlockDevice(path, least, about, stack)
+            else:
+                found[disk.target] = ReplacedImage(path, disk.target, stack)
+        return found
+
+    def files(self, directory: Path, point: RestorePoint) -> tuple[FileCopy, ...]:
+        """The firmware's variables, unless disks of the point are left out.
+
+        Keys that a guest keeps in its TPM may be bound to what they say (BitLocker).
+        """
+        if self._domain is None or {disk.target for disk in point.disks} - self._disks.keys():
+            return ()
+        final = Path(self._domain.definition().nvram)
+        if not final.is_absolute() or not final.parent.is_dir():
+            return ()
+        return tuple(
+            FileCopy(
+                stored=stored,
+                source=directory / stored.name,
+                final=final.resolve(),
+                replaces=True,
+            )
+            for stored in point.files
+            if stored.role == NVRAM_ROLE
+        )
+
+    def check(self) -> None:
+        """Raise SourceError if the domain was started meanwhile."""
+        if self._trouble:
+            raise self._trouble[0]
+
+    def settle(self) -> None:
+        """Raise BusyError if the domain is being started at this moment."""
+        if self._domain is not None and self._domain.is_active():
+            raise BusyError(
+                f"domain {self._domain.name} was started: end it and restore once more",
+                domain=self._domain.name,
+            )
+
+    def _find(self, point: RestorePoint) -> Domain:
+        try:
+            return Domain.find(self._connection, point.uuid or point.domain)
+        except DomainNotFoundError as err:
+            raise DomainNotFoundError(
+                f"domain {point.domain} (UUID {point.uuid or 'not known'}) is not known at "
+                f"{self._connection.uri}: restore it to a directory (-o DIR --define)",
+                domain=point.domain,
+            ) from err
+
+    def _check_domain(self, domain: Domain) -> None:
+        ending = domain.ending()
+        if ending is Ending.SAVED:
+            raise DomainError(
+                f"domain {domain.name} has a saved state, which would run on with other disks: "
+                f"start it and shut it down, or drop it ('virsh managedsave-remove')",
+                domain=domain.name,
+            )
+        if ending is Ending.MIGRATED:
+            raise DomainError(
+                f"domain {domain.name} was migrated away: restore it on the host where it is now",
+                domain=domain.name,
+            )
+        names = domain.snapshot_names()
+        if names and not self._force:
+            raise DomainError(
+                f"domain {domain.name} has snapshots ({', '.join(names[:3])}), which would be "
+                f"lost: delete them first, or give --force",
+                domain=domain.name,
+            )
+
+    def _refuse_shared(self, domain: Domain) -> None:
+        uses = tuple(
+            PathUse(path=disk.source, what=f"disk {target}") for target, disk in self._disks.items()
+        )
+        others = definition.paths_in_use(self._connection)
+        others.pop(domain.name, None)
+        found = define_paths.shared(uses, others, local=True)
+        if found:
+            each = found[0]
+            raise DomainError(
+                f"{each.use.what} of domain {domain.name}, {each.use.path}, is {each.what} of "
+                f"domain {each.domain}, too: it would lose what it stands on",
+                domain=domain.name,
+            )
+
+
+def _usable(domain: Domain, target: str, looked: Looked, *, force: bool) -> Disk:
+    """The domain's disk of that name, if its image can be replaced.
+
+    Raises DomainError, NotSupportedError.
+    """
+    disk = looked.definition.disk(target)
+    chain = looked.chains.get(target, ())
+    why = ""
+    if disk.device != "disk" or disk.type not in ("file", "block") or not disk.source:
+        why = "has no image on this host"
+    elif disk.format not in FORMATS:
+        why = f"has format {disk.format}"
+    elif len(disk.layers) > 1 or disk.data_file:
+        # the restored image is one file; libvirt would open the others with it nevertheless
+        why = "has files below its image in the definition: remove <backingStore> and <dataStore>"
+    elif chain and chain[0].encrypted:
+        why = "is encrypted, and would come back in plain"
+    elif len(chain) > 1 and not force:
+        why = f"stands on {chain[1].filename}, and would no longer: if that is meant, give --force"
+    if why:
+        raise NotSupportedError(
+            f"disk {target} of domain {domain.name} {why}; or restore it to another place",
+            domain=domain.name,
+            disk=target,
+        )
+    return disk

@@ -1,0 +1,83 @@
+"""Which format and which creation options a restored image gets: the original's, if it can."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from nbdbackupd.errors import FormatError, IntegrityError
+from nbdbackupd.model.chain import DiskPoint, RestorePoint
+from nbdbackupd.ops.sets import layers
+from nbdbackupd.qemu import image
+from nbdbackupd.qemu.image import CreateOptions, ImageInfo
+
+INFO_ROLE: Final = "image-info"
+MAX_INFO: Final = 16 << 20
+PREALLOCATION: Final = "falloc"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """Format and options of one image, and what the user should know about them."""
+
+    format: str
+    options: CreateOptions
+    warnings: tuple[str, ...] = ()
+
+
+def choose_format(original: str, wanted: str | None, disk: str) -> tuple[str, tuple[str, ...]]:
+    """The format to write, with a warning where the original's can't be written."""
+    if wanted is not None:
+        return wanted, ()
+    if original in ("qcow2", "raw"):
+        return original, ()
+    return "qcow2", (f"disk {disk} was of format {original or 'unknown'}, it comes back as qcow2",)
+
+
+def plain(format_: str, *, preallocate: bool) -> CreateOptions:
+    """Options without an example."""
+    return CreateOptions(format=format_, preallocation=PREALLOCATION if preallocate else "")
+
+
+def choose(
+    directory: Path,
+    point: RestorePoint,
+    disk: DiskPoint,
+    *,
+    wanted: str | None,
+    preallocate: bool,
+) -> Choice:
+    """What to make of one disk; ``wanted`` is a format, or None for the original's.
+
+    ``directory`` is the set's. Raises IntegrityError if what it says of the image is damaged.
+    """
+    format_, warnings = choose_format(disk.format, wanted, disk.target)
+    options = plain(format_, preallocate=preallocate)
+    if format_ == "qcow2" and disk.format == "qcow2":
+        original = _original(directory, point, disk)
+        if original is None:
+            warnings += (f"disk {disk.target}: how the original was made is not known",)
+        else:
+            options = CreateOptions.like(original, preallocation=options.preallocation)
+            if original.encrypted:
+                warnings += (f"disk {disk.target} was encrypted, it comes back in plain",)
+    return Choice(format=format_, options=options, warnings=warnings)
+
+
+def _original(directory: Path, point: RestorePoint, disk: DiskPoint) -> ImageInfo | None:
+    for stored in point.files:
+        if stored.role == INFO_ROLE and stored.disk == disk.target:
+            break
+    else:
+        return None
+    path = directory / stored.name
+    where: dict[str, object] = {"disk": disk.target, "point": point.id}
+    layers.check_size(path, min(stored.size, MAX_INFO), **where)
+    # the files of a peer's set have no digest
+    if stored.sha256 and layers.sha256_file(path, lambda: None, **where) != stored.sha256:
+        raise IntegrityError("file is damaged: its SHA-256 does not match", file=path, **where)
+    try:
+        original = image.parse_chain(path.read_bytes())[0]
+    except FormatError as err:
+        err.fields.setdefault("file", path)
+        raise
+    return original if original.format == "qcow2" else None

@@ -1,0 +1,172 @@
+"""``backup``: one run that saves one domain into one set.
+
+Life of a run: locks, a lease if the domain is off, sweep up after dead runs, read the chain,
+reconcile, decide the level, draft, open the source, copy each disk, close the source, publish.
+Only the published manifest makes the new checkpoint the base of the next run; on every other way
+out the draft and the new checkpoint go away and the old base stays what it was.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from nbdbackupd import durable, events
+from nbdbackupd import log as runlog
+from nbdbackupd.errors import CheckpointError, RepositoryError
+from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint, effective_level
+from nbdbackupd.ops.chains import foreign, leftovers, reconciling
+from nbdbackupd.ops.reporting import telling
+from nbdbackupd.ops.saving import domains, recording
+from nbdbackupd.ops.saving.backup_job import Job
+from nbdbackupd.ops.saving.backup_request import BackupReport, BackupRequest
+from nbdbackupd.ops.saving.sources import changed_bytes, images_of
+from nbdbackupd.ops.saving.survey import Survey, Wish, look, survey_domain
+from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.state import State
+from nbdbackupd.source.lease import Lease
+from nbdbackupd.source.paused_start import started_paused
+from nbdbackupd.virt.connection import Connection
+from nbdbackupd.virt.domain import Domain
+
+log = logging.getLogger(__name__)
+Progress = Callable[[str, int, int, int], None]
+Cancelled = Callable[[], None]
+
+
+def run(
+    request: BackupRequest, connection: Connection, *, progress: Progress, cancelled: Cancelled
+) -> BackupReport:
+    """Save the domain; the report holds the published point.
+
+    ``progress`` gets disk, guest position reached, disk size and data bytes so far.
+
+    Raises BusyError if set or domain are locked, and the errors of all layers; whatever is
+    raised, nothing of this run is left and the old base is valid.
+    """
+    ending = telling.Ending(log, telling.backup_ending)
+    with ExitStack() as stack:
+        stack.enter_context(
+            runlog.context(DOMAIN=request.domain, RUN=request.run_id, SET=request.directory)
+        )
+        stack.enter_context(ending.told())
+        domain = domains.find(connection, request.domain, request.runtime_dir)
+        stack.enter_context(runlog.context(DOMAIN=domain.name, UUID=domain.uuid))
+        directory = leftovers.prepare_domain_dir(request.runtime_dir, domain.uuid)
+        who = f"backup of {domain.name}"
+        wait = request.wait_seconds
+        stack.enter_context(
+            durable.Lock(
+                directory / leftovers.LOCK, owner=who, wait_seconds=wait, cancelled=cancelled
+            )
+        )
+        repository = Repository.open(request.directory)
+        repository.check_can_begin()
+        stack.enter_context(repository.lock(owner=who, wait_seconds=wait, cancelled=cancelled))
+        stack.enter_context(runlog.run_log(repository.log_path(request.run_id)))
+        stack.enter_context(ending.told())
+        events.emit(log, events.BACKUP_STARTED, level=request.level)
+        with (
+            started_paused(
+                domain,
+                leftovers.socket_dir(request.runtime_dir, domain.uuid),
+                wanted=request.start_paused,
+            ) as started,
+            images_of(domain, request.runtime_dir, request.run_id, cancelled) as lease,
+        ):
+            report = _run_locked(
+                _Run(
+                    request=request, domain=domain, repository=repository, lease=lease,
+                    at_rest=started.at_rest, progress=progress, cancelled=cancelled,
+                )
+            )  # fmt: skip
+        report = replace(report, seconds=ending.seconds)
+        telling.backup(log, report)
+    return report
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """One run with its locks held; ``lease``: the domain is off.
+
+    ``at_rest``: it was started paused for this run; what its disks are while nobody resumes it.
+    """
+
+    request: BackupRequest
+    domain: Domain
+    repository: Repository
+    lease: Lease | None
+    at_rest: Consistency | None
+    progress: Progress
+    cancelled: Cancelled
+
+
+def _run_locked(run: _Run) -> BackupReport:
+    """Reconcile, decide, make the point, let the base advance."""
+    request, domain, repository = run.request, run.domain, run.repository
+    if request.only_off and run.lease is None:
+        return BackupReport(point=None, skipped="the domain runs")
+    erase = reconciling.eraser(run.lease) if run.lease is not None else None
+    state = State(request.state_dir) if request.state_dir is not None else None
+    dead = leftovers.sweep(domain, repository, request.runtime_dir, request.scratch_dir)
+    known = repository.load()
+    _check_binding(domain, known)
+    looked = look(domain)
+    records = state.records(domain.uuid) if state is not None else ()
+    chain = reconciling.of_set(repository, known, records)
+    left = reconciling.prepare(domain, chain, looked, dead, erase=erase, cancelled=run.cancelled)
+    if not left & dead:
+        leftovers.finish(domain, repository, request.runtime_dir)
+    level = effective_level(request.level, known)
+    parent = known.head if level in (Level.INC, Level.DIFF) else None
+    if parent is not None:
+        repository.check_present(known.points)
+    wish = Wish(include=request.include, exclude=request.exclude, raw=request.raw)
+    survey = survey_domain(domain, wish, level, parent, looked)
+    run.cancelled()
+    small = _below_threshold(run, survey, parent)
+    if small:
+        return BackupReport(point=None, skipped=small)
+    point, seconds = recording.record(
+        Job(
+            request=request, domain=domain, repository=repository, survey=survey, level=level,
+            known=known, parent=parent, progress=run.progress, cancelled=run.cancelled,
+            lease=run.lease, at_rest=run.at_rest,
+        )
+    )  # fmt: skip
+    reconciling.advance(domain, repository, point, parent, looked, state=state, erase=erase)
+    return BackupReport(point=point, disk_seconds=seconds)
+
+
+def _check_binding(domain: Domain, known: BackupSet) -> None:
+    """A chain belongs to a UUID; the name is a label (F-30)."""
+    for point in known.points:
+        if point.uuid != domain.uuid:
+            raise RepositoryError(
+                f"the set belongs to domain {point.domain} with UUID {point.uuid}, "
+                f"not to {domain.name} with UUID {domain.uuid}: give another directory with -o"
+            )
+
+
+def _below_threshold(run: _Run, survey: Survey, parent: RestorePoint | None) -> str:
+    """Why the run can be left out, or nothing: then it must go on."""
+    request = run.request
+    if request.threshold is None or parent is None:
+        return ""
+    if any(not plan.delta for plan in survey.plans):
+        return ""
+    if foreign.why_other(run.domain, run.repository, parent):
+        return ""
+    try:
+        sizes = changed_bytes(
+            run.domain, run.repository, parent, survey,
+            held=run.lease, runtime_dir=request.runtime_dir, cancelled=run.cancelled,
+        )  # fmt: skip
+    except CheckpointError:
+        return ""
+    if any(plan.target not in sizes for plan in survey.plans):
+        return ""
+    amount = sum(sizes[plan.target] for plan in survey.plans)
+    if amount >= request.threshold:
+        return ""
+    return f"{amount} bytes changed, less than the threshold of {request.threshold}"

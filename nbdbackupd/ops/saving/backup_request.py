@@ -1,0 +1,76 @@
+"""What a backup run is asked for and what it tells."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from nbdbackupd.model.chain import Layout, Level, RestorePoint
+from nbdbackupd.ops.sets import catalog
+from nbdbackupd.source.quiesce import FreezePolicy
+from nbdbackupd.virt.domain import Ending
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackupRequest:
+    """What to save, where to and how. Sizes in bytes, times in seconds; ``now`` is UTC.
+
+    Without a ``state_dir`` nothing is noted of the chain beside its set. ``limit_rate`` is in
+    bytes per second, read of all disks together. ``only_off``: save nothing if the domain runs.
+    ``ending``: how its guest ended before the host was booted, if that is known.
+    """
+
+    domain: str
+    directory: Path
+    run_id: str
+    now: datetime
+    runtime_dir: Path
+    scratch_dir: Path
+    program: str
+    state_dir: Path | None = None
+    scratch_reserve: int = 512 << 20
+    level: Level = Level.AUTO
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    raw: bool = False
+    compression: int | None = None
+    layout: Layout = Layout.STREAM
+    by_nbdinfo: bool = False
+    freeze: FreezePolicy = FreezePolicy.AUTO
+    mountpoints: tuple[str, ...] = ()
+    pause: bool = False
+    start_paused: bool = False
+    workers: int = 2
+    threshold: int | None = None
+    strict: bool = False
+    limit_rate: int | None = None
+    only_off: bool = False
+    ending: Ending = Ending.UNKNOWN
+    wait_seconds: float = 0.0
+    timeout_seconds: float = 60.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackupReport:
+    """The published point, or why none was made (``skipped``); seconds in all and by disk."""
+
+    point: RestorePoint | None
+    skipped: str = ""
+    seconds: float = 0.0
+    disk_seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the point's manifest warns of."""
+        return self.point.warnings if self.point else ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as a JSON document, schema version 1."""
+        return {
+            "version": 1,
+            "result": "saved" if self.point else "skipped",
+            "reason": self.skipped,
+            "seconds": round(self.seconds, 3),
+            "point": catalog.describe(self.point) if self.point else None,
+        }

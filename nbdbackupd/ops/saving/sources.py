@@ -1,0 +1,175 @@
+"""The source of a run: the domain's running QEMU, or its images while it is off."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+
+from nbdbackupd import events
+from nbdbackupd.errors import DomainError, NbdbackupError
+from nbdbackupd.model.chain import RestorePoint
+from nbdbackupd.ops.chains import foreign, leftovers
+from nbdbackupd.ops.saving.backup_job import Job
+from nbdbackupd.ops.saving.survey import Survey
+from nbdbackupd.repo.repository import Repository
+from nbdbackupd.source import Snapshot, kept, lease, offline, running
+from nbdbackupd.source.lease import Lease
+from nbdbackupd.source.offline import OfflineDisk, OfflineRequest
+from nbdbackupd.virt.domain import Domain, Ending
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def images_of(
+    domain: Domain, runtime_dir: Path, run_id: str, cancelled: Callable[[], None]
+) -> Iterator[Lease | None]:
+    """A lease on the images of a domain that is off; None if it runs. Its lock is held.
+
+    A domain that is about to start is waited for, so ask for its state only afterwards. Images
+    that are not as the guest left them are told of. Raises the errors of ``lease.hold``, and
+    DomainError for such images of a domain that libvirt no longer knows.
+    """
+    if domain.is_active():
+        yield None
+        return
+    with ExitStack() as stack:
+        held: Lease | None = stack.enter_context(
+            lease.hold(
+                runtime_dir, domain=domain.name, uuid=domain.uuid, run_id=run_id,
+                is_active=domain.is_active, cancelled=cancelled,
+            )
+        )  # fmt: skip
+        if domain.is_active():
+            # QEMU has them; nobody must be told that we do
+            stack.close()
+            held = None
+        else:
+            _tell_changes(domain, runtime_dir)
+            stack.callback(kept.renew, runtime_dir, domain.name, domain.uuid)
+        yield held
+
+
+def _tell_changes(domain: Domain, runtime_dir: Path) -> None:
+    """Of images that somebody changed since the guest's end, as far as libvirt's hook saw that.
+
+    Where libvirt knows the domain, what the bitmaps say is right (ADR 12). One that it does not
+    know may have been started on another host: nothing else would keep us from its images.
+    """
+    changes = kept.describe(kept.changed(runtime_dir, domain.name, domain.uuid))
+    if not changes:
+        return
+    if domain.is_gone():
+        raise DomainError(
+            f"domain {domain.name} has ended and libvirt no longer knows it, but since then "
+            f"{changes}: it may run on another host, so start it here or save it there",
+            domain=domain.name,
+        )
+    events.emit(log, events.IMAGES_CHANGED, reason=changes)
+
+
+def open_source(
+    job: Job, on_trouble: Callable[[NbdbackupError], None]
+) -> AbstractContextManager[Snapshot]:
+    """The disks of the domain at one instant, as exports, for the body.
+
+    ``on_trouble`` is told, from another thread, what ends the source in the middle. Raises the
+    errors of the source when it is entered.
+    """
+    if job.lease is None:
+        return running.open_running(_running_request(job, on_trouble))
+    return offline.open_offline(
+        OfflineRequest(
+            domain=job.domain,
+            disks=_offline_disks(job.survey),
+            socket=leftovers.offline_socket(job.request.runtime_dir, job.domain.uuid),
+            lease=job.lease,
+            on_trouble=on_trouble,
+            cancelled=job.cancelled,
+            base_checkpoint=job.parent.checkpoint if job.parent is not None else "",
+            new_checkpoint=job.checkpoint,
+            created=int(job.request.now.timestamp()),
+            ending=_ending(job),
+        )
+    )
+
+
+def _ending(job: Job) -> Ending:
+    """How the guest ended, as libvirt's hook noted it: libvirt forgets it when it restarts."""
+    known = kept.read(job.request.runtime_dir, job.domain.name)
+    if known is not None and known.end is not None and known.uuid == job.domain.uuid:
+        return known.end.ending
+    return job.request.ending
+
+
+def changed_bytes(
+    domain: Domain,
+    repository: Repository,
+    parent: RestorePoint,
+    survey: Survey,
+    *,
+    held: Lease | None,
+    runtime_dir: Path,
+    cancelled: Callable[[], None],
+) -> dict[str, int]:
+    """The bytes that changed since ``parent``, for each disk whose changes are known.
+
+    Raises CheckpointError if libvirt can't tell for any disk, and the errors of the source.
+    """
+    if held is None:
+        targets = [plan.target for plan in survey.plans if plan.delta]
+        stored = foreign.stored_xml(repository, parent)
+        return running.changed_bytes(domain, parent.checkpoint, stored, targets)
+    return offline.changed_bytes(
+        OfflineRequest(
+            domain=domain,
+            disks=_offline_disks(survey),
+            socket=leftovers.offline_socket(runtime_dir, domain.uuid),
+            lease=held,
+            on_trouble=_ignore,
+            cancelled=cancelled,
+            base_checkpoint=parent.checkpoint,
+        )
+    )
+
+
+def _ignore(_error: NbdbackupError) -> None:
+    """Nothing is read that could be wrong."""
+
+
+def _offline_disks(survey: Survey) -> tuple[OfflineDisk, ...]:
+    return tuple(
+        OfflineDisk(
+            target=plan.target,
+            layers=survey.states[plan.target].layers,
+            delta=plan.delta,
+            tracked=plan.tracked,
+            bitmap_layers=plan.bitmap_layers,
+        )
+        for plan in survey.plans
+    )
+
+
+def _running_request(
+    job: Job, on_trouble: Callable[[NbdbackupError], None]
+) -> running.RunningRequest:
+    request = job.request
+    return running.RunningRequest(
+        domain=job.domain,
+        disks=tuple(
+            running.RunningDisk(target=plan.target, delta=plan.delta, tracked=plan.tracked)
+            for plan in job.survey.plans
+        ),
+        run_id=request.run_id,
+        runtime_dir=leftovers.socket_dir(request.runtime_dir, job.domain.uuid),
+        scratch_dir=request.scratch_dir,
+        scratch_reserve=request.scratch_reserve,
+        on_trouble=on_trouble,
+        base_checkpoint=job.parent.checkpoint if job.parent is not None else "",
+        base_xml=foreign.stored_xml(job.repository, job.parent),
+        new_checkpoint=job.checkpoint,
+        freeze=request.freeze,
+        freeze_mountpoints=request.mountpoints,
+        pause=request.pause,
+        at_rest=job.at_rest,
+    )

@@ -1,0 +1,1 @@
+"""Disks of a restore point served over NBD."""

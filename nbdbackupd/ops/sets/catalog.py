@@ -1,0 +1,287 @@
+"""``list`` and ``show``: what a backup set holds, as documents and as text."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from nbdbackupd import durable
+from nbdbackupd.errors import RepositoryError
+from nbdbackupd.format import stream
+from nbdbackupd.format.stream import StreamMeta
+from nbdbackupd.model.chain import DiskPoint, Layout, RestorePoint
+from nbdbackupd.model.units import human_size
+from nbdbackupd.ops.sets import opened
+from nbdbackupd.repo import boot_tests
+from nbdbackupd.repo.boot_tests import BootTest
+from nbdbackupd.repo.peer_place import Folder, is_archive
+from nbdbackupd.repo.repository import Repository
+
+JSON_VERSION: Final = 1
+GAP: Final = "  "
+PEER: Final = "virtnbdbackup"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListReport:
+    """The sound points of a set, oldest first, and a line for each that is damaged.
+
+    ``written_by`` is empty for our own sets; ``warnings`` tell what of others nobody vouches for.
+    ``tests`` are the boot tests, by point.
+    """
+
+    path: Path
+    points: tuple[RestorePoint, ...]
+    problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    written_by: str = ""
+    tests: Mapping[str, BootTest] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as a JSON document, schema version 1; sizes in bytes."""
+        return {
+            "version": JSON_VERSION,
+            "set": _printable(str(self.path)),
+            "stored_bytes": sum(stored_bytes(point) for point in self.points),
+            "points": [describe(point, self.tests.get(point.id)) for point in self.points],
+            "problems": list(self.problems),
+            "warnings": list(self.warnings),
+            "written_by": self.written_by,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShowReport:
+    """Points with all that their manifests and streams say.
+
+    ``metas`` are the meta frames by the stream's file name, ``tests`` the boot tests by point.
+    """
+
+    path: Path
+    points: tuple[RestorePoint, ...]
+    metas: Mapping[str, StreamMeta] = field(default_factory=dict)
+    tests: Mapping[str, BootTest] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as a JSON document, schema version 1; sizes in bytes."""
+        return {
+            "version": JSON_VERSION,
+            "set": _printable(str(self.path)),
+            "points": [self._point(point) for point in self.points],
+        }
+
+    def _point(self, point: RestorePoint) -> dict[str, Any]:
+        document = asdict(point)
+        document["stored_bytes"] = stored_bytes(point)
+        document["boot_test"] = _test(self.tests.get(point.id))
+        for disk, described in zip(point.disks, document["disks"], strict=True):
+            described["stored_bytes"] = disk_bytes(disk)
+            meta = self.metas.get(disk.file)
+            described["stream"] = meta.to_json() if meta is not None else None
+        return document
+
+
+def list_points(path: Path) -> ListReport:
+    """Read all manifests of the set and prove their links; damaged ones are named.
+
+    Raises RepositoryError if there is no set or it can't be read.
+    """
+    _check_is_set(path)
+    given = opened.open_set(path, sound=True)
+    return ListReport(
+        path=path, points=given.known.points, problems=given.problems, warnings=given.hints,
+        written_by=PEER if given.peer else "", tests=boot_tests.read(path),
+    )  # fmt: skip
+
+
+def show(path: Path, point: str = "") -> ShowReport:
+    """Read everything that the set says of its points, or of one (an id, or ``latest``).
+
+    Raises what ``Repository.load`` raises, RepositoryError if there is no set or for an id that
+    is none, FormatError or RepositoryError if a stream is damaged or missing.
+    """
+    _check_is_set(path)
+    given = opened.open_set(path)
+    known = given.known
+    points = (known.by_id(point),) if point else known.points
+    metas = {}
+    for each in points:
+        for disk in each.disks:
+            if disk.layout is Layout.STREAM:
+                place = given.place or Folder(path)
+                file = place.file(disk.file)
+                with durable.translate_os_errors("read", file):
+                    metas[disk.file] = stream.read_meta(file, place.window(disk.file))
+    return ShowReport(path=path, points=points, metas=metas, tests=boot_tests.read(path))
+
+
+def _test(test: BootTest | None) -> dict[str, Any] | None:
+    return test.to_json() if test is not None else None
+
+
+def describe(point: RestorePoint, test: BootTest | None = None) -> dict[str, Any]:
+    """One point as ``list`` tells it, with its boot test if it had one; sizes in bytes."""
+    return {
+        "id": point.id,
+        "sequence": point.sequence,
+        "level": point.level.value,
+        "created": point.created,
+        "domain": point.domain,
+        "uuid": point.uuid,
+        "chain": point.chain,
+        "parent": point.parent,
+        "checkpoint": point.checkpoint,
+        "consistency": point.consistency.value,
+        "warnings": list(point.warnings),
+        "skipped": [asdict(each) for each in point.skipped],
+        "stored_bytes": stored_bytes(point),
+        "disks": [_describe_disk(disk) for disk in point.disks],
+        "boot_test": _test(test),
+    }
+
+
+def _describe_disk(disk: DiskPoint) -> dict[str, Any]:
+    return {
+        "target": disk.target,
+        "mode": disk.mode.value,
+        "size": disk.size,
+        "format": disk.format,
+        "stored_bytes": disk_bytes(disk),
+        "data_bytes": disk.data_bytes,
+        "zero_bytes": disk.zero_bytes,
+        "compressed": disk.compressed,
+        "layout": disk.layout.value,
+        "reason": disk.reason,
+    }
+
+
+def disk_bytes(disk: DiskPoint) -> int:
+    """What a disk's files take: stream and index; of a raw image, which is sparse, its data."""
+    content = disk.data_bytes if disk.layout is Layout.RAW else disk.file_size
+    return content + disk.index.size
+
+
+def stored_bytes(point: RestorePoint) -> int:
+    """What all files of a point take, its manifest left out."""
+    return sum(map(disk_bytes, point.disks)) + sum(file.size for file in point.files)
+
+
+def _check_is_set(path: Path) -> None:
+    if not is_archive(path) and not Repository.open(path).exists:
+        raise RepositoryError(f"there is no backup set at {path}: no such directory")
+
+
+def render_list(report: ListReport) -> str:
+    """A table: a line for each point, below it one for each disk, then its warnings."""
+    if not report.points:
+        return f"{_printable(str(report.path))}: no restore points yet"
+    names = sorted({point.domain for point in report.points})
+    total = human_size(sum(stored_bytes(point) for point in report.points))
+    count = len(report.points)
+    points = "1 restore point" if count == 1 else f"{count} restore points"
+    head = f"{_printable(str(report.path))}: {', '.join(names)}, {points}, {total} stored"
+    head += f", written by {report.written_by}" if report.written_by else ""
+    rows: list[tuple[str, ...]] = [
+        ("#", "POINT", "LEVEL", "CREATED (UTC)", "STATE", "STORED", "CHECKPOINT")
+    ]
+    rows += [_point_row(point) for point in report.points]
+    disks = [_disk_row(disk) for point in report.points for disk in point.disks]
+    point_lines = _table(rows, right={0, 5})
+    disk_lines = iter(_table(disks, right={1, 3, 4, 5}))
+    lines = [_printable(head), "", point_lines[0]]
+    for point, line in zip(report.points, point_lines[1:], strict=True):
+        lines.append(line)
+        indent = " " * (len(rows[-1][0]) + len(GAP))
+        lines += [f"{indent}{next(disk_lines)}" for _ in point.disks]
+        lines += [f"{indent}! {_printable(warning)}" for warning in point.warnings]
+        if test := report.tests.get(point.id):
+            how = "came up" if test.passed else f"did not come up: {test.reason}"
+            lines.append(f"{indent}booted {_time(test.tested)}: {_printable(how)}")
+    lines += [f"! {_printable(warning)}" for warning in report.warnings]
+    return "\n".join(lines)
+
+
+def _point_row(point: RestorePoint) -> tuple[str, ...]:
+    return (
+        str(point.sequence),
+        point.id,
+        point.level.value,
+        _time(point.created),
+        point.consistency.value,
+        human_size(stored_bytes(point)),
+        point.checkpoint or "-",
+    )
+
+
+def _disk_row(disk: DiskPoint) -> tuple[str, ...]:
+    form = "lz4" if disk.compressed else ("raw" if disk.layout is Layout.RAW else "")
+    notes = [form, f"({disk.reason})" if disk.reason else ""]
+    return (
+        disk.target,
+        human_size(disk.size),
+        "whole" if disk.mode.value == "full" else "changes",
+        f"{human_size(disk.data_bytes)} data",
+        f"{human_size(disk.zero_bytes)} zero",
+        f"{human_size(disk_bytes(disk))} stored",
+        " ".join(note for note in notes if note),
+    )
+
+
+def _time(created: str) -> str:
+    """``2026-01-31 23:59:59`` of an RFC 3339 time in UTC."""
+    return created[:19].replace("T", " ")
+
+
+def _table(rows: list[tuple[str, ...]], right: set[int]) -> list[str]:
+    """Lines with aligned columns, those of ``right`` to the right; the last is not padded."""
+    clean = [[_printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*clean, strict=True)]
+    lines = []
+    for row in clean:
+        cells = [
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(GAP.join(cells).rstrip())
+    return lines
+
+
+def render_show(report: ShowReport) -> str:
+    """Every member, one a line, what lies within indented."""
+    if not report.points:
+        return f"{_printable(str(report.path))}: no restore points yet"
+    lines: list[str] = []
+    for document in report.to_json()["points"]:
+        lines += [f"restore point {_printable(document['id'])}", *_tree(document, GAP), ""]
+    return "\n".join(lines[:-1])
+
+
+def _tree(value: Any, indent: str) -> list[str]:
+    """Lines of a nested document; members without a value are left out."""
+    lines = []
+    pairs = value.items() if isinstance(value, dict) else ((None, each) for each in value)
+    for key, each in pairs:
+        nested = isinstance(each, dict | list | tuple)
+        if not each and (nested or each is None or each == ""):
+            continue
+        if not nested:
+            name = "-" if key is None else f"{key}:"
+            lines.append(f"{indent}{name} {_printable(_scalar(each))}")
+        elif key is None:
+            first, *rest = _tree(each, indent + GAP)
+            lines += [f"{indent}- {first.lstrip()}", *rest]
+        else:
+            lines += [f"{indent}{key}:", *_tree(each, indent + GAP)]
+    return lines
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
+
+
+def _printable(text: str) -> str:
+    """Text that no terminal takes for a command and no encoding refuses."""
+    safe = "".join(char if char.isprintable() else "?" for char in text)
+    return safe.encode(errors="backslashreplace").decode()

@@ -1,0 +1,368 @@
+"""The files that one disk of a restore point is made of, opened, proven and readable by block.
+
+A layer is one stream (or raw image) with its index: the index says where each block is, the
+manifest vouches for the index, the index for each block. A stream without an index is scanned
+instead; then the frames' own order is proven, but nothing vouches for the bytes.
+"""
+
+import errno
+import hashlib
+import os
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from nbdbackupd.errors import IntegrityError
+from nbdbackupd.format import adler, blocks, stream
+from nbdbackupd.format.index import MAX_BLOCK, NO_DIGEST, Index, Kind, Record
+from nbdbackupd.format.stream import StreamMeta, StreamReader, Window
+from nbdbackupd.model.chain import DiskPoint, Layout, RestorePoint
+from nbdbackupd.ops.sets import frames
+from nbdbackupd.ops.sets.frames import FrameCache, max_stored
+
+CHUNK: Final = 1 << 20
+MAX_STORED: Final = MAX_BLOCK + (64 << 10)
+"""An lz4 frame of incompressible data is larger than the data by some headers, no more."""
+
+
+class Layer:
+    """One open file of a disk's path; a context manager that owns its descriptors.
+
+    ``size`` is the disk's at that point, ``whole`` whether every byte of it must be covered.
+    ``where`` goes into errors. Reading is safe from several threads.
+    """
+
+    def __init__(
+        self, path: Path, *, size: int, compressed: bool, raw: bool, whole: bool, **where: object
+    ) -> None:
+        """Open the file.
+
+        Raises IntegrityError if it is missing.
+        """
+        self.path = path
+        self.size = size
+        self.compressed = compressed
+        self.raw = raw
+        self.whole = whole
+        self.where = {"file": path, **where}
+        self.frames = FrameCache()
+        self._fd = open_file(path, **where)
+        self.file_size = os.fstat(self._fd).st_size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file. Safe to call twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def fileno(self) -> int:
+        """The descriptor of the stream or image."""
+        return self._fd
+
+    def records(self) -> Iterator[Record]:
+        """All blocks, ascending, each possible within the file.
+
+        Raises IntegrityError.
+        """
+        raise NotImplementedError
+
+    def _checked(self, records: Iterator[Record]) -> Iterator[Record]:
+        for record in records:
+            if record.kind == Kind.DATA:
+                fits = record.position + record.stored <= self.file_size
+                if self.compressed:
+                    most = max_stored(record.whole) if record.whole else MAX_STORED
+                    fits = fits and 0 < record.stored <= most
+                else:
+                    fits = fits and record.stored == record.length
+                if not fits or (self.raw and record.position != record.offset):
+                    raise IntegrityError(
+                        "the index names a block that can't be", guest=record.offset, **self.where
+                    )
+            yield record
+
+    def read(self, record: Record, view: memoryview, scratch: memoryview) -> None:
+        """The guest bytes of a data block into ``view`` (of its length), proven by their digest.
+
+        ``scratch`` has room for ``MAX_STORED`` bytes and belongs to the calling thread. Raises
+        IntegrityError with the file and the position in it.
+        """
+        if record.whole:
+            key = (id(self), record.position)
+            frame = self.frames.get(key, lambda: self._whole_frame(record))
+            view[:] = memoryview(frame)[record.skip : record.skip + record.length]
+        elif self.compressed:
+            stored = scratch[: record.stored]
+            self.read_at(stored, record.position)
+            view[:] = self._decompress(stored, record, record.length)
+        else:
+            self.read_at(view, record.position)
+        if record.digest != NO_DIGEST and blocks.digest(view) != record.digest:
+            raise IntegrityError(
+                "block is damaged: its SHA-256 does not match",
+                offset=record.position, guest=record.offset, **self.where,
+            )  # fmt: skip
+
+    def _whole_frame(self, record: Record) -> bytes:
+        stored = memoryview(bytearray(record.stored))
+        self.read_at(stored, record.position)
+        return self._decompress(stored, record, record.whole)
+
+    def _decompress(self, stored: memoryview, record: Record, length: int) -> bytes:
+        try:
+            return blocks.decompress(stored, length)
+        except IntegrityError as err:
+            raise IntegrityError(
+                err.message, offset=record.position, guest=record.offset, **self.where
+            ) from err
+
+    def read_at(self, view: memoryview, position: int) -> None:
+        """Fill ``view`` from the file.
+
+        Raises IntegrityError if the file ends before.
+        """
+        while view:
+            count = os.preadv(self._fd, [view], position)
+            if not count:
+                raise IntegrityError("file ends too early", offset=position, **self.where)
+            view = view[count:]
+            position += count
+
+
+class IndexedLayer(Layer):
+    """A layer with its index file."""
+
+    def __init__(self, path: Path, index: Path, *, whole: bool, **where: object) -> None:
+        """Open both.
+
+        Raises IntegrityError, UnsupportedVersionError.
+        """
+        try:
+            self.index = Index(index)
+        except FileNotFoundError as err:
+            raise IntegrityError("file of the set is missing", file=index, **where) from err
+        try:
+            header = self.index.header
+            super().__init__(
+                path,
+                size=header.disk_size, compressed=header.compressed, raw=header.raw,
+                whole=whole, **where,
+            )  # fmt: skip
+        except BaseException:
+            self.index.__exit__()
+            raise
+
+    def close(self) -> None:
+        """Close both files."""
+        super().close()
+        self.index.__exit__()
+
+    def records(self) -> Iterator[Record]:
+        """The records of the index."""
+        return self._checked(iter(self.index))
+
+
+class ScannedLayer(Layer):
+    """A stream without an index: its frames are walked again for each pass over the records."""
+
+    def __init__(self, path: Path, meta: StreamMeta, window: Window | None = None) -> None:
+        """Open it; ``meta`` was read from it. ``window``: it is that part of the file."""
+        self._window = window
+        super().__init__(
+            path, size=meta.virtual_size, compressed=bool(meta.compressed), raw=False, whole=False
+        )
+
+    def records(self) -> Iterator[Record]:
+        """Records made of the frames, without digests; long plain frames come in pieces."""
+        return self._checked(self._walk())
+
+    def _walk(self) -> Iterator[Record]:
+        with StreamReader(self.path, window=self._window) as reader:
+            for frame in reader.frames():
+                if frame.kind == stream.ZERO:
+                    yield Record(frame.start, frame.length, 0, 0, Kind.ZERO, NO_DIGEST)
+                elif frame.kind == stream.DATA and self.compressed:
+                    try:
+                        yield from frames.records(frame, reader.read)
+                    except IntegrityError as err:
+                        raise IntegrityError(err.message, **{**err.fields, **self.where}) from err
+                elif frame.kind == stream.DATA:
+                    for done in range(0, frame.length, MAX_BLOCK):
+                        part = min(MAX_BLOCK, frame.length - done)
+                        yield Record(
+                            frame.start + done, part, frame.position + done, part,
+                            Kind.DATA, NO_DIGEST,
+                        )  # fmt: skip
+
+
+class RawLayer(Layer):
+    """A raw image that no index describes; what the file system has as a hole is not read."""
+
+    def __init__(self, path: Path, **where: object) -> None:
+        """Open it; the disk is as large as the file."""
+        super().__init__(path, size=0, compressed=False, raw=True, whole=True, **where)
+        self.size = self.file_size
+
+    def records(self) -> Iterator[Record]:
+        """Records of the file's data, without digests, and of its holes as zeroes."""
+        place = 0
+        while place < self.size:
+            data = self._next(place, os.SEEK_DATA)
+            if data > place:
+                yield Record(place, data - place, 0, 0, Kind.ZERO, NO_DIGEST)
+            place = self._next(data, os.SEEK_HOLE) if data < self.size else data
+            for start in range(data, place, MAX_BLOCK):
+                part = min(MAX_BLOCK, place - start)
+                yield Record(start, part, start, part, Kind.DATA, NO_DIGEST)
+
+    def _next(self, place: int, what: int) -> int:
+        try:
+            return min(os.lseek(self._fd, place, what), self.size)
+        except OSError as err:
+            if err.errno != errno.ENXIO:  # no data behind
+                raise
+            return self.size
+
+
+def open_file(path: Path, **where: object) -> int:
+    """A descriptor of a regular file, for reading.
+
+    Raises IntegrityError if there is none: a file that a manifest names must be there.
+    """
+    try:
+        # a FIFO in its place would block for ever
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError) as err:
+        raise IntegrityError("file of the set is missing", file=path, **where) from err
+    except OSError as err:
+        if err.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
+            raise IntegrityError("not a regular file", file=path, **where) from err
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise IntegrityError("not a regular file", file=path, **where)
+    return fd
+
+
+def check_is_file(path: Path) -> None:
+    """Prove that a regular file is there.
+
+    Raises IntegrityError.
+    """
+    os.close(open_file(path))
+
+
+def check_size(path: Path, size: int, **where: object) -> None:
+    """Prove that a file is there and has its size.
+
+    Raises IntegrityError.
+    """
+    fd = open_file(path, **where)
+    try:
+        found = os.fstat(fd).st_size
+    finally:
+        os.close(fd)
+    if found != size:
+        raise IntegrityError(
+            "file of the set has the wrong size", file=path, expected=size, found=found, **where
+        )
+
+
+def sha256_file(path: Path, check: Callable[[], None], **where: object) -> str:
+    """The SHA-256 (hex) of a file, read once; ``check`` is called now and then and may raise.
+
+    Raises IntegrityError if it is missing.
+    """
+    fd = open_file(path, **where)
+    try:
+        sum_ = hashlib.sha256()
+        while part := os.read(fd, CHUNK):
+            check()
+            sum_.update(part)
+    finally:
+        os.close(fd)
+    return sum_.hexdigest()
+
+
+def adler32_file(path: Path, check: Callable[[], None], window: Window | None = None) -> int:
+    """The Adler-32 of a file, or of a part of it, read once; as ``sha256_file``."""
+    return _sum_file(path, check, window, adler.adler32, adler.START)
+
+
+def crc32_file(path: Path, check: Callable[[], None], window: Window | None = None) -> int:
+    """The CRC-32 of a file, or of a part of it, read once; as ``sha256_file``."""
+    return _sum_file(path, check, window, zlib.crc32, 0)
+
+
+def _sum_file(
+    path: Path,
+    check: Callable[[], None],
+    window: Window | None,
+    add: Callable[[bytes, int], int],
+    total: int,
+) -> int:
+    fd = open_file(path)
+    try:
+        place, left = window or (0, os.fstat(fd).st_size)
+        while part := os.pread(fd, min(CHUNK, left), place):
+            check()
+            total = add(part, total)
+            place, left = place + len(part), left - len(part)
+    finally:
+        os.close(fd)
+    return total
+
+
+def open_proven(
+    directory: Path, point: RestorePoint, disk: DiskPoint, check: Callable[[], None]
+) -> IndexedLayer:
+    """The layer of one disk in one point, everything but the blocks themselves proven.
+
+    Raises IntegrityError: a file missing or of the wrong size, an index other than the one that
+    the manifest vouches for.
+    """
+    where: dict[str, object] = {"disk": disk.target, "point": point.id}
+    stream_path = directory / disk.file
+    index_path = directory / disk.index.name
+    check_size(stream_path, disk.file_size, **where)
+    check_size(index_path, disk.index.size, **where)
+    if sha256_file(index_path, check, **where) != disk.index.sha256:
+        raise IntegrityError(
+            "index is damaged: its SHA-256 does not match", file=index_path, **where
+        )
+    layer = IndexedLayer(stream_path, index_path, whole=disk.mode == "full", **where)
+    header = layer.index.header
+    wanted = (disk.size, disk.compressed, disk.layout is Layout.RAW)
+    if (header.disk_size, header.compressed, header.raw) != wanted:
+        layer.close()
+        raise IntegrityError("index and manifest disagree", file=index_path, **where)
+    return layer
+
+
+def read_checksum(path: Path) -> int:
+    """The number in a checksum file (decimal Adler-32 of the stream beside it).
+
+    Raises IntegrityError if it is missing or no such number.
+    """
+    fd = open_file(path)
+    try:
+        text = os.read(fd, 64).strip()
+    finally:
+        os.close(fd)
+    if not text.isdigit() or len(text) > 10:
+        raise IntegrityError("checksum file holds no number", file=path)
+    return int(text)

@@ -1,0 +1,184 @@
+"""Opening a set, whoever wrote it, for all that only reads: list, verify, restore, map, boot."""
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from nbdbackupd.errors import ChainBrokenError, IntegrityError
+from nbdbackupd.format import stream
+from nbdbackupd.model.chain import BackupSet, DiskMode, DiskPoint, Layout, RestorePoint
+from nbdbackupd.ops.sets import layers as layering
+from nbdbackupd.ops.sets.frames import FrameCache
+from nbdbackupd.ops.sets.layers import Layer, RawLayer, ScannedLayer
+from nbdbackupd.repo import layout, peer, peer_points
+from nbdbackupd.repo.peer_place import Place
+from nbdbackupd.repo.repository import Repository
+
+MAX_MEMBER: Final = 1 << 30
+"""Bytes of a file beside the streams (an initrd) that is taken out of an archive."""
+
+
+class Unpacked:
+    """A private directory, removed with the last who knows it, or by ``remove``, also twice."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="nbdbackup-"))
+        self.remove = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenedSet:
+    """A set whose points and links are proven; ``known`` holds them.
+
+    ``problems`` tell what of the set is not sound, ``hints`` what else should be known, a line
+    each. ``peer``: virtnbdbackup wrote it, and no manifest of ours vouches for it; then digests
+    are empty. ``place`` is where its streams are: of an archive, ``path`` is a directory with its
+    small files, which lives as long as this object or until ``close``.
+    """
+
+    path: Path
+    known: BackupSet
+    problems: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+    peer: bool = False
+    place: Place | None = None
+    unpacked: Unpacked | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Problems and hints alike."""
+        return (*self.problems, *self.hints)
+
+    def close(self) -> None:
+        """Remove what was taken out of an archive: ``path`` is gone then. Safe to call twice."""
+        if self.unpacked is not None:
+            self.unpacked.remove()
+
+    def layers(
+        self,
+        point: RestorePoint,
+        target: str,
+        stack: ExitStack,
+        check: Callable[[], None],
+        *,
+        deep: bool = False,
+    ) -> tuple[Layer, ...]:
+        """What one disk of a point is made of, newest first; all but the blocks is proven.
+
+        ``stack`` owns the open files, ``check`` is called now and then and may raise. ``deep``: of
+        a peer's set the checksums of whole files, too, as nothing else vouches for plain blocks.
+        Raises RepositoryError if the point does not hold the disk, ChainBrokenError, FormatError,
+        IntegrityError.
+        """
+        cache = FrameCache()
+        found: list[Layer] = []
+        for each in self.known.path(point, target):
+            disk = each.disk(target)
+            if self.place is not None:
+                layer = open_peer(self.place, each, disk, check, deep=deep)
+            else:
+                layer = layering.open_proven(self.path, each, disk, check)
+            layer.frames = cache
+            found.append(stack.enter_context(layer))
+        return tuple(found)
+
+
+def open_set(path: Path, *, sound: bool = False) -> OpenedSet:
+    """Read and prove what the set says of itself.
+
+    With ``sound`` only what is sound, with a warning for the rest: which point is the newest, or
+    the newest at a time, can't be told then. Raises RepositoryError if the path is no directory
+    or can't be read, FormatError, IntegrityError or ChainBrokenError for a damaged set.
+    """
+    place = peer.place_of(path)
+    if place is not None and peer.is_peer(place):
+        return _open_peer_set(path, place, sound=sound)
+    repository = Repository.open(path)
+    if sound:
+        known, problems = repository.load_sound()
+        return OpenedSet(path=path, known=known, problems=problems)
+    return OpenedSet(path=path, known=repository.load())
+
+
+def _open_peer_set(path: Path, place: Place, *, sound: bool) -> OpenedSet:
+    found = peer_points.build(peer.read_files(place))
+    if found.problems and not sound:
+        more = len(found.problems) - 1
+        rest = f" (and {more} more problem{'s' * (more > 1)})" if more else ""
+        raise ChainBrokenError(f"{path}: {found.problems[0]}{rest}")
+    unpacked = None
+    if not path.is_dir():
+        unpacked = Unpacked()
+        try:
+            for file in {file for point in found.known.points for file in point.files}:
+                data = place.read_small(file.name, max(peer.MAX_FILE, min(file.size, MAX_MEMBER)))
+                (unpacked.path / file.name).write_bytes(data)
+        except BaseException:
+            unpacked.remove()
+            raise
+    return OpenedSet(
+        path=unpacked.path if unpacked else path,
+        known=found.known, problems=found.problems, hints=found.warnings, peer=True,
+        place=place, unpacked=unpacked,
+    )  # fmt: skip
+
+
+def open_peer(
+    place: Place,
+    point: RestorePoint,
+    disk: DiskPoint,
+    check: Callable[[], None],
+    *,
+    deep: bool,
+) -> Layer:
+    """The layer of one disk in a point of a peer's set, its frames walked once.
+
+    Raises IntegrityError, FormatError.
+    """
+    where: dict[str, object] = {"disk": disk.target, "point": point.id}
+    path, window = place.file(disk.file), place.window(disk.file)
+    if window is None:
+        layering.check_size(path, disk.file_size, **where)
+    if deep:
+        check_sum(place, disk, check, where)
+    if disk.layout is Layout.RAW:
+        return RawLayer(path, **where)
+    meta = stream.read_meta(path, window)
+    if (meta.disk_name, meta.virtual_size) != (disk.target, disk.size) or meta.incremental != (
+        disk.mode is DiskMode.DELTA
+    ):
+        raise IntegrityError("the stream has changed since the set was read", file=path, **where)
+    layer = ScannedLayer(path, meta, window)
+    try:
+        for _ in layer.records():
+            check()
+    except BaseException:
+        layer.close()
+        raise
+    return layer
+
+
+def check_sum(
+    place: Place, disk: DiskPoint, check: Callable[[], None], where: dict[str, object]
+) -> bool:
+    """Prove a file by the peer's checksum beside it or the archive's; whether there is one.
+
+    Raises IntegrityError.
+    """
+    told = peer.read_checksum(place, layout.checksum(disk.file))
+    path, window = place.file(disk.file), place.window(disk.file)
+    crc = place.crc(disk.file)
+    if crc is not None and crc != layering.crc32_file(path, check, window):
+        raise IntegrityError(
+            f"archive is damaged: the CRC-32 of {disk.file} does not match", file=path, **where
+        )
+    if told is None:
+        return crc is not None
+    if told != layering.adler32_file(path, check, window):
+        raise IntegrityError("file is damaged: its Adler-32 does not match", file=path, **where)
+    return True
