@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     shared = _global_options()
     parser = argparse.ArgumentParser(
         prog="nbdbackupctl",
-        description="Back up libvirt/QEMU domains while they run, and restore them bit for bit.",
+        description="Back up libvirt/QEMU domains, running or off, and restore them bit for bit.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[shared],

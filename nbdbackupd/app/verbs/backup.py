@@ -37,7 +37,7 @@ says comes from there, too; programs of the configuration are not run, see the v
 def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
     """Add the verb."""
     parser = subparsers.add_parser(
-        "backup", help="save a running domain", description=DESCRIPTION,
+        "backup", help="save a domain, running or off", description=DESCRIPTION,
         parents=[shared], allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
