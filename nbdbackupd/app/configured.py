@@ -57,7 +57,7 @@ def settings_of(
     asking = needs_libvirt(name, configuration)
     if not asking:
         return name, "", settings_for(name, "", {}, configuration)
-    from nbdbackupd.ops.saving import domains
+    from nbdbackupd.ops.domain import domains
 
     try:
         with connected(configuration, context).connection() as connection:

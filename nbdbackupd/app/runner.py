@@ -126,7 +126,7 @@ def run(wish: Wish, context: Context, watch: Watch) -> RunReport:
 def _find_and_run(wish: Wish, context: Context, watch: Watch) -> RunReport:
     from nbdbackupd.app.config.matching import is_uuid
     from nbdbackupd.app.config.settings import global_settings
-    from nbdbackupd.ops.saving import domains
+    from nbdbackupd.ops.domain import domains
     from nbdbackupd.virt.domain import Domain
 
     configuration = configured.read(context).require_sound()

@@ -14,7 +14,7 @@ from nbdbackupd.model.access import Account
 from nbdbackupd.model.finding import Area, Finding, Notes, Severity, worst
 from nbdbackupd.ops.checking import check_access, check_request
 from nbdbackupd.ops.checking.check import CheckReport
-from nbdbackupd.ops.saving import locks
+from nbdbackupd.ops.domain import locks
 
 OWNER, GROUP, OTHER = 65001, 65002, 65003
 

@@ -28,7 +28,7 @@ REPORTS: Final = {
     ],
     "restore": [
         ("ops/restoring/restore_request.py", "to_json"),
-        ("ops/defining/definer.py", "to_json"),
+        ("ops/restoring/definer.py", "to_json"),
     ],
     "mount": [("ops/browsing/mount.py", "to_json"), ("model/file_systems.py", "to_json")],
     "unmount": [("app/verbs/mount.py", "run_unmount")],
@@ -47,7 +47,7 @@ REPORTS: Final = {
     ],
     "unmap": [("app/verbs/mapping.py", "run_unmap")],
     "verify": [
-        ("ops/proving/verify.py", "to_json"),
+        ("ops/proving/verify_request.py", "to_json"),
         ("ops/proving/findings.py", "to_json"),
         ("app/verbs/verify.py", "_document"),
         ("ops/instant/boot_test.py", "to_json"),

@@ -194,7 +194,7 @@ def _request(
     name, directory = args.domain, args.output
     if configuration is not None:
         from nbdbackupd.app.config.settings import request_fields
-        from nbdbackupd.ops.saving import domains
+        from nbdbackupd.ops.domain import domains
 
         domain = domains.find(connection, args.domain, context.runtime_dir.absolute())
         found = configured.settings_of_domain(domain, configuration)

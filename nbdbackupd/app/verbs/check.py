@@ -28,7 +28,7 @@ EXIT: Final = {"ok": 0, "warn": 3, "fail": 20}
 COLOURS: Final = {"ok": "32", "warn": "33", "fail": "1;31"}
 WIDTH: Final = 100
 GAP: Final = "        "
-SURVEY_LOGGER: Final = "nbdbackupd.ops.saving.survey"
+SURVEY_LOGGER: Final = "nbdbackupd.ops.domain.survey"
 
 
 def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:

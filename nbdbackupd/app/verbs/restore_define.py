@@ -12,7 +12,7 @@ from nbdbackupd.errors import DomainError, UsageError
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.defining.adjust import Adjuster
-    from nbdbackupd.ops.defining.definer import Definition
+    from nbdbackupd.ops.restoring.definer import Definition
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

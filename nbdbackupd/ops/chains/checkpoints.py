@@ -22,9 +22,9 @@ from nbdbackupd.model.naming import point_of, tag_of, tag_of_chain
 from nbdbackupd.model.reconcile import WHY, Entry, KnownChain, Plan, drop, reconcile
 from nbdbackupd.ops.chains import leftovers, reconciling
 from nbdbackupd.ops.chains.reconciling import Done, Known
-from nbdbackupd.ops.saving import domains
-from nbdbackupd.ops.saving.sources import images_of
-from nbdbackupd.ops.saving.survey import Looked, look
+from nbdbackupd.ops.domain import domains
+from nbdbackupd.ops.domain.images import images_of
+from nbdbackupd.ops.domain.survey import Looked, look
 from nbdbackupd.repo.repository import Repository
 from nbdbackupd.repo.state import Record, State
 from nbdbackupd.virt import jobs

@@ -17,7 +17,7 @@ from typing import Final
 
 from nbdbackupd import durable, events
 from nbdbackupd.errors import FormatError
-from nbdbackupd.ops.saving import locks
+from nbdbackupd.ops.domain import locks
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Intent
 from nbdbackupd.repo.repository import Repository

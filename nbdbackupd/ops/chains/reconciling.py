@@ -34,7 +34,7 @@ from nbdbackupd.model.reconcile import (
     reconcile,
     removal,
 )
-from nbdbackupd.ops.saving.survey import Looked
+from nbdbackupd.ops.domain.survey import Looked
 from nbdbackupd.qemu import bitmaps
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.repository import Repository

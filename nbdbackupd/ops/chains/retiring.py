@@ -10,7 +10,7 @@ from nbdbackupd.errors import GaveWayError, NbdbackupError
 from nbdbackupd.model.naming import tag_of, tag_of_chain
 from nbdbackupd.ops.chains import checkpoints
 from nbdbackupd.ops.chains.checkpoints import CheckpointsRequest
-from nbdbackupd.ops.saving import domains
+from nbdbackupd.ops.domain import domains
 from nbdbackupd.ops.sets.sets import sets_of
 from nbdbackupd.repo.state import State
 from nbdbackupd.virt import checkpoints as virt_checkpoints

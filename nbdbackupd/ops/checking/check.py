@@ -13,7 +13,7 @@ from nbdbackupd.errors import NbdbackupError
 from nbdbackupd.model.finding import Area, Finding, Notes, Severity, worst
 from nbdbackupd.ops.checking import check_access, check_domain, check_host, check_runs, check_set
 from nbdbackupd.ops.checking.check_request import CheckRequest, Patient
-from nbdbackupd.ops.saving.survey import look
+from nbdbackupd.ops.domain.survey import look
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
 

@@ -11,7 +11,7 @@ from nbdbackupd.model.selection import ImageFacts, select_disks
 from nbdbackupd.model.units import human_size
 from nbdbackupd.ops.checking import check_set
 from nbdbackupd.ops.checking.check_request import Patient
-from nbdbackupd.ops.saving.survey import LOCAL_TYPES
+from nbdbackupd.ops.domain.survey import LOCAL_TYPES
 from nbdbackupd.qemu import image
 from nbdbackupd.virt import features, guest
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.ops.chains import leftovers
-from nbdbackupd.ops.saving.locks import holder
-from nbdbackupd.ops.saving.survey import Looked
+from nbdbackupd.ops.domain.locks import holder
+from nbdbackupd.ops.domain.survey import Looked
 from nbdbackupd.repo import layout
 from nbdbackupd.virt.domain import Domain
 

@@ -20,8 +20,8 @@ from nbdbackupd.model.definition import Adapted, Changes, NewDisk
 from nbdbackupd.model.definition_devices import Entropy
 from nbdbackupd.model.hostpaths import PathUse
 from nbdbackupd.ops.defining import vtpm
-from nbdbackupd.ops.defining.definer import Definition, Planned
 from nbdbackupd.ops.restoring import output_names, restore_files
+from nbdbackupd.ops.restoring.definer import Definition, Planned
 from nbdbackupd.ops.restoring.restore_files import FileCopy
 from nbdbackupd.ops.sets import layers
 

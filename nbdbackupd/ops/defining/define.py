@@ -15,8 +15,9 @@ from nbdbackupd.errors import DomainError, NbdbackupError
 from nbdbackupd.model import definition as model
 from nbdbackupd.model.definition import Adapted, Changes
 from nbdbackupd.model.definition_devices import Entropy
-from nbdbackupd.ops.defining import adjust, define_paths, vtpm
+from nbdbackupd.ops.defining import adjust, vtpm
 from nbdbackupd.ops.defining.adjust import Adjuster, DefineRequest, State
+from nbdbackupd.ops.restoring import define_paths
 from nbdbackupd.virt import definition as virt
 from nbdbackupd.virt.connection import Connection
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from nbdbackupd import durable
 from nbdbackupd.errors import BusyError, FormatError, RepositoryError, UnsupportedVersionError
-from nbdbackupd.ops.saving import locks
+from nbdbackupd.ops.domain import locks
 from nbdbackupd.repo import layout
 
 log = logging.getLogger(__name__)

@@ -18,11 +18,11 @@ from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.ops.defining import adjust, vtpm
 from nbdbackupd.ops.defining.adjust import DefineRequest, State
 from nbdbackupd.ops.defining.define import DomainDefiner
-from nbdbackupd.ops.defining.definer import Planned, PlannedDisk
 from nbdbackupd.ops.instant import boot_images
 from nbdbackupd.ops.instant.boot_images import FinalImage
 from nbdbackupd.ops.instant.boot_record import BootDisk, BootRecord, Phase, Places
 from nbdbackupd.ops.restoring import restore_files
+from nbdbackupd.ops.restoring.definer import Planned, PlannedDisk
 from nbdbackupd.ops.restoring.restore_files import FileCopy
 from nbdbackupd.ops.serving import map as mapping
 from nbdbackupd.ops.serving.map import MapRequest

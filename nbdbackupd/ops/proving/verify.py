@@ -8,9 +8,8 @@ What is found is returned, not raised: one damaged file must not hide the next.
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from nbdbackupd import durable
 from nbdbackupd import log as runlog
@@ -27,51 +26,17 @@ from nbdbackupd.ops.proving.findings import Findings, Problem
 from nbdbackupd.ops.proving.verify_blocks import Prover
 from nbdbackupd.ops.proving.verify_disk import DiskCheck
 from nbdbackupd.ops.proving.verify_peer import PeerCheck
+from nbdbackupd.ops.proving.verify_request import VerifyReport, VerifyRequest
 from nbdbackupd.ops.reporting import telling
 from nbdbackupd.ops.sets import layers, opened, points
 from nbdbackupd.repo import layout, peer
+
+__all__ = ["Progress", "VerifyReport", "VerifyRequest", "run"]
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 STREAM_SUFFIXES: Final = frozenset({".data", ".raw"})
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VerifyRequest:
-    """Which set; ``point`` (an id) restricts to that point and what its disks are made of."""
-
-    path: Path
-    point: str = ""
-    workers: int = 2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VerifyReport:
-    """What was looked at, and what is wrong; ``checked_bytes`` of files.
-
-    ``warnings`` tell of a peer's set what nothing vouches for.
-    """
-
-    points: int
-    files: int
-    checked_bytes: int
-    problems: tuple[Problem, ...]
-    seconds: float
-    warnings: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as a JSON document, schema version 1."""
-        return {
-            "version": 1,
-            "sound": not self.problems,
-            "points": self.points,
-            "files": self.files,
-            "checked_bytes": self.checked_bytes,
-            "problems": [problem.to_json() for problem in self.problems],
-            "warnings": list(self.warnings),
-            "seconds": round(self.seconds, 3),
-        }
 
 
 def run(

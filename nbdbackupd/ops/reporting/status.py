@@ -10,7 +10,7 @@ from nbdbackupd.errors import FormatError, NbdbackupError
 from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.model.health import Facts, Health, Limits, Verdict, age_text, judge
 from nbdbackupd.model.units import human_size
-from nbdbackupd.ops.saving.locks import DOMAIN_LOCK, holder
+from nbdbackupd.ops.domain.locks import DOMAIN_LOCK, holder
 from nbdbackupd.ops.sets.catalog import stored_bytes
 from nbdbackupd.ops.sets.sets import DomainSet, sets_of
 from nbdbackupd.repo import boot_tests, layout

@@ -13,8 +13,8 @@ from nbdbackupd.ops.sets import catalog
 if TYPE_CHECKING:
     import logging
 
-    from nbdbackupd.ops.proving.verify import VerifyReport
-    from nbdbackupd.ops.restoring.restore import RestoreReport
+    from nbdbackupd.ops.proving.verify_request import VerifyReport
+    from nbdbackupd.ops.restoring.restore_request import RestoreReport
     from nbdbackupd.ops.saving.backup_request import BackupReport
 
 

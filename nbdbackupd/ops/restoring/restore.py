@@ -18,9 +18,9 @@ from nbdbackupd import durable
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import BusyError, GaveWayError, NbdbackupError, UsageError
 from nbdbackupd.nbdio.throttle import Throttle
-from nbdbackupd.ops.defining.definer import Definer, Definition, Planned, PlannedDisk
 from nbdbackupd.ops.reporting import telling
 from nbdbackupd.ops.restoring import restore_files, restore_plan, restore_work, sites
+from nbdbackupd.ops.restoring.definer import Definer, Definition, Planned, PlannedDisk
 from nbdbackupd.ops.restoring.replaced import resemble
 from nbdbackupd.ops.restoring.restore_plan import Placement, Plan
 from nbdbackupd.ops.restoring.restore_request import (

@@ -17,14 +17,14 @@ from nbdbackupd.model.chain import DiskPoint, RestorePoint
 from nbdbackupd.model.domain import Disk
 from nbdbackupd.model.hostpaths import PathUse
 from nbdbackupd.ops.chains import leftovers
-from nbdbackupd.ops.defining import define_paths
+from nbdbackupd.ops.domain.images import images_of
+from nbdbackupd.ops.domain.survey import Looked, look
+from nbdbackupd.ops.restoring import define_paths
 from nbdbackupd.ops.restoring.replaced import ReplacedImage
 from nbdbackupd.ops.restoring.restore_files import FileCopy
 from nbdbackupd.ops.restoring.restore_options import Choice
 from nbdbackupd.ops.restoring.restore_plan import Placement, about_disk
 from nbdbackupd.ops.restoring.sites import BlockDevice, Site, room
-from nbdbackupd.ops.saving import sources
-from nbdbackupd.ops.saving.survey import Looked, look
 from nbdbackupd.source import untouched
 from nbdbackupd.virt import definition
 from nbdbackupd.virt.connection import Connection
@@ -69,7 +69,7 @@ class InPlace(Placement):
             durable.Lock(directory / leftovers.LOCK, owner=f"restore of {domain.name} in place")
         )
         held = stack.enter_context(
-            sources.images_of(domain, self._runtime_dir, self._run_id, self._cancelled)
+            images_of(domain, self._runtime_dir, self._run_id, self._cancelled)
         )
         if held is None:
             raise DomainError(

@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from nbdbackupd.ops.defining.definer import Definition
+from nbdbackupd.ops.restoring.definer import Definition
 
 Progress = Callable[[str, int, int], None]
 """Gets a disk's target, its guest bytes done, and its size; from any thread."""

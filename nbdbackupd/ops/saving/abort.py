@@ -9,7 +9,7 @@ from typing import Any
 from nbdbackupd import durable, events
 from nbdbackupd import log as runlog
 from nbdbackupd.ops.chains import leftovers
-from nbdbackupd.ops.saving import domains
+from nbdbackupd.ops.domain import domains
 from nbdbackupd.source import paused_start, sweep
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.connection import Connection

@@ -16,12 +16,14 @@ from nbdbackupd import log as runlog
 from nbdbackupd.errors import CheckpointError, RepositoryError
 from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint, effective_level
 from nbdbackupd.ops.chains import foreign, leftovers, reconciling
+from nbdbackupd.ops.domain import domains
+from nbdbackupd.ops.domain.images import images_of
+from nbdbackupd.ops.domain.survey import Survey, Wish, look, survey_domain
 from nbdbackupd.ops.reporting import telling
-from nbdbackupd.ops.saving import domains, recording
+from nbdbackupd.ops.saving import recording
 from nbdbackupd.ops.saving.backup_job import Job
 from nbdbackupd.ops.saving.backup_request import BackupReport, BackupRequest
-from nbdbackupd.ops.saving.sources import changed_bytes, images_of
-from nbdbackupd.ops.saving.survey import Survey, Wish, look, survey_domain
+from nbdbackupd.ops.saving.sources import changed_bytes
 from nbdbackupd.repo.repository import Repository
 from nbdbackupd.repo.state import State
 from nbdbackupd.source.lease import Lease

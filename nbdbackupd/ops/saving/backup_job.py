@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint
 from nbdbackupd.model.naming import checkpoint_prefix
+from nbdbackupd.ops.domain.survey import Survey
 from nbdbackupd.ops.saving.backup_request import BackupRequest
-from nbdbackupd.ops.saving.survey import Survey
 from nbdbackupd.repo.repository import Repository
 from nbdbackupd.source.lease import Lease
 from nbdbackupd.virt.domain import Domain

@@ -11,8 +11,9 @@ from nbdbackupd.errors import CheckpointError, RepositoryError
 from nbdbackupd.model.chain import Level, RestorePoint
 from nbdbackupd.model.selection import BY_REQUEST
 from nbdbackupd.ops.chains import leftovers
-from nbdbackupd.ops.saving.sources import changed_bytes, images_of
-from nbdbackupd.ops.saving.survey import Survey, Wish, survey_domain
+from nbdbackupd.ops.domain.images import images_of
+from nbdbackupd.ops.domain.survey import Survey, Wish, survey_domain
+from nbdbackupd.ops.saving.sources import changed_bytes
 from nbdbackupd.repo.repository import Repository
 from nbdbackupd.source import running
 from nbdbackupd.source.lease import Lease
