@@ -93,12 +93,15 @@ class PeerFiles:
 
 
 def is_peer(place: Place) -> bool:
-    """Whether a place holds streams named as virtnbdbackup names them, and no manifest.
+    """Whether a place holds streams named as virtnbdbackup names them, and no manifest or draft.
 
-    Raises RepositoryError if it can't be read.
+    A draft: streams of ours that have got their names are no point before the manifest has, and
+    the next run removes them. Raises RepositoryError if it can't be read.
     """
     points = place.path / layout.POINTS
     with durable.translate_os_errors("read", points):
+        if place.path.is_dir() and any(place.path.glob(f"{layout.DRAFT_PREFIX}*")):
+            return False
         if points.is_dir() and any(
             each.suffix == layout.MANIFEST_SUFFIX for each in points.iterdir()
         ):
