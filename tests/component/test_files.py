@@ -365,6 +365,9 @@ def test_each_way_a_mount_ends(world: World, tmp_path: Path, tool: str, how: str
     with world.ctl.start("mount", *options, world.set, at) as process:
         waited(lambda: any(str(at) in line for line in mounts()))
         waited((at / "late").exists)
+        # who unmounts it before we have seen it there ends a program that failed to mount
+        assert process.stdout is not None
+        assert process.stdout.readline()
         if how == "fusermount3":
             unmount = ["umount", str(at)] if tool == "kernel" else ["fusermount3", "-u", str(at)]
             subprocess.run(unmount, check=True, timeout=SECONDS)
