@@ -75,7 +75,7 @@ def timed(argv: Sequence[str | Path], environment: dict[str, str] | None = None)
 
 def verdict(value: float, goal: float) -> str:
     """Return whether a value that should be small is small enough."""
-    return f"goal {goal:g}: {'met' if value <= goal else 'MISSED'}"
+    return f"goal {goal:.3g}: {'met' if value <= goal else 'MISSED'}"
 
 
 def print_ratio(what: str, ours: Series, other: Series, goal: float | None) -> None:
