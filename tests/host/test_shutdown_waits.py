@@ -41,9 +41,9 @@ def delays(appliance: Appliance) -> list[str]:
     return [" ".join(line.split()) for line in told.splitlines() if line.split()[-1] == "delay"]
 
 
-def test_the_shutdown_waits_for_a_run_but_not_for_good(appliance: Appliance, suite: str) -> None:
-    if suite != BOOKWORM:
-        pytest.skip("the same systemd-logind, and two boots")
+# once: systemd-logind is the same in all releases, and this takes two boots
+@pytest.mark.parametrize("suite", [BOOKWORM], indirect=True, scope="session")
+def test_the_shutdown_waits_for_a_run_but_not_for_good(appliance: Appliance) -> None:
     host = appliance.host
     host.write(CONFIGURATION, f"[Login]\nInhibitDelayMaxSec={BOUND_SECONDS}\n")
     host.run("systemctl", "restart", "systemd-logind")
