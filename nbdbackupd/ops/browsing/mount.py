@@ -252,7 +252,9 @@ def _checked(at: Path) -> Path:
     try:
         empty = not any(path.iterdir())
     except OSError as err:
-        raise UsageError(f"can't mount at {path}: {err.strerror}") from err
+        raise UsageError(
+            f"can't mount at {path}: {err.strerror}; give an empty directory that exists"
+        ) from err
     if not empty:
         raise UsageError(f"{path} is not empty: its files could not be seen, give another one")
     return path
