@@ -241,6 +241,25 @@ class Lock:
         return f"{self.path} is locked{waited} by {holder(self.path)}; try later, or use --wait"
 
 
+def is_locked(path: Path, *, shared: bool = True) -> bool:
+    """Whether somebody holds a lock on a file that forbids a ``shared`` one, or else any lock.
+
+    It is tried, and held for that moment. A file that is missing is not locked. Raises OSError.
+    """
+    try:
+        access = os.O_RDONLY if shared else os.O_RDWR  # NFS wants that
+        fd = os.open(path, access | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 def holder(path: Path) -> str:
     """Who holds a lock, as "process 123 (backup of vm1)", for messages."""
     try:

@@ -1,7 +1,9 @@
 """Values on the command line, for argparse: what a verb's options accept."""
 
 import argparse
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from nbdbackupd.app import sizes
 
@@ -9,6 +11,27 @@ Arguments = argparse.Namespace
 
 LEAST_RATE = 64 << 10
 """Bytes per second: slower than this a single block of a disk would take minutes."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A verb's parser; ``takes_any_order`` lets options stand between positional arguments.
+
+    Before 3.12.7 argparse takes a positional argument that may be left out for absent when an
+    option follows, unless it is asked to intermix them.
+    """
+
+    takes_any_order = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See argparse."""
+        if not self.takes_any_order:
+            return super().parse_known_args(args, namespace)
+        # to intermix calls this method itself
+        self.takes_any_order = False
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.takes_any_order = True
 
 
 def size(text: str) -> int:
@@ -68,6 +91,30 @@ def names(text: str) -> tuple[str, ...]:
     if not found:
         raise argparse.ArgumentTypeError("expected names with commas between them")
     return found
+
+
+def moment(text: str) -> datetime:
+    """RFC 3339, or local time without a zone, for argparse."""
+    try:
+        parsed = datetime.fromisoformat(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(
+            f"not a time: {text!r} (examples: 2026-01-31T23:59:59Z, '2026-01-31 23:59')"
+        ) from err
+    return parsed.astimezone(UTC)
+
+
+def add_point(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """Add the options that choose a point of a set; returned for others that exclude them."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--point", metavar="ID", help="the point (default: the newest)")
+    which.add_argument("--until", metavar="CHECKPOINT", help="the point that made this checkpoint")
+    which.add_argument(
+        "--at", metavar="TIME", type=moment,
+        help="the newest point made at this time or before (2026-01-31T23:59:59Z, or local time: "
+        "'2026-01-31 23:59')",
+    )  # fmt: skip
+    return which
 
 
 def add_checkpoint_dir(group: argparse._ActionsContainer) -> None:

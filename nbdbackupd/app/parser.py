@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nbdbackupd import __version__
 from nbdbackupd.app import verbs
+from nbdbackupd.app.arguments import Parser
 
 EPILOG = """\
 exit status:
@@ -29,7 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"nbdbackupctl {__version__}")
-    subparsers = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    subparsers = parser.add_subparsers(
+        title="verbs", metavar="VERB", required=True, parser_class=Parser
+    )
     for verb in verbs.ALL:
         verb.register(subparsers, shared)
     return parser

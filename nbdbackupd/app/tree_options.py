@@ -1,15 +1,13 @@
 """Options of the verbs that read files of a point: which set, point, disk, file system."""
 
-import argparse
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from nbdbackupd.app import named, tables
-from nbdbackupd.app.arguments import Arguments, names
+from nbdbackupd.app.arguments import Arguments, Parser, add_point, names
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size
-from nbdbackupd.app.verbs.restore import moment
 
 if TYPE_CHECKING:
     from nbdbackupd.model.file_systems import FileSystem
@@ -20,18 +18,13 @@ log = logging.getLogger(__name__)
 TOOLS: Final = ("fuse2fs", "grub-mount", "guestmount")
 
 
-def add(parser: argparse.ArgumentParser) -> None:
+def add(parser: Parser) -> None:
     """Add the options."""
-    _take_any_order(parser)
+    parser.takes_any_order = True
     parser.add_argument(
         "-d", "--disk", metavar="DISKS", type=names, default=(), help="only this disk (vda)"
     )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--point", metavar="ID", help="the point (default: the newest)")
-    which.add_argument("--until", metavar="CHECKPOINT", help="the point that made this checkpoint")
-    which.add_argument(
-        "--at", metavar="TIME", type=moment, help="the newest point made at this time or before"
-    )
+    add_point(parser)
     parser.add_argument(
         "-p", "--partition", metavar="N", default="",
         help="number of the partition, or logical volume as GROUP/NAME (default: the only one)",
@@ -48,25 +41,6 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--replay", action="store_true",
         help="replay the file system's journal first, on a copy that is thrown away",
     )  # fmt: skip
-
-
-def _take_any_order(parser: argparse.ArgumentParser) -> None:
-    """Let options stand between positional arguments.
-
-    Before 3.12.7 argparse takes a positional argument that may be left out for absent when an
-    option follows, unless it is called as here.
-    """
-    plain = parser.parse_known_args
-
-    def parse(args: Any = None, namespace: Any = None) -> Any:
-        # it calls the plain one itself
-        parser.parse_known_args = plain  # type: ignore[method-assign]
-        try:
-            return parser.parse_known_intermixed_args(args, namespace)
-        finally:
-            parser.parse_known_args = parse  # type: ignore[method-assign]
-
-    parser.parse_known_args = parse  # type: ignore[method-assign]
 
 
 def request(args: Arguments, context: Context) -> "MountRequest":

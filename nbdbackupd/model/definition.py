@@ -140,7 +140,7 @@ def parse(xml: str) -> ET.Element:
     Raises DomainError.
     """
     try:
-        for _, (prefix, uri) in ET.iterparse(StringIO(xml), events=["start-ns"]):  # noqa: S314
+        for _, (prefix, uri) in ET.iterparse(StringIO(xml), events=["start-ns"]):  # noqa: S314 - as below
             if prefix and not re.fullmatch(r"ns\d+", prefix):
                 ET.register_namespace(prefix, uri)
         root = ET.fromstring(xml)  # noqa: S314 - libvirt's own, digest-checked by the set

@@ -314,17 +314,7 @@ def _current(directory: Path) -> Holder | None:
 
 def _is_free(directory: Path) -> bool:
     """Whether no child has images open: then the exclusive lock can be had."""
-    try:
-        fd = os.open(directory / IMAGES, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(fd)
-    return True
+    return not durable.is_locked(directory / IMAGES, shared=False)
 
 
 def _mtime(path: Path) -> int:

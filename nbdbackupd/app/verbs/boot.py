@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdbackupd.app import named, signals
-from nbdbackupd.app.arguments import Arguments, rate, size
+from nbdbackupd.app.arguments import Arguments, add_point, rate, size
 from nbdbackupd.app.context import Context, now
-from nbdbackupd.app.verbs.restore import moment
 from nbdbackupd.errors import DomainError, Interrupted, UsageError
 
 if TYPE_CHECKING:
@@ -38,12 +37,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         parents=[shared], allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("source", metavar="SOURCE", type=Path, nargs="?", help=named.HELP)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--point", metavar="ID", help="the point (default: the newest)")
-    which.add_argument("--until", metavar="CHECKPOINT", help="the point that made this checkpoint")
-    which.add_argument(
-        "--at", metavar="TIME", type=moment, help="the newest point made at this time or before"
-    )
+    add_point(parser)
     parser.add_argument(
         "--name", metavar="NAME", help="name of the domain (default: boot_ and the original's)"
     )

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdbackupd.app import named, signals
-from nbdbackupd.app.arguments import Arguments, names, size
+from nbdbackupd.app.arguments import Arguments, add_point, names, size
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size
-from nbdbackupd.app.verbs.restore import moment
 from nbdbackupd.errors import RepositoryError, UsageError
 
 if TYPE_CHECKING:
@@ -72,12 +71,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--point", metavar="ID", help="the point (default: the newest)")
-    which.add_argument("--until", metavar="CHECKPOINT", help="the point that made this checkpoint")
-    which.add_argument(
-        "--at", metavar="TIME", type=moment, help="the newest point made at this time or before"
-    )
+    which = add_point(parser)
     which.add_argument(
         "--sequence", metavar="FILES", type=names, default=(),
         help="these stream files of one disk by hand, oldest first, commas between them",

@@ -2,12 +2,11 @@
 
 import argparse
 import os
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbdbackupd.app import named, signals
-from nbdbackupd.app.arguments import Arguments, names, positive
+from nbdbackupd.app.arguments import Arguments, add_point, names, positive
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size, human_time
 from nbdbackupd.app.verbs import restore_define, restore_targets
@@ -34,14 +33,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         "-o", "--output", metavar="DIR", type=Path,
         help="directory for the images and the domain's XML",
     )  # fmt: skip
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--point", metavar="ID", help="the point (default: the newest)")
-    which.add_argument("--until", metavar="CHECKPOINT", help="the point that made this checkpoint")
-    which.add_argument(
-        "--at", metavar="TIME", type=moment,
-        help="the newest point made at this time or before (2026-01-31T23:59:59Z, or local time: "
-        "'2026-01-31 23:59')",
-    )  # fmt: skip
+    which = add_point(parser)
     which.add_argument(
         "--sequence", metavar="FILES", type=names, default=(),
         help="these stream files of one disk by hand, oldest first, commas between them",
@@ -60,17 +52,6 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
     restore_targets.add_arguments(parser)
     restore_define.add_arguments(parser)
     parser.set_defaults(run=run)
-
-
-def moment(text: str) -> datetime:
-    """RFC 3339, or local time without a zone, for argparse."""
-    try:
-        parsed = datetime.fromisoformat(text)
-    except ValueError as err:
-        raise argparse.ArgumentTypeError(
-            f"not a time: {text!r} (examples: 2026-01-31T23:59:59Z, '2026-01-31 23:59')"
-        ) from err
-    return parsed.astimezone(UTC)
 
 
 def run(args: Arguments, context: Context) -> int:

@@ -324,16 +324,9 @@ def _is_of(mount: files_fuse.Mount, home: Path) -> bool:
 
 def _is_held(path: Path) -> bool:
     try:
-        fd = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        return durable.is_locked(path / LOCK)
     except OSError:
         return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
 
 
 def _note(home: Path, at: Path, reader: Reader) -> None:

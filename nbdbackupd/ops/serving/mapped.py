@@ -201,7 +201,7 @@ def remove_socket(path: Path | None) -> None:
 
 def _sweep(top: Path) -> None:
     for path in top.iterdir():
-        if path.is_dir() and not _is_alive(path / LOCK):
+        if path.is_dir() and not durable.is_locked(path / LOCK):
             mapping = _read(path)
             for disk in mapping.disks if mapping else ():
                 if disk.device is not None:
@@ -224,24 +224,9 @@ def _read(path: Path) -> Mapping | None:
         return None
 
 
-def _is_alive(lock: Path) -> bool:
-    """Whether a process holds the lock; only under the gate, where nobody makes a new one."""
-    try:
-        fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
-
-
 def _wait(lock: Path, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
-    while _is_alive(lock):
+    while durable.is_locked(lock):
         if time.monotonic() > deadline:
             return False
         time.sleep(POLL_SECONDS)
