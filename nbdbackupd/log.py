@@ -54,7 +54,10 @@ Send = Callable[..., object]
 _NAME: Final = re.compile(r"[A-Z][A-Z0-9_]{0,63}", re.ASCII)
 _SECRET: Final = re.compile(r"PASS(WORD|PHRASE|WD)|SECRET|TOKEN|CREDENTIAL")
 
+MAX_WARNED: Final = 1000
+
 _hidden: set[str] = set()
+_warned: list[str] = []
 _context: contextvars.ContextVar[Mapping[str, object]] = contextvars.ContextVar("fields")
 
 
@@ -208,6 +211,26 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+class _WarnedHandler(logging.Handler):
+    """Remembers what was warned of, whether or not anybody was shown it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.setFormatter(_Formatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(_warned) < MAX_WARNED:
+            _warned.append(self.format(record))
+
+
+def warned() -> tuple[str, ...]:
+    """What was logged as a warning or worse since ``setup``: nothing of it goes with status 0.
+
+    The first thousand messages, oldest first.
+    """
+    return tuple(_warned)
+
+
 def setup(level: int, stream: TextIO, journal_stream: str = "", send: Send | None = None) -> None:
     """Send the package's log lines of ``level`` and above to a stream; replaces an earlier setup.
 
@@ -220,9 +243,10 @@ def setup(level: int, stream: TextIO, journal_stream: str = "", send: Send | Non
     for handler in list(logger.handlers):
         if getattr(handler, "is_setup", False):
             logger.removeHandler(handler)
-    handler = _handler(level, stream, journal_stream, send)
-    handler.__dict__["is_setup"] = True
-    logger.addHandler(handler)
+    _warned.clear()
+    for handler in (_handler(level, stream, journal_stream, send), _WarnedHandler()):
+        handler.__dict__["is_setup"] = True
+        logger.addHandler(handler)
     # The run's log tells the run's story even where the terminal is to be quiet.
     logger.setLevel(min(level, logging.INFO))
 
@@ -256,7 +280,7 @@ def to_journal(stream: TextIO, send: Send | None = None) -> bool:
         return False
     logger = logging.getLogger(ROOT)
     for handler in list(logger.handlers):
-        if getattr(handler, "is_setup", False):
+        if getattr(handler, "is_setup", False) and not isinstance(handler, _WarnedHandler):
             logger.removeHandler(handler)
     handler = _JournalHandler(found, stream)
     handler.__dict__["is_setup"] = True

@@ -9,12 +9,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from nbdbackupd import log
 from nbdbackupd.app import parser, streams
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import Interrupted, NbdbackupError
 
 JSON_VERSION = 1
+WARNED = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +55,9 @@ def _run(args: Arguments, context: Context) -> int:
     except Exception as err:  # noqa: BLE001 - the one place where bugs end
         traceback.print_exc()
         return _report(context, err, 1)
+    # a monitoring plugin's statuses mean something else
+    if log.warned() and not getattr(args, "nagios", False):
+        return code or WARNED
     return code
 
 

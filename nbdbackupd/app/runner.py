@@ -87,7 +87,7 @@ class RunReport:
     @property
     def exit_code(self) -> int:
         """The exit status of such a run."""
-        return WARNED if self.warnings else 0
+        return WARNED if self.warnings or runlog.warned() else 0
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1."""

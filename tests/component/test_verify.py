@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +26,9 @@ from nbdbackupd.ops.proving.findings import MAX_PER_FILE
 from nbdbackupd.ops.proving.verify import VerifyReport, VerifyRequest
 from nbdbackupd.ops.restoring import restore
 from nbdbackupd.ops.restoring.restore import RestoreRequest
+from nbdbackupd.repo import layout
 from tests.lib import sets
+from tests.lib.ctl import Ctl
 from tests.lib.sets import Change, SetBuilder
 
 pytestmark = pytest.mark.component
@@ -287,6 +290,20 @@ def test_what_a_draft_is_about_to_publish_is_no_damage(tmp_path: Path) -> None:
     draft.mkdir()
     (made.path / "points/000003-point3.json").rename(draft / "manifest.json")
     assert check(made.path).problems == ()
+
+
+def test_a_draft_that_cannot_be_read_is_status_3(tmp_path: Path) -> None:
+    """W-1: no line "warning" with status 0, from whichever depth it comes."""
+    made = built(tmp_path / "set", "plain")
+    draft = made.path / f"{layout.DRAFT_PREFIX}{'a' * 8}" / layout.DRAFT_MANIFEST
+    draft.parent.mkdir()
+    draft.write_bytes(b"no manifest")
+    ctl = Ctl("test:///default", tmp_path)
+    told = ctl("verify", made.path, code=3)
+    assert re.search(r"^warning: .*can't be read", told.stderr, re.MULTILINE)
+    assert ctl("verify", made.path, "--quiet", code=3).stderr == ""
+    draft.unlink()
+    ctl("verify", made.path)
 
 
 def test_uncovered_disk(tmp_path: Path) -> None:

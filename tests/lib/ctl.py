@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 PYTHON = "/usr/bin/python3"
 SECONDS = 110.0
+WARNING = re.compile(r"^warning\b", re.MULTILINE)
 WITH_STATE = ("backup", "checkpoints")
 WITH_SCRATCH = ("backup", "boot")
 
@@ -80,6 +82,10 @@ class Ctl:
             f"{result.stdout}\n{result.stderr}"
         )
         assert "Traceback" not in result.stderr, result.stderr
+        # W-1: of every command that any test runs
+        assert result.code or not WARNING.search(result.stdout + result.stderr), (
+            f"{verb} {arguments}: a warning with exit code 0\n{result.stdout}\n{result.stderr}"
+        )
         return result
 
     @contextmanager

@@ -120,3 +120,19 @@ def test_full_disk_costs_the_log_not_the_run(tmp_path: Path) -> None:
         logger.info("lost")
         logger.info("lost, too")
     assert stream.getvalue().splitlines()[-1].startswith("warning: the run's log /dev/full is inc")
+
+
+def test_warnings_are_remembered_whoever_is_shown_them() -> None:
+    """W-1: what was warned of decides the exit status, also with ``--quiet``."""
+    stream = io.StringIO()
+    log.setup(logging.ERROR, stream)
+    logging.getLogger("nbdbackupd.any").info("fine")
+    assert log.warned() == ()
+    logging.getLogger("nbdbackupd.any").warning("disk %s is odd", "vda")
+    assert log.warned() == ("disk vda is odd",)
+    assert not stream.getvalue()
+    log.to_journal(stream, lambda *_, **__: None)
+    logging.getLogger("nbdbackupd.any").error("worse")
+    assert log.warned() == ("disk vda is odd", "worse")
+    log.setup(logging.ERROR, stream)
+    assert log.warned() == ()

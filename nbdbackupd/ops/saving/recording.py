@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nbdbackupd import durable, events
+from nbdbackupd import log as runlog
 from nbdbackupd.errors import DomainError, GaveWayError, NbdbackupError
 from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model.chain import DiskMode, DiskPoint, Level, RestorePoint, StoredFile
@@ -60,6 +61,7 @@ def record(job: Job) -> tuple[RestorePoint, Mapping[str, float]]:
             stack.callback(_settle, job, draft)
             point = _fill(job, draft, notes)
             job.cancelled()
+            _check_strict(job, notes)
             published = draft.publish(point)
     except GaveWayError:
         raise
@@ -158,8 +160,9 @@ def _tell_demotions(
 
 
 def _check_strict(job: Job, notes: _Notes) -> None:
-    if job.request.strict and notes.warnings:
-        raise DomainError(f"stopped because of --strict: {notes.warnings[0]}")
+    warnings = (*notes.warnings, *runlog.warned())
+    if job.request.strict and warnings:
+        raise DomainError(f"stopped because of --strict: {warnings[0]}")
 
 
 def _save_metadata(
