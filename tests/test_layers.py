@@ -15,7 +15,7 @@ import pytest
 ROOT: Final = Path(__file__).parents[1]
 PACKAGE: Final = ROOT / "nbdbackupd"
 
-BASE: Final = frozenset({"errors", "log", "events", "proc", "durable", "crew"})
+BASE: Final = frozenset({"errors", "log", "events", "proc", "durable", "crew", "documents"})
 LOWEST: Final = frozenset({"virt", "qemu", "nbdio", "format"})
 ALLOWED: Final = {
     "base": BASE,
@@ -54,8 +54,11 @@ ATTRIBUTES: Final = {
     **dict.fromkeys(("time.time", "time.time_ns", "time.localtime", "time.gmtime"), "app"),
     **dict.fromkeys(("datetime.now", "datetime.utcnow", "datetime.today", "date.today"), "app"),
     **dict.fromkeys(("uuid.uuid1", "uuid.uuid4"), "app"),
+    **dict.fromkeys(("json.loads", "json.load", "ET.fromstring", "ET.iterparse"), "documents"),
+    **dict.fromkeys(("ET.parse", "ET.XML", "ET.XMLParser", "ET.XMLPullParser"), "documents"),
 }
-"""The one layer that may read the environment or the clock, end the process, or make ids."""
+"""The one layer that may read the environment or the clock, end the process, make ids, or
+parse what others wrote."""
 
 EXEMPT: Final = {
     # children get our environment, with the locale set to C

@@ -9,7 +9,6 @@ itself (PR_SET_PDEATHSIG, seen with 1.32). Without ``report`` nobody needs to li
 
 import errno
 import itertools
-import json
 import os
 import select
 import threading
@@ -18,6 +17,7 @@ from typing import Final
 
 import nbdkit
 
+from nbdbackupd import documents
 from nbdbackupd.errors import IntegrityError
 from nbdbackupd.ops.serving.served import ServedDisk, ServedPlan
 
@@ -51,7 +51,7 @@ def config_complete() -> None:
 def get_ready() -> None:
     """Open the disk, before the server says that it is ready."""
     document = Path(f"/proc/self/fd/{int(_given['plan'])}").read_text(encoding="utf-8")
-    plan = ServedPlan.from_json(json.loads(document))
+    plan = ServedPlan.from_json(documents.parse_json(document))
     _disks.append(ServedDisk(plan, _tell))
 
 

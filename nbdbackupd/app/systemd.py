@@ -4,14 +4,13 @@ Read from ``systemctl`` and ``journalctl``, whose forms for programs are stable 
 257 were looked at).
 """
 
-import json
 import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd import proc
+from nbdbackupd import documents, proc
 from nbdbackupd.errors import ProcessError
 
 BOOTED: Final = Path("/run/systemd/system")
@@ -69,7 +68,7 @@ def timers(pattern: str) -> tuple[Timer, ...]:
     """
     text = _systemctl("list-timers", "--all", "--output=json", "--", pattern)
     try:
-        rows = json.loads(text or "[]")
+        rows = documents.parse_json(text or "[]")
         found = [
             Timer(
                 unit=str(row["unit"]),

@@ -18,6 +18,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
+from nbdbackupd import documents
 from nbdbackupd.errors import FormatError, IntegrityError, UnsupportedVersionError
 from nbdbackupd.model.chain import (
     Consistency,
@@ -112,7 +113,7 @@ def _load(data: bytes) -> dict[str, Any]:
     if len(data) > MAX_SIZE:
         raise FormatError(f"manifest is larger than {MAX_SIZE} bytes", size=len(data))
     try:
-        document = json.loads(data, parse_constant=_refuse_constant)
+        document = documents.parse_json(data, constant=_refuse_constant)
         sound = data == _canonical(document)
     except (ValueError, RecursionError) as err:
         raise IntegrityError(f"manifest is not JSON, it is damaged: {err}") from err

@@ -6,12 +6,12 @@ lz4 frames one behind the other, and its entry is an object, ``{"TOTAL": [SIZE, 
 (written by 1.9.15 and 2.28, measured).
 """
 
-import json
 import re
 from array import array
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
+from nbdbackupd import documents
 from nbdbackupd.errors import IntegrityError
 
 CHUNK: Final = 1 << 20
@@ -65,7 +65,7 @@ def parse(read: Callable[[int, int], bytes], start: int, length: int, maximum: i
     try:
         for text in _pieces(read, start, length):
             if b"{" in text:
-                for each in json.loads(b"[%s]" % text):
+                for each in documents.parse_json(b"[%s]" % text):
                     found.add(_size(each))
             elif not _NUMBERS.fullmatch(text):
                 raise ValueError("not a list of numbers")
@@ -73,7 +73,7 @@ def parse(read: Callable[[int, int], bytes], start: int, length: int, maximum: i
                 found.extend(text)
             if len(found) > maximum:
                 raise ValueError("more of them than the file can hold blocks")
-    except (ValueError, OverflowError, RecursionError) as err:
+    except (ValueError, OverflowError) as err:
         raise IntegrityError(f"sizes of compressed blocks: {err}", offset=start) from err
     return found
 

@@ -12,7 +12,6 @@ Frames are a kind of four letters, a start and a length as 16 hexadecimal digits
 number of bytes of the list. This module holds the codec and the reader; ``writer`` writes.
 """
 
-import json
 import os
 import stat
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeVar
 
+from nbdbackupd import documents
 from nbdbackupd.errors import FormatError, IntegrityError, UnsupportedVersionError
 from nbdbackupd.format.sizes import Size, Sizes
 from nbdbackupd.format.sizes import parse as parse_sizes
@@ -122,8 +122,8 @@ def parse_meta(payload: bytes) -> StreamMeta:
     Raises FormatError if it is not what version 1 or 2 writes, UnsupportedVersionError if newer.
     """
     try:
-        document = json.loads(payload)
-    except (ValueError, RecursionError) as err:
+        document = documents.parse_json(payload)
+    except ValueError as err:
         raise FormatError(f"meta frame is not JSON: {err}") from err
     if not isinstance(document, dict):
         raise FormatError("meta frame is not a JSON object")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
+from nbdbackupd import documents
 from nbdbackupd.errors import DomainError
 
 KIB = 1024
@@ -74,13 +75,7 @@ def live_disks(xml: str) -> tuple[LiveDisk, ...]:
 
 
 def _parse(xml: str) -> ET.Element:
-    try:
-        root = ET.fromstring(xml)  # noqa: S314 - of our set, parsed before; entities are not followed
-    except ET.ParseError as err:
-        raise DomainError(f"domain XML can't be parsed: {err}") from err
-    if root.tag != "domain":
-        raise DomainError(f"not a domain XML: its root element is <{root.tag}>")
-    return root
+    return documents.parse_xml(xml, "domain", DomainError)
 
 
 def _target(disk: ET.Element) -> str:

@@ -9,10 +9,10 @@ import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from io import StringIO
 from typing import Final
 from xml.etree import ElementTree as ET
 
+from nbdbackupd import documents
 from nbdbackupd.errors import DomainError, UsageError
 from nbdbackupd.model import definition_devices as devices
 from nbdbackupd.model import hostpaths
@@ -139,15 +139,7 @@ def parse(xml: str) -> ET.Element:
 
     Raises DomainError.
     """
-    try:
-        for _, (prefix, uri) in ET.iterparse(StringIO(xml), events=["start-ns"]):  # noqa: S314 - as below
-            if prefix and not re.fullmatch(r"ns\d+", prefix):
-                ET.register_namespace(prefix, uri)
-        root = ET.fromstring(xml)  # noqa: S314 - libvirt's own, digest-checked by the set
-    except (ET.ParseError, ValueError) as err:
-        raise DomainError(f"domain XML can't be parsed: {err}") from err
-    if root.tag != "domain":
-        raise DomainError(f"not a domain XML: its root element is <{root.tag}>")
+    root = documents.parse_xml(xml, "domain", DomainError, prefixes=True)
     for path in SINGLE:
         if len(root.findall(path)) > 1:
             # libvirt writes no such thing, and reads both, or another one than we would change

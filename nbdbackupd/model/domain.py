@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from xml.etree import ElementTree as ET
 
+from nbdbackupd import documents
 from nbdbackupd.errors import DomainError
 from nbdbackupd.model.chain import ImageLayer
 
@@ -85,12 +86,7 @@ def parse_domain(xml: str) -> Domain:
     ``owner`` is the (uid, gid) of the QEMU process where the XML carries a numeric DAC label,
     as a live XML does. Raises DomainError if the text is no domain XML.
     """
-    try:
-        root = ET.fromstring(xml)  # noqa: S314 - from libvirtd, which is trusted like ourselves
-    except ET.ParseError as err:
-        raise DomainError(f"domain XML can't be parsed: {err}") from err
-    if root.tag != "domain":
-        raise DomainError(f"not a domain XML: its root element is <{root.tag}>")
+    root = documents.parse_xml(xml, "domain", DomainError)
     backend = root.find("./devices/tpm/backend[@type='emulator']")
     return Domain(
         name=root.findtext("name", ""),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 from xml.etree import ElementTree as ET
 
+from nbdbackupd import documents
 from nbdbackupd.errors import DomainError
 
 FILES: Final = ("file", "dev", "dir")
@@ -63,10 +64,7 @@ def of_xml(xml: str) -> tuple[PathUse | VolumeUse, ...]:
 
     Raises DomainError if it can't be parsed.
     """
-    try:
-        root = ET.fromstring(xml)  # noqa: S314 - libvirtd's own
-    except ET.ParseError as err:
-        raise DomainError(f"XML of a domain can't be parsed: {err}") from err
+    root = documents.parse_xml(xml, "", DomainError)
     if root.tag == "domainsnapshot":
         return tuple(_of_snapshot(root))
     return of_domain(root)

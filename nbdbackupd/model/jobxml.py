@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from xml.etree import ElementTree as ET
 
+from nbdbackupd import documents
 from nbdbackupd.errors import CheckpointError, DomainError
 
 UNTRACKED = "no"
@@ -83,7 +84,7 @@ def parse_backup_job(xml: str) -> BackupJob:
 
     Raises DomainError if the text is something else.
     """
-    root = _parse(xml, "domainbackup", DomainError)
+    root = documents.parse_xml(xml, "domainbackup", DomainError)
     server = root.find("server")
     attributes = dict(server.attrib) if server is not None else {}
     host = attributes.get("name", "")
@@ -107,22 +108,12 @@ def _file(disk: ET.Element) -> str:
     return ""
 
 
-def _parse(xml: str, tag: str, error: type[DomainError]) -> ET.Element:
-    try:
-        root = ET.fromstring(xml)  # noqa: S314 - libvirt's own, or digest-checked by the set
-    except ET.ParseError as err:
-        raise error(f"{tag} XML can't be parsed: {err}") from err
-    if root.tag != tag:
-        raise error(f"not a {tag} XML: its root element is <{root.tag}>")
-    return root
-
-
 def checkpoint_name(xml: str) -> str:
     """Return the name in a checkpoint XML.
 
     Raises CheckpointError.
     """
-    return _parse(xml, "domaincheckpoint", CheckpointError).findtext("name", "")
+    return documents.parse_xml(xml, "domaincheckpoint", CheckpointError).findtext("name", "")
 
 
 def sound_sizes(xml: str) -> dict[str, int]:
@@ -132,7 +123,7 @@ def sound_sizes(xml: str) -> dict[str, int]:
     there and usable; a disk that is missing here can't be read incrementally from it.
     Raises CheckpointError.
     """
-    root = _parse(xml, "domaincheckpoint", CheckpointError)
+    root = documents.parse_xml(xml, "domaincheckpoint", CheckpointError)
     found: dict[str, int] = {}
     for disk in root.findall("./disks/disk"):
         size = disk.get("size")
@@ -148,7 +139,7 @@ def redefinable(xml: str, targets: Collection[str]) -> str:
     which libvirt may not know any more (bitmaps need none), and the disks beyond ``targets``.
     Raises CheckpointError if the text is none, or nothing would be left.
     """
-    root = _parse(xml, "domaincheckpoint", CheckpointError)
+    root = documents.parse_xml(xml, "domaincheckpoint", CheckpointError)
     for tag in ("domain", "parent"):
         for element in root.findall(tag):
             root.remove(element)
@@ -171,7 +162,7 @@ def tracked(xml: str) -> dict[str, str]:
 
     Raises CheckpointError.
     """
-    root = _parse(xml, "domaincheckpoint", CheckpointError)
+    root = documents.parse_xml(xml, "domaincheckpoint", CheckpointError)
     name = root.findtext("name", "")
     return {
         disk.get("name", ""): disk.get("bitmap") or name
@@ -185,4 +176,8 @@ def creation_time(xml: str) -> str:
 
     Raises CheckpointError.
     """
-    return _parse(xml, "domaincheckpoint", CheckpointError).findtext("creationTime", "").strip()
+    return (
+        documents.parse_xml(xml, "domaincheckpoint", CheckpointError)
+        .findtext("creationTime", "")
+        .strip()
+    )

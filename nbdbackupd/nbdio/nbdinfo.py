@@ -4,18 +4,18 @@ It asks for one meta context at a time and prints the whole disk at once, so mem
 number of extents; it is here to cross-check ``nbdio.extents``.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
-from nbdbackupd import proc
+from nbdbackupd import documents, proc
 from nbdbackupd.errors import NbdError
 from nbdbackupd.model import extents
 from nbdbackupd.model.extents import Extent, Segment
 from nbdbackupd.nbdio.client import ALLOCATION, DIRTY_PREFIX, Endpoint
 
 SECONDS = 600.0
+MAX_VALUES = 1 << 24
 
 
 def plan(endpoint: Endpoint) -> Iterator[Segment]:
@@ -34,7 +34,7 @@ def _extents(endpoint: Endpoint, context: str) -> list[Extent]:
     uri = f"nbd+unix:///{quote(endpoint.export)}?socket={quote(str(endpoint.socket))}"
     text = proc.output(["nbdinfo", "--json", f"--map={context}", uri], timeout=SECONDS)
     try:
-        entries: list[dict[str, Any]] = json.loads(text)
+        entries: list[dict[str, Any]] = documents.parse_json(text, values=MAX_VALUES)
         found = [
             Extent(int(entry["offset"]), int(entry["length"]), int(entry["type"]))
             for entry in entries

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from nbdbackupd import proc
+from nbdbackupd import documents, proc
 from nbdbackupd.errors import FormatError, NoSpaceError, ProcessError
 
 INFO_SECONDS: Final = 60.0
@@ -103,8 +103,8 @@ def parse_chain(text: str | bytes) -> tuple[ImageInfo, ...]:
     Raises FormatError.
     """
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as err:
+        document = documents.parse_json(text)
+    except ValueError as err:
         raise FormatError(f"qemu-img info: not JSON: {err}") from err
     images = document if isinstance(document, list) else [document]
     if not images:
@@ -132,7 +132,7 @@ def as_object(text: str) -> str:
 
     virtnbdrestore looks for the top image's options there and knows no list.
     """
-    images = json.loads(text)
+    images = documents.parse_json(text)
     if not isinstance(images, list):
         return text
     return json.dumps({**images[0], "backing-chain": images[1:]}, indent=4)

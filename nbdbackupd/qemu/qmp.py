@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from nbdbackupd import documents
 from nbdbackupd.errors import ProcessError
 
 CHUNK: Final = 64 << 10
@@ -102,8 +103,8 @@ class Monitor:
                 raise ProcessError(f"{self._program} answered {what} with too much")
         line, _, self._received = self._received.partition(b"\n")
         try:
-            document = json.loads(line)
-        except (ValueError, RecursionError) as err:
+            document = documents.parse_json(line)
+        except ValueError as err:
             raise ProcessError(f"{self._program} answered {what} with nonsense") from err
         if not isinstance(document, dict):
             raise ProcessError(f"{self._program} answered {what} with nonsense")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from nbdbackupd import durable
+from nbdbackupd import documents, durable
 from nbdbackupd.repo import layout
 
 log = logging.getLogger(__name__)
@@ -96,13 +96,13 @@ def _read(path: Path) -> BootTest | None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
-            document = json.loads(file.read(MAX_SIZE))
+            document = documents.parse_json(file.read(MAX_SIZE))
         if document.pop("version") != VERSION:
             return None
         kinds: dict[str, set[type]] = {"passed": {bool}, "seconds": {int, float}}
         sound = all(type(each) in kinds.get(name, {str}) for name, each in document.items())
         return BootTest(**document) if sound else None
-    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as err:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as err:
         log.info("boot test %s can't be read: %s", path, err)
         return None
 

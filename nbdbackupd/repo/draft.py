@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd import durable
+from nbdbackupd import documents, durable
 from nbdbackupd.errors import FormatError, IntegrityError, RepositoryError, SourceError
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import BackupSet, Layout, RestorePoint, StoredFile
@@ -53,8 +53,8 @@ class Intent:
     def parse(cls, data: bytes) -> "Intent":
         """Read ``intent.json``. Raises FormatError."""
         try:
-            found = json.loads(data)
-        except (ValueError, RecursionError) as err:
+            found = documents.parse_json(data)
+        except ValueError as err:
             raise FormatError(f"intent of a dead run is damaged: {err}") from err
         names = {each.name for each in fields(cls)}
         if (

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd import durable
+from nbdbackupd import documents, durable
 from nbdbackupd.errors import FormatError, RepositoryError
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import BackupSet, RestorePoint
@@ -130,8 +130,8 @@ def _clear(stage: Stage) -> None:
 
 def _listed(path: Path) -> list[str]:
     try:
-        names = json.loads(read_small(path, MAX_LIST))
-    except (ValueError, RecursionError) as err:
+        names = documents.parse_json(read_small(path, MAX_LIST))
+    except ValueError as err:
         raise FormatError("list of a dead import is damaged", file=path) from err
     safe = isinstance(names, list) and all(
         isinstance(name, str)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from nbdbackupd import durable
+from nbdbackupd import documents, durable
 from nbdbackupd.errors import FormatError, UnsupportedVersionError
 from nbdbackupd.model.chain import ImageLayer
 from nbdbackupd.model.plan import BaseDisk
@@ -84,8 +84,8 @@ class Record:
         Raises FormatError, UnsupportedVersionError.
         """
         try:
-            document = json.loads(data)
-        except (ValueError, RecursionError) as err:
+            document = documents.parse_json(data)
+        except ValueError as err:
             raise FormatError(f"no JSON: {err}") from err
         if not isinstance(document, dict):
             raise FormatError("no JSON object")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-from nbdbackupd import durable
+from nbdbackupd import documents, durable
 from nbdbackupd.errors import BusyError, GaveWayError, SourceError
 
 log = logging.getLogger(__name__)
@@ -254,8 +254,8 @@ def read(directory: Path) -> Holder | None:
     """The lease in a domain's directory, also one of a dead process; None if there is none."""
     try:
         with (directory / LEASE).open("rb") as file:
-            return _holder(json.loads(file.read(MAX_LEASE)))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return _holder(documents.parse_json(file.read(MAX_LEASE)))
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

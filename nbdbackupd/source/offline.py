@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Final
 from xml.etree import ElementTree as ET
 
+from nbdbackupd import documents
 from nbdbackupd.errors import (
     BusyError,
+    CheckpointError,
     DomainError,
     GaveWayError,
     NbdbackupError,
@@ -343,8 +345,9 @@ def _checkpoint_xml(request: OfflineRequest) -> str:
         return ""
     known = [disk.target for disk in request.domain.definition().disks]
     others = [target for target in known if target not in tracked]
-    root = ET.fromstring(  # noqa: S314 - our own
-        jobxml.checkpoint_xml(request.new_checkpoint, tracked, others)
-    )
+    root = documents.parse_xml(
+        jobxml.checkpoint_xml(request.new_checkpoint, tracked, others),
+        "domaincheckpoint", CheckpointError,
+    )  # fmt: skip
     ET.SubElement(root, "creationTime").text = str(request.created)
     return ET.tostring(root, encoding="unicode")

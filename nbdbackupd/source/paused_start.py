@@ -15,7 +15,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd import durable
+from nbdbackupd import documents, durable
 from nbdbackupd.errors import NbdbackupError
 from nbdbackupd.model.chain import Consistency
 from nbdbackupd.virt import instance
@@ -154,7 +154,7 @@ def _document(number: int | None) -> bytes:
 
 def _parse(data: bytes) -> _Noted | None:
     try:
-        document = json.loads(data)
+        document = documents.parse_json(data)
         number = document["instance"]
         return _Noted(number=None if number is None else int(number), boot=str(document["boot"]))
     except (ValueError, KeyError, TypeError) as err:

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
-from xml.etree import ElementTree as ET
 
 import libvirt
 
+from nbdbackupd import documents
 from nbdbackupd.errors import BusyError, DomainError, DomainNotFoundError
 from nbdbackupd.model.domain import parse_dac_label
 from nbdbackupd.virt import events, fault
@@ -118,7 +118,7 @@ class Connection:
         """
         _, handle = self.current()
         with fault.translate("can't read libvirt's capabilities"):
-            root = ET.fromstring(handle.getCapabilities())  # noqa: S314 - libvirtd's own
+            root = documents.parse_xml(handle.getCapabilities(), "capabilities", DomainError)
         for model in root.findall("./host/secmodel"):
             if model.findtext("model") == "dac":
                 for label in model.findall("baselabel"):

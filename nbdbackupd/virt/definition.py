@@ -6,6 +6,7 @@ from xml.etree import ElementTree as ET
 
 import libvirt
 
+from nbdbackupd import documents
 from nbdbackupd.errors import DomainError, NotSupportedError
 from nbdbackupd.model import definition, hostpaths
 from nbdbackupd.model import definition_devices as devices
@@ -111,7 +112,7 @@ def look_at_host(connection: Connection, xml: str) -> Host:
 
     Raises NotSupportedError if it has no emulator for the architecture, or not the accelerator.
     """
-    root = ET.fromstring(xml)  # noqa: S314 - made by us
+    root = definition.parse(xml)
     kind = root.find("./os/type")
     architecture = kind.get("arch") if kind is not None else None
     machine = kind.get("machine") if kind is not None else None
@@ -145,7 +146,7 @@ def _capabilities(
         text = handle.getDomainCapabilities(emulator, architecture, machine, accelerator, 0)
     except libvirt.libvirtError:
         return None
-    return ET.fromstring(text).findtext("path", "")  # noqa: S314 - libvirtd's own
+    return documents.parse_xml(text, "domainCapabilities", DomainError).findtext("path", "")
 
 
 def try_out(connection: Connection, xml: str) -> None:

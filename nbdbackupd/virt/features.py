@@ -7,11 +7,11 @@ backup XML: libvirt looks at the flags first, and nothing can begin from such a 
 
 from dataclasses import dataclass
 from typing import Final
-from xml.etree import ElementTree as ET
 
 import libvirt
 
-from nbdbackupd.errors import NbdbackupError
+from nbdbackupd import documents
+from nbdbackupd.errors import DomainError, NbdbackupError
 from nbdbackupd.virt import fault
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
@@ -60,7 +60,7 @@ def has_backup(domain: Domain) -> bool | None:
 
     None where the capabilities do not speak of it. Raises DomainError.
     """
-    root = ET.fromstring(domain.xml(inactive=domain.is_persistent()))  # noqa: S314 - libvirtd's own
+    root = documents.parse_xml(domain.xml(inactive=domain.is_persistent()), "domain", DomainError)
     kind = root.find("./os/type")
     architecture = kind.get("arch") if kind is not None else None
     machine = kind.get("machine") if kind is not None else None
@@ -69,7 +69,7 @@ def has_backup(domain: Domain) -> bool | None:
         text = handle.getDomainCapabilities(
             root.findtext("./devices/emulator") or None, architecture, machine, root.get("type"), 0
         )
-    found = ET.fromstring(text).find("./features/backup")  # noqa: S314 - as above
+    found = documents.parse_xml(text, "domainCapabilities", DomainError).find("./features/backup")
     return found.get("supported") == "yes" if found is not None else None
 
 
@@ -105,9 +105,9 @@ def confinement(domain: Domain) -> Confinement:
     """Return the security models beside DAC. Raises DomainError."""
     _, handle = domain.connection.current()
     with fault.translate("can't read libvirt's capabilities"):
-        root = ET.fromstring(handle.getCapabilities())  # noqa: S314 - libvirtd's own
+        root = documents.parse_xml(handle.getCapabilities(), "capabilities", DomainError)
     host = (each.findtext("model", "") for each in root.findall("./host/secmodel"))
-    live = ET.fromstring(domain.xml())  # noqa: S314 - as above
+    live = documents.parse_xml(domain.xml(), "domain", DomainError)
     labels = {each.get("model", ""): each for each in live.findall("./seclabel")}
     return Confinement(
         host=tuple(model for model in host if model in DYNAMIC_MODELS),

@@ -13,6 +13,7 @@ from typing import Final
 import libvirt
 import libvirt_qemu
 
+from nbdbackupd import documents
 from nbdbackupd.errors import DomainError, NotSupportedError
 from nbdbackupd.virt import fault
 from nbdbackupd.virt.domain import Domain, State
@@ -69,7 +70,7 @@ def never_ran(domain: Domain) -> bool:
         "can't ask QEMU for its state",
         lambda each: libvirt_qemu.qemuMonitorCommand(each, QUERY, 0),
     )
-    status: object = json.loads(answer).get("return", {}).get("status")
+    status: object = documents.parse_json(answer).get("return", {}).get("status")
     return status == NEVER_RAN
 
 

@@ -10,6 +10,7 @@ from xml.etree import ElementTree as ET
 
 import libvirt
 
+from nbdbackupd import documents
 from nbdbackupd.errors import DomainError, NotSupportedError
 from nbdbackupd.virt import fault
 from nbdbackupd.virt.connection import Connection
@@ -47,7 +48,7 @@ class Pool:
         self._lock = threading.Lock()
         with fault.translate(f"can't use storage pool {name}"):
             pool = self._pool()
-            root = ET.fromstring(pool.XMLDesc(0))  # noqa: S314 - libvirtd's own
+            root = documents.parse_xml(pool.XMLDesc(0), "pool", DomainError)
             is_active = pool.isActive()
         if not is_active:
             raise DomainError(

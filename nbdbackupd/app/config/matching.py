@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from xml.etree import ElementTree as ET
 
+from nbdbackupd import documents
 from nbdbackupd.app.config.schema import LABELS_URI
 from nbdbackupd.errors import DomainError
 
@@ -58,10 +59,7 @@ def labels_of(xml: str) -> dict[str, str]:
 
     Raises DomainError if the text is no XML.
     """
-    try:
-        root = ET.fromstring(xml)  # noqa: S314 - from libvirtd, which is trusted like ourselves
-    except ET.ParseError as err:
-        raise DomainError(f"domain XML can't be parsed: {err}") from err
+    root = documents.parse_xml(xml, "domain", DomainError)
     found: dict[str, str] = {}
     for element in root.findall("./metadata/*"):
         if element.tag.startswith(f"{{{LABELS_URI}}}"):

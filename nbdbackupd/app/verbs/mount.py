@@ -74,7 +74,7 @@ def run_mount(args: Arguments, context: Context) -> int:
 
 def _detach(context: Context) -> int:
     """Start ourselves once more in the background, and tell what that one tells."""
-    from nbdbackupd import proc
+    from nbdbackupd import documents, proc
 
     program = [os.path.realpath(sys.argv[0])]
     if Path(sys.argv[0]).name == "__main__.py":
@@ -84,7 +84,7 @@ def _detach(context: Context) -> int:
         ["setsid", "--fork", *program, *sys.argv[1:], "--json"],
         timeout=READY_SECONDS, env={KEEPER: "1"}, must_finish=True,
     )  # fmt: skip
-    document = json.loads(text)
+    document = documents.parse_json(text)
     if "error" in document:
         if context.json:
             print(json.dumps(document, indent=2))

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd import durable, proc
+from nbdbackupd import documents, durable, proc
 from nbdbackupd.errors import BusyError, IntegrityError, ProcessError, RepositoryError, UsageError
 from nbdbackupd.model import file_systems
 from nbdbackupd.model.file_systems import FileSystem
@@ -337,7 +337,7 @@ def _note(home: Path, at: Path, reader: Reader) -> None:
 
 def _noted(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads((path / NOTE).read_text())
+        document = documents.parse_json((path / NOTE).read_text())
     except (OSError, ValueError):
         return {}
     return document if isinstance(document, dict) else {}

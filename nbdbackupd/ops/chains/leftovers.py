@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd import durable, events
+from nbdbackupd import documents, durable, events
 from nbdbackupd.errors import FormatError
 from nbdbackupd.ops.domain import locks
 from nbdbackupd.repo import layout
@@ -95,7 +95,7 @@ def finish(domain: Domain, repository: Repository, runtime_dir: Path) -> None:
 def note(runtime_dir: Path, intent: Intent, set_path: Path) -> None:
     """Note a run before it makes anything at libvirt."""
     path = domain_dir(runtime_dir, intent.uuid) / NOTE
-    document = {"set": os.fspath(set_path), "intent": json.loads(intent.pack())}
+    document = {"set": os.fspath(set_path), "intent": documents.parse_json(intent.pack())}
     with durable.translate_os_errors("write", path):
         durable.write_atomic(path, json.dumps(document).encode(), 0o600)
 
@@ -113,7 +113,7 @@ def dead_run(runtime_dir: Path, uuid: str) -> Intent | None:
     """
     directory = domain_dir(runtime_dir, uuid)
     try:
-        document = json.loads((directory / NOTE).read_bytes())
+        document = documents.parse_json((directory / NOTE).read_bytes())
         intent = Intent.parse(json.dumps(document["intent"]).encode())
         points = Path(document["set"]) / layout.POINTS
     except FileNotFoundError:

@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 from urllib.parse import urlsplit
 
-from nbdbackupd import durable
-from nbdbackupd.errors import IntegrityError, RepositoryError, UsageError
+from nbdbackupd import documents, durable
+from nbdbackupd.errors import FormatError, IntegrityError, RepositoryError, UsageError
 from nbdbackupd.model import definition as model
 from nbdbackupd.model import domain as domain_model
 from nbdbackupd.model.definition import Adapted, Changes, NewDisk
@@ -35,7 +35,6 @@ NEEDED: Final = (
     "disk", "cdrom", "floppy", "loader", "kernel", "initrd", "dtb", "ACPI", "filesystem",
 )  # fmt: skip
 """What QEMU does not make itself."""
-MAX_XML: Final = 64 << 20
 SYSTEM_URI: Final = "qemu:///system"
 
 
@@ -189,7 +188,7 @@ def _read_xml(planned: Planned) -> str:
     if not found:
         raise RepositoryError(f"restore point {planned.point} holds no domain XML")
     stored, path = found[0].stored, found[0].source
-    layers.check_size(path, min(stored.size, MAX_XML), point=planned.point)
+    layers.check_size(path, min(stored.size, documents.MAX_XML), point=planned.point)
     with durable.translate_os_errors("read", path):
         data = path.read_bytes()
     if stored.sha256 and hashlib.sha256(data).hexdigest() != stored.sha256:
@@ -197,9 +196,15 @@ def _read_xml(planned: Planned) -> str:
             "file is damaged: its SHA-256 does not match", file=path, point=planned.point
         )
     try:
-        return data.decode()
+        text = data.decode()
     except UnicodeDecodeError as err:
         raise IntegrityError("the domain XML is no UTF-8", file=path) from err
+    try:
+        documents.parse_xml(text, "domain", FormatError)
+    except FormatError as err:
+        err.fields |= {"file": path, "point": planned.point}
+        raise
+    return text
 
 
 def _changes(planned: Planned, xml: str, request: DefineRequest) -> Changes:

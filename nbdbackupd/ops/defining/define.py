@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from xml.etree import ElementTree as ET
 
 from nbdbackupd.errors import DomainError, NbdbackupError
 from nbdbackupd.model import definition as model
@@ -38,7 +37,7 @@ class DomainDefiner(Adjuster):
         if not host.has_emulator:
             changes = replace(changes, emulator=host.emulator)
         if not host.has_machine:
-            kind = ET.fromstring(xml).find("./os/type")  # noqa: S314 - parsed before, proven
+            kind = model.parse(xml).find("./os/type")
             machine = kind.get("machine", "") if kind is not None else ""
             changes = replace(changes, machine=model.machine_family(machine))
         return changes

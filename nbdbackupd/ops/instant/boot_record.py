@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd import durable
+from nbdbackupd import documents, durable
 from nbdbackupd.errors import BusyError, FormatError, RepositoryError, UnsupportedVersionError
 from nbdbackupd.ops.domain import locks
 from nbdbackupd.repo import layout
@@ -99,9 +99,9 @@ class BootRecord:
     def parse(cls, data: bytes, path: Path) -> "BootRecord":
         """Read a record. Raises FormatError, UnsupportedVersionError."""
         try:
-            document = json.loads(data)
+            document = documents.parse_json(data)
             version = document.pop("version")
-        except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as err:
+        except (ValueError, AttributeError, KeyError, TypeError) as err:
             raise FormatError("the note of a boot is damaged", file=path) from err
         if version != VERSION:
             raise UnsupportedVersionError(

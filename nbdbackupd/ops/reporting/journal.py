@@ -1,7 +1,6 @@
 """What was logged: records of systemd's journal, or lines of a set's own logs."""
 
 import contextlib
-import json
 import os
 import re
 import selectors
@@ -13,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Final
 
-from nbdbackupd import durable, events, log, proc
+from nbdbackupd import documents, durable, events, log, proc
 from nbdbackupd.errors import NotSupportedError, ProcessError, RepositoryError, UsageError
 from nbdbackupd.model import unitname
 from nbdbackupd.repo import layout
@@ -145,11 +144,11 @@ def parse(line: bytes, wanted: str = "") -> Entry | None:
     None also for a line of the hook about another domain than ``wanted``: the hook has no fields.
     """
     try:
-        record = json.loads(line)
+        record = documents.parse_json(line)
         microseconds = int(record["__REALTIME_TIMESTAMP"])
         moment = datetime.fromtimestamp(microseconds / 1_000_000, UTC)
         priority = int(_text(record.get("PRIORITY", "6")))
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
     names = {event.id: event.name for event in events.ALL}
     found = {}

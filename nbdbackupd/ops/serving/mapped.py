@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd import durable
+from nbdbackupd import documents, durable
 from nbdbackupd.errors import BusyError, NbdbackupError
 from nbdbackupd.ops.serving import kernel_nbd
 
@@ -219,7 +219,7 @@ def _remove(path: Path, mapping: Mapping | None) -> None:
 def _read(path: Path) -> Mapping | None:
     """The note, or None if it is not written yet, or not by this version."""
     try:
-        return Mapping.from_json(json.loads((path / NOTE).read_text()))
+        return Mapping.from_json(documents.parse_json((path / NOTE).read_text()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
