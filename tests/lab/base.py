@@ -98,6 +98,7 @@ class Lab(ABC):
         """Define a guest (not started); it is removed with the lab.  Raises ``LabError``."""
         places = GuestPlaces(
             monitor=self._monitors / f"{len(self._guests)}.qmp",
+            qtest=self._monitors / f"{len(self._guests)}.qtest",
             # libvirt writes the name into this one as it stands in XML
             pid_file=self._pid_files / f"{html.escape(name).replace('&#x27;', '&apos;')}.pid",
             log=self._logs / f"{name}.log",

@@ -8,6 +8,7 @@ from tests.lab.command import run
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
+DEFAULT_BUS = {"disk": "virtio", "cdrom": "ide", "floppy": "fdc"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +41,16 @@ class DiskSpec:
     def alias(self) -> str:
         """Return libvirt's and QEMU's name of the device; libvirt asks for the ``ua-`` prefix."""
         return f"ua-{self.target}"
+
+    @property
+    def device_bus(self) -> str:
+        """Return the bus that the device is on."""
+        return self.bus or DEFAULT_BUS[self.device]
+
+    @property
+    def is_virtio(self) -> bool:
+        """Say whether it is a virtio-blk disk, which may have an iothread."""
+        return self.device == "disk" and self.device_bus == "virtio"
 
     @property
     def is_writable(self) -> bool:

@@ -8,7 +8,6 @@ from xml.etree import ElementTree as ET
 from tests.lab.disks import DiskSpec
 
 QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
-DEFAULT_BUS = {"disk": "virtio", "cdrom": "ide", "floppy": "fdc"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,10 +21,17 @@ class BootFiles:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DomainSpec:
-    """What ``domain_xml`` needs to know; ``monitor`` is the lab's own QMP socket, if any."""
+    """What ``domain_xml`` needs to know.
+
+    ``monitor`` and ``qtest`` are the lab's own sockets, if any; ``firmware`` takes the place of
+    the machine's.  The virtio disks share ``iothreads`` threads in turn.
+    """
 
     name: str
     monitor: Path | None = None
+    qtest: Path | None = None
+    firmware: Path | None = None
+    iothreads: int = 0
     disks: Sequence[tuple[DiskSpec, Path | None]]
     memory_mib: int = 64
     machine: str = "pc"
@@ -46,30 +52,41 @@ def domain_xml(spec: DomainSpec) -> str:
         _text(domain, "uuid", spec.uuid)
     _text(domain, "memory", str(spec.memory_mib), unit="MiB")
     _text(domain, "vcpu", "1")
+    if spec.iothreads:
+        _text(domain, "iothreads", str(spec.iothreads))
     _add_os(domain, spec)
     # without ACPI the bus of a "pc" takes no new device
     ET.SubElement(ET.SubElement(domain, "features"), "acpi")
     devices = ET.SubElement(domain, "devices")
     _text(devices, "emulator", "/usr/bin/qemu-system-x86_64")
-    for disk, path in spec.disks:
-        devices.append(disk_element(disk, path))
+    for number, (disk, path) in enumerate(spec.disks):
+        devices.append(disk_element(disk, path, iothread_of(number, spec.iothreads)))
     _add_devices(devices, spec)
     _add_command_line(domain, spec)
     return ET.tostring(domain, encoding="unicode")
 
 
-def disk_element(disk: DiskSpec, path: Path | None) -> ET.Element:
-    """Return the ``<disk>`` element of one disk; ``path`` None means an empty drive."""
+def iothread_of(number: int, iothreads: int) -> int:
+    """Return the thread, from 1, that the disk of a number from 0 has; 0 if there are none."""
+    return number % iothreads + 1 if iothreads else 0
+
+
+def disk_element(disk: DiskSpec, path: Path | None, iothread: int = 0) -> ET.Element:
+    """Return the ``<disk>`` element of one disk; ``path`` None means an empty drive.
+
+    A virtio disk is served by the ``iothread`` of that number, from 1.
+    """
     kind = "block" if disk.block else "file"
     element = ET.Element("disk", type=kind, device=disk.device)
     driver = ET.SubElement(element, "driver", name="qemu", type=disk.format, discard="unmap")
     if disk.cache is not None:
         driver.set("cache", disk.cache)
+    if iothread and disk.is_virtio:
+        driver.set("iothread", str(iothread))
     if path is not None:
         attribute = "dev" if disk.block else "file"
         ET.SubElement(element, "source", {attribute: str(path)})
-    bus = disk.bus or DEFAULT_BUS[disk.device]
-    ET.SubElement(element, "target", dev=disk.target, bus=bus)
+    ET.SubElement(element, "target", dev=disk.target, bus=disk.device_bus)
     if disk.serial is not None:
         _text(element, "serial", disk.serial)
     if disk.readonly or disk.device == "cdrom":
@@ -108,10 +125,19 @@ def _add_devices(devices: ET.Element, spec: DomainSpec) -> None:
 
 def _add_command_line(domain: ET.Element, spec: DomainSpec) -> None:
     line = ET.SubElement(domain, f"{{{QEMU_NAMESPACE}}}commandline")
+    words: list[str] = []
     if spec.monitor is not None:
-        # a comma in an option's value is written twice
-        socket = str(spec.monitor).replace(",", ",,")
-        for word in ("-qmp", f"unix:{socket},server=on,wait=off"):
-            ET.SubElement(line, f"{{{QEMU_NAMESPACE}}}arg", value=word)
+        words += ["-qmp", _socket(spec.monitor)]
+    if spec.qtest is not None:
+        words += ["-qtest", _socket(spec.qtest), "-qtest-log", "none"]
+    if spec.firmware is not None:
+        words += ["-bios", str(spec.firmware)]
+    for word in words:
+        ET.SubElement(line, f"{{{QEMU_NAMESPACE}}}arg", value=word)
     for name, value in spec.environment.items():
         ET.SubElement(line, f"{{{QEMU_NAMESPACE}}}env", name=name, value=value)
+
+
+def _socket(path: Path) -> str:
+    # a comma in an option's value is written twice
+    return f"unix:{str(path).replace(',', ',,')},server=on,wait=off"

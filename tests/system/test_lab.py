@@ -1,6 +1,7 @@
 """The lab itself: if these fail, no other system test means anything."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tests.lab.compare import first_difference
 from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec
 from tests.lab.embed import EmbeddedLab
+from tests.lab.guest import GuestOptions
 from tests.lab.process import command_line
 
 pytestmark = pytest.mark.system
@@ -34,9 +36,11 @@ def begin_pull_job(lab: EmbeddedLab, domain: str, checkpoint: str, since: str | 
     return f"nbd+unix:///vda?socket={lab.directory}/b.sock"
 
 
-def test_guest_writes_are_in_the_reference(tmp_path: Path) -> None:
+@pytest.mark.parametrize("iothreads", [0, 2])
+def test_guest_writes_are_in_the_reference(tmp_path: Path, iothreads: int) -> None:
     with EmbeddedLab() as lab:
-        guest = lab.guest(disks=[DiskSpec(size=16 * MIB), DiskSpec(target="vdb", format="raw")])
+        disks = [DiskSpec(size=16 * MIB), DiskSpec(target="vdb", format="raw")]
+        guest = lab.guest(disks=disks, options=GuestOptions(iothreads=iothreads))
         guest.start()
         guest.write("vda", 0, 2 * MIB, 0xAA)
         guest.write_zeroes("vda", 65536, 65536, unmap=True)
@@ -58,12 +62,43 @@ def test_guest_writes_are_in_the_reference(tmp_path: Path) -> None:
         assert not guest.is_paused()
 
 
-def test_failed_guest_write_is_an_error() -> None:
+@pytest.mark.parametrize("iothreads", [0, 1])
+def test_failed_guest_write_is_an_error(iothreads: int) -> None:
     with EmbeddedLab() as lab:
-        guest = lab.guest(disks=[DiskSpec(size=MIB)])
+        guest = lab.guest(disks=[DiskSpec(size=MIB)], options=GuestOptions(iothreads=iothreads))
         guest.start()
         with pytest.raises(LabError, match="failed"):
             guest.write("vda", 8 * MIB, 512, 1)
+
+
+def test_bitmaps_see_what_a_guest_with_iothreads_writes() -> None:
+    with EmbeddedLab() as lab:
+        guest = lab.guest(options=GuestOptions(iothreads=1))
+        guest.start()
+        guest.write("vda", 0, 4 * MIB, 1)
+        place = lab.directory / "checkpoint.xml"
+        place.write_text(CHECKPOINT.format(name="cp1"))
+        lab.virsh("checkpoint-create", guest.name, place)
+
+        def dirty() -> int:
+            count: int = guest.bitmaps("vda")["cp1"]["count"]
+            return count
+
+        assert dirty() == 0
+        changes: list[Callable[[int], None]] = [
+            lambda at: guest.write("vda", at, 65536, 2),
+            lambda at: guest.write_zeroes("vda", at, 65536, unmap=False),
+            lambda at: guest.write_zeroes("vda", at, 65536, unmap=True),
+            lambda at: guest.discard("vda", at, 65536),
+        ]
+        for number, change in enumerate(changes):
+            change(number * MIB)
+            assert dirty() == (number + 1) * 65536
+        guest.pause()
+        guest.write("vda", 5 * MIB, 65536, 2)
+        guest.resume()
+        guest.write("vda", 6 * MIB, 65536, 2)
+        assert dirty() == 6 * 65536
 
 
 def test_leaves_nothing_behind_after_an_error() -> None:
@@ -103,10 +138,11 @@ def test_pull_backup_by_separate_clients(tmp_path: Path) -> None:
         assert dirty.splitlines()[0].split()[:3] == ["0", str(MIB), "1"]
 
 
+@pytest.mark.parametrize("iothreads", [0, 1])
 @pytest.mark.parametrize("how", ["stop", "destroy", "kill9"])
-def test_life_of_a_guest(how: str) -> None:
+def test_life_of_a_guest(how: str, iothreads: int) -> None:
     with EmbeddedLab() as lab:
-        guest = lab.guest()
+        guest = lab.guest(options=GuestOptions(iothreads=iothreads))
         guest.start()
         guest.pause()
         assert guest.is_paused()
@@ -115,10 +151,12 @@ def test_life_of_a_guest(how: str) -> None:
         assert not guest.is_running()
         guest.wait_shut_off()
         guest.start()
+        guest.write("vda", 0, 512, 1)
         assert guest.is_running()
 
 
-def test_kinds_of_disks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("iothreads", [0, 2])
+def test_kinds_of_disks(tmp_path: Path, iothreads: int) -> None:
     base = tmp_path / "base.qcow2"
     run(["qemu-img", "create", "-q", "-f", "qcow2", base, "8M"])
     iso = tmp_path / "cd.iso"
@@ -132,7 +170,8 @@ def test_kinds_of_disks(tmp_path: Path) -> None:
         DiskSpec(target="fda", device="floppy", format="raw"),
     ]
     with EmbeddedLab() as lab:
-        guest = lab.guest("a b'c\"&<", disks=disks)
+        options = GuestOptions(iothreads=iothreads)
+        guest = lab.guest("a b'c\"&<", disks, options)
         guest.start()
         for target in ("vda", "vdb", "sda"):
             guest.write(target, 0, 4096, 7)
