@@ -60,7 +60,7 @@ def settings_of(
     from nbdbackupd.ops.domain import domains
 
     try:
-        with connected(configuration, context).connection() as connection:
+        with connected(configuration, context).connection(any_host=True) as connection:
             domain = domains.find(connection, name, context.runtime_dir.absolute())
             return domain.name, domain.uuid, settings_of_domain(domain, configuration)
     except DomainError as err:

@@ -58,11 +58,11 @@ class Context:
         )
 
     @contextmanager
-    def connection(self) -> "Iterator[Connection]":
+    def connection(self, *, any_host: bool = False) -> "Iterator[Connection]":
         """Open the libvirt connection of the global options.
 
-        Raises ConfigError if the password file can't be read, DomainError if libvirt can't be
-        reached.
+        Only who touches no file of a guest takes ``any_host``. Raises ConfigError if the
+        password file can't be read, DomainError if libvirt can't be reached or is another host's.
         """
         from nbdbackupd import log
         from nbdbackupd.virt import connection
@@ -70,8 +70,11 @@ class Context:
         password = self._password()
         with (
             log.hidden(password),
-            connection.open_connection(self.uri, user=self.user, password=password) as opened,
-        ):
+            connection.open_connection(
+                self.uri, user=self.user, password=password,
+                runtime_dir=None if any_host else self.runtime_dir,
+            ) as opened,
+        ):  # fmt: skip
             yield opened
 
     @contextmanager

@@ -165,7 +165,7 @@ def _ask_libvirt(
     configuration: "Configuration", context: Context, notes: list[str]
 ) -> "dict[str, tuple[str, DomainSettings]] | None":
     try:
-        with configured.connected(configuration, context).connection() as connection:
+        with configured.connected(configuration, context).connection(any_host=True) as connection:
             return _domains_of(connection, configuration)
     except ImportError:
         notes.append("libvirt can't be asked: python3-libvirt is not installed")

@@ -12,15 +12,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 import libvirt
 
 from nbdbackupd import documents
-from nbdbackupd.errors import BusyError, DomainError, DomainNotFoundError
+from nbdbackupd.errors import BusyError, DomainError, DomainNotFoundError, NbdbackupError
 from nbdbackupd.model.domain import parse_dac_label
-from nbdbackupd.virt import events, fault
+from nbdbackupd.virt import events, fault, same_host
 
 # a peer that does not answer for 5 x 6 seconds is gone
 KEEPALIVE_INTERVAL_SECONDS: Final = 5
@@ -48,11 +49,12 @@ class Connection:
     and its NBD server live in QEMU and go on.
     """
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, runtime_dir: Path | None = None) -> None:
         self.address = address
+        self._runtime_dir = runtime_dir
         self._lock = threading.Lock()
         self._generation = 0
-        self._handle = _open(address)
+        self._handle = self._proven(_open(address))
 
     @property
     def uri(self) -> str:
@@ -71,9 +73,19 @@ class Connection:
         """
         with self._lock:
             if not self._handle.isAlive():
-                self._handle = _reopen(self.address)
+                self._handle = self._proven(_reopen(self.address))
                 self._generation += 1
             return self._generation, self._handle
+
+    def _proven(self, handle: libvirt.virConnect) -> libvirt.virConnect:
+        # the embedded libvirt is part of our own process
+        if self._runtime_dir is not None and not self.is_embedded:
+            try:
+                same_host.prove(handle, self.uri, self._runtime_dir)
+            except NbdbackupError:
+                handle.close()
+                raise
+        return handle
 
     def is_alive(self) -> bool:
         """Tell whether the connection stands, without waiting for anything."""
@@ -137,17 +149,21 @@ class Connection:
 
 
 @contextmanager
-def open_connection(uri: str, *, user: str = "", password: str = "") -> Iterator[Connection]:
+def open_connection(
+    uri: str, *, user: str = "", password: str = "", runtime_dir: Path | None = None
+) -> Iterator[Connection]:
     """Open ``uri`` for the body.
 
     ``user`` and ``password`` answer libvirt's questions; ``?authfile=FILE`` in the URI works,
-    too. Raises DomainError if libvirt can't be reached or refuses us, BusyError if another
-    process holds an embedded libvirt's root.
+    too. With ``runtime_dir``, ours, libvirt has to be that of this host: needed by all who mean
+    the guests' files. Raises DomainError if libvirt can't be reached or refuses us,
+    NotSupportedError if it is another host's, BusyError if another process holds an embedded
+    libvirt's root.
     """
     # otherwise the library prints each error to stderr, on top of raising it
     libvirt.registerErrorHandler(_ignore_error, None)
     with events.running():
-        connection = Connection(Address(uri=uri, user=user, password=password))
+        connection = Connection(Address(uri=uri, user=user, password=password), runtime_dir)
         try:
             yield connection
         finally:

@@ -434,21 +434,24 @@ def test_a_name_that_is_taken_meanwhile(host: Host) -> None:
     host.run("virsh", "undefine", "late")
 
 
-def test_a_domain_of_another_host(suite: str, lab: HostLab, host: Host) -> None:
-    """Images on shared storage, defined at a libvirt that is elsewhere."""
+def test_a_libvirt_of_another_host(suite: str, lab: HostLab, host: Host) -> None:
+    """D-1: refused, though both see the directory; the own one is taken by any address."""
     other = lab.host("lab-b", hypervisor(suite))
     into = f"{SHARED}/it's elsewhere"
-    uri = "qemu+ssh://root@lab-b/system"
-    words = ("/var/tmp/many", "-c", uri, "-d", "sda", "-o", into, "--define")
-    report = ctl(host, "restore", *words, "--start", code=3)
-    assert report["definition"]["started"]
-    assert [text for text in report["warnings"] if f"libvirt is on another host ({uri})" in text]
-    assert other.run("virsh", "list", "--name").split() == ["restore_many"]
-    assert "restore_many" not in host.run("virsh", "list", "--all", "--name")
-    # names are told apart by path alone there
-    error = ctl(host, "restore", *words, "--name", "x", "--force", code=20)
-    assert "is disk sda of domain restore_many" in error["error"]["message"]
-    other.run("virsh", "destroy", "restore_many")
+    words = ("/var/tmp/many", "-d", "sda", "-o", into, "--define")
+    for where in ("root@lab-b", "lab-b"):
+        uri = f"qemu+ssh://{where}/system"
+        error = ctl(host, "restore", *words, "-c", uri, "--start", code=20)
+        assert f"{uri} is the libvirt of another host or container" in error["error"]["message"]
+        assert "is the libvirt of another" in ctl(
+            host, "check", "many", "-c", uri, code=20
+        )["error"]["message"]  # fmt: skip
+    assert host.call("test", "-e", into).returncode == 1
+    assert "restore_many" not in other.run("virsh", "list", "--all", "--name")
+    report = ctl(host, "restore", *words, "-c", f"qemu+ssh://root@{host.name}/system")
+    assert report["definition"]["defined"]
+    assert "restore_many" in host.run("virsh", "list", "--all", "--name")
+    host.run("virsh", "undefine", "restore_many")
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["clone", "same"])

@@ -487,3 +487,17 @@ def test_manual_renders_every_setting() -> None:
     # no mark-up is left over
     assert "*nbd" not in shown
     assert "--*" not in shown
+
+
+def test_the_uri_of_another_host(tmp_path: Path) -> None:
+    """D-1: ``config check`` names the line; what is this host by any address is let pass."""
+    main = tmp_path / "nbdbackup.yaml"
+    for host in ("192.0.2.1", "me@nowhere.invalid", "[2001:db8::1]:22"):
+        main.write_text(f"full_every: 7d\nlibvirt:\n  uri: qemu+ssh://{host}/system\n")
+        said = ctl("check", "--config-dir", tmp_path, code=10).stderr
+        assert f"{main}:3: libvirt.uri: " in said
+        assert "leave the host out of the URI" in said
+    for uri in ("qemu+ssh://root@localhost/system", "qemu+tcp://127.0.0.1:1/system",
+                "qemu:///session", "qemu+unix:///system?socket=/x"):  # fmt: skip
+        main.write_text(f"libvirt:\n  uri: {uri}\n")
+        ctl("check", "--config-dir", tmp_path)

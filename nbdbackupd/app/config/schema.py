@@ -302,7 +302,8 @@ _MONITORING: Final = (
 _LIBVIRT: Final = (
     Setting(
         path="libvirt.uri", kind=kinds.URI, default="qemu:///system", everywhere=False,
-        help="Where libvirt is. It must run on this host.", option="--connect",
+        help="Where libvirt is. It must run on this host, which each run has proven.",
+        option="--connect",
     ),
     Setting(
         path="libvirt.user", kind=optional(kinds.TEXT, "none"), default=None, everywhere=False,

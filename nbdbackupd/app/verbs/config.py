@@ -12,6 +12,7 @@ from nbdbackupd.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from nbdbackupd.app.config.files import Configuration
+    from nbdbackupd.app.config.reading import Problem
     from nbdbackupd.app.config.settings import DomainSettings
 
 JSON_VERSION = 1
@@ -61,7 +62,7 @@ def _sample(context: Context) -> int:
 def _check(configuration: "Configuration", context: Context) -> int:
     from nbdbackupd.app.config import timers
 
-    problems = configuration.problems
+    problems = tuple(sorted({*configuration.problems, *_foreign_hosts(configuration)}))
     remarks = timers.remarks(configuration)
     document = {
         "version": JSON_VERSION,
@@ -81,6 +82,16 @@ def _check(configuration: "Configuration", context: Context) -> int:
     text = f"sound: {number} file{'s' * (number != 1)}" if number else "sound: no files, defaults"
     context.show(document, "" if problems else text)
     return ConfigError.exit_code if problems else 0
+
+
+def _foreign_hosts(configuration: "Configuration") -> "list[Problem]":
+    from nbdbackupd.app.config import address
+    from nbdbackupd.app.config.reading import Problem
+
+    path = "libvirt.uri"
+    uris = [file.values[path] for file in configuration.files if path in file.values]
+    faults = [(each, address.fault(each.value)) for each in uris]
+    return [Problem(each.file, each.line, path, said) for each, said in faults if said]
 
 
 def _show(domain: str, configuration: "Configuration", context: Context) -> int:

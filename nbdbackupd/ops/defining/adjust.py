@@ -10,7 +10,6 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Final
-from urllib.parse import urlsplit
 
 from nbdbackupd import documents, durable
 from nbdbackupd.errors import FormatError, IntegrityError, RepositoryError, UsageError
@@ -103,7 +102,7 @@ class Adjuster:
         """See whether the definition will do. Raises NbdbackupError."""
         tell_missing(state)
         if wants_tpm(state):
-            tell_tpm(state, SYSTEM_URI)
+            tell_tpm(state)
 
     def act(self, state: State) -> tuple[bool, bool]:
         """Make the domain; return whether it is defined, and whether it runs.
@@ -140,11 +139,6 @@ class Adjuster:
         )
 
 
-def is_local(uri: str) -> bool:
-    """Whether a libvirt URI is of this host."""
-    return not urlsplit(uri).netloc
-
-
 def wants_tpm(state: State) -> bool:
     """Whether a TPM's state has to go to libvirt's own place; warns if the point holds none."""
     backend = model.parse(state.adapted.xml).find("./devices/tpm/backend[@type='emulator']")
@@ -172,11 +166,12 @@ def tell_missing(state: State) -> None:
             )
 
 
-def tell_tpm(state: State, uri: str) -> None:
+def tell_tpm(state: State) -> None:
     """Warn that the user has to put the TPM's state into its place."""
+    place = vtpm.places(SYSTEM_URI, state.adapted.uuid)[0]
     state.warnings.append(
         f"put the TPM's state, {_tpm_directory(state.planned)}, to "
-        f"{vtpm.places(uri, state.adapted.uuid)[0]} on the domain's host before its first start"
+        f"{place} on the domain's host before its first start"
     )
 
 

@@ -48,33 +48,22 @@ class DomainDefiner(Adjuster):
         Raises DomainError, NotSupportedError, ConfigError, RepositoryError.
         """
         connection, adapted = self._connection, state.adapted
-        local = adjust.is_local(connection.uri)
-        if not local:
-            state.warnings.append(
-                f"libvirt is on another host ({connection.uri}): the images must be seen there "
-                f"under the same paths"
-            )
         self._refuse_others(adapted)
-        if local:
-            images = {disk.path.parent for disk in state.planned.disks if disk.type == "file"}
-            define_paths.check_way(connection.base_owner(), sorted(images))
-            adjust.tell_missing(state)
+        images = {disk.path.parent for disk in state.planned.disks if disk.type == "file"}
+        define_paths.check_way(connection.base_owner(), sorted(images))
+        adjust.tell_missing(state)
         with _saying("--adjust-config writes it down, to be changed by hand"):
             virt.try_out(connection, adapted.xml)
         if adjust.wants_tpm(state):
-            if local:
-                state.tpm_place = vtpm.places(connection.uri, adapted.uuid)[0]
-                vtpm.check(state.tpm_place)
-            else:
-                adjust.tell_tpm(state, connection.uri)
+            state.tpm_place = vtpm.places(connection.uri, adapted.uuid)[0]
+            vtpm.check(state.tpm_place)
 
     def _refuse_others(self, adapted: Adapted) -> None:
         """See that the name, the UUID and the files are nobody else's."""
         connection = self._connection
         _refuse_taken(connection, adapted)
         uses = virt.resolve_all(connection, adapted.uses)
-        local = adjust.is_local(connection.uri)
-        define_paths.refuse_shared(uses, virt.paths_in_use(connection), local=local)
+        define_paths.refuse_shared(uses, virt.paths_in_use(connection))
 
     def act(self, state: State) -> tuple[bool, bool]:
         """Put the TPM's state into its place, define, and start.

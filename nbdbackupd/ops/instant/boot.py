@@ -17,7 +17,7 @@ from nbdbackupd import durable
 from nbdbackupd.errors import BusyError, ConfigError, RepositoryError, UsageError
 from nbdbackupd.model import definition as definition_model
 from nbdbackupd.model.chain import RestorePoint
-from nbdbackupd.ops.defining import adjust, vtpm
+from nbdbackupd.ops.defining import vtpm
 from nbdbackupd.ops.instant import boot_images, booting
 from nbdbackupd.ops.instant.boot_images import FinalImage
 from nbdbackupd.ops.instant.boot_record import BootRecord, Phase, Places
@@ -116,8 +116,6 @@ def _start(
             f"or give another --name"
         )
     given, point = _choose(request)
-    if not adjust.is_local(connection.uri):
-        raise ConfigError(f"libvirt is on another host ({connection.uri}): boot on that one")
     scratch.prepare(request.scratch_dir, SPACE)
     images: tuple[FinalImage, ...] = ()
     if request.output is not None:

@@ -17,15 +17,12 @@ log = logging.getLogger(__name__)
 MOST_TOLD: Final = 3
 
 
-def refuse_shared(
-    uses: tuple[PathUse, ...], others: Mapping[str, tuple[PathUse, ...]], *, local: bool
-) -> None:
-    """See that nobody else uses a path of the new definition.
+def refuse_shared(uses: tuple[PathUse, ...], others: Mapping[str, tuple[PathUse, ...]]) -> None:
+    """See that nobody else uses a path of the new definition, by any name.
 
-    ``local``: the paths are those of this host, so that two names of one file can be told.
     Raises DomainError that names the first of them.
     """
-    found = shared(uses, others, local=local)
+    found = shared(uses, others)
     if not found:
         return
     told = [
@@ -40,17 +37,14 @@ def refuse_shared(
 
 
 def shared(
-    uses: tuple[PathUse, ...], others: Mapping[str, tuple[PathUse, ...]], *, local: bool
+    uses: tuple[PathUse, ...], others: Mapping[str, tuple[PathUse, ...]]
 ) -> tuple[Conflict, ...]:
-    """The uses of these paths by others; ``local`` as above."""
-    if local:
-        # backing files of images are only of interest where one of ours exists already
-        if any(os.path.lexists(use.path) for use in uses if not use.readonly):
-            others = {name: (*theirs, *_backing(theirs)) for name, theirs in others.items()}
-        paths = [use.path for theirs in (uses, *others.values()) for use in theirs]
-        same = {path: _identity(path) for path in paths}
-    else:
-        same = {}
+    """The uses of these paths by others."""
+    # backing files of images are only of interest where one of ours exists already
+    if any(os.path.lexists(use.path) for use in uses if not use.readonly):
+        others = {name: (*theirs, *_backing(theirs)) for name, theirs in others.items()}
+    paths = [use.path for theirs in (uses, *others.values()) for use in theirs]
+    same = {path: _identity(path) for path in paths}
     return tuple(hostpaths.clashes(uses, others, same))
 
 

@@ -185,7 +185,7 @@ class InPlace(Placement):
         )
         others = definition.paths_in_use(self._connection)
         others.pop(domain.name, None)
-        found = define_paths.shared(uses, others, local=True)
+        found = define_paths.shared(uses, others)
         if found:
             each = found[0]
             raise DomainError(

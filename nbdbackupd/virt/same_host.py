@@ -1,0 +1,87 @@
+"""Proof that a libvirt is that of this host, whatever its URI is called.
+
+Names prove nothing: addresses are forwarded, host UUIDs are copied with machines, containers
+share those of their machine. What counts is that both sides mean the same file by the same path.
+So libvirt is asked for the capabilities of an emulator that never is one: a file of ours with a
+random name, first before it is there, then while it is. Measured with libvirt 9.0, 11.3 and
+12.8: it looks for the file itself and answers with the errno of what it met, ENOENT or (no
+program) EACCES; it keeps nothing and starts nothing, and takes less than a millisecond.
+"""
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import libvirt
+
+from nbdbackupd import durable
+from nbdbackupd.errors import DomainError, NotSupportedError
+from nbdbackupd.virt import fault
+
+PREFIX: Final = ".same-host-"
+SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - a name that nobody can guess
+
+
+def prove(handle: libvirt.virConnect, uri: str, directory: Path) -> None:
+    """Prove that libvirt sees the files of this host as we do.
+
+    ``directory`` is our runtime directory, where QEMU has to find our sockets as well; who may
+    not write there uses the host's shared memory. Raises NotSupportedError if it is another
+    host, or another container of this one; DomainError if libvirt does not tell.
+    """
+    name = f"{PREFIX}{secrets.token_hex(16)}"
+    with _place(directory) as folder:
+        path = folder / name
+        before = _look(handle, path)
+        try:
+            os.close(durable.create_exclusive(path))
+            after = _look(handle, path)
+        finally:
+            path.unlink(missing_ok=True)
+    if (before, after) == (errno.ENOENT, errno.EACCES):
+        return
+    if before == after == errno.ENOENT:
+        raise NotSupportedError(
+            f"{uri} is the libvirt of another host or container: it does not see {folder} of "
+            f"this one; run nbdbackupctl where the guests run",
+            uri=uri,
+        )
+    raise DomainError(
+        f"can't prove that {uri} is the libvirt of this host: of a file in {folder} it says "
+        f"{_said(before)} before it is there and {_said(after)} afterwards",
+        uri=uri,
+    )
+
+
+@contextmanager
+def _place(directory: Path) -> Iterator[Path]:
+    """A directory of this host that we may write to."""
+    try:
+        durable.make_directory(directory, 0o755)
+        usable = os.access(directory, os.W_OK | os.X_OK)
+    except OSError:
+        usable = False
+    folder = directory.absolute() if usable else SHARED_MEMORY
+    with durable.translate_os_errors("write", folder):
+        yield folder
+
+
+def _look(handle: libvirt.virConnect, path: Path) -> int:
+    """The errno that libvirt meets at a path; 0 if it meets none."""
+    try:
+        handle.getDomainCapabilities(os.fspath(path), None, None, None, 0)
+    except libvirt.libvirtError as err:
+        if err.get_error_code() != libvirt.VIR_ERR_SYSTEM_ERROR:
+            raise DomainError(
+                f"can't prove that libvirt is that of this host: {fault.line(err)}"
+            ) from err
+        return err.get_int1() or 0
+    return 0
+
+
+def _said(number: int) -> str:
+    return f"'{os.strerror(number)}'" if number else "nothing"
