@@ -443,12 +443,11 @@ def test_a_libvirt_of_another_host(suite: str, lab: HostLab, host: Host) -> None
         uri = f"qemu+ssh://{where}/system"
         error = ctl(host, "restore", *words, "-c", uri, "--start", code=20)
         assert f"{uri} is the libvirt of another host or container" in error["error"]["message"]
-        assert "is the libvirt of another" in ctl(
-            host, "check", "many", "-c", uri, code=20
-        )["error"]["message"]  # fmt: skip
+        check = ctl(host, "check", "many", "-c", uri, code=20)
+        assert "is the libvirt of another" in check["error"]["message"]
     assert host.call("test", "-e", into).returncode == 1
     assert "restore_many" not in other.run("virsh", "list", "--all", "--name")
-    report = ctl(host, "restore", *words, "-c", f"qemu+ssh://root@{host.name}/system")
+    report = ctl(host, "restore", *words, "-c", f"qemu+ssh://root@{host.name}/system", code=3)
     assert report["definition"]["defined"]
     assert "restore_many" in host.run("virsh", "list", "--all", "--name")
     host.run("virsh", "undefine", "restore_many")
