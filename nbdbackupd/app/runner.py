@@ -295,7 +295,9 @@ class _Run:
         planned = self.plan()
         self.watch.doing(f"saving into {planned.set}: {planned.next.reason}")
         log.info("set %s, level %s: %s", planned.set, planned.next.level, planned.next.reason)
-        request = making.request(self.domain.uuid, planned.set, self.context, self._fields())
+        request = making.request(
+            self.domain.uuid, planned.set, self.context, self._fields(planned.directory)
+        )
         made = backup.run(
             request, self.connection, progress=self.watch.progress, cancelled=self.watch.cancelled
         )
@@ -309,11 +311,11 @@ class _Run:
             problems=problems, backup=made,
         )  # fmt: skip
 
-    def _fields(self) -> dict[str, Any]:
+    def _fields(self, directory: Path) -> dict[str, Any]:
         from nbdbackupd.app.config.settings import request_fields
 
         # level auto: should another run have begun the set meanwhile, this one goes on with it
-        fields = request_fields(self.settings)
+        fields = request_fields(self.settings) | {"retired": directory}
         if self.wish.shutdown:
             fields |= {
                 "only_off": True,

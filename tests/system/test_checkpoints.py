@@ -437,6 +437,41 @@ def test_two_chains_and_one_that_is_dropped(here: Scene, power: str, tmp_path: P
 
 
 @both
+def test_other_chains_are_told_with_the_cure(here: Scene, power: str, tmp_path: Path) -> None:
+    """L-1: a directory for each month, by hand: no bitmap stays in silence."""
+    june, july = (tmp_path / "by-hand" / month for month in ("2022-06", "2022-07"))
+    tag = naming.tag_of(base(here))
+    state = ("--checkpoint-dir", str(here.ctl.state))
+    drop = f"'nbdbackupctl checkpoints {here.guest.name} --drop {tag}'"
+    (note,) = here.save(into=june).report["other_chains"]
+    assert note.endswith(
+        f"for set {here.set}; if no backup goes there any more, remove them with {drop}"
+    )
+    stop_if(here, power)
+    found = here.ctl("check", here.guest.name, "-o", june, *state, "--json", code=None)
+    assert drop in found.stdout
+    shutil.rmtree(here.set)
+    here.history.pop(0)
+    gone = here.save(into=june, code=WARNED)
+    assert gone.warnings == [
+        f"the images carry bitmaps of chain {tag}, too, for set {here.set}, which is gone; "
+        f"remove them with {drop}"
+    ]
+    refused = here.ctl("backup", here.guest.name, "-o", june, "--strict", code=DOMAIN)
+    assert drop in refused.stderr
+    found = here.ctl("check", here.guest.name, *state, "--json", code=WARNED).json
+    assert drop in json.dumps(found)
+    here.ctl("checkpoints", here.guest.name, "--drop", tag)
+    assert here.save(into=june).report["other_chains"] == []
+    both_living = here.save(into=july)
+    assert [
+        naming.tag_of(gone.point["checkpoint"]) in each
+        for each in both_living.report["other_chains"]
+    ] == [True]
+    here.prove_all()
+
+
+@both
 def test_a_state_that_is_older_or_lost(here: Scene, power: str, tmp_path: Path) -> None:
     old = tmp_path / "old"
     shutil.copytree(here.ctl.state, old)

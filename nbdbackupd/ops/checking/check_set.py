@@ -6,10 +6,10 @@ from pathlib import Path
 from nbdbackupd.errors import CheckpointError, NbdbackupError
 from nbdbackupd.model.chain import BackupSet, RestorePoint
 from nbdbackupd.model.finding import Notes
-from nbdbackupd.model.naming import tag_of_chain
-from nbdbackupd.model.reconcile import Action, Entry, Fate, KnownChain, Plan, reconcile
+from nbdbackupd.model.naming import tag_of, tag_of_chain
+from nbdbackupd.model.reconcile import WHY, Action, Entry, Fate, KnownChain, Plan, reconcile
 from nbdbackupd.model.units import human_size
-from nbdbackupd.ops.chains import leftovers, reconciling
+from nbdbackupd.ops.chains import leftovers, others, reconciling
 from nbdbackupd.ops.checking.check_request import Patient, existing
 from nbdbackupd.repo.repository import Repository
 from nbdbackupd.repo.state import State
@@ -30,7 +30,26 @@ def checkpoints(patient: Patient, notes: Notes) -> None:
     noted = leftovers.dead_run(patient.request.runtime_dir, patient.domain.uuid)
     dead = {noted.checkpoint} if noted is not None and noted.checkpoint else set()
     found = reconciling.view(patient.domain, patient.looked, [each.base for each in chains])
-    _tell(patient, reconcile(found, chains, dead), chains, notes)
+    plan = reconcile(found, chains, dead)
+    _tell(patient, plan, chains, notes)
+    _count(patient, plan, notes)
+
+
+def _count(patient: Patient, plan: Plan, notes: Notes) -> None:
+    """How many chains the guest's writes pay for; those that nobody goes on with (L-1)."""
+    records = State(patient.request.state_dir).records(patient.domain.uuid)
+    names = [entry.name for entry in plan.entries if entry.in_libvirt or entry.held]
+    newest = head(patient)
+    mine = [newest.chain] if newest is not None else []
+    found = others.other_chains(patient.domain.name, names, records, mine)
+    chains = {tag_of(name) for name in names}
+    if names:
+        notes.ok(f"the domain carries {len(names)} bitmap(s) of ours, of {len(chains)} chain(s)")
+    for each in found:
+        if each.is_gone or not each.set:
+            notes.warn(each.text, each.cure)
+        elif newest is not None:
+            notes.ok(str(each))
 
 
 def _chains(patient: Patient) -> tuple[KnownChain, ...]:
@@ -68,8 +87,8 @@ def _tell(patient: Patient, plan: Plan, chains: tuple[KnownChain, ...], notes: N
     for entry in plan.entries:
         if entry.fate is Fate.BASE:
             _tell_base(entry, sets.get(entry.chain, ""), notes)
-        elif entry.fate in (Fate.ELSEWHERE, Fate.UNSURE, Fate.UNKNOWN):
-            notes.ok(f"{entry.name} is left alone: {entry.fate.value} chain or set")
+        elif entry.fate in (Fate.ELSEWHERE, Fate.UNSURE):
+            notes.ok(f"{entry.name} is left alone: {WHY[entry.fate]}")
     advice = (
         f"the next backup does it, or 'nbdbackupctl checkpoints {patient.domain.name} --repair'"
     )

@@ -7,7 +7,7 @@ out the draft and the new checkpoint go away and the old base stays what it was.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -16,18 +16,20 @@ from nbdbackupd import log as runlog
 from nbdbackupd.errors import CheckpointError, RepositoryError
 from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint, effective_level
 from nbdbackupd.ops.chains import foreign, leftovers, reconciling
+from nbdbackupd.ops.chains.others import OtherChain, other_chains
 from nbdbackupd.ops.domain import domains
 from nbdbackupd.ops.domain.images import images_of
-from nbdbackupd.ops.domain.survey import Survey, Wish, look, survey_domain
+from nbdbackupd.ops.domain.survey import Looked, Survey, Wish, look, survey_domain
 from nbdbackupd.ops.reporting import telling
 from nbdbackupd.ops.saving import recording
 from nbdbackupd.ops.saving.backup_job import Job
 from nbdbackupd.ops.saving.backup_request import BackupReport, BackupRequest
 from nbdbackupd.ops.saving.sources import changed_bytes
 from nbdbackupd.repo.repository import Repository
-from nbdbackupd.repo.state import State
+from nbdbackupd.repo.state import Record, State
 from nbdbackupd.source.lease import Lease
 from nbdbackupd.source.paused_start import started_paused
+from nbdbackupd.virt import checkpoints
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
 
@@ -126,6 +128,7 @@ def _run_locked(run: _Run) -> BackupReport:
     wish = Wish(include=request.include, exclude=request.exclude, raw=request.raw)
     survey = survey_domain(domain, wish, level, parent, looked)
     run.cancelled()
+    beside = _others(run, looked, records, known, dead)
     small = _below_threshold(run, survey, parent)
     if small:
         return BackupReport(point=None, skipped=small)
@@ -134,10 +137,12 @@ def _run_locked(run: _Run) -> BackupReport:
             request=request, domain=domain, repository=repository, survey=survey, level=level,
             known=known, parent=parent, progress=run.progress, cancelled=run.cancelled,
             lease=run.lease, at_rest=run.at_rest,
+            warnings=tuple(str(each) for each in beside if each.is_gone),
         )
     )  # fmt: skip
     reconciling.advance(domain, repository, point, parent, looked, state=state, erase=erase)
-    return BackupReport(point=point, disk_seconds=seconds)
+    notes = tuple(str(each) for each in beside if not each.is_gone)
+    return BackupReport(point=point, disk_seconds=seconds, others=notes)
 
 
 def _check_binding(domain: Domain, known: BackupSet) -> None:
@@ -148,6 +153,25 @@ def _check_binding(domain: Domain, known: BackupSet) -> None:
                 f"the set belongs to domain {point.domain} with UUID {point.uuid}, "
                 f"not to {domain.name} with UUID {domain.uuid}: give another directory with -o"
             )
+
+
+def _others(
+    run: _Run, looked: Looked, records: Collection[Record], known: BackupSet, dead: Collection[str]
+) -> tuple[OtherChain, ...]:
+    """Other chains whose bitmaps the domain carries (L-1)."""
+    names = {
+        name
+        for state in looked.states.values()
+        for bitmaps in state.bitmaps.values()
+        for name in bitmaps
+    }
+    return other_chains(
+        run.domain.name,
+        names.union(checkpoints.names(run.domain)).difference(dead),
+        records,
+        [point.chain for point in known.points],
+        retired=run.request.retired,
+    )
 
 
 def _below_threshold(run: _Run, survey: Survey, parent: RestorePoint | None) -> str:

@@ -18,6 +18,7 @@ class Job:
 
     ``lease``: the domain is off, and its images are ours to read until somebody starts it.
     ``at_rest``: it was started paused for this run; what its disks are while nobody resumes it.
+    ``warnings``: what the point is to warn of, as known so far.
     """
 
     request: BackupRequest
@@ -31,6 +32,7 @@ class Job:
     cancelled: Callable[[], None]
     lease: Lease | None = None
     at_rest: Consistency | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def point_id(self) -> str:

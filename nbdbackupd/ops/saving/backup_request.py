@@ -18,7 +18,8 @@ class BackupRequest:
 
     Without a ``state_dir`` nothing is noted of the chain beside its set. ``limit_rate`` is in
     bytes per second, read of all disks together. ``only_off``: save nothing if the domain runs.
-    ``ending``: how its guest ended before the host was booted, if that is known.
+    ``ending``: how its guest ended before the host was booted, if that is known. ``retired``: the
+    caller removes the checkpoints of the other sets in that directory.
     """
 
     domain: str
@@ -47,18 +48,23 @@ class BackupRequest:
     limit_rate: int | None = None
     only_off: bool = False
     ending: Ending = Ending.UNKNOWN
+    retired: Path | None = None
     wait_seconds: float = 0.0
     timeout_seconds: float = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackupReport:
-    """The published point, or why none was made (``skipped``); seconds in all and by disk."""
+    """The published point, or why none was made (``skipped``); seconds in all and by disk.
+
+    ``others`` says of each other chain whose bitmaps the domain carries how to be rid of it.
+    """
 
     point: RestorePoint | None
     skipped: str = ""
     seconds: float = 0.0
     disk_seconds: Mapping[str, float] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -73,4 +79,5 @@ class BackupReport:
             "reason": self.skipped,
             "seconds": round(self.seconds, 3),
             "point": catalog.describe(self.point) if self.point else None,
+            "other_chains": list(self.others),
         }

@@ -83,7 +83,7 @@ def _settle(job: Job, draft: Draft) -> None:
 
 def _fill(job: Job, draft: Draft, notes: _Notes) -> RestorePoint:
     """Copy everything into the draft and describe it; the libvirt job has ended afterwards."""
-    notes.warnings += _lost(job)
+    notes.warnings += [*job.warnings, *_lost(job)]
     _check_strict(job, notes)
 
     def trouble(error: NbdbackupError) -> None:
