@@ -1,4 +1,6 @@
-"""Bytes as people read them."""
+"""Bytes and times as people read them."""
+
+from datetime import datetime
 
 
 def human_size(size: int) -> str:
@@ -11,3 +13,15 @@ def human_size(size: int) -> str:
     if unit == "B":
         return f"{size} B"
     return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+
+
+def local_time(moment: str | datetime) -> str:
+    """``2026-01-31 23:59:59 CET``: in this host's zone, which is named; JSON has RFC 3339 UTC.
+
+    A text that is no time stays what it is: it came from a set.
+    """
+    try:
+        found = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
+    except ValueError:
+        return str(moment)
+    return f"{found.astimezone():%Y-%m-%d %H:%M:%S %Z}"

@@ -151,7 +151,7 @@ limits: {workers: 3, wait: 5m, timeout: 10, bandwidth: 64K}
     }
     # what a run is, and what a configuration has no business with
     others = {"domain", "directory", "run_id", "now", "runtime_dir", "program"}
-    others |= {"level", "layout", "by_nbdinfo", "only_off", "ending"}
+    others |= {"level", "layout", "by_nbdinfo", "only_off", "ending", "retired"}
     assert set(found) | others == {each.name for each in fields(BackupRequest)}
     pause = read(tmp_path / "b", "freeze: {policy: pause}")
     found = settings.request_fields(settings.settings_for("vm", "", {}, pause))

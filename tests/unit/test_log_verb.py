@@ -88,7 +88,7 @@ def test_text_is_harmless_to_a_terminal() -> None:
         fields={"domain": "v\x07m"},
     )  # fmt: skip
     local = entry.time.astimezone()
-    head = f"{local:%Y-%m-%d %H:%M:%S}"
+    head = f"{local:%Y-%m-%d %H:%M:%S %Z}"
     assert verb.render(entry) == f"{head}  warning   v?m  one ?[2J\n    two"
 
 

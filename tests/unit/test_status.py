@@ -228,7 +228,7 @@ def test_domains_of_all_kinds(host: Host) -> None:
     ]  # fmt: skip
     row = next(line for line in lines if line.startswith("vm1 "))
     assert re.fullmatch(
-        r"vm1 +2026-02-10 10:00  2 h +inc +[\d.]+ [KM]?i?B +2026-02-10 13:00  ok", row
+        r"vm1 +2026-02-10 10:00 UTC  2 h +inc +[\d.]+ [KM]?i?B +2026-02-10 13:00 UTC  ok", row
     )
     assert "vm2: the newest point is 4 days old" in lines
     assert "\x1b" not in out
@@ -432,7 +432,7 @@ def test_timers(host: Host) -> None:
     code, out = host.run("timers")
     lines = out.splitlines()
     assert lines[0].split() == ["DOMAIN", "WHAT", "NEXT", "LAST", "TOOK", "RESULT"]
-    assert lines[1].split()[-3:] == ["10:00:00", "1:35", "done"]
+    assert lines[1].split()[-4:] == ["10:00:00", "UTC", "1:35", "done"]
     assert lines[6].split() == ["vm1", "verify", "-", "-", "-", "-"]
     code, out = host.run("timers", "--json", "vm2")
     assert [each["domain"] for each in json.loads(out)["timers"]] == ["vm2"]

@@ -11,6 +11,7 @@ from nbdbackupd.app import named, signals
 from nbdbackupd.app.arguments import Arguments, add_point, rate, size
 from nbdbackupd.app.context import Context, now
 from nbdbackupd.errors import DomainError, Interrupted, UsageError
+from nbdbackupd.model.units import local_time
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.instant.boot import Booted, BootRequest
@@ -179,7 +180,7 @@ def _tell(up: "Booted", context: Context, request: "BootRequest") -> None:
     name = shlex.quote(record.name)
     end = f"'nbdbackupctl boot --stop {name}'" + ("" if not record.attended else " or Ctrl-C")
     lines = [
-        f"domain {record.name} runs on point {record.point}, as of {record.created}",
+        f"domain {record.name} runs on point {record.point}, as of {local_time(record.created)}",
         f"try: virsh console {name}, virt-viewer {name}",
         f"{end} ends it, and what it wrote is gone then",
     ]

@@ -11,6 +11,7 @@ from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import Interrupted, UsageError
+from nbdbackupd.model.units import local_time
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.reporting.journal import Entry, Query
@@ -106,10 +107,9 @@ def _moment(text: str) -> datetime | None:
 
 def render(entry: "Entry") -> str:
     """One record for people; further lines of its text are indented."""
-    moment = entry.time.astimezone()
     priority = PRIORITIES[entry.priority] if 0 <= entry.priority < len(PRIORITIES) else "info"
     domain = _printable(entry.fields.get("domain", ""))
-    head = f"{moment:%Y-%m-%d %H:%M:%S}  {priority:<8}  {domain + '  ' if domain else ''}"
+    head = f"{local_time(entry.time)}  {priority:<8}  {domain + '  ' if domain else ''}"
     first, *more = entry.message.split("\n")
     return "\n".join([head + _printable(first), *(f"    {_printable(each)}" for each in more)])
 

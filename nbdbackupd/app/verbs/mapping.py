@@ -14,6 +14,7 @@ from nbdbackupd.app.arguments import Arguments, add_point, names, size
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size
 from nbdbackupd.errors import RepositoryError, UsageError
+from nbdbackupd.model.units import local_time
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.serving.map import Mapping, MapRequest, Serving
@@ -183,7 +184,7 @@ def _show(up: "Serving", more: Sequence[str], context: Context, *, is_detached: 
 def render(mapping: "Mapping", *, is_detached: bool) -> str:
     """What is served, and what to do with it, for people."""
     of = f"point {mapping.point} of {mapping.domain}" if mapping.point else mapping.source
-    lines = [f"map {mapping.id}: {of}, as of {mapping.created}"]
+    lines = [f"map {mapping.id}: {of}, as of {local_time(mapping.created)}"]
     for disk in mapping.disks:
         device = f"  {disk.device}" if disk.device else ""
         lines.append(f"  {disk.target:<6} {human_size(disk.size):>10}  {disk.uri}{device}")

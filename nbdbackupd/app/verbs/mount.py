@@ -12,6 +12,7 @@ from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size
 from nbdbackupd.errors import FormatError
+from nbdbackupd.model.units import local_time
 
 MOUNT: Final = """\
 Show the files of a restore point in an empty directory, read-only, without restoring disks and
@@ -99,7 +100,8 @@ def _detach(context: Context) -> int:
 
 def _render(document: dict[str, Any]) -> str:
     """What is mounted, for people."""
-    of = f"{document['domain']} as of {document['created']} (point {document['point']})"
+    created = local_time(document["created"])
+    of = f"{document['domain']} as of {created} (point {document['point']})"
     found = document["file_system"]
     place = found["volume"] or (
         f"partition {found['partition']} of {found['disk']}"

@@ -14,6 +14,7 @@ from nbdbackupd.app import context as app_context
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError, DomainError, NbdbackupError, ProcessError
+from nbdbackupd.model.units import local_time
 
 if TYPE_CHECKING:
     from nbdbackupd.app.config.files import Configuration
@@ -194,7 +195,7 @@ def _deliver(text: "Text", notice: "Notice", wishes: _Wishes) -> list[str]:
 
 def _time(moment: datetime | None) -> str:
     """In the host's own time, with its zone."""
-    return f"{moment.astimezone():%Y-%m-%d %H:%M:%S %Z}" if moment is not None else ""
+    return local_time(moment) if moment is not None else ""
 
 
 def _printable(text: str) -> str:

@@ -11,6 +11,7 @@ from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size, human_time
 from nbdbackupd.app.verbs import restore_define, restore_targets
 from nbdbackupd.errors import UsageError
+from nbdbackupd.model.units import local_time
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.restoring.restore import RestoreReport
@@ -98,7 +99,8 @@ def run(args: Arguments, context: Context) -> int:
 
 def render(report: "RestoreReport") -> str:
     """The report for people."""
-    lines = [f"restored {report.domain or 'disk'} as of {report.created} (point {report.point})"]
+    of = report.domain or "disk"
+    lines = [f"restored {of} as of {local_time(report.created)} (point {report.point})"]
     lines += [
         f"  {disk.target:<6} {disk.path}  {disk.format}, {human_size(disk.size)}, "
         f"{_speed(disk.data_bytes, disk.seconds)}"

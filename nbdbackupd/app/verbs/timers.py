@@ -141,7 +141,7 @@ def _length(seconds: float) -> str:
 
 
 def _local(moment: datetime | None) -> str:
-    return f"{moment.astimezone():%a %Y-%m-%d %H:%M:%S}" if moment is not None else "-"
+    return f"{moment.astimezone():%a %Y-%m-%d %H:%M:%S %Z}" if moment is not None else "-"
 
 
 def _utc(moment: datetime | None) -> str:

@@ -220,9 +220,9 @@ def rows(domains: Sequence[DomainStatus], now: datetime) -> list[tuple[str, ...]
             cells = ("-", "-", "-", "-")
         else:
             age = age_text((now - instant).total_seconds())
-            local = instant.astimezone().strftime("%Y-%m-%d %H:%M")
+            local = instant.astimezone().strftime("%Y-%m-%d %H:%M %Z")
             cells = (local, age, point.level.value, human_size(stored_bytes(point)))
-        next_run = each.next.astimezone().strftime("%Y-%m-%d %H:%M") if each.next else "-"
+        next_run = each.next.astimezone().strftime("%Y-%m-%d %H:%M %Z") if each.next else "-"
         found.append((each.name, *cells, next_run, each.verdict.health.value))
     return found
 

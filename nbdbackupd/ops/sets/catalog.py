@@ -10,7 +10,7 @@ from nbdbackupd.errors import RepositoryError
 from nbdbackupd.format import stream
 from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model.chain import DiskPoint, Layout, RestorePoint
-from nbdbackupd.model.units import human_size
+from nbdbackupd.model.units import human_size, local_time
 from nbdbackupd.ops.sets import opened
 from nbdbackupd.repo import boot_tests
 from nbdbackupd.repo.boot_tests import BootTest
@@ -182,7 +182,7 @@ def render_list(report: ListReport) -> str:
     head = f"{_printable(str(report.path))}: {', '.join(names)}, {points}, {total} stored"
     head += f", written by {report.written_by}" if report.written_by else ""
     rows: list[tuple[str, ...]] = [
-        ("#", "POINT", "LEVEL", "CREATED (UTC)", "STATE", "STORED", "CHECKPOINT")
+        ("#", "POINT", "LEVEL", "CREATED", "STATE", "STORED", "CHECKPOINT")
     ]
     rows += [_point_row(point) for point in report.points]
     disks = [_disk_row(disk) for point in report.points for disk in point.disks]
@@ -196,7 +196,7 @@ def render_list(report: ListReport) -> str:
         lines += [f"{indent}! {_printable(warning)}" for warning in point.warnings]
         if test := report.tests.get(point.id):
             how = "came up" if test.passed else f"did not come up: {test.reason}"
-            lines.append(f"{indent}booted {_time(test.tested)}: {_printable(how)}")
+            lines.append(f"{indent}booted {local_time(test.tested)}: {_printable(how)}")
     lines += [f"! {_printable(warning)}" for warning in report.warnings]
     return "\n".join(lines)
 
@@ -206,7 +206,7 @@ def _point_row(point: RestorePoint) -> tuple[str, ...]:
         str(point.sequence),
         point.id,
         point.level.value,
-        _time(point.created),
+        local_time(point.created),
         point.consistency.value,
         human_size(stored_bytes(point)),
         point.checkpoint or "-",
@@ -225,11 +225,6 @@ def _disk_row(disk: DiskPoint) -> tuple[str, ...]:
         f"{human_size(disk_bytes(disk))} stored",
         " ".join(note for note in notes if note),
     )
-
-
-def _time(created: str) -> str:
-    """``2026-01-31 23:59:59`` of an RFC 3339 time in UTC."""
-    return created[:19].replace("T", " ")
 
 
 def _table(rows: list[tuple[str, ...]], right: set[int]) -> list[str]:

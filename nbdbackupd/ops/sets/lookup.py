@@ -12,6 +12,7 @@ from typing import Final
 from nbdbackupd import durable
 from nbdbackupd.errors import FormatError, RepositoryError
 from nbdbackupd.model.chain import RestorePoint
+from nbdbackupd.model.units import local_time
 from nbdbackupd.ops.sets.sets import DomainSet, sets_of
 from nbdbackupd.repo import layout
 
@@ -42,7 +43,7 @@ class DomainSets:
             return self._newest(lambda found: found.checkpoint == until, none)
         if at is not None:
             moment = at.astimezone()
-            none = f"no restore point is as old as {at.isoformat()}"
+            none = f"no restore point is as old as {local_time(at)}"
             return self._newest(lambda found: datetime.fromisoformat(found.created) <= moment, none)
         return self._newest(lambda _: True, "no restore point")
 

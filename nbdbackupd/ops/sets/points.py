@@ -4,6 +4,7 @@ from datetime import datetime
 
 from nbdbackupd.errors import RepositoryError, UsageError
 from nbdbackupd.model.chain import BackupSet, RestorePoint
+from nbdbackupd.model.units import local_time
 
 
 def choose(
@@ -41,6 +42,9 @@ def _by_time(known: BackupSet, at: datetime) -> RestorePoint:
     born = [(datetime.fromisoformat(point.created), point) for point in known.points]
     due = [(created, point.sequence, point) for created, point in born if created <= moment]
     if not due:
-        first = min((point.created for _, point in born), default="none")
-        raise RepositoryError(f"no restore point is as old as {at.isoformat()}, oldest: {first}")
+        first = min((created for created, _ in born), default=None)
+        oldest = local_time(first) if first is not None else "none"
+        raise RepositoryError(
+            f"no restore point is as old as {local_time(at)}; the oldest: {oldest}"
+        )
     return max(due, key=lambda each: each[:2])[2]
