@@ -6,6 +6,7 @@ border of a package.
 
 import errno
 import fcntl
+import logging
 import os
 import secrets
 import stat
@@ -18,11 +19,17 @@ from typing import Final, Self
 
 from nbdbackupd.errors import BusyError, NoSpaceError, RepositoryError
 
+log = logging.getLogger(__name__)
+_told: set[int] = set()
+
 TEMPORARY_PREFIX: Final = ".nbdbackup-tmp-"
 """How unfinished files of ``write_atomic`` begin; a killed writer leaves one behind."""
 
 LOCK_POLL_SECONDS: Final = 0.1
 MAX_HOLDER: Final = 256
+
+_NO_MODES: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
+"""What chmod answers where there are no modes: we own what we make, so it is never about us."""
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _ADVICE: Final = {
@@ -89,16 +96,62 @@ def fsync_directory(path: Path) -> None:
 def create_exclusive(path: Path, mode: int = 0o600) -> int:
     """Create a file that must not exist and return its descriptor, open for reading and writing.
 
-    The mode holds whatever the umask is. Raises FileExistsError.
+    The mode holds whatever the umask is, as ``set_mode`` says. Raises FileExistsError.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     try:
-        os.fchmod(fd, mode)
+        set_mode(path, mode, fd)
     except BaseException:
         os.close(fd)
-        path.unlink()
+        with suppress(OSError):
+            path.unlink()
         raise
     return fd
+
+
+def set_mode(path: Path, mode: int, fd: int | None = None) -> None:
+    """Give a file of ours its mode, by its descriptor if there is one.
+
+    File systems without modes of their own (CIFS, FAT, some FUSE) refuse that or don't heed it.
+    Then a file that others could read is let be, with one warning for all, only where a
+    directory above shuts them out. Raises RepositoryError where none does, OSError.
+    """
+    file = path if fd is None else fd
+    if stat.S_IMODE(os.stat(file).st_mode) == mode:  # noqa: PTH116 - of a descriptor, too
+        return
+    reason = "it has no effect"
+    try:
+        os.chmod(file, mode)  # noqa: PTH101 - of a descriptor, too
+    except OSError as err:
+        if err.errno not in _NO_MODES:
+            raise
+        reason = err.strerror or "refused"
+    found = os.stat(file)  # noqa: PTH116 - as above
+    more = stat.S_IMODE(found.st_mode) & ~mode & (0o077 if found.st_gid else 0o007)
+    if not more:
+        return
+    above = _private_directory(path)
+    if above is None:
+        raise RepositoryError(
+            f"can't give {path} mode {mode:o}: {reason}; others could read it, so mount the file "
+            f"system with modes that shut them out (CIFS: file_mode=0600,dir_mode=0700; FAT: "
+            f"umask=077), or choose a place below a directory of mode 700"
+        )
+    if found.st_dev not in _told:
+        _told.add(found.st_dev)
+        log.warning(
+            "modes of files can't be set on the file system of %s (%s): only %s, which nobody "
+            "else may enter, protects them", path.parent, reason, above,
+        )  # fmt: skip
+
+
+def _private_directory(path: Path) -> Path | None:
+    """The nearest directory above a file that only its owner may enter, one that we trust."""
+    for above in path.absolute().parents:
+        found = above.stat()
+        if not found.st_mode & 0o011 and found.st_uid in (0, os.geteuid()):
+            return above
+    return None
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
@@ -124,7 +177,8 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
             os.close(fd)
         os.replace(temporary, path)  # noqa: PTH105 - one name for renames, which tests replace
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
 
@@ -132,7 +186,8 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
 def make_directory(path: Path, mode: int = 0o700) -> None:
     """Create a directory and its missing parents, durably; one that exists is left as it is.
 
-    The mode holds whatever the umask is.
+    The mode holds whatever the umask is, but where file systems have none of their own: what
+    lies in it is protected by itself.
     """
     if path.is_dir():
         return
@@ -140,7 +195,12 @@ def make_directory(path: Path, mode: int = 0o700) -> None:
         make_directory(path.parent, mode)
     with suppress(FileExistsError):
         path.mkdir(mode)
-        path.chmod(mode)
+        if stat.S_IMODE(path.stat().st_mode) != mode:
+            try:
+                path.chmod(mode)
+            except OSError as err:
+                if err.errno not in _NO_MODES:
+                    raise
         fsync_directory(path.parent)
     if not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(path))

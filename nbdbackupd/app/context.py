@@ -108,8 +108,11 @@ def now() -> datetime:
 
 
 def new_run_id(moment: datetime) -> str:
-    """``20260131T235959-1a2b3c4d``: sorts by time, never the same twice."""
-    return f"{moment:%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
+    """``20260131t235959-1a2b3c4d``: sorts by time, never the same twice.
+
+    It becomes part of names of files, and some file systems know no capitals.
+    """
+    return f"{moment:%Y%m%dt%H%M%S}-{secrets.token_hex(4)}"
 
 
 def default_runtime_dir(environ: Mapping[str, str]) -> Path:

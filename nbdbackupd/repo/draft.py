@@ -72,13 +72,20 @@ class Draft:
     Files get mode 0600: a domain's XML holds secrets, and so may every block of its disks.
     """
 
-    def __init__(self, root: Path, intent: Intent, load: Callable[[], BackupSet]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        intent: Intent,
+        load: Callable[[], BackupSet],
+        read_back: Callable[[RestorePoint], None],
+    ) -> None:
         self.intent = intent
         self.path = root / layout.draft(intent.run_id)
         self.published = False
         self.is_stuck = False
         self._root = root
         self._load = load
+        self._read_back = read_back
         self._names: set[str] = set()
 
     def create(self, name: str) -> Path:
@@ -104,7 +111,7 @@ class Draft:
         path = self._place(name)
         self._names.add(name)
         with durable.translate_os_errors("read", path), path.open("rb") as file:
-            path.chmod(0o600)
+            durable.set_mode(path, 0o600, file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return StoredFile(name, role, os.fstat(file.fileno()).st_size, digest, "", disk)
 
@@ -171,7 +178,7 @@ class Draft:
         return tuple(found)
 
     def publish(self, point: RestorePoint) -> RestorePoint:
-        """Make the point exist, durably, and return it with its digest.
+        """Make the point exist, durably and proven by reading it back; return it with its digest.
 
         After any exception ``published`` tells whether the point exists; if not, the set is as it
         was before. Raises RepositoryError (a file is missing, not of its size or would be
@@ -186,6 +193,7 @@ class Draft:
             self._prepare(names, data, target)
             try:
                 self._rename(names, target)
+                self._read_back(parsed)
                 self.published = True
             finally:
                 if not self.published:
@@ -329,3 +337,11 @@ def remove(path: Path) -> None:
         else:
             entry.unlink(missing_ok=True)
     path.rmdir()
+
+
+def is_used_up(path: Path) -> bool:
+    """Whether nothing of the point is in a draft's directory any more, but its intent."""
+    return all(
+        each.name == layout.INTENT or (each.name == layout.CHECKPOINTS and not any(each.iterdir()))
+        for each in path.iterdir()
+    )

@@ -21,6 +21,7 @@ LOGS: Final = "logs"
 BOOT_TESTS: Final = "boot-tests"
 LOCK: Final = ".lock"
 DRAFT_PREFIX: Final = ".draft-"
+SPARE: Final = ".spare"
 INTENT: Final = "intent.json"
 DRAFT_MANIFEST: Final = "manifest.json"
 CHECKSUM_SUFFIX: Final = ".chksum"
@@ -121,7 +122,15 @@ def names_point(manifest_name: str, point_id: str) -> bool:
     """Whether a name within ``points/`` is that of this point's manifest, whatever its number."""
     number, dash, rest = manifest_name.partition("-")
     wanted = f"{escape(point_id, MAX_IDENT)}{MANIFEST_SUFFIX}"
-    return number.isdigit() and bool(dash) and rest == wanted
+    return number.isdigit() and bool(dash) and is_same(rest, wanted)
+
+
+def is_same(name: str, other: str) -> bool:
+    """Whether two names are the same on each file system: some fold case when they store them.
+
+    Ids of ours differ in more than case.
+    """
+    return name.casefold() == other.casefold()
 
 
 def draft(run_id: str) -> str:

@@ -4,6 +4,7 @@ A point exists if and only if its manifest lies in ``points/``. Reading needs no
 files never change. Writing (drafts, sweep) needs it.
 """
 
+import errno
 import json
 import logging
 import os
@@ -218,13 +219,10 @@ class Repository:
         """
         self._require_lock()
         self.check_can_begin()
-        made = Draft(self.path, intent, self.load)
+        made = Draft(self.path, intent, self.load, self._read_back)
         with durable.translate_os_errors("create", made.path):
-            made.path.mkdir(mode=0o700)
+            self._begin(made)
         try:
-            with durable.translate_os_errors("write", made.path):
-                durable.write_atomic(made.path / layout.INTENT, intent.pack(), mode=0o600)
-                durable.fsync_directory(self.path)
             yield made
             if made.published:
                 self._write_derived()
@@ -232,6 +230,44 @@ class Repository:
             # A draft whose files could not be taken back is what the next sweep needs.
             if not made.is_stuck:
                 self._remove_draft(made.path)
+
+    def _begin(self, made: Draft) -> None:
+        """Make a draft's directory and its intent, durably; what is left of one is used again.
+
+        Raises OSError.
+        """
+        spare, intent = self.path / layout.SPARE, made.path / layout.INTENT
+        if spare.is_dir():
+            os.rename(spare, made.path)  # noqa: PTH104 - as in durable
+            try:
+                durable.write_atomic(intent, made.intent.pack(), mode=0o600)
+            except OSError:
+                # it can't be replaced, so it stays for good
+                os.rename(made.path, spare)  # noqa: PTH104 - as above
+        if not made.path.is_dir():
+            made.path.mkdir(mode=0o700)
+            try:
+                durable.write_atomic(intent, made.intent.pack(), mode=0o600)
+            except BaseException:
+                self._remove_draft(made.path)
+                raise
+        durable.fsync_directory(self.path)
+
+    def _read_back(self, point: RestorePoint) -> None:
+        """See that the set holds a point, as all who read the set will find it.
+
+        Raises RepositoryError.
+        """
+        try:
+            known = self.load()
+            if point.digest not in {each.digest for each in known.points}:
+                raise IntegrityError("it is not among the points of the set", point=point.id)
+            self.check_present([point])
+        except (FormatError, RepositoryError) as err:
+            raise RepositoryError(
+                f"{self.path} does not give back the restore point that was just written there, "
+                f"so it is not kept: {err.message}; see to that storage, or give another -o"
+            ) from err
 
     def dead_runs(self) -> list[Intent]:
         """The intents of runs that died before their point existed; needs the lock.
@@ -250,21 +286,24 @@ class Repository:
         Removed are drafts, the files that a draft's manifest names and no point does, and
         temporary files; nothing else. Files derived from the points are written anew.
 
-        Raises IntegrityError if a point's manifest is damaged (then nothing is removed),
-        RepositoryError if something can't be removed.
+        What can't be removed stays: an append-only target has to do without. Raises
+        IntegrityError if a point's manifest is damaged (then nothing is removed).
         """
         found = self._leftovers()
         # Also loaded without leftovers: the derived files come from it.
         points = self.load().points
         kept = {name for point in points for name in _all_names(point)}
-        with durable.translate_os_errors("sweep", self.path):
-            for leftover in found:
-                events.emit(log, events.DEAD_RUN_SWEPT, reason=leftover.path)
+        for leftover in found:
+            try:
                 for name in sorted(leftover.names - kept):
                     self._remove_leftover(name, leftover.path)
                 durable.fsync_directory(self.path)
                 draft.remove(leftover.path)
-            self._remove_temporary()
+            except OSError as err:
+                self._tell_stuck(leftover, err)
+            else:
+                events.emit(log, events.DEAD_RUN_SWEPT, reason=leftover.path)
+        self._remove_temporary()
         if points:
             self._write_derived()
         return [each.intent for each in found if each.intent and not each.is_committed]
@@ -286,7 +325,7 @@ class Repository:
 
     def _load_point(self, path: Path) -> RestorePoint:
         point = manifest.parse(_read_small(path, manifest.MAX_SIZE), path)
-        if path.name != layout.manifest(point.sequence, point.id):
+        if not layout.is_same(path.name, layout.manifest(point.sequence, point.id)):
             raise IntegrityError(
                 "manifest has the name of another point", file=path, point=point.id
             )
@@ -312,15 +351,33 @@ class Repository:
             self.file(name).unlink()
 
     def _remove_draft(self, path: Path) -> None:
+        """Remove a draft; where nothing can be removed, an empty one is kept for the next run."""
         try:
             draft.remove(path)
         except OSError as err:
-            log.warning("%s can't be removed (%s), the next run will", path, err.strerror)
+            spare = self.path / layout.SPARE
+            try:
+                if draft.is_used_up(path) and not os.path.lexists(spare):
+                    os.rename(path, spare)  # noqa: PTH104 - as in durable
+                    return
+            except OSError as again:
+                log.debug("%s can't be kept as a spare: %s", path, again.strerror)
+            log.warning("%s can't be removed (%s), the next run tries it", path, err.strerror)
+
+    def _tell_stuck(self, leftover: _Leftover, err: OSError) -> None:
+        where = f"{leftover.path} of an earlier run can't be removed: {err.strerror}"
+        if leftover.is_committed and draft.is_used_up(leftover.path):
+            log.info("%s; nothing is in it", where)
+        else:
+            log.warning("%s; remove it by hand", where)
 
     def _remove_temporary(self) -> None:
         for folder in (self.path, self.path / layout.POINTS, self.path / layout.CHECKPOINTS):
             for path in folder.glob(f"{durable.TEMPORARY_PREFIX}*"):
-                path.unlink(missing_ok=True)
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as err:
+                    log.info("%s can't be removed: %s", path, err.strerror)
 
     def _write_derived(self) -> None:
         """Write what others read and we don't need: a failure costs a warning, not the point."""
@@ -333,9 +390,20 @@ class Repository:
             path = self.file(layout.checkpoint_list(known.full.domain))
             with durable.translate_os_errors("write", path):
                 if not path.is_file() or _read_small(path, manifest.MAX_SIZE) != data:
-                    durable.write_atomic(path, data, mode=0o600)
+                    _replace(path, data)
         except (RepositoryError, FormatError) as err:
             log.warning("the list of checkpoints is not written: %s", err)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file that can be made again, also where no file can be renamed onto another."""
+    try:
+        durable.write_atomic(path, data, mode=0o600)
+    except OSError as err:
+        if err.errno not in (errno.EPERM, errno.EACCES, errno.EEXIST, errno.ENOTSUP):
+            raise
+        path.unlink(missing_ok=True)
+        durable.write_atomic(path, data, mode=0o600)
 
 
 def _all_names(point: RestorePoint) -> list[str]:

@@ -106,7 +106,7 @@ def resemble(path: Path, like: Path) -> None:
     found = like.stat()
     with suppress(PermissionError):
         os.chown(path, found.st_uid, found.st_gid)
-    path.chmod(stat.S_IMODE(found.st_mode))
+    durable.set_mode(path, stat.S_IMODE(found.st_mode))
     try:
         for name in os.listxattr(like):
             if name.startswith(OURS):

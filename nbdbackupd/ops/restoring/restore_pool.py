@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
+from nbdbackupd import durable
 from nbdbackupd.errors import NbdbackupError, NotSupportedError, RepositoryError
 from nbdbackupd.model.chain import DiskPoint, RestorePoint
 from nbdbackupd.ops.restoring.output_names import INCOMPLETE
@@ -164,7 +165,7 @@ class _FileVolume(_Volume):
         with image_at(self.incomplete, work) as output:
             yield output
         os.chown(self.incomplete, like.st_uid, like.st_gid)
-        self.incomplete.chmod(stat.S_IMODE(like.st_mode))
+        durable.set_mode(self.incomplete, stat.S_IMODE(like.st_mode))
 
     def name(self) -> None:
         """Rename the file; libvirt sees it when the pool is refreshed."""
