@@ -132,6 +132,7 @@ def test_file_names_are_those_of_the_layout() -> None:
         *copied,
         layout.copy("tpm-state", "P", "N"),
         layout.checkpoint_list("D"),
+        f"{layout.SPARE}/",
         layout.run_log("R"),
         layout.boot_test("P"),
         layout.boot_test("P", "png"),
