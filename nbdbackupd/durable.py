@@ -13,6 +13,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -26,6 +27,8 @@ TEMPORARY_PREFIX: Final = ".nbdbackup-tmp-"
 """How unfinished files of ``write_atomic`` begin; a killed writer leaves one behind."""
 
 LOCK_POLL_SECONDS: Final = 0.1
+BRIEF_SECONDS: Final = 60.0
+TELL_SECONDS: Final = 0.5
 MAX_HOLDER: Final = 256
 
 _NO_MODES: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
@@ -206,6 +209,28 @@ def make_directory(path: Path, mode: int = 0o700) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(path))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wait:
+    """How long somebody else's lock is waited for; ``cancelled`` raises to end that.
+
+    A holder whose owner contains ``brief`` is waited for a minute at least: its work is short.
+    ``told`` gets a line about whom we wait for, once, if it takes longer than half a second.
+    """
+
+    seconds: float = 0.0
+    cancelled: Callable[[], None] = lambda: None
+    brief: str = ""
+    told: Callable[[str], None] = lambda _: None
+
+    def limit(self, who: str) -> float:
+        """So many seconds for this holder."""
+        is_brief = bool(self.brief) and self.brief in who
+        return max(self.seconds, BRIEF_SECONDS) if is_brief else self.seconds
+
+
+NO_WAIT: Final = Wait()
+
+
 class Lock:
     """An exclusive lock of the kernel on a file; a context manager.
 
@@ -218,18 +243,16 @@ class Lock:
         path: Path,
         *,
         owner: str,
-        wait_seconds: float = 0,
-        cancelled: Callable[[], None] = lambda: None,
+        wait: Wait = NO_WAIT,
     ) -> None:
         """Name the file and what the lock is for; ``with`` acquires it.
 
         ``owner`` is what others are told who find it locked ("backup of vm1"). The directory
-        must exist. ``cancelled`` raises to end the wait.
+        must exist.
         """
         self.path = path
         self._owner = owner
-        self._wait_seconds = wait_seconds
-        self._cancelled = cancelled
+        self._wait = wait
         self._fd = -1
 
     @property
@@ -240,15 +263,21 @@ class Lock:
     def __enter__(self) -> Self:
         """Acquire the lock.
 
-        Raises BusyError that names the holder when ``wait_seconds`` have passed, what
-        ``cancelled`` raises, OSError if the file can't be made.
+        Raises BusyError that names the holder when the wait is over, what its ``cancelled``
+        raises, OSError if the file can't be made.
         """
-        deadline = time.monotonic() + self._wait_seconds
+        begun = time.monotonic()
+        is_told = False
         while not self._try():
-            left = deadline - time.monotonic()
+            who, waited = holder(self.path), time.monotonic() - begun
+            left = self._wait.limit(who) - waited
             if left <= 0:
-                raise BusyError(self._busy_message())
-            self._cancelled()
+                after = f" after {waited:.1f} s" if waited >= TELL_SECONDS else ""
+                raise BusyError(f"{self.path} is locked{after} by {who}; try later, or use --wait")
+            if not is_told and waited >= TELL_SECONDS:
+                is_told = True
+                self._wait.told(f"waiting for {who}")
+            self._wait.cancelled()
             time.sleep(min(LOCK_POLL_SECONDS, left))
         return self
 
@@ -295,10 +324,6 @@ class Lock:
         except FileNotFoundError:
             return False
         return stat.S_ISREG(named.st_mode) and os.path.samestat(mine, named)
-
-    def _busy_message(self) -> str:
-        waited = f" after {self._wait_seconds:g} s" if self._wait_seconds > 0 else ""
-        return f"{self.path} is locked{waited} by {holder(self.path)}; try later, or use --wait"
 
 
 def is_locked(path: Path, *, shared: bool = True) -> bool:

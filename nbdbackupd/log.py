@@ -21,10 +21,14 @@ from nbdbackupd import durable
 
 ROOT: Final = "nbdbackupd"
 
+NOTICE: Final = 25
+"""Level of what people are told unasked though nothing is wrong: that we wait, and for whom."""
+
 PRIORITIES: Final = (
     (logging.CRITICAL, 2),
     (logging.ERROR, 3),
     (logging.WARNING, 4),
+    (NOTICE, 5),
     (logging.INFO, 6),
     (logging.DEBUG, 7),
 )
@@ -55,6 +59,7 @@ _NAME: Final = re.compile(r"[A-Z][A-Z0-9_]{0,63}", re.ASCII)
 _SECRET: Final = re.compile(r"PASS(WORD|PHRASE|WD)|SECRET|TOKEN|CREDENTIAL")
 
 MAX_WARNED: Final = 1000
+logging.addLevelName(NOTICE, "NOTICE")
 
 _hidden: set[str] = set()
 _warned: list[str] = []

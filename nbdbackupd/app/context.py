@@ -143,7 +143,7 @@ def _own_dir(environ: Mapping[str, str]) -> Path:
 def _setup_log(args: "Arguments") -> None:
     from nbdbackupd import log
 
-    level = logging.WARNING
+    level = log.NOTICE
     if getattr(args, "verbose", 0):
         level = logging.DEBUG if args.verbose > 1 else logging.INFO
     elif getattr(args, "quiet", False):

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,20 +100,17 @@ class Repository:
         self,
         *,
         owner: str,
-        wait_seconds: float = 0,
-        cancelled: Callable[[], None] = lambda: None,
+        wait: durable.Wait = durable.NO_WAIT,
     ) -> Iterator[None]:
         """Hold the set's lock; makes the directory if it is missing.
 
-        ``owner`` is what others are told, "backup of vm1"; ``cancelled`` raises to end the wait.
+        ``owner`` is what others are told, "backup of vm1".
         Raises BusyError that names the holder, RepositoryError or NoSpaceError if the directory
         can't be written.
         """
         with durable.translate_os_errors("create", self.path):
             durable.make_directory(self.path)
-        lock = durable.Lock(
-            self.file(layout.LOCK), owner=owner, wait_seconds=wait_seconds, cancelled=cancelled
-        )
+        lock = durable.Lock(self.file(layout.LOCK), owner=owner, wait=wait)
         with durable.translate_os_errors("lock", lock.path):
             lock.__enter__()
         self._lock = lock

@@ -25,6 +25,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from nbdbackupd import documents, durable
+from nbdbackupd import log as runlog
 from nbdbackupd.errors import BusyError, GaveWayError, SourceError
 
 log = logging.getLogger(__name__)
@@ -159,6 +160,10 @@ class Lease:
         # a marker from the future: the clock was put back, so nobody knows how old it is
         age = max(0.0, (now - self._seen) / 1e9)
         deadline = time.monotonic() + MARKER_SECONDS - age
+        if self._seen >= 0 and time.monotonic() < deadline:
+            name, left = self._holder.domain, MARKER_SECONDS - age
+            text = "domain %s is being started: waiting for it, at most %.0f s"
+            log.log(runlog.NOTICE, text, name, left)
         while self._seen >= 0 and time.monotonic() < deadline and not is_active():
             cancelled()
             time.sleep(START_POLL_SECONDS)

@@ -69,12 +69,12 @@ def test_lock_waits_up_to_its_deadline(tmp_path: Path) -> None:
     child = hold(path)
     try:
         begin = time.monotonic()
-        with pytest.raises(BusyError, match=r"after 0\.3 s"):
-            durable.Lock(path, owner="me", wait_seconds=0.3).__enter__()
+        with pytest.raises(BusyError, match="is locked by process"):
+            durable.Lock(path, owner="me", wait=durable.Wait(seconds=0.3)).__enter__()
         assert 0.3 <= time.monotonic() - begin < 5
         timer = threading.Timer(0.3, child.send_signal, [signal.SIGKILL])
         timer.start()
-        with durable.Lock(path, owner="me", wait_seconds=30) as lock:
+        with durable.Lock(path, owner="me", wait=durable.Wait(seconds=30)) as lock:
             assert lock.is_held
         timer.join()
     finally:
@@ -108,7 +108,7 @@ def test_lock_on_a_file_that_was_just_removed_counts_for_nothing(
 
     monkeypatch.setattr(fcntl, "flock", remove_first)
     with (
-        durable.Lock(path, owner="first", wait_seconds=10),
+        durable.Lock(path, owner="first", wait=durable.Wait(seconds=10)),
         pytest.raises(BusyError, match="first"),
         durable.Lock(path, owner="second"),
     ):
@@ -201,3 +201,22 @@ def test_os_errors_are_typed(code: int, kind: type[RepositoryError], words: str)
     assert type(caught.value) is kind
     assert "can't write /x/y" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_short_work_is_waited_for_and_told(tmp_path: Path) -> None:
+    """W-15: a backup right after a start met our own check of the bitmaps, and gave up."""
+    path = tmp_path / "lock"
+    told: list[str] = []
+    wait = durable.Wait(brief="checkpoints of ", told=told.append)
+    with durable.Lock(path, owner="backup of vm1"), pytest.raises(BusyError, match="backup of vm1"):
+        durable.Lock(path, owner="backup of vm1", wait=wait).__enter__()
+    first = durable.Lock(path, owner="checkpoints of vm1")
+    first.__enter__()
+    release = threading.Timer(1.0, first.__exit__, (None, None, None))
+    release.start()
+    with durable.Lock(path, owner="backup of vm1", wait=wait) as lock:
+        assert lock.is_held
+    release.join()
+    (text,) = told
+    assert text.startswith("waiting for ")
+    assert "checkpoints of vm1" in text

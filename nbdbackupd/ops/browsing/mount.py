@@ -281,7 +281,7 @@ def _home(runtime_dir: Path) -> Iterator[Path]:
 
 
 def _gate(top: Path) -> durable.Lock:
-    return durable.Lock(top / GATE, owner="mount", wait_seconds=GATE_SECONDS)
+    return durable.Lock(top / GATE, owner="mount", wait=durable.Wait(seconds=GATE_SECONDS))
 
 
 def _sessions(runtime_dir: Path) -> list[Path]:

@@ -32,6 +32,9 @@ from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
 
 log = logging.getLogger(__name__)
+OWNER: Final = "checkpoints of "
+"""How the owner of a lock begins that this verb holds."""
+
 ARRIVAL_SECONDS: Final = 3600.0
 ARRIVAL_POLL_SECONDS: Final = 1.0
 
@@ -198,12 +201,8 @@ def _run(
         stack.enter_context(runlog.context(DOMAIN=domain.name, UUID=domain.uuid))
         if request.changes:
             leftovers.prepare_domain_dir(request.runtime_dir, domain.uuid)
-            owner = f"checkpoints of {domain.name}"
-            stack.enter_context(
-                durable.Lock(
-                    lock, owner=owner, wait_seconds=request.wait_seconds, cancelled=cancelled
-                )
-            )
+            wait = durable.Wait(seconds=request.wait_seconds, cancelled=cancelled)
+            stack.enter_context(durable.Lock(lock, owner=f"{OWNER}{domain.name}", wait=wait))
         sets = _Sets(domain, stack if request.changes else None)
         known = sets.all(request.directory, State(request.state_dir).records(domain.uuid))
         noted = leftovers.dead_run(request.runtime_dir, domain.uuid)
@@ -319,8 +318,7 @@ class _Sets:
         if not repository.exists:
             raise RepositoryError(f"there is no set {path}")
         if self._stack is not None:
-            owner = f"checkpoints of {self._domain.name}"
-            self._stack.enter_context(repository.lock(owner=owner))
+            self._stack.enter_context(repository.lock(owner=f"{OWNER}{self._domain.name}"))
         known = repository.load()
         for point in known.points:
             if point.uuid != self._domain.uuid:

@@ -6,6 +6,7 @@ Only the published manifest makes the new checkpoint the base of the next run; o
 out the draft and the new checkpoint go away and the old base stays what it was.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from nbdbackupd import log as runlog
 from nbdbackupd.errors import CheckpointError, RepositoryError
 from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint, effective_level
 from nbdbackupd.ops.chains import foreign, leftovers, reconciling
+from nbdbackupd.ops.chains.checkpoints import OWNER as CHECKPOINTS
 from nbdbackupd.ops.chains.others import OtherChain, other_chains
 from nbdbackupd.ops.domain import domains
 from nbdbackupd.ops.domain.images import images_of
@@ -34,6 +36,7 @@ from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
 
 log = logging.getLogger(__name__)
+notice = functools.partial(log.log, runlog.NOTICE, "%s")
 Progress = Callable[[str, int, int, int], None]
 Cancelled = Callable[[], None]
 
@@ -58,15 +61,14 @@ def run(
         stack.enter_context(runlog.context(DOMAIN=domain.name, UUID=domain.uuid))
         directory = leftovers.prepare_domain_dir(request.runtime_dir, domain.uuid)
         who = f"backup of {domain.name}"
-        wait = request.wait_seconds
-        stack.enter_context(
-            durable.Lock(
-                directory / leftovers.LOCK, owner=who, wait_seconds=wait, cancelled=cancelled
-            )
+        # the check of the bitmaps after a start is ours, and short
+        wait = durable.Wait(
+            seconds=request.wait_seconds, cancelled=cancelled, brief=CHECKPOINTS, told=notice
         )
+        stack.enter_context(durable.Lock(directory / leftovers.LOCK, owner=who, wait=wait))
         repository = Repository.open(request.directory)
         repository.check_can_begin()
-        stack.enter_context(repository.lock(owner=who, wait_seconds=wait, cancelled=cancelled))
+        stack.enter_context(repository.lock(owner=who, wait=wait))
         stack.enter_context(runlog.run_log(repository.log_path(request.run_id)))
         stack.enter_context(ending.told())
         events.emit(log, events.BACKUP_STARTED, level=request.level)

@@ -125,7 +125,7 @@ def make_home(runtime_dir: Path) -> Home:
     with durable.translate_os_errors("create", top):
         durable.make_directory(runtime_dir, 0o755)
         durable.make_directory(top, 0o711)
-        with durable.Lock(top / GATE, owner="map", wait_seconds=GATE_SECONDS):
+        with durable.Lock(top / GATE, owner="map", wait=durable.Wait(seconds=GATE_SECONDS)):
             _sweep(top)
             path = top / secrets.token_hex(4)
             path.mkdir(0o700)
@@ -156,7 +156,7 @@ def known(runtime_dir: Path) -> tuple[Mapping, ...]:
     if not top.is_dir():
         return ()
     with durable.translate_os_errors("read", top):
-        with durable.Lock(top / GATE, owner="map", wait_seconds=GATE_SECONDS):
+        with durable.Lock(top / GATE, owner="map", wait=durable.Wait(seconds=GATE_SECONDS)):
             _sweep(top)
         found = [_read(path) for path in sorted(top.iterdir()) if path.is_dir()]
     return tuple(each for each in found if each is not None)
@@ -180,7 +180,7 @@ def end(mapping: Mapping, runtime_dir: Path) -> None:
         _signal([mapping.keeper, *servers], path / LOCK, signal.SIGKILL)
         if not _wait(path / LOCK, KILL_SECONDS):
             raise BusyError(f"the servers of map {mapping.id} do not end, see {path}")
-    gate = durable.Lock(top / GATE, owner="unmap", wait_seconds=GATE_SECONDS)
+    gate = durable.Lock(top / GATE, owner="unmap", wait=durable.Wait(seconds=GATE_SECONDS))
     with durable.translate_os_errors("remove", path), gate:
         _remove(path, mapping)
 
