@@ -29,6 +29,7 @@ TEMPORARY_PREFIX: Final = ".nbdbackup-tmp-"
 LOCK_POLL_SECONDS: Final = 0.1
 BRIEF_SECONDS: Final = 60.0
 TELL_SECONDS: Final = 0.5
+NAMELESS: Final = "another process"
 MAX_HOLDER: Final = 256
 
 _NO_MODES: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
@@ -224,8 +225,11 @@ class Wait:
 
     def limit(self, who: str) -> float:
         """So many seconds for this holder."""
-        is_brief = bool(self.brief) and self.brief in who
-        return max(self.seconds, BRIEF_SECONDS) if is_brief else self.seconds
+        if not self.brief:
+            return self.seconds
+        if who == NAMELESS:
+            return max(self.seconds, TELL_SECONDS)
+        return max(self.seconds, BRIEF_SECONDS) if self.brief in who else self.seconds
 
 
 NO_WAIT: Final = Wait()
@@ -267,10 +271,13 @@ class Lock:
         raises, OSError if the file can't be made.
         """
         begun = time.monotonic()
+        limit = 0.0
         is_told = False
         while not self._try():
             who, waited = holder(self.path), time.monotonic() - begun
-            left = self._wait.limit(who) - waited
+            # one who has just come, or is leaving, is without a name for a moment
+            limit = max(limit, self._wait.limit(who))
+            left = limit - waited
             if left <= 0:
                 after = f" after {waited:.1f} s" if waited >= TELL_SECONDS else ""
                 raise BusyError(f"{self.path} is locked{after} by {who}; try later, or use --wait")
@@ -354,6 +361,6 @@ def holder(path: Path) -> str:
         text = ""
     pid, _, what = text.partition(" ")
     if not pid.isascii() or not pid.isdigit():
-        return "another process"
+        return NAMELESS
     clean = "".join(char if char.isprintable() else "?" for char in what)
     return f"process {pid} ({clean})"
