@@ -30,6 +30,7 @@ LOCK_POLL_SECONDS: Final = 0.1
 BRIEF_SECONDS: Final = 60.0
 TELL_SECONDS: Final = 0.5
 NAMELESS: Final = "another process"
+LOCK_MODE: Final = 0o600
 MAX_HOLDER: Final = 256
 
 _NO_MODES: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
@@ -165,7 +166,7 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
+def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Replace or create a file: readers and a power cut see the old content or all of the new.
 
     Durable on return. Raises OSError; the temporary file is removed then.
@@ -304,8 +305,10 @@ class Lock:
 
     def _try(self) -> bool:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(self.path, flags, 0o644)
+        # who may open a file for reading may lock it, and so stop us for good
+        fd = os.open(self.path, flags, LOCK_MODE)
         try:
+            _close_to_others(fd)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -331,6 +334,15 @@ class Lock:
         except FileNotFoundError:
             return False
         return stat.S_ISREG(named.st_mode) and os.path.samestat(mine, named)
+
+
+def _close_to_others(fd: int) -> None:
+    """Take a lock's file away from other accounts; earlier versions made it readable."""
+    found = os.fstat(fd)
+    if stat.S_ISREG(found.st_mode) and found.st_mode & 0o077 and found.st_uid == os.geteuid():
+        # some network file systems have no modes
+        with suppress(OSError):
+            os.fchmod(fd, LOCK_MODE)
 
 
 def is_locked(path: Path, *, shared: bool = True) -> bool:

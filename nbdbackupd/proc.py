@@ -3,7 +3,8 @@
 Arguments are lists, never a shell's text. Standard input is /dev/null, the locale is C, and every
 child leads a session of its own: Ctrl-C in a terminal reaches us alone, and we end the children
 when their work is undone. If we are killed, the kernel kills them; only a program that must never
-be stopped half-way is left to end by itself (``output`` with ``must_finish``).
+be stopped half-way is left to end by itself (``output`` with ``must_finish``). What a child makes
+(images, sockets, logs) is its account's alone, whatever our own umask is.
 """
 
 import contextlib
@@ -32,6 +33,12 @@ STDERR_TAIL: Final = 16 << 10
 """This many of the last bytes of standard error are kept."""
 
 MAX_WORDS: Final = 300
+PRIVATE: Final = 0o077
+"""The umask of children."""
+
+INHERITED: Final = -1
+"""Our own umask: for the administrator's programs."""
+
 GRACE_SECONDS: Final = 10.0
 REAP_SECONDS: Final = 30.0
 CHUNK: Final = 64 << 10
@@ -233,6 +240,7 @@ def spawn(
     pipe_stdout: bool = False,
     env: Mapping[str, str] | None = None,
     grace_seconds: float = GRACE_SECONDS,
+    umask: int = PRIVATE,
 ) -> Iterator[Process]:
     """Start a program and own it: on every way out it is terminated, or killed, and reaped.
 
@@ -249,6 +257,7 @@ def spawn(
         stdout=subprocess.DEVNULL if wanted is None else wanted,
         pass_fds=pass_fds,
         env=env,
+        umask=umask,
     )
     try:
         process = Process(child, program(argv))
@@ -282,6 +291,7 @@ def _start(
     pass_fds: Collection[int],
     env: Mapping[str, str] | None,
     die_with_us: bool = True,
+    umask: int = PRIVATE,
 ) -> subprocess.Popen[bytes]:
     name = program(argv)
     words = [os.fspath(each) for each in argv]
@@ -297,6 +307,7 @@ def _start(
             pass_fds=tuple(pass_fds),
             env={**os.environ, **(env or {}), "LC_ALL": "C"},
             start_new_session=True,
+            umask=umask,
         )
     except OSError as err:
         # A directory of PATH that we may not search makes "not found" look like EACCES.

@@ -25,6 +25,7 @@ from tests.lab.guest import GuestOptions
 from tests.lab.peer import TRIXIE, peer
 from tests.lab.process import command_line, wait_until
 from tests.lib import bootsector
+from tests.lib.accounts import open_to_others
 from tests.lib.ctl import Result
 from tests.lib.peer_sets import PeerSets
 from tests.lib.scene import Saved, Scene, scene
@@ -189,6 +190,8 @@ class TestBoot:
         assert production.lab.virsh("dominfo", "boot_vm1").count("Persistent:     no") == 1
         # the point itself is below what the guest wrote
         overlay = production.ctl.scratch / "boot/boot_vm1/1.qcow2"
+        # S-9: what the guest holds is nobody else's; S-8: nor can others lock
+        assert open_to_others(production.ctl.scratch, production.ctl.runtime) == []
         raw = production.directory / "vdb.raw"
         run(["qemu-img", "convert", "-U", "-O", "raw", overlay, raw])
         assert first_difference_raw(raw, saved.references["vdb"]) is None

@@ -11,6 +11,7 @@ import pytest
 from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec
 from tests.lab.guest import Guest
+from tests.lib.accounts import open_to_others
 from tests.lib.ctl import PYTHON, ROOT
 from tests.lib.rigged import RiggedCtl
 from tests.lib.sets import Change, SetBuilder
@@ -145,16 +146,20 @@ def test_secrets_stay_secret(guest: Guest, ctl: RiggedCtl, tmp_path: Path) -> No
 
 
 def test_nobody_else_reads_a_set(guest: Guest, ctl: RiggedCtl, tmp_path: Path) -> None:
-    """A domain's XML and every block of its disks may hold secrets, whatever the umask is."""
+    """A domain's XML and every block of its disks may hold secrets, whatever the umask is.
+
+    S-8: nor can another account lock what a run has to lock.
+    """
     old = os.umask(0)
     try:
         ctl("backup", guest.name, "-o", tmp_path / "set")
     finally:
         os.umask(old)
     for path in (tmp_path / "set").rglob("*"):
-        if path.name != ".lock":
-            assert path.stat().st_mode & 0o077 == 0, path
+        assert path.stat().st_mode & 0o077 == 0, path
     assert (tmp_path / "set").stat().st_mode & 0o077 == 0
+    assert list(ctl.runtime.glob("*/lock"))
+    assert open_to_others(ctl.runtime, ctl.scratch, ctl.state) == []
 
 
 def test_qemu_gets_through_whatever_the_umask_is(

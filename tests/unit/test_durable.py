@@ -14,6 +14,7 @@ import pytest
 
 from nbdbackupd import durable
 from nbdbackupd.errors import BusyError, NoSpaceError, RepositoryError
+from tests.lib.accounts import flock_as_nobody
 
 HOLD = """
 import sys, time
@@ -42,6 +43,47 @@ def end(child: subprocess.Popen[str]) -> None:
     child.wait(10)
     assert child.stdout is not None
     child.stdout.close()
+
+
+@pytest.mark.parametrize("umask", [0, 0o022, 0o077])
+@pytest.mark.parametrize("before", [None, 0o644, 0o666, 0o600])
+def test_nobody_else_can_take_a_lock(tmp_path: Path, umask: int, before: int | None) -> None:
+    """S-8: who may open the file for reading may lock it; older versions made it 0644."""
+    path = tmp_path / "lock"
+    tmp_path.chmod(0o711)
+    if before is not None:
+        path.touch()
+        path.chmod(before)
+    old = os.umask(umask)
+    try:
+        with durable.Lock(path, owner="me"):
+            assert path.stat().st_mode & 0o777 == 0o600
+    finally:
+        os.umask(old)
+    assert flock_as_nobody(path) != 0
+
+
+def test_a_lock_is_closed_from_its_creation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S-8: there is no moment in which another account could open it."""
+    seen = []
+    real = os.open
+
+    def spy(path: Path, flags: int, mode: int = 0o777, **more: int) -> int:
+        found = real(path, flags, mode, **more)
+        seen.append(os.fstat(found).st_mode & 0o777)
+        return found
+
+    monkeypatch.setattr(os, "open", spy)
+    old = os.umask(0)
+    try:
+        with durable.Lock(tmp_path / "lock", owner="me"):
+            pass
+    finally:
+        os.umask(old)
+    assert seen
+    assert set(seen) == {0o600}
 
 
 def test_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:

@@ -44,6 +44,19 @@ def test_children_die_with_a_killed_parent() -> None:
         time.sleep(0.01)
 
 
+def test_what_children_make_is_ours_alone(tmp_path: Path) -> None:
+    """S-9: whatever our umask is; the administrator's programs have it as it is."""
+    old = os.umask(0)
+    try:
+        proc.output(["touch", tmp_path / "mine"], timeout=10)
+        with proc.spawn(["touch", tmp_path / "theirs"], umask=proc.INHERITED) as child:
+            child.wait(10)
+    finally:
+        os.umask(old)
+    assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "theirs").stat().st_mode & 0o777 == 0o666
+
+
 def test_output_and_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     assert proc.output(["cat"], timeout=10) == ""

@@ -175,7 +175,7 @@ class _Waiting:
             "NBDBACKUP_BOOT_CONSOLE": str(self._up.console),
         }
         try:
-            with proc.spawn(self._request.command, env=environment) as child:
+            with proc.spawn(self._request.command, env=environment, umask=proc.INHERITED) as child:
                 while (status := child.poll()) is None:
                     self._cancelled()
                     if time.monotonic() > self._deadline:

@@ -27,7 +27,7 @@ def run_each(
     for argv in programs:
         log.info("running %s", proc.program(argv))
         deadline = time.monotonic() + timeout
-        with proc.spawn(argv, env=environment) as child:
+        with proc.spawn(argv, env=environment, umask=proc.INHERITED) as child:
             while child.poll() is None:
                 cancelled()
                 if time.monotonic() > deadline:
