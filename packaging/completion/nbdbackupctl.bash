@@ -59,7 +59,8 @@ _nbdbackupctl_options() {
     map)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet -d --disk --point --until --at --sequence --socket
-        --tcp --device --tls-certificates --writable --prove --cache --detach --list'
+        --tcp --device --tls-certificates --tls-psk --insecure --writable --prove --cache --detach
+        --list'
         ;;
     unmap)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -169,7 +170,7 @@ _nbdbackupctl_kind() {
     | *:--lines | *:--run)
         echo 'other'
         ;;
-    *:--password-file | *:--sequence | files:-f | *:--file)
+    *:--password-file | *:--sequence | *:--tls-psk | files:-f | *:--file)
         echo 'file'
         ;;
     *:--config-dir | *:--runtime-dir | *:-o | *:--output | *:--scratch-dir | \

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import stat
@@ -265,26 +266,43 @@ def free_port(count: int) -> int:
 
 def test_tcp(ctl: Ctl, made: SetBuilder) -> None:
     port = free_port(2)
-    report = ctl("map", made.path, "--tcp", f"127.0.0.1:{port}", "--detach", "--json").json
+    place = f"127.0.0.1:{port}"
+    report = ctl("map", made.path, "--tcp", place, "--insecure", "--detach", "--json").json
     assert report["warnings"] == []
     assert read(f"nbd://127.0.0.1:{port}") == made.images[-1]["vda"]
     assert read(f"nbd://127.0.0.1:{port + 1}") == made.images[-1]["vdb"]
     ctl("unmap", report["map"]["disks"][0]["uri"])
-    done = ctl("map", made.path, "-d", "vdb", "--tcp", f"0.0.0.0:{port}", "--detach", code=3)
-    assert "--tls-certificates" in done.stderr
-    ctl("unmap", "--all")
+
+
+@pytest.mark.parametrize(
+    ("address", "who"),
+    [("127.0.0.1", "every account of this host"), ("[::1]", "every account of this host"),
+     ("0.0.0.0", "everybody who reaches 0.0.0.0")],
+)  # fmt: skip
+def test_an_open_port_is_meant(ctl: Ctl, made: SetBuilder, address: str, who: str) -> None:
+    """S-10: a port is open to every local account, so it takes a word."""
+    place = f"{address}:{free_port(1)}"
+    done = ctl("map", made.path, "-d", "vdb", "--tcp", place, "--detach", code=2)
+    assert f"{who}" in done.stderr
+    assert "--tls-psk, or --insecure" in done.stderr
+    assert done.stderr.count("\n") == 1
+    both = ("--insecure", "--tls-psk", "/nowhere")
+    assert "give one of" in ctl("map", made.path, "--tcp", place, *both, code=2).stderr
 
 
 def certificates(directory: Path) -> None:
-    """A certificate authority and the server's certificate, as nbdkit-tls(1) wants them."""
+    """A certificate authority, the server's and a client's certificate: see nbdkit-tls(1)."""
     directory.mkdir()
     key = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
     key += ["-nodes", "-days", "2", "-keyout"]
     for words in (
         [*key, "ca-key.pem", "-out", "ca-cert.pem", "-subj", "/CN=authority"],
-        [*key, "server-key.pem", "-out", "server-cert.pem", "-subj", "/CN=localhost",
-         "-CA", "ca-cert.pem", "-CAkey", "ca-key.pem", "-addext", "subjectAltName=IP:127.0.0.1",
-         "-addext", "basicConstraints=critical,CA:false"],
+        *(
+            [*key, f"{who}-key.pem", "-out", f"{who}-cert.pem", "-subj", "/CN=localhost",
+             "-CA", "ca-cert.pem", "-CAkey", "ca-key.pem", "-addext",
+             "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:false"]
+            for who in ("server", "client")
+        ),
     ):  # fmt: skip
         subprocess.run(words, check=True, cwd=directory, capture_output=True, timeout=60)
 
@@ -299,10 +317,38 @@ def test_tls(ctl: Ctl, made: SetBuilder, tmp_path: Path) -> None:
     uri = report["map"]["disks"][0]["uri"]
     assert uri == f"nbds://127.0.0.1:{port}"
     assert read(f"{uri}/?tls-certificates={tmp_path / 'tls'}") == made.images[-1]["vdb"]
-    plain = subprocess.run(
-        ["nbdinfo", f"nbd://127.0.0.1:{port}"], check=False, capture_output=True, timeout=60
-    )
-    assert plain.returncode != 0
+    # S-10: neither without TLS nor without a certificate, nor with one of another authority
+    assert not can_read(f"nbd://127.0.0.1:{port}")
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tmp_path / "tls/ca-cert.pem", tmp_path / "bare")
+    assert not can_read(f"{uri}/?tls-certificates={tmp_path / 'bare'}")
+    certificates(tmp_path / "other")
+    shutil.copy(tmp_path / "tls/ca-cert.pem", tmp_path / "other")
+    assert not can_read(f"{uri}/?tls-certificates={tmp_path / 'other'}")
+    ctl("unmap", "--all")
+
+
+def can_read(uri: str) -> bool:
+    """Whether a client gets in."""
+    done = subprocess.run(["nbdinfo", "--size", uri], check=False, capture_output=True, timeout=60)
+    return done.returncode == 0
+
+
+def test_tls_with_keys(ctl: Ctl, made: SetBuilder, tmp_path: Path) -> None:
+    """S-10: a file of keys that nobody else may read, and clients that hold one of them."""
+    keys, others = tmp_path / "keys", tmp_path / "others"
+    keys.write_text(f"alice:{'0a' * 32}\n")
+    others.write_text(f"alice:{'0b' * 32}\n")
+    port = free_port(1)
+    words = ("-d", "vdb", "--tcp", f"127.0.0.1:{port}", "--tls-psk", keys, "--detach", "--json")
+    keys.chmod(0o644)
+    assert "chmod 600" in ctl("map", made.path, *words, code=10).stderr
+    keys.chmod(0o600)
+    uri = ctl("map", made.path, *words).json["map"]["disks"][0]["uri"]
+    mine = uri.replace("nbds://", "nbds://alice@")
+    assert read(f"{mine}/?tls-psk-file={keys}") == made.images[-1]["vdb"]
+    assert not can_read(f"{mine}/?tls-psk-file={others}")
+    assert not can_read(f"nbd://127.0.0.1:{port}")
     ctl("unmap", "--all")
 
 

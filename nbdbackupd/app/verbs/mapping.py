@@ -5,7 +5,6 @@ import ipaddress
 import logging
 import shlex
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -94,7 +93,16 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tls-certificates", metavar="DIR", type=Path,
-        help="demand TLS of clients: directory with ca-cert.pem, server-cert.pem, server-key.pem",
+        help="with --tcp: demand TLS and a certificate of each client; directory with "
+        "ca-cert.pem, server-cert.pem, server-key.pem",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tls-psk", metavar="FILE", type=Path,
+        help="with --tcp: demand TLS and a key of each client; file of lines USER:HEXKEY",
+    )  # fmt: skip
+    parser.add_argument(
+        "--insecure", action="store_true",
+        help="with --tcp: let everybody read who gets there, also all accounts of this host",
     )  # fmt: skip
 
 
@@ -122,18 +130,19 @@ def run_map(args: Arguments, context: Context) -> int:
     from nbdbackupd.ops.serving import map as maps
 
     request = _request(args, context)
-    warnings = _warnings(request)
+    if request.tcp and request.insecure:
+        log.info("%s can read the disks, as --insecure says", maps.readers(request.tcp[0]))
     with signals.listen() as cancel:
         if args.detach:
             up = maps.detach(request, cancelled=cancel.check)
-            _show(up, warnings, context, is_detached=True)
-            return 3 if up.warnings or warnings else 0
+            _show(up, context, is_detached=True)
+            return 3 if up.warnings else 0
         with maps.serving(request, cancelled=cancel.check) as up:
-            _show(up, warnings, context, is_detached=False)
+            _show(up, context, is_detached=False)
             damaged = _watch(up, cancel)
     if damaged:
         return DAMAGED
-    return 3 if up.warnings or warnings else 0
+    return 3 if up.warnings else 0
 
 
 def _request(args: Arguments, context: Context) -> "MapRequest":
@@ -155,6 +164,8 @@ def _request(args: Arguments, context: Context) -> "MapRequest":
         socket=args.socket.absolute() if args.socket else None,
         tcp=args.tcp,
         certificates=args.tls_certificates.absolute() if args.tls_certificates else None,
+        psk=args.tls_psk.absolute() if args.tls_psk else None,
+        insecure=args.insecure,
         device=args.device,
         writable=args.writable,
         prove=args.prove,
@@ -162,20 +173,10 @@ def _request(args: Arguments, context: Context) -> "MapRequest":
     )
 
 
-def _warnings(request: "MapRequest") -> tuple[str, ...]:
-    if not request.tcp or request.certificates or ipaddress.ip_address(request.tcp[0]).is_loopback:
-        return ()
-    return (
-        f"everybody who reaches {request.tcp[0]} can read the disks, and so can all on the way: "
-        "use --tls-certificates, or a loopback address",
-    )
-
-
-def _show(up: "Serving", more: Sequence[str], context: Context, *, is_detached: bool) -> None:
-    warnings = [*up.warnings, *more]
-    for warning in warnings:
+def _show(up: "Serving", context: Context, *, is_detached: bool) -> None:
+    for warning in up.warnings:
         log.warning("%s", warning)
-    document = {"version": 1, "map": up.mapping.to_json(), "warnings": warnings}
+    document = {"version": 1, "map": up.mapping.to_json(), "warnings": up.warnings}
     context.show(document, render(up.mapping, is_detached=is_detached))
     # whoever reads us through a pipe waits for it
     print(end="", flush=True)

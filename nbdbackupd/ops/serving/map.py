@@ -5,9 +5,11 @@ plugin (``app/nbdkit_plugin.py``), which inherits the open files: what happens t
 afterwards does not matter. Each map has a directory of its own, see ``ops/serving/mapped.py``.
 """
 
+import ipaddress
 import logging
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -153,10 +155,37 @@ def check_request(request: MapRequest) -> None:
         raise UsageError("a sequence of stream files is one point of one disk: choose none")
     if request.tcp and (request.socket or request.device):
         raise UsageError("--tcp goes without --socket and --device")
-    if request.certificates and not request.tcp:
-        raise UsageError("certificates are for --tcp only")
+    _check_clients(request)
     if request.device:
         kernel_nbd.check(request.device)
+
+
+def _check_clients(request: MapRequest) -> None:
+    """See that a port is open to those only whom the user means, or that the user says so."""
+    ways = sum(map(bool, (request.certificates, request.psk, request.insecure)))
+    if not request.tcp:
+        if ways:
+            raise UsageError("--tls-certificates, --tls-psk and --insecure are for --tcp only")
+        return
+    if ways > 1:
+        raise UsageError("give one of --tls-certificates, --tls-psk and --insecure")
+    if not ways:
+        raise UsageError(
+            f"{readers(request.tcp[0])} could read the disks: give --tls-certificates or "
+            f"--tls-psk, or --insecure if that is meant, or serve on a socket instead"
+        )
+    if request.psk:
+        with durable.translate_os_errors("read", request.psk):
+            found = request.psk.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_mode & 0o077:
+            raise ConfigError(f"keys in {request.psk} can be read by others: chmod 600 it")
+
+
+def readers(address: str) -> str:
+    """Who can connect to a port of this address."""
+    if ipaddress.ip_address(address).is_loopback:
+        return "every account of this host"
+    return f"everybody who reaches {address}, and all on the way,"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,7 +243,12 @@ def _argv(request: MapRequest, place: _Place, given: Handover) -> list[str]:
     elif request.tcp:
         argv += ["-i", request.tcp[0], "-p", str(place.port)]
     if request.certificates:
-        argv += ["--tls=require", f"--tls-certificates={request.certificates}"]
+        # without the last one a client need not show a certificate
+        argv += [f"--tls-certificates={request.certificates}", "--tls-verify-peer"]
+    if request.psk:
+        argv.append(f"--tls-psk={request.psk}")
+    if request.has_tls:
+        argv.append("--tls=require")
     argv.append("--filter=cow" if request.writable else "-r")
     script = PACKAGE / "app" / "nbdkit_plugin.py"
     return [*argv, "python", str(script), f"plan={given.plan}"]
@@ -287,7 +321,7 @@ def _uri(request: MapRequest, place: _Place) -> str:
         return f"nbd+unix:///?socket={quote(str(place.socket))}"
     address = request.tcp[0] if request.tcp else ""
     host = f"[{address}]" if ":" in address else address
-    return f"{'nbds' if request.certificates else 'nbd'}://{host}:{place.port}"
+    return f"{'nbds' if request.has_tls else 'nbd'}://{host}:{place.port}"
 
 
 def _noted(

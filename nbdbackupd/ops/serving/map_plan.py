@@ -32,8 +32,10 @@ class MapRequest:
     ``point``, ``until``, ``at`` choose as for a restore; ``disks`` empty means all. ``socket`` is
     a file for one disk, a directory for several; None puts sockets into the map's own directory
     below ``runtime_dir``. ``tcp`` is an address and a port, the first disk's; each further disk
-    takes the next port. ``certificates`` is a directory of PEM files for TLS. ``device`` is a
-    ``/dev/nbdN`` to attach one disk to. ``writable``: writes are kept until the map ends.
+    takes the next port, and wants one of three: ``certificates``, a directory of PEM files for TLS
+    that prove the clients, too; ``psk``, a file of users and keys for TLS; or ``insecure``, for
+    everybody who gets there. ``device`` is a ``/dev/nbdN`` to attach one disk to. ``writable``:
+    writes are kept until the map ends.
 
     ``prove``: also reads of parts of plain blocks are proven. ``cache_bytes`` bounds the unpacked
     blocks of each disk. ``owner`` (uid, gid) may connect to the sockets in our place; root may
@@ -50,12 +52,19 @@ class MapRequest:
     socket: Path | None = None
     tcp: tuple[str, int] | None = None
     certificates: Path | None = None
+    psk: Path | None = None
+    insecure: bool = False
     device: Path | None = None
     writable: bool = False
     prove: bool = False
     cache_bytes: int = DEFAULT_CACHE
     owner: tuple[int, int] | None = None
     purpose: str = "map"
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether connections are encrypted, and clients proven."""
+        return self.certificates is not None or self.psk is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
