@@ -236,6 +236,22 @@ class Wait:
 NO_WAIT: Final = Wait()
 
 
+def refuse_links(root: Path, *paths: Path) -> None:
+    """Refuse directories that are, or lie behind, a symbolic link below ``root``.
+
+    Who may write there could choose with it where we read and write. What is missing is fine, and
+    ``root`` may be a link itself: the user named it. Raises RepositoryError.
+    """
+    for path in paths:
+        for part in (path, *path.parents):
+            if part == root:
+                break
+            if part.is_symlink():
+                raise RepositoryError(
+                    f"{part} is a symbolic link, and may lead anywhere: put a directory there"
+                )
+
+
 class Lock:
     """An exclusive lock of the kernel on a file; a context manager.
 

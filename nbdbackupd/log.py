@@ -324,6 +324,7 @@ def run_log(path: Path) -> Iterator[None]:
     """
     with durable.translate_os_errors("write the run's log", path):
         durable.make_directory(path.parent)
+        durable.refuse_links(path.parent.parent, path.parent)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         stream = open(  # noqa: PTH123, SIM115 - a descriptor, closed below
             os.open(path, flags, 0o600), "a", encoding="utf-8", errors="backslashreplace"

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from nbdbackupd import documents, durable
+from nbdbackupd.errors import RepositoryError
 from nbdbackupd.repo import layout
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ def write(set_path: Path, test: BootTest, picture: bytes) -> Path:
     folder = path.parent
     with durable.translate_os_errors("write", path):
         durable.make_directory(folder)
+        durable.refuse_links(set_path, folder)
         for old in _pictures(path):
             if old.name != test.picture:
                 old.unlink(missing_ok=True)
@@ -79,8 +81,9 @@ def read(set_path: Path) -> dict[str, BootTest]:
     """The tests of a set by point; what can't be read is as if it were not there."""
     found = {}
     try:
+        durable.refuse_links(set_path, set_path / layout.BOOT_TESTS)
         paths = sorted((set_path / layout.BOOT_TESTS).glob(f"*{layout.MANIFEST_SUFFIX}"))
-    except OSError as err:
+    except (OSError, RepositoryError) as err:
         log.info("boot tests of %s can't be read: %s", set_path, err)
         return {}
     for path in paths:

@@ -19,6 +19,7 @@ POINTS: Final = "points"
 CHECKPOINTS: Final = "checkpoints"
 LOGS: Final = "logs"
 BOOT_TESTS: Final = "boot-tests"
+DIRECTORIES: Final = (POINTS, CHECKPOINTS, LOGS, BOOT_TESTS)
 LOCK: Final = ".lock"
 DRAFT_PREFIX: Final = ".draft-"
 SPARE: Final = ".spare"

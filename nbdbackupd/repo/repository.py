@@ -63,6 +63,7 @@ class Repository:
         with durable.translate_os_errors("open", path):
             if os.path.lexists(path) and not path.is_dir():
                 raise RepositoryError(f"{path} is no directory: a backup set is one")
+            refuse_links(path)
         return cls(path)
 
     @property
@@ -110,6 +111,7 @@ class Repository:
         """
         with durable.translate_os_errors("create", self.path):
             durable.make_directory(self.path)
+            refuse_links(self.path)
         lock = durable.Lock(self.file(layout.LOCK), owner=owner, wait=wait)
         with durable.translate_os_errors("lock", lock.path):
             lock.__enter__()
@@ -401,6 +403,11 @@ def _replace(path: Path, data: bytes) -> None:
             raise
         path.unlink(missing_ok=True)
         durable.write_atomic(path, data, mode=0o600)
+
+
+def refuse_links(path: Path) -> None:
+    """Refuse a set whose own directories are symbolic links. Raises RepositoryError."""
+    durable.refuse_links(path, *(path / name for name in layout.DIRECTORIES))
 
 
 def _all_names(point: RestorePoint) -> list[str]:

@@ -57,7 +57,7 @@ def _chains(patient: Patient) -> tuple[KnownChain, ...]:
     records = State(patient.request.state_dir).records(patient.domain.uuid)
     chains: tuple[KnownChain, ...] = ()
     if patient.request.directory is not None:
-        repository = Repository(patient.request.directory)
+        repository = Repository.open(patient.request.directory)
         known = _load(repository)
         if known is not None and known.head is not None:
             chains = reconciling.of_set(repository, known, records).chains
@@ -78,7 +78,7 @@ def head(patient: Patient) -> RestorePoint | None:
     """The newest point of the set that was named, if that can be read."""
     if patient.request.directory is None:
         return None
-    known = _load(Repository(patient.request.directory))
+    known = _load(Repository.open(patient.request.directory))
     return known.head if known is not None else None
 
 

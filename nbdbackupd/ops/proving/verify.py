@@ -30,6 +30,7 @@ from nbdbackupd.ops.proving.verify_request import VerifyReport, VerifyRequest
 from nbdbackupd.ops.reporting import telling
 from nbdbackupd.ops.sets import layers, opened, points
 from nbdbackupd.repo import layout, peer
+from nbdbackupd.repo.repository import refuse_links
 
 __all__ = ["Progress", "VerifyReport", "VerifyRequest", "run"]
 
@@ -49,6 +50,7 @@ def run(
     """
     if request.workers < 1:
         raise UsageError("at least one worker is needed")
+    refuse_links(request.path)
     with runlog.context(SET=request.path):
         place = peer.place_of(request.path)
         theirs = place is not None and peer.is_peer(place)

@@ -4,13 +4,14 @@ import contextlib
 import os
 import re
 import selectors
+import stat
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, TextIO
 
 from nbdbackupd import documents, durable, events, log, proc
 from nbdbackupd.errors import NotSupportedError, ProcessError, RepositoryError, UsageError
@@ -213,6 +214,7 @@ def read_set(path: Path, query: Query, since: datetime | None) -> list[Entry]:
     """
     folder = path / layout.LOGS
     with durable.translate_os_errors("read", folder):
+        durable.refuse_links(path, folder)
         files = sorted(each for each in folder.iterdir() if each.suffix == ".log")
     if query.run:
         files = [each for each in files if each == path / layout.run_log(query.run)]
@@ -220,15 +222,21 @@ def read_set(path: Path, query: Query, since: datetime | None) -> list[Entry]:
             raise RepositoryError(f"{path} has no log of run {query.run}")
     found: deque[Entry] = deque(maxlen=query.count)
     for file in files:
-        with (
-            durable.translate_os_errors("read", file),
-            file.open(encoding="utf-8", errors="backslashreplace") as lines,
-        ):
-            for line in lines:
+        with durable.translate_os_errors("read", file), _opened(file) as lines:
+            while line := lines.readline(MAX_RECORD):
                 entry = _line(line, file.stem)
                 if entry is not None and (since is None or entry.time >= since):
                     found.append(entry)
     return list(found)
+
+
+def _opened(path: Path) -> TextIO:
+    """A log of a set; a link or a pipe in its place is refused."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise RepositoryError(f"{path} is no regular file")
+    return open(fd, encoding="utf-8", errors="backslashreplace")  # noqa: PTH123 - a descriptor
 
 
 def _line(line: str, run: str) -> Entry | None:

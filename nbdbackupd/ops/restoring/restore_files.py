@@ -56,6 +56,7 @@ def plan(directory: Path, point: RestorePoint, output: Path) -> tuple[FileCopy, 
         if final in taken:
             final = final.parent / output_names.clean(stored.name, "")
         taken.add(final)
+        durable.refuse_links(output, final.parent)
         copies.append(FileCopy(stored=stored, source=directory / stored.name, final=final))
     return tuple(copies)
 

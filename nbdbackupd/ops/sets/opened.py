@@ -17,7 +17,7 @@ from nbdbackupd.ops.sets.frames import FrameCache
 from nbdbackupd.ops.sets.layers import Layer, RawLayer, ScannedLayer
 from nbdbackupd.repo import layout, peer, peer_points
 from nbdbackupd.repo.peer_place import Place
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.repository import Repository, refuse_links
 
 MAX_MEMBER: Final = 1 << 30
 """Bytes of a file beside the streams (an initrd) that is taken out of an archive."""
@@ -96,6 +96,7 @@ def open_set(path: Path, *, sound: bool = False) -> OpenedSet:
     or can't be read, FormatError, IntegrityError or ChainBrokenError for a damaged set.
     """
     place = peer.place_of(path)
+    refuse_links(path)
     if place is not None and peer.is_peer(place):
         return _open_peer_set(path, place, sound=sound)
     repository = Repository.open(path)

@@ -74,7 +74,9 @@ def next_run(
     if facts and facts[-1].began is not None and not facts[-1].problem:
         facts[-1] = replace(facts[-1], problem=_missing_files(found[-1]))
     local = now.astimezone()
-    return policy.next_run(rules, facts, local, wanted=wanted, taken=_others(directory, facts))
+    chosen = policy.next_run(rules, facts, local, wanted=wanted, taken=_others(directory, facts))
+    durable.refuse_links(directory.parent, directory / chosen.directory)
+    return chosen
 
 
 def _facts(found: DomainSet, uuid: str) -> SetFacts:
