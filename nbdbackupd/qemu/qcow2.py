@@ -44,6 +44,8 @@ COPIED: Final = 1 << 63
 CHUNK: Final = 2 << 20
 ONE: Final = b"\0\1"
 NOWHERE: Final = 0
+GROUP: Final = 64
+"""Chunks whose places are kept together: memory grows with the data, not with the disk's size."""
 
 
 def can_fill(path: Path) -> bool:
@@ -120,7 +122,7 @@ class Filler:
         self._l2_at = self._blocks_at + blocks * cluster
         self._data_at = self._end = self._l2_at + l2_tables * cluster
         self._lock = threading.Lock()
-        self._places = array.array("Q", bytes(8 * chunks))
+        self._places: dict[int, array.array[int]] = {}
         self._has_l2 = bytearray(l2_tables)
         self._has_block = bytearray(blocks)
         self._table = table * cluster
@@ -160,12 +162,16 @@ class Filler:
     def _place(self, number: int) -> int:
         """Where a chunk of the guest's disk lies in the file."""
         with self._lock:
-            if self._places[number] == NOWHERE:
+            group, member = divmod(number, GROUP)
+            places = self._places.get(group)
+            if places is None:
+                places = self._places[group] = array.array("Q", bytes(8 * GROUP))
+            if places[member] == NOWHERE:
                 left = -(-(self._size - number * self._chunk) // self._cluster) * self._cluster
                 self._prepare(self._end, min(self._chunk, left))
-                self._places[number] = self._end
+                places[member] = self._end
                 self._end += self._chunk
-            return self._places[number]
+            return places[member]
 
     def _prepare(self, place: int, length: int) -> None:
         """Make a part of the file read as zeroes that is to be used; past a file's end it does."""

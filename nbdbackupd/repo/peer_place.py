@@ -9,14 +9,26 @@ import stat
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, Protocol
+from typing import BinaryIO, Final, Protocol
 
 from nbdbackupd import durable
 from nbdbackupd.errors import FormatError, IntegrityError
 from nbdbackupd.format.stream import Window
 
-MAX_ENTRIES: Final = 1 << 16
+MAX_ENTRIES: Final = 1 << 14
+MAX_DIRECTORY: Final = 4 << 20
+"""Bytes of an archive's directory: the library makes objects of all of it before it is asked."""
+
+CHUNK: Final = 1 << 20
+END_MARK: Final = b"PK\5\6"
+END: Final = struct.Struct("<4s6xHLL")
+"""Signature, number of entries and size of the directory, its place (APPNOTE, section 4.3.16)."""
+
+END64: Final = struct.Struct("<4s36xQQ")
+LOCATOR: Final = struct.Struct("<4s4xQ4x")
+MAX_COMMENT: Final = (1 << 16) - 1
 LOCAL_HEADER: Final = struct.Struct("<4s22xHH")
 """Signature, and at byte 26 the lengths of name and extra field (PKWARE APPNOTE, section 4.3.7)."""
 
@@ -24,7 +36,7 @@ SIGNATURE: Final = b"PK\x03\x04"
 KNOWN: Final = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 BROKEN: Final = (
     zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, EOFError, RuntimeError,
-    ValueError, OverflowError,
+    ValueError, OverflowError, IndexError,
 )  # fmt: skip
 """What the library raises for an archive that is damaged or was made to harm."""
 
@@ -106,10 +118,16 @@ class Archive:
         """
         self.path = path
         try:
-            with durable.translate_os_errors("read", path), zipfile.ZipFile(path) as opened:
-                entries = [each for each in opened.infolist() if not each.is_dir()]
+            with durable.translate_os_errors("read", path), _open_archive(path) as file:
+                if _directory_size(file) > MAX_DIRECTORY:
+                    raise FormatError("archive holds too many files", file=path)
+                with zipfile.ZipFile(file) as opened:
+                    listed = opened.infolist()
         except BROKEN as err:
             raise IntegrityError(f"archive is damaged: {err}", file=path) from err
+        if not all(each.filename.isprintable() and each.filename for each in listed):
+            raise FormatError("archive holds a file without a proper name", file=path)
+        entries = [each for each in listed if not each.is_dir()]
         self._entries = {each.filename: each for each in entries}
         if len(self._entries) != len(entries) or len(entries) > MAX_ENTRIES:
             raise FormatError("archive holds a name twice, or too many", file=path)
@@ -127,21 +145,29 @@ class Archive:
 
     def read_small(self, name: str, maximum: int) -> bytes:
         """See ``Place``; its CRC-32 is proven."""
-        entry = self._entries[name]
-        if entry.file_size > maximum:
+        if self._entries[name].file_size > maximum:
             raise IntegrityError(f"larger than {maximum} bytes", file=f"{self.path}:{name}")
+        return b"".join(self.chunks(name))
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The bytes of a member in parts; what they are is known only when the last has come.
+
+        Raises IntegrityError if the archive is damaged, or the member longer than it says.
+        """
+        entry, size = self._entries[name], 0
         try:
             with (
                 durable.translate_os_errors("read", self.path),
                 zipfile.ZipFile(self.path) as opened,
                 opened.open(entry) as file,
             ):
-                data = file.read(maximum + 1)
+                while part := file.read(CHUNK):
+                    size += len(part)
+                    if size > entry.file_size:
+                        raise IntegrityError("entry is longer than it says", file=name)
+                    yield part
         except BROKEN as err:
             raise IntegrityError(f"archive is damaged: {err}", file=self.path) from err
-        if len(data) > maximum:
-            raise IntegrityError(f"larger than {maximum} bytes", file=f"{self.path}:{name}")
-        return data
 
     def has(self, name: str) -> bool:
         """See ``Place``."""
@@ -174,6 +200,47 @@ class Archive:
     def crc(self, name: str) -> int | None:
         """See ``Place``."""
         return self._entries[name].CRC
+
+
+def _open_archive(path: Path) -> BinaryIO:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    return open(fd, "rb")  # noqa: PTH123 - a descriptor
+
+
+def _directory_size(file: BinaryIO) -> int:
+    """How many bytes the library might take for an archive's directory, at most.
+
+    It looks for an end record, and for a larger one before it, in ways that differ between its
+    versions: each that could be one counts. One that tells more than lies before it is refused.
+    """
+    size = file.seek(0, os.SEEK_END)
+    start = max(0, size - END.size - 2 - MAX_COMMENT)
+    file.seek(start)
+    tail = file.read()
+    found = [0]
+    place = tail.find(END_MARK)
+    while place >= 0:
+        if place + END.size <= len(tail):
+            found.append(END.unpack_from(tail, place)[2])
+            found += _larger(file, start + place)
+        place = tail.find(END_MARK, place + 1)
+    return max(each for each in found if each <= size)
+
+
+def _larger(file: BinaryIO, end: int) -> Iterator[int]:
+    """What records for large archives say that belong to an end record at this place."""
+    before = end - LOCATOR.size
+    if before < END64.size:
+        return
+    file.seek(before)
+    mark, where = LOCATOR.unpack(file.read(LOCATOR.size))
+    if mark != b"PK\6\7":
+        return
+    for place in {before - END64.size, min(where, before)}:
+        file.seek(place)
+        record = file.read(END64.size)
+        if len(record) == END64.size:
+            yield END64.unpack(record)[1]
 
 
 def read_small(path: Path, maximum: int) -> bytes:

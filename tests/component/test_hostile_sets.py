@@ -5,22 +5,20 @@ path outside of the output directory, a program that waits for ever or eats the 
 """
 
 import json
-import os
 import random
-import shutil
 import stat
 import struct
 import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from nbdbackupd.model.chain import DiskMode, Level
 from nbdbackupd.repo import layout
 from tests.lib import sets
-from tests.lib.ctl import PYTHON, ROOT, Ctl
+from tests.lib.ctl import ROOT, Ctl
 from tests.lib.sets import SetBuilder
 
 pytestmark = pytest.mark.component
@@ -133,3 +131,150 @@ def test_an_output_whose_config_is_a_link(victim: Victim) -> None:
     (victim.out / "config").symlink_to(victim.directory / "outside")
     text = victim.run("restore", victim.path, "-o", victim.out, codes={50})
     assert "config is a symbolic link" in text
+
+
+def make_huge(path: Path, size: int, format_: str) -> SetBuilder:
+    """One disk of ``size`` bytes that is zero but for a block at its end."""
+
+    class Disk(bytearray):
+        def __len__(self) -> int:
+            return size
+
+        def __bytes__(self) -> bytes:
+            return b""
+
+    builder = SetBuilder(path, format=format_)
+    builder.disks = {"vda": Disk()}
+    last = 64 * KIB
+    changes = [sets.Change(0, size - last), sets.Change(size - last, b"x" * last)]
+    builder._point(Level.FULL, {"vda": changes}, DiskMode.FULL)
+    return builder
+
+
+@pytest.mark.parametrize("format_", ["raw", "qcow2"])
+@pytest.mark.parametrize("size", [1 << 40, 1 << 50, (1 << 63) - 512])
+def test_a_disk_of_any_size(victim: Victim, size: int, format_: str) -> None:
+    """S-6: our memory does not grow with a disk's size; what no image can be is refused."""
+    make_huge(victim.path, size, format_)
+    victim.run("list", victim.path, codes={0})
+    victim.run("verify", victim.path, codes={0})
+    # 3: nobody says how the original qcow2 was made
+    done = {0} if format_ == "raw" else {3}
+    text = victim.run(
+        "restore", victim.path, "-o", victim.out, codes=done if size == 1 << 40 else done | {30, 50}
+    )
+    assert text.count("\n") <= 2
+    for image in victim.out.glob(f"vda.{format_}"):
+        assert image.stat().st_blocks * 512 < 64 * MIB
+    assert size > 1 << 40 or list(victim.out.glob(f"vda.{format_}"))
+
+
+PEER_FILES: dict[str, bytes] = {
+    "vm1.cpt": b"[]",
+    "vmconfig.copy.xml": b"<domain><name>vm1</name></domain>",
+}
+
+
+def peer_stream(size: int = 64 * KIB) -> bytes:
+    """A whole disk as the peer writes it."""
+    from nbdbackupd.format import stream
+
+    meta = stream.StreamMeta(
+        virtual_size=size, data_size=size, date="2026-01-31T12:00:00", disk_name="vda",
+        disk_format="raw", checkpoint="", compressed=0, parent_checkpoint="", incremental=False,
+    )  # fmt: skip
+    text = json.dumps(meta.to_json()).encode()
+    frames = stream.pack_header(stream.META, 0, len(text)) + text + b"\r\n"
+    frames += stream.pack_header(stream.DATA, 0, size) + b"x" * size + b"\r\n"
+    return frames + stream.pack_header(stream.STOP, 0, 0)
+
+
+def archive(path: Path, *more: tuple[str | zipfile.ZipInfo, bytes], kind: int = 0) -> None:
+    """What the peer writes to standard output, and members beside that."""
+    with zipfile.ZipFile(path, "w", kind) as made:
+        for name, data in PEER_FILES.items():
+            made.writestr(name, data)
+        for member, data in more:
+            made.writestr(member, data)
+        made.writestr("vda.copy.data", peer_stream())
+
+
+def linked(path: Path) -> None:
+    entry = zipfile.ZipInfo("vda.full.data")
+    entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+    archive(path, (entry, b"/etc/passwd"))
+
+
+def nameless(path: Path) -> None:
+    archive(path, ("name", b"x"))
+    path.write_bytes(path.read_bytes().replace(b"name", b"\0ame"))
+
+
+def twice(path: Path) -> None:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        archive(path, ("vda.copy.data", peer_stream()))
+
+
+def bomb(path: Path) -> None:
+    archive(path)
+    with (
+        zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as made,
+        made.open("vdb.copy.data", "w", force_zip64=True) as member,
+    ):
+        for _ in range(64):
+            member.write(bytes(MIB))
+    data = bytearray(path.read_bytes())
+    # the directory tells 1 PiB of it
+    place = data.rfind(b"vdb.copy.data") - 46
+    struct.pack_into("<L", data, place + 24, 0xFFFFFFFF)
+    path.write_bytes(data)
+
+
+def wide(path: Path) -> None:
+    entry = struct.pack("<4s42x", b"PK\1\2")
+    count = 1_000_000
+    size = count * len(entry)
+    end = struct.pack("<4s4x2H2LH", b"PK\5\6", 65535, 65535, size, 0, 0)
+    path.write_bytes(entry * count + end)
+
+
+def torn(path: Path) -> None:
+    archive(path)
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+ARCHIVES: dict[str, tuple[Callable[[Path], None], set[int]]] = {
+    "traversal": (lambda path: archive(path, ("../outside/a", b"x"), ("a/../../b", b"x")), {50}),
+    "absolute": (lambda path: archive(path, ("/etc/nbdbackup-was-here", b"x")), {50}),
+    "link": (linked, {40, 50}),
+    "no name": (nameless, {40}),
+    "twice": (twice, {40}),
+    "control characters": (lambda path: archive(path, ("a\x1b[2Jb", b"x")), {40}),
+    "line": (lambda path: archive(path, ("a\nb", b"x")), {40}),
+    "bidi": (lambda path: archive(path, ("a\u202eb", b"x")), {40}),
+    "bomb": (bomb, {40, 50}),
+    "a million members": (wide, {40}),
+    "cut": (torn, {2, 40, 50}),
+    "deep": (lambda path: archive(path, ("vmconfig.19.xml", b"<a>" * 3000)), {0, 3, 40}),
+}
+
+
+@pytest.mark.parametrize("kind", ARCHIVES)
+def test_archives(victim: Victim, kind: str) -> None:
+    """S-6: traversal, links, bombs, members twice, absurd sizes and names."""
+    make, codes = ARCHIVES[kind]
+    path = victim.directory / "archive.zip"
+    make(path)
+    victim.run("import", path, "-o", victim.path, codes=codes)
+    assert not Path("/etc/nbdbackup-was-here").exists()
+    if victim.path.exists() and codes == {40}:
+        assert [each for each in victim.path.iterdir() if each.name != ".lock"] == []
+    for verb, *words in (
+        ("list", path), ("show", path), ("verify", path), ("restore", path, "-o", victim.out),
+    ):  # fmt: skip
+        victim.run(verb, *words, codes=ENDS | {0})
+    for each in victim.out.rglob("*") if victim.out.exists() else ():
+        assert not each.is_symlink()

@@ -2,17 +2,17 @@
 
 import os
 import stat
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
+from zipfile import ZIP_STORED
 
 from nbdbackupd import durable
-from nbdbackupd.errors import IntegrityError, RepositoryError
+from nbdbackupd.errors import NoSpaceError, RepositoryError
 from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.importing import Stage
-from nbdbackupd.repo.peer_place import BROKEN, Archive
+from nbdbackupd.repo.peer_place import Archive
 
 CHUNK: Final = 1 << 20
 ZEROES: Final = bytes(CHUNK)
@@ -76,29 +76,30 @@ def unpack(archive: Path, stage: Stage, check: Callable[[], None]) -> None:
     Raises FormatError, IntegrityError, RepositoryError, NoSpaceError.
     """
     os.close(layering.open_file(archive))
-    entries = Archive(archive).entries
-    try:
-        with durable.translate_os_errors("unpack", archive), zipfile.ZipFile(archive) as opened:
-            for entry in entries:
-                if not entry.filename.endswith(".partial"):
-                    _unpack(opened, entry, stage.place(entry.filename), check)
-    except BROKEN as err:
-        raise IntegrityError(f"archive is damaged: {err}", file=archive) from err
+    opened = Archive(archive)
+    entries = [each for each in opened.entries if not each.filename.endswith(".partial")]
+    with durable.translate_os_errors("unpack", archive):
+        packed = (each.file_size for each in entries if each.compress_type != ZIP_STORED)
+        _check_room(stage.path, sum(packed))
+        for entry in entries:
+            _unpack(opened, entry.filename, stage.place(entry.filename), check)
 
 
-def _unpack(
-    opened: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, check: Callable[[], None]
-) -> None:
+def _check_room(path: Path, size: int) -> None:
+    """Refuse what a few bytes of an archive would grow to, zeroes included."""
+    room = os.statvfs(path)
+    if size > room.f_bavail * room.f_frsize:
+        raise NoSpaceError(f"the archive unpacks to {size} bytes, more than {path.parent} has free")
+
+
+def _unpack(opened: Archive, name: str, target: Path, check: Callable[[], None]) -> None:
     size = 0
     writing = durable.create_exclusive(target)
     try:
-        with opened.open(entry) as reading:
-            while part := reading.read(CHUNK):
-                check()
-                _write(writing, part, size)
-                size += len(part)
-                if size > entry.file_size:
-                    raise IntegrityError("entry is longer than it says", file=target.name)
+        for part in opened.chunks(name):
+            check()
+            _write(writing, part, size)
+            size += len(part)
         os.ftruncate(writing, size)
     finally:
         os.close(writing)

@@ -1,5 +1,6 @@
 """Opening a set, whoever wrote it, for all that only reads: list, verify, restore, map, boot."""
 
+import os
 import shutil
 import tempfile
 import weakref
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from nbdbackupd import durable
 from nbdbackupd.errors import ChainBrokenError, IntegrityError
 from nbdbackupd.format import stream
 from nbdbackupd.model.chain import BackupSet, DiskMode, DiskPoint, Layout, RestorePoint
@@ -16,7 +18,7 @@ from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets.frames import FrameCache
 from nbdbackupd.ops.sets.layers import Layer, RawLayer, ScannedLayer
 from nbdbackupd.repo import layout, peer, peer_points
-from nbdbackupd.repo.peer_place import Place
+from nbdbackupd.repo.peer_place import Archive, Place
 from nbdbackupd.repo.repository import Repository, refuse_links
 
 MAX_MEMBER: Final = 1 << 30
@@ -117,8 +119,7 @@ def _open_peer_set(path: Path, place: Place, *, sound: bool) -> OpenedSet:
         unpacked = Unpacked()
         try:
             for file in {file for point in found.known.points for file in point.files}:
-                data = place.read_small(file.name, max(peer.MAX_FILE, min(file.size, MAX_MEMBER)))
-                (unpacked.path / file.name).write_bytes(data)
+                _take_out(place, file.name, unpacked.path)
         except BaseException:
             unpacked.remove()
             raise
@@ -127,6 +128,18 @@ def _open_peer_set(path: Path, place: Place, *, sound: bool) -> OpenedSet:
         known=found.known, problems=found.problems, hints=found.warnings, peer=True,
         place=place, unpacked=unpacked,
     )  # fmt: skip
+
+
+def _take_out(place: Place, name: str, directory: Path) -> None:
+    """Put a file of an archive that is no stream into a directory."""
+    if not isinstance(place, Archive) or place.sizes()[name] > MAX_MEMBER:
+        raise IntegrityError(f"larger than {MAX_MEMBER} bytes", file=name)
+    writing = durable.create_exclusive(directory / name)
+    try:
+        for part in place.chunks(name):
+            durable.write_all(writing, part)
+    finally:
+        os.close(writing)
 
 
 def open_peer(
