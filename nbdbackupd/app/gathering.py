@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,15 @@ from typing import TYPE_CHECKING
 from nbdbackupd.app import configured
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app.context import Context
-from nbdbackupd.errors import DomainError, DomainNotFoundError, ProcessError, RepositoryError
+from nbdbackupd.errors import (
+    DomainError,
+    DomainNotFoundError,
+    NbdbackupError,
+    ProcessError,
+    RepositoryError,
+    UsageError,
+)
+from nbdbackupd.ops.sets.homes import MARK
 
 if TYPE_CHECKING:
     from nbdbackupd.app.config.files import Configuration
@@ -33,13 +42,14 @@ class _Known:
     """What is known before the sets are read.
 
     ``domains`` are libvirt's, with UUID and settings, None if it could not be asked; ``folders``
-    the directories of domains in the repositories.
+    the directories of domains in the repositories, and the UUID where it matters: of those that
+    libvirt knows, and of others that have such a name, which has their mark.
     """
 
     configuration: "Configuration"
     domains: "dict[str, tuple[str, DomainSettings]] | None"
     units: Units
-    folders: dict[str, Path]
+    folders: dict[str, tuple[Path, str]]
     warning: float | None
     critical: float | None
 
@@ -81,16 +91,23 @@ def gather(
 
     configuration = configured.read(context).require_sound()
     notes: list[str] = []
+    domains = _ask_libvirt(configuration, context, notes)
     known = _Known(
         configuration=configuration,
-        domains=_ask_libvirt(configuration, context, notes),
+        domains=domains,
         units=ask_systemd(notes),
-        folders=_folders(configuration),
+        folders=_folders(configuration, domains),
         warning=warning,
         critical=critical,
     )
     every = known.names()
     for name in names:
+        same = [each for each in known.folders if each.rpartition(MARK)[0] == name]
+        if same and name in known.folders and name not in (domains or {}):
+            raise UsageError(
+                f"{name} means more than one domain: give {' or '.join([name, *same])} as 'status' "
+                f"without a name shows them, or a UUID to other verbs"
+            )
         if name not in every:
             near = difflib.get_close_matches(name, every, 3)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
@@ -206,19 +223,36 @@ def _is_covered(
     return timer is not None or any(path not in mains for path in settings.applied)
 
 
-def _folders(configuration: "Configuration") -> dict[str, Path]:
+def _folders(
+    configuration: "Configuration", domains: "dict[str, tuple[str, DomainSettings]] | None"
+) -> dict[str, tuple[Path, str]]:
+    """The directories of domains: of those that libvirt knows by name, else by their own."""
     from nbdbackupd.app.config.settings import global_settings
     from nbdbackupd.ops.reporting import status
+    from nbdbackupd.ops.sets import homes, sets
 
     path = "repository.path"
     repositories: Iterable[Path] = (
         global_settings(configuration).repository_path,
         *(file.values[path].value for file in configuration.files if path in file.values),
     )
-    found: dict[str, Path] = {}
+    found: dict[str, tuple[Path, str]] = {}
+    for name, (uuid, settings) in (domains or {}).items():
+        with suppress(NbdbackupError):
+            home = homes.home_of(settings.repository_path, name, uuid)
+            if home.exists():
+                found[name] = home, uuid
     for repository in dict.fromkeys(repositories):
         for name, folder in status.names_in(repository).items():
-            found.setdefault(name, folder)
+            if folder in {home for home, _ in found.values()}:
+                continue
+            uuid, known = "", (domains or {}).get(name, ("",))[0]
+            if name in found or known:
+                with suppress(NbdbackupError):
+                    uuid = homes.owner(sets.sets_of(folder))
+            is_other = uuid not in ("", known)
+            shown = f"{name}{homes.MARK}{uuid[: homes.SHORT]}" if is_other else name
+            found.setdefault(shown, (folder, uuid))
     return found
 
 
@@ -263,15 +297,17 @@ def _settings(name: str, known: _Known, notes: list[str]) -> "tuple[str, DomainS
 
 
 def _stored(name: str, settings: "DomainSettings", known: _Known) -> "Stored":
-    from nbdbackupd.app.config.settings import check_mounted, domain_directory
+    from nbdbackupd.app.config.settings import check_mounted
     from nbdbackupd.ops.reporting import status
+    from nbdbackupd.repo import layout
 
-    directory = domain_directory(settings, name)
+    # sets of a domain that files no longer send here are still where they are
+    default = settings.repository_path / layout.escape(name, layout.MAX_DOMAIN)
+    asked = known.domains[name][0] if known.domains and name in known.domains else ""
+    directory, uuid = known.folders.get(name, (default, asked))
+    more = [default] if asked and default != directory else []
     try:
         check_mounted(settings)
     except RepositoryError as err:
         return status.Stored(directory=directory, problem=" ".join(str(err).split()))
-    # sets of a domain that files no longer send here are still where they are
-    if not directory.exists() and name in known.folders:
-        directory = known.folders[name]
-    return status.stored(directory)
+    return status.stored(directory, uuid, *more)

@@ -68,10 +68,10 @@ def plan(domain: "Domain", settings: "DomainSettings", now: "datetime", wanted: 
     level that needs a full that is not there.
     """
     from nbdbackupd.app.config import settings as app_settings
-    from nbdbackupd.ops.sets import sets
+    from nbdbackupd.ops.sets import homes, sets
 
     app_settings.check_mounted(settings)
-    directory = app_settings.domain_directory(settings, domain.name)
+    directory = homes.home_of(settings.repository_path, domain.name, domain.uuid)
     chosen = sets.next_run(directory, domain.uuid, app_settings.level_policy(settings), now, wanted)
     return Planned(settings=settings, directory=directory, next=chosen)
 

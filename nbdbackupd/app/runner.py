@@ -249,14 +249,13 @@ class _Run:
                 return self.with_programs()
 
     def with_programs(self) -> RunReport:
-        from nbdbackupd.app.config.settings import domain_directory
         from nbdbackupd.ops.saving import commands
 
         settings = self.settings
         about = {
             "NBDBACKUP_DOMAIN": self.domain.name,
             "NBDBACKUP_UUID": self.domain.uuid,
-            "NBDBACKUP_DIRECTORY": str(domain_directory(settings, self.domain.name)),
+            "NBDBACKUP_DIRECTORY": self.directory(),
         }
         try:
             self.watch.doing("running the programs before the backup")
@@ -264,6 +263,8 @@ class _Run:
                 settings.commands_pre, about,
                 timeout=settings.commands_timeout, cancelled=self.watch.cancelled,
             )  # fmt: skip
+            # they may have mounted the repository
+            about["NBDBACKUP_DIRECTORY"] = self.directory()
             report = self.backup()
         except BaseException as err:
             about |= {"NBDBACKUP_RESULT": "failure", "NBDBACKUP_REASON": _one_line(err)}
@@ -278,6 +279,17 @@ class _Run:
             set=report.set, level=report.level, problems=(*report.problems, *problems),
             backup=report.backup,
         )  # fmt: skip
+
+    def directory(self) -> str:
+        """The directory of the domain's sets, or nothing while it can't be told."""
+        from nbdbackupd.ops.sets import homes
+
+        repository = self.settings.repository_path
+        try:
+            return str(homes.home_of(repository, self.domain.name, self.domain.uuid))
+        except NbdbackupError as err:
+            log.info("the domain's directory in %s is not known yet: %s", repository, err.message)
+            return ""
 
     def _after(self, about: Mapping[str, str], timeout: float) -> tuple[str, ...]:
         from nbdbackupd.ops.saving import commands

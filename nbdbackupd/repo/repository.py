@@ -268,6 +268,10 @@ class Repository:
                 f"so it is not kept: {err.message}; see to that storage, or give another -o"
             ) from err
 
+    def begun_for(self) -> list[str]:
+        """The UUIDs of domains for which somebody has begun a point, alive or dead; no lock."""
+        return [each.intent.uuid for each in self._read_leftovers() if each.intent is not None]
+
     def dead_runs(self) -> list[Intent]:
         """The intents of runs that died before their point existed; needs the lock.
 

@@ -110,6 +110,59 @@ def one(lab: DaemonLab, tmp_path: Path) -> Iterator[Appliance]:
         yield appliance
 
 
+def test_a_name_of_two_domains(one: Appliance) -> None:
+    """H-6: each UUID has increments of its own in one repository, and no name chooses one."""
+    here, name = one.scene, one.scene.guest.name
+    first = one.save()
+    change(here, 1)
+    assert one.save().point["level"] == "inc"
+    mine, other = here.guest.options, GuestOptions(uuid=str(uuid.uuid4()))
+
+    def become(options: GuestOptions) -> None:
+        """As the other host that has the same repository knows the name."""
+        here.guest.destroy()
+        for each in here.checkpoints():
+            here.lab.virsh("checkpoint-delete", name, each, "--metadata")
+        here.guest.undefine()
+        here.guest.options = options
+        here.guest.define()
+        here.guest.start()
+
+    become(other)
+    theirs = [one.save()]
+    home = one.repository / f"{name}@{other.uuid[:8]}" if other.uuid else one.home
+    assert theirs[0].set.parent == home
+    change(here, 2)
+    theirs.append(one.save())
+    assert [each.point["level"] for each in theirs] == ["full", "inc"]
+    config = ("--config-dir", str(one.directory / "etc"))
+    for words in (
+        ("list", name),
+        ("show", name),
+        ("verify", name),
+        ("restore", name, "-o", str(one.directory / "out")),
+        ("map", name),
+        ("files", name, "fs"),
+    ):
+        said = here.ctl(*words, *config, code=2).stderr
+        assert f"{name} means more than one domain" in said, words
+        assert str(mine.uuid) in said
+        assert str(other.uuid) in said
+    assert not (one.directory / "out").exists()
+    listed = here.ctl("list", str(mine.uuid), *config, "--json").json
+    assert [each["set"] for each in listed["sets"]] == [str(first.set)]
+    assert here.ctl("status", name, *config, "--json", code=None).json["domains"][0]["point"] == (
+        theirs[-1].id
+    )
+    here.prove_all()
+    # and the first one goes on where it was
+    become(mine)
+    change(here, 3)
+    again = one.save()
+    assert (again.set, again.point["level"]) == (first.set, "inc")
+    here.prove(again)
+
+
 def test_a_set_for_each_month(one: Appliance) -> None:
     here = one.scene
     planned = one.run("--dry-run")

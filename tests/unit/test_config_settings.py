@@ -20,7 +20,7 @@ from nbdbackupd.app.config import files, matching, schema, settings
 from nbdbackupd.app.config.files import Configuration
 from nbdbackupd.app.config.settings import DomainSettings
 from nbdbackupd.app.context import Context
-from nbdbackupd.errors import ConfigError, DomainError, FormatError, RepositoryError, UsageError
+from nbdbackupd.errors import ConfigError, DomainError, RepositoryError, UsageError
 from nbdbackupd.model.policy import LevelPolicy, Rotate
 from nbdbackupd.ops.saving.backup_request import BackupRequest
 from nbdbackupd.source.quiesce import FreezePolicy
@@ -304,14 +304,6 @@ def test_files_that_contradict_one_another_for_a_domain(tmp_path: Path) -> None:
 
 
 # -- directories, marker, secrets
-
-
-def test_directory_of_a_domain() -> None:
-    base = Path("/var/lib/nbdbackup/repository")
-    assert settings.domain_directory(defaults(), "web 1") == base / "web 1"
-    assert settings.domain_directory(defaults(), "../x") == base / "%2E.%2Fx"
-    with pytest.raises(FormatError):
-        settings.domain_directory(defaults(), "")
 
 
 def test_marker(tmp_path: Path) -> None:

@@ -8,11 +8,18 @@ from typing import Any
 
 import pytest
 
-from nbdbackupd.errors import BusyError, NoFullError, ProcessError, RepositoryError
+from nbdbackupd.errors import (
+    BusyError,
+    FormatError,
+    NoFullError,
+    ProcessError,
+    RepositoryError,
+    UsageError,
+)
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.policy import LevelPolicy, NextRun, Rotate
 from nbdbackupd.ops.saving import commands, slots
-from nbdbackupd.ops.sets import lookup, sets
+from nbdbackupd.ops.sets import homes, lookup, sets
 from nbdbackupd.repo.repository import Repository
 from tests.lib import chains, points
 from tests.lib.ctl import Ctl
@@ -98,9 +105,54 @@ def test_a_damaged_set_is_not_continued(home: Path, damage: str) -> None:
 
 
 def test_the_set_of_another_domain_is_not_continued(home: Path) -> None:
+    """H-6: nor does it stand in the way of one's own, in a directory that two once shared."""
     run = after(home, "2025-12-20", uuid=OTHER)
-    assert run.directory == "2025-12.2"
-    assert points.UUID in run.problem
+    assert (run.directory, run.is_new, run.problem) == ("2025-12.2", True, "")
+    add(home / "2025-12.2", 6, "2025-12-21", uuid=OTHER)
+    assert after(home, "2025-12-22", uuid=OTHER).directory == "2025-12.2"
+    run = after(home, "2025-12-22")
+    assert (run.directory, run.level, run.problem) == ("2025-12", Level.INC, "")
+
+
+def test_a_directory_belongs_to_one_uuid(home: Path) -> None:
+    """H-6."""
+    repository = home.parent
+    assert homes.home_of(repository, "vm1", points.UUID) == home
+    beside = homes.home_of(repository, "vm1", OTHER)
+    assert beside == repository / f"vm1@{OTHER[:8]}"
+    assert homes.home_of(repository, "../x", OTHER) == repository / "%2E.%2Fx"
+    with pytest.raises(FormatError):
+        homes.home_of(repository, "", OTHER)
+    # who has begun a first point has the directory already
+    begun = Repository.open(repository / "new/2026-01")
+    with begun.lock(owner="test"), begun.draft(chains.intent_for(1, level=Level.FULL)):
+        assert homes.home_of(repository, "new", points.UUID) == repository / "new"
+        assert homes.home_of(repository, "new", OTHER).name == f"new@{OTHER[:8]}"
+    assert homes.home_of(repository, "new", OTHER) == repository / "new"
+    # the beginning of a UUID is nobody's own
+    add(beside / "2026-01", 1, "2026-01-01", uuid=f"{OTHER[:-1]}f")
+    assert homes.home_of(repository, "vm1", OTHER) == repository / f"vm1@{OTHER}"
+    assert homes.home_of(repository / "none", "vm1", OTHER) == repository / "none/vm1"
+
+
+def test_a_name_of_two_domains_is_asked_back(home: Path) -> None:
+    """H-6: by name never one of two, by UUID each, with what an older version put together."""
+    repository = home.parent
+    add(home / "2025-12.2", 6, "2025-12-21", uuid=OTHER)
+    with pytest.raises(UsageError) as caught:
+        find(home, "vm1")
+    for told in (points.UUID, OTHER, str(home), "newest point 2025-12-21"):
+        assert told in str(caught.value)
+    add(repository / f"vm1@{OTHER[:8]}/2026-01", 7, "2026-01-02", uuid=OTHER)
+    with pytest.raises(UsageError, match="vm1 means more than one domain"):
+        find(home, "vm1")
+    mine, other = find(home, points.UUID), find(home, OTHER)
+    assert [each.path.name for each in mine.sets] == ["2025-11", "2025-12"]
+    assert [each.path.name for each in other.sets] == ["2025-12.2", "2026-01"]
+    assert (mine.directory, other.directory) == (home, repository / f"vm1@{OTHER[:8]}")
+    assert other.choose() == repository / f"vm1@{OTHER[:8]}/2026-01"
+    # the directory's own name means its domain
+    assert find(home, f"vm1@{OTHER[:8]}").sets == other.sets[1:]
 
 
 def test_what_stands_in_the_way(home: Path) -> None:

@@ -1,10 +1,12 @@
 """How well domains are protected: real sets, libvirt's test driver, systemd's answers on file."""
 
+import html
 import json
 import os
 import re
 import subprocess
 import sys
+import uuid as uuids
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,7 +22,7 @@ from nbdbackupd.model.chain import Level
 from nbdbackupd.model.health import Facts, Health, Limits, age_text, judge
 from nbdbackupd.repo import boot_tests, layout
 from nbdbackupd.repo.repository import Repository
-from tests.lib import chains, points
+from tests.lib import chains
 from tests.lib.pages import TOP
 
 NOW = datetime(2026, 2, 10, 12, 0, 0, tzinfo=UTC)
@@ -38,6 +40,11 @@ if "list-timers" in sys.argv:
 else:
     print((host / "services").read_text())
 """
+
+
+def uuid_of(name: str) -> str:
+    """The UUID of the domain of that name."""
+    return str(uuids.uuid5(uuids.NAMESPACE_DNS, name))
 
 
 class Host:
@@ -64,9 +71,9 @@ class Host:
     def libvirt(self, *names: str) -> None:
         """Let libvirt know these domains and no others."""
         domains = "".join(
-            f"<domain type='test'><name>{name}</name><uuid>{points.UUID[:-2]}{number:02}</uuid>"
+            f"<domain type='test'><name>{name}</name><uuid>{uuid_of(html.unescape(name))}</uuid>"
             "<memory>8192</memory><os><type>hvm</type></os></domain>"
-            for number, name in enumerate(names)
+            for name in names
         )
         (self.root / "node.xml").write_text(f"<node>{domains}</node>")
         self.uri = f"test://{self.root}/node.xml"
@@ -75,19 +82,24 @@ class Host:
         (self.root / "timers.json").write_text(json.dumps(timers))
         (self.root / "services").write_text(services)
 
-    def save(self, domain: str, moment: datetime, *, set_name: str = "", warning: str = "") -> None:
+    def save(
+        self, domain: str, moment: datetime, *, set_name: str = "", warning: str = "",
+        uuid: str = "", into: str = "",
+    ) -> None:  # fmt: skip
         """Publish a point; the first of a set is a full."""
-        folder = self.repository / layout.escape(domain, layout.MAX_DOMAIN)
+        folder = self.repository / (into or layout.escape(domain, layout.MAX_DOMAIN))
+        uuid = uuid or uuid_of(domain)
         repository = Repository.open(folder / (set_name or f"{moment:%Y-%m}"))
         with repository.lock(owner="test"):
             known = repository.load().points
             level = Level.INC if known else Level.FULL
-            intent = chains.intent_for(len(known) + 1, level=level)
+            intent = replace(chains.intent_for(len(known) + 1, level=level), uuid=uuid)
             with repository.draft(intent) as draft:
                 point = chains.fill(draft, known, level)
                 created = moment.isoformat().replace("+00:00", "Z")
                 warnings = (warning,) if warning else ()
-                draft.publish(replace(point, created=created, warnings=warnings, domain=domain))
+                made = replace(point, created=created, warnings=warnings, domain=domain, uuid=uuid)
+                draft.publish(made)
 
     def run(self, *words: str) -> tuple[int, str]:
         """Exit status and standard output of a command."""
@@ -378,7 +390,7 @@ def test_names_that_are_too_long_for_a_directory(host: Host) -> None:
 def test_a_run_in_progress(host: Host) -> None:
     host.libvirt("vm1")
     host.save("vm1", NOW)
-    folder = host.root / "run" / f"{points.UUID[:-2]}00"
+    folder = host.root / "run" / uuid_of("vm1")
     folder.mkdir(parents=True)
     with durable.Lock(folder / "lock", owner="backup of vm1"):
         found = host.status()["vm1"]
@@ -472,3 +484,29 @@ def test_colours_only_on_a_terminal() -> None:
     rows = [("A", "HEALTH"), ("b\x1b[0m", "ok"), ("c", "critical")]
     assert tables.render(rows) == ["A      HEALTH", "b?[0m  ok", "c      critical"]
     assert tables.render(rows, coloured=True)[1].endswith("\x1b[32mok\x1b[0m")
+
+
+def test_a_repository_of_two_hosts(host: Host) -> None:
+    """H-6: each host shows its own domain's points, and tells the other one from it."""
+    host.libvirt("web")
+    host.file("a", "match: {name: web}")
+    other = "aaaaaaaa-2222-4333-8444-555555555555"
+    host.save("web", NOW - timedelta(days=9), uuid=other)
+    assert host.status()["web"]["reasons"] == ["no restore point yet"]
+    mine = f"web@{uuid_of('web')[:8]}"
+    host.save("web", NOW - timedelta(hours=1), into=mine)
+    found = host.status()
+    assert set(found) == {"web", "web@aaaaaaaa"}
+    assert found["web"]["set"].startswith(str(host.repository / mine))
+    assert found["web@aaaaaaaa"]["set"].startswith(str(host.repository / "web"))
+    assert list(host.status("web")) == ["web"]
+    # what an older version has put into one directory
+    host.save("web", NOW - timedelta(minutes=30), set_name="2026-02.2")
+    found = host.status()
+    assert found["web"]["age"] == 1800
+    assert found["web@aaaaaaaa"]["age"] == 9 * 86400
+    # nobody says which one is meant
+    host.libvirt("db")
+    code, out = host.run("status", "--json", "web")
+    assert code == 2
+    assert f"give web or {mine}" in json.loads(out)["error"]["message"]

@@ -93,7 +93,8 @@ def _numbers(period: str, unit: str) -> Setting:
 _REPOSITORY: Final = (
     Setting(
         path="repository.path", kind=kinds.PATH, default=Path("/var/lib/nbdbackup/repository"),
-        help="Each domain has a directory of its name below this one, and in it each set has one.",
+        help="Each domain has a directory of its name below this one, and in it each set has one. "
+        "Hosts may share it: a directory belongs to one UUID.",
     ),
     Setting(
         path="repository.marker", kind=optional(kinds.FILE_NAME, "none"), default=None,

@@ -15,7 +15,6 @@ from nbdbackupd.app.config.matching import is_uuid
 from nbdbackupd.app.config.schema import BY_PATH, SETTINGS
 from nbdbackupd.errors import ConfigError, RepositoryError
 from nbdbackupd.model.policy import LevelPolicy, Rotate
-from nbdbackupd.repo import layout
 
 log = logging.getLogger(__name__)
 
@@ -216,14 +215,6 @@ def level_policy(settings: DomainSettings) -> LevelPolicy:
         full_every=settings.level_full_every,
         max_increments=settings.level_max_increments,
     )
-
-
-def domain_directory(settings: DomainSettings, name: str) -> Path:
-    """The directory that holds a domain's sets: its name, escaped, below the repository.
-
-    Raises FormatError for an empty name.
-    """
-    return settings.repository_path / layout.escape(name, layout.MAX_DOMAIN)
 
 
 def password_file(settings: DomainSettings, environ: Mapping[str, str]) -> Path | None:

@@ -111,10 +111,15 @@ class StatusReport:
         }
 
 
-def stored(directory: Path) -> Stored:
-    """Read the sets of a domain; what fails is in the result, so that one can't hide the others."""
+def stored(directory: Path, uuid: str = "", *more: Path) -> Stored:
+    """Read the sets of a domain; what fails is in the result, so that one can't hide the others.
+
+    With ``uuid`` those of another one are left out, and what ``more`` directories have of it
+    counts: an older version put all domains of a name into one.
+    """
     try:
-        sets = sets_of(directory)
+        sets = [each for each in sets_of(directory) if not uuid or each.uuid in ("", uuid)]
+        sets += [each for one in more for each in sets_of(one) if each.uuid == uuid]
     except NbdbackupError as err:
         return Stored(directory=directory, problem=" ".join(str(err).split()))
     # of two that were made in the same second, the set that began last
@@ -124,7 +129,7 @@ def stored(directory: Path) -> Stored:
     if found is None:
         return Stored(directory=directory, damage=damage)
     return Stored(
-        directory=directory,
+        directory=found.path.parent,
         set=found.path.name,
         newest=found.known.newest,
         points=len(found.known.points),

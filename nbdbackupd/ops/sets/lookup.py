@@ -1,7 +1,6 @@
 """Sets by the name of their domain: where they are in the repositories, and which one is meant."""
 
 import difflib
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,10 +8,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd import durable
-from nbdbackupd.errors import FormatError, RepositoryError
+from nbdbackupd.errors import FormatError, RepositoryError, UsageError
 from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.model.units import local_time
+from nbdbackupd.ops.sets.homes import MARK, homes_in, label_of, owner
 from nbdbackupd.ops.sets.sets import DomainSet, sets_of
 from nbdbackupd.repo import layout
 
@@ -72,37 +71,79 @@ class DomainSets:
 def find(name: str, repositories: Sequence[Path]) -> DomainSets:
     """The sets of a domain, given by its name or UUID, in the repositories.
 
-    A UUID is that of the points, as the domain itself may be gone. Raises RepositoryError if
-    there is none, with the nearest names, or if it is in more than one place, or if a repository
-    can't be read.
+    A UUID is that of the points, as the domain itself may be gone. Raises UsageError if the name
+    means two domains, with the UUIDs of both; RepositoryError if there is none, with the nearest
+    names, or if it is in more than one place, or if a repository can't be read.
     """
-    homes = [home for repository in repositories for home in _homes(repository)]
-    wanted = layout.escape(name, layout.MAX_DOMAIN) if name else ""
-    found = [home for home in homes if home.name == wanted]
+    homes = [home for repository in repositories for home in homes_in(repository)]
+    found = _named(name, homes) if name else []
     if not found and UUID.fullmatch(name):
-        found = [home for home in homes if _is_of(home, name.lower())]
-    if len(found) > 1:
-        places = ", ".join(map(str, found))
-        raise RepositoryError(f"domain {name} has sets in more than one place: {places}; give one")
+        found = _of_uuid(name.lower(), homes)
     if not found:
         raise RepositoryError(_nobody(name, repositories, homes))
-    return DomainSets(name=name, directory=found[0], sets=sets_of(found[0]))
+    if len({each.uuid for each in found}) > 1:
+        raise UsageError(_which(name, found))
+    # beside one another they are of one name, and only older ones of it are in the first
+    if len({each.label for each in found}) > 1 or len({each.home.parent for each in found}) > 1:
+        places = ", ".join(str(each.home) for each in found)
+        raise RepositoryError(f"domain {name} has sets in more than one place: {places}; give one")
+    together = sorted((one for each in found for one in each.sets), key=_began)
+    return DomainSets(name=name, directory=found[-1].home, sets=tuple(together))
 
 
-def _homes(repository: Path) -> list[Path]:
-    """The directories of domains; none where there is no repository."""
-    with durable.translate_os_errors("read", repository):
-        try:
-            names = sorted(os.listdir(repository))  # noqa: PTH208 - names are enough
-        except FileNotFoundError:
-            return []
-        paths = [repository / name for name in names if not name.startswith(".")]
-        return [path for path in paths if path.is_dir()]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Found:
+    """The sets of one UUID in a directory; sets without points count as of its owner."""
+
+    home: Path
+    label: str
+    uuid: str
+    sets: tuple[DomainSet, ...]
 
 
-def _is_of(home: Path, uuid: str) -> bool:
-    points = [point for each in sets_of(home) for point in each.known.points]
-    return bool(points) and points[-1].uuid == uuid
+def _named(name: str, homes: Sequence[Path]) -> list[_Found]:
+    wanted = layout.escape(name, layout.MAX_DOMAIN)
+    exact = [home for home in homes if home.name == wanted]
+    # a file system may have stored it in other letters
+    same = exact or [
+        home for home in homes
+        if layout.is_same(home.name, wanted) and home.samefile(home.parent / wanted)
+    ]  # fmt: skip
+    beside = [home for home in homes if home.name.startswith(f"{wanted}{MARK}")]
+    found = [each for home in (*same, *beside) for each in _split(home)]
+    return [each for each in found if each.home in same or each.label == wanted]
+
+
+def _of_uuid(uuid: str, homes: Sequence[Path]) -> list[_Found]:
+    return [each for home in homes for each in _split(home) if each.uuid == uuid]
+
+
+def _split(home: Path) -> list[_Found]:
+    """What a directory holds, by UUID."""
+    sets = sets_of(home)
+    label, mine = label_of(home, sets), owner(sets)
+    uuids = dict.fromkeys(each.uuid or mine for each in sets) or {mine: None}
+    return [
+        _Found(
+            home=home, label=label, uuid=uuid,
+            sets=tuple(each for each in sets if (each.uuid or mine) == uuid),
+        )
+        for uuid in uuids
+    ]  # fmt: skip
+
+
+def _began(found: DomainSet) -> tuple[bool, float]:
+    return found.began is not None, found.began.timestamp() if found.began is not None else 0.0
+
+
+def _which(name: str, found: Sequence[_Found]) -> str:
+    told = []
+    for each in found:
+        points = [point for one in each.sets for point in one.known.points]
+        newest = max((point.created for point in points), default="")
+        when = f"newest point {local_time(newest)}" if newest else "no points"
+        told.append(f"{each.uuid or 'unknown'} ({each.home}, {when})")
+    return f"{name} means more than one domain, so give a UUID: {'; '.join(told)}"
 
 
 def _nobody(name: str, repositories: Sequence[Path], homes: Sequence[Path]) -> str:

@@ -27,6 +27,11 @@ class DomainSet:
     problems: tuple[str, ...] = ()
 
     @property
+    def uuid(self) -> str:
+        """The domain's UUID; empty if no point is sound."""
+        return self.known.points[0].uuid if self.known.points else ""
+
+    @property
     def began(self) -> datetime | None:
         """When its full was made, in local time; None as long as it has none.
 
@@ -66,11 +71,16 @@ def next_run(
 ) -> NextRun:
     """Which set below ``directory`` the domain's next run goes into, and at which level.
 
-    Sets that are damaged or belong to another UUID are not continued. Raises NoFullError as
-    ``policy.next_run`` does, RepositoryError if the directory or a set can't be read.
+    Sets that are damaged are not continued, and those of another UUID not looked at. Raises
+    NoFullError as ``policy.next_run`` does, RepositoryError if the directory or a set can't be
+    read.
     """
-    found = [each for each in sets_of(directory) if policy.is_set_name(each.path.name)]
-    facts = [_facts(each, uuid) for each in found]
+    found = [
+        each
+        for each in sets_of(directory)
+        if policy.is_set_name(each.path.name) and each.uuid in ("", uuid)
+    ]
+    facts = [_facts(each) for each in found]
     if facts and facts[-1].began is not None and not facts[-1].problem:
         facts[-1] = replace(facts[-1], problem=_missing_files(found[-1]))
     local = now.astimezone()
@@ -79,11 +89,8 @@ def next_run(
     return chosen
 
 
-def _facts(found: DomainSet, uuid: str) -> SetFacts:
+def _facts(found: DomainSet) -> SetFacts:
     problem = found.problems[0] if found.problems else ""
-    foreign = next((point.uuid for point in found.known.points if point.uuid != uuid), "")
-    if foreign and not problem:
-        problem = f"it is of another domain, with UUID {foreign}"
     levels = [point.level for point in found.known.points]
     return SetFacts(
         name=found.path.name,
