@@ -1,4 +1,4 @@
-"""The stream file of one disk in one point: virtnbdbackup's format, version 2.
+"""The stream file of one disk in one point: virtnbdbackup's format, version 2; 1 is read, too.
 
 Frames are a kind of four letters, a start and a length as 16 hexadecimal digits each, and CR LF::
 
@@ -55,7 +55,10 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamMeta:
-    """The first frame's JSON: the peer's keys; ``extra`` holds ours beside them."""
+    """The first frame's JSON: the peer's keys; ``extra`` holds ours beside them.
+
+    ``disk_format`` is empty in a stream of version 1.
+    """
 
     virtual_size: int
     data_size: int
@@ -127,9 +130,15 @@ def parse_meta(payload: bytes) -> StreamMeta:
         raise FormatError(f"meta frame is not JSON: {err}") from err
     if not isinstance(document, dict):
         raise FormatError("meta frame is not a JSON object")
-    version = _typed(document, "streamVersion", int, 1)
+    # version 1 has another name for it, no format of the disk, and may have false for no parent
+    document.setdefault("streamVersion", document.get("stream-version", 1))
+    version = _typed(document, "streamVersion", int)
     if version not in (1, VERSION):
         raise UnsupportedVersionError("stream was written by a newer program", version=version)
+    if version == 1:
+        document = {"diskFormat": "", **document}
+        if document.get("parentCheckpoint") in (False, None):
+            document["parentCheckpoint"] = ""
     compressed = document.get("compressed", 0)
     if not isinstance(compressed, int):
         raise FormatError("meta frame: 'compressed' is neither a number nor false")

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from nbdbackupd.errors import ChainBrokenError
+from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model.chain import (
     BackupSet,
     Consistency,
@@ -77,6 +78,9 @@ def _point(key: tuple[Level, str], files: Sequence[PeerFile], found: PeerFiles) 
             f"the disks of {name} do not belong together: they name different checkpoints"
         )
     checkpoint, base = links.pop() if links else ("", "")
+    if level is Level.INC and not base and checkpoint in found.checkpoints[1:]:
+        # a stream of version 1 may not name its parent: the list has them in their order
+        base = found.checkpoints[found.checkpoints.index(checkpoint) - 1]
     if level is Level.FULL and not checkpoint and found.checkpoints:
         checkpoint = found.checkpoints[0]
     if level in (Level.COPY, Level.DIFF) or any(file.is_offline for file in files):
@@ -119,7 +123,7 @@ def _disk(file: PeerFile, config: Domain | None) -> DiskPoint:
         target=file.disk,
         mode=DiskMode.FULL if whole else DiskMode.DELTA,
         size=size,
-        format=meta.disk_format if meta else (known[0].format if known else "raw"),
+        format=_format(meta, known[0].format if known else ""),
         source=known[0].source if known else "",
         file=file.name,
         file_size=file.size,
@@ -132,6 +136,13 @@ def _disk(file: PeerFile, config: Domain | None) -> DiskPoint:
         serial=known[0].serial if known else "",
         layers=_layers(known[0].layers) if known else (),
     )
+
+
+def _format(meta: StreamMeta | None, told: str) -> str:
+    """The format of the disk's image; what neither stream nor XML tells is restored as qcow2."""
+    if meta is None:
+        return told or "raw"
+    return meta.disk_format or told or "qcow2"
 
 
 def _only(found: PeerFiles, what: str) -> str:

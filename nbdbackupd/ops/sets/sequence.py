@@ -65,7 +65,7 @@ def load(paths: tuple[Path, ...], stack: ExitStack, check: Callable[[], None]) -
     name = newest.path.name.partition(".")[0]
     return Sequence(
         disk=newest.meta.disk_name if newest.meta else name,
-        format=newest.meta.disk_format if newest.meta else "raw",
+        format=(newest.meta.disk_format or "qcow2") if newest.meta else "raw",
         created=newest.meta.date if newest.meta else "",
         layers=tuple(reversed(layers)),
         warnings=tuple(warnings),
