@@ -4,8 +4,10 @@ An extent is a run of guest bytes with flags. A *cover* is a sequence of extents
 overlap. All ranges are half open and in bytes.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
+
+from nbdbackupd.errors import NbdError
 
 STATE_HOLE = 1
 STATE_ZERO = 2
@@ -90,13 +92,40 @@ def plan_full(allocation: Iterable[Extent]) -> Iterator[Segment]:
     )
 
 
-def plan_delta(dirty: Iterable[Extent], allocation: Iterable[Extent]) -> Iterator[Segment]:
-    """Only what changed; a changed range that reads as zero is a change to zero, never nothing."""
-    return merge(
-        Segment(run.offset, run.length, bool(run.second & STATE_ZERO))
-        for run in overlay(dirty, allocation)
-        if run.first & STATE_DIRTY
-    )
+def plan_delta(dirty: Sequence[Extent], allocation: Iterable[Extent]) -> Iterator[Segment]:
+    """Only what changed; a changed range that reads as zero is a change to zero, never nothing.
+
+    Raises NbdError if ``allocation`` does not reach as far as what changed: no change is left out.
+    """
+    left = sum(extent.length for extent in dirty if extent.flags & STATE_DIRTY)
+
+    def changed() -> Iterator[Segment]:
+        nonlocal left
+        for run in overlay(dirty, allocation):
+            if run.first & STATE_DIRTY:
+                left -= run.length
+                yield Segment(run.offset, run.length, bool(run.second & STATE_ZERO))
+
+    yield from merge(changed())
+    if left:
+        raise NbdError(f"the NBD server did not say whether {left} bytes that changed are zeroes")
+
+
+def proven(plan: Iterable[Segment], size: int, *, whole: bool) -> Iterator[Segment]:
+    """The same plan, proven on its way: ascending, within ``size`` bytes; ``whole``: all of them.
+
+    Raises NbdError where it is not.
+    """
+    end = 0
+    for segment in plan:
+        if segment.length <= 0 or segment.offset < end or segment.end > size:
+            raise NbdError("the list of what to read is out of order", offset=segment.offset)
+        if whole and segment.offset != end:
+            raise NbdError("the list of what to read has a gap", offset=end)
+        end = segment.end
+        yield segment
+    if whole and end != size:
+        raise NbdError("the list of what to read ends before the disk", offset=end, size=size)
 
 
 def dirty_groups(dirty: Iterable[Extent], near: int) -> Iterator[list[Extent]]:

@@ -59,7 +59,8 @@ class Patience:
 class Connection:
     """A connected NBD handle; a context manager that closes it.
 
-    ``size`` is the export's size in bytes.
+    ``size`` is the export's size in bytes; ``multi_conn``: several connections see one and the
+    same disk; ``read_only`` and ``can_flush`` as the server said.
     """
 
     def __init__(
@@ -80,12 +81,7 @@ class Connection:
             self.handle.add_meta_context(context)
         try:
             self._connect()
-            self.size: int = self.handle.get_size()
-            for context in contexts:
-                if not self.handle.can_meta_context(context):
-                    raise NbdError(
-                        f"the server does not grant meta context {context}", **self.where
-                    )
+            self._learn(contexts)
         except BaseException:
             self.close()
             raise
@@ -98,11 +94,37 @@ class Connection:
     def _connect(self) -> None:
         try:
             self.handle.aio_connect_unix(os.fspath(self.endpoint.socket))
-            self.wait(lambda: not self.handle.aio_is_connecting(), "connecting")
+            self._wait_connected()
         except nbd.Error as err:
             raise self.translate("can't connect", err) from err
         if not self.handle.aio_is_ready():
             raise NbdError("the NBD server closed the connection", **self.where)
+
+    def _wait_connected(self) -> None:
+        """Each sign of life moves the deadline."""
+        deadline = time.monotonic() + self.patience.seconds
+        while self.handle.aio_is_connecting():
+            self.patience.cancelled()
+            if self.poll():
+                deadline = time.monotonic() + self.patience.seconds
+            elif time.monotonic() > deadline:
+                raise NbdError(
+                    f"the NBD server was silent for {self.patience.seconds:g} s while connecting",
+                    **self.where,
+                )
+
+    def _learn(self, contexts: Sequence[str]) -> None:
+        """Keep what the server said: libnbd refuses to tell once the connection is dead."""
+        try:
+            self.size: int = self.handle.get_size()
+            self.multi_conn = bool(self.handle.can_multi_conn())
+            self.read_only = bool(self.handle.is_read_only())
+            self.can_flush = bool(self.handle.can_flush())
+            missing = [each for each in contexts if not self.handle.can_meta_context(each)]
+        except nbd.Error as err:
+            raise self.translate("can't connect", err) from err
+        for context in missing:
+            raise NbdError(f"the server does not grant meta context {context}", **self.where)
 
     def __enter__(self) -> Self:
         return self
@@ -133,30 +155,18 @@ class Connection:
         except nbd.Error as err:
             raise self.translate("the connection to the NBD server broke", err) from err
 
-    def wait(self, done: Callable[[], bool], what: str) -> None:
-        """Poll until ``done()``; each sign of life moves the deadline.
+    def is_gone(self) -> bool:
+        """Whether the server has ended the connection, or died."""
+        return bool(self.handle.aio_is_dead() or self.handle.aio_is_closed())
 
-        Raises NbdError on a dead connection or after ``patience.seconds`` of silence.
-        """
-        deadline = time.monotonic() + self.patience.seconds
-        while not done():
-            self.patience.cancelled()
-            if self.poll():
-                deadline = time.monotonic() + self.patience.seconds
-            elif self.handle.aio_is_dead() or self.handle.aio_is_closed():
-                raise NbdError(f"the NBD server went away while {what}", **self.where)
-            elif time.monotonic() > deadline:
-                raise NbdError(
-                    f"the NBD server was silent for {self.patience.seconds:g} s while {what}",
-                    **self.where,
-                )
-
-    def can_multi_conn(self) -> bool:
-        """Whether several connections see one and the same disk."""
-        return bool(self.handle.can_multi_conn())
+    def gone(self, **place: object) -> NbdError:
+        """The error that says so."""
+        return NbdError("the NBD server went away", **place, **self.where)
 
     def translate(self, message: str, err: "nbd.Error") -> NbdError:
         """libnbd's exception as ours."""
+        if self.is_gone():
+            return self.gone()
         return NbdError(f"{message}: {err.string}", errno=err.errno, **self.where)
 
 

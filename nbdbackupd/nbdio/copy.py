@@ -10,6 +10,9 @@
 * Blocks get their places in guest order (``Sink.place``, under one lock) and are written by
   whichever worker placed them (``Sink.write``), a positioned write each.
 
+At the end all is accounted for: each byte of the plan was read or noted as zero, placed and
+written, the plan covers the disk, and the server still answers.
+
 The number of buffers bounds the memory. A block gets its ticket when it already has its buffer,
 so the oldest ticket is always in flight and the order stage can't starve. The first error stops
 all threads and is raised by ``copy``; so is what the cancel callback raises.
@@ -23,12 +26,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Final, Generic, Protocol, TypeVar
 
-import nbd
-
 from nbdbackupd.crew import Crew
 from nbdbackupd.errors import NbdError
-from nbdbackupd.model import extents
+from nbdbackupd.model import extents as model
 from nbdbackupd.model.extents import Segment
+from nbdbackupd.nbdio import extents
 from nbdbackupd.nbdio.arena import Arena
 from nbdbackupd.nbdio.client import (
     ALLOCATION,
@@ -36,9 +38,9 @@ from nbdbackupd.nbdio.client import (
     Connection,
     Endpoint,
     Patience,
-    errno_name,
 )
 from nbdbackupd.nbdio.extents import ExtentReader
+from nbdbackupd.nbdio.requests import Requests
 from nbdbackupd.nbdio.throttle import Throttle
 
 B = TypeVar("B")
@@ -111,12 +113,14 @@ def copy(
                 Connection(endpoint, contexts=contexts, patience=pipeline.patience)
             )
 
-        control = connect() if plan is not None else connect(ALLOCATION)
+        control = connect(ALLOCATION)
         if plan is None:
             changes = connect(DIRTY_PREFIX + endpoint.bitmap) if endpoint.bitmap else None
             plan = ExtentReader(control, bitmap=endpoint.bitmap, changes=changes).plan()
-        several = control.can_multi_conn()
-        pipeline.run(endpoint, plan, tuning.connections if several else 1)
+        plan = model.proven(plan, control.size, whole=not endpoint.bitmap)
+        pipeline.run(endpoint, plan, tuning.connections if control.multi_conn else 1)
+        control.patience = patience
+        extents.prove_alive(control)
 
 
 class _Pipeline(Generic[B]):
@@ -142,6 +146,9 @@ class _Pipeline(Generic[B]):
         self._plan: Iterator[Segment] = iter(())
         self._plan_lock = threading.Lock()
         self._tickets = 0
+        self._planned = 0
+        self._placed = 0
+        self._written = 0
         self._reading = 0
         # not SimpleQueue: its timed get waits for ever if a signal interrupts it and the time is
         # over when it looks again (CPython 3.11, seen with a process that was stopped)
@@ -153,7 +160,7 @@ class _Pipeline(Generic[B]):
 
     def run(self, endpoint: Endpoint, plan: Iterator[Segment], connections: int) -> None:
         """Start all threads, wait for them, raise the first error."""
-        self._plan = extents.split(plan, self._arena.block)
+        self._plan = model.split(plan, self._arena.block)
         for number in range(self._arena.count):
             self._free.put(number)
         self._reading = connections
@@ -163,6 +170,17 @@ class _Pipeline(Generic[B]):
         for number in range(self._tuning.workers):
             bodies[f"work-{number}"] = self._work_off
         self._crew.run(bodies)
+        self._prove()
+
+    def _prove(self) -> None:
+        """Raise NbdError if a byte of the plan did not get to its place."""
+        rest = next(self._plan, None)
+        counts = (self._planned, self._placed, self._written)
+        if rest is not None or self._ready or self._next != self._tickets or len({*counts}) != 1:
+            raise NbdError(
+                "the copy is short of what was to be read",
+                planned=self._planned, placed=self._placed, written=self._written,
+            )  # fmt: skip
 
     # readers
 
@@ -171,20 +189,22 @@ class _Pipeline(Generic[B]):
 
         The last reader to end sends the workers home.
         """
-        with Connection(endpoint, patience=self.patience) as connection:
-            reader = _Reader(connection, self._arena, self._work.put)
+        with (
+            Connection(endpoint, patience=self.patience) as connection,
+            Requests(connection) as requests,
+        ):
             exhausted = False
-            while not exhausted or reader.in_flight:
+            while not exhausted or requests.in_flight:
                 self._crew.check()
-                while not exhausted and reader.in_flight < self._tuning.depth:
-                    if not self._may_read(wait=not reader.in_flight):
+                while not exhausted and requests.in_flight < self._tuning.depth:
+                    if not self._may_read(wait=not requests.in_flight):
                         break
-                    slot = self._slot(wait=not reader.in_flight)
+                    slot = self._slot(wait=not requests.in_flight)
                     if slot is None:
                         break
-                    exhausted = not self._submit_next(reader, slot)
-                if reader.in_flight:
-                    reader.step()
+                    exhausted = not self._submit_next(connection, requests, slot)
+                if requests.in_flight:
+                    requests.step()
         with self._plan_lock:
             self._reading -= 1
             is_last = not self._reading
@@ -210,8 +230,8 @@ class _Pipeline(Generic[B]):
                     return None
             self._crew.check()
 
-    def _submit_next(self, reader: "_Reader", slot: int) -> bool:
-        """Hand the next piece of the plan to ``reader``; False if there is none.
+    def _submit_next(self, connection: Connection, requests: Requests, slot: int) -> bool:
+        """Begin to read the next piece of the plan into ``slot``; False if there is none.
 
         Zero segments need no buffer and go straight to the workers.
         """
@@ -220,6 +240,7 @@ class _Pipeline(Generic[B]):
             while (segment := next(self._plan, None)) is not None:
                 ticket = self._tickets
                 self._tickets += 1
+                self._planned += segment.length
                 if segment.zero:
                     self._work.put((ticket, segment, -1))
                     continue
@@ -229,13 +250,21 @@ class _Pipeline(Generic[B]):
             return False
         if self._throttle is not None:
             self._throttle.take(segment.length)
-        reader.submit(ticket, segment, slot)
+        item = (ticket, segment, slot)
+        buffer = self._arena.buffer(slot, segment.length)
+        requests.begin(
+            "read",
+            lambda done: connection.handle.aio_pread(buffer, segment.offset, done),
+            {"offset": segment.offset, "length": segment.length},
+            lambda: self._work.put(item),
+        )
         return True
 
     # workers
 
     def _work_off(self) -> None:
         """Prepare blocks until the sentinel; place and write what is due."""
+        written = 0
         while True:
             try:
                 item = self._work.get(timeout=TICK)
@@ -243,6 +272,8 @@ class _Pipeline(Generic[B]):
                 self._crew.check()
                 continue
             if item is None:
+                with self._order_lock:
+                    self._written += written
                 return
             self._crew.check()
             ticket, segment, slot = item
@@ -252,6 +283,7 @@ class _Pipeline(Generic[B]):
                 block = self._sink.prepare(segment.offset, self._arena.view(slot, segment.length))
             for due in self._place(ticket, (block, segment, slot)):
                 self._sink.write(due[0])
+                written += due[1].length
                 if due[2] >= 0:
                     self._free.put(due[2])
 
@@ -264,69 +296,7 @@ class _Pipeline(Generic[B]):
                 ready = self._ready.pop(self._next)
                 self._sink.place(ready[0])
                 self._progress(ready[1])
+                self._placed += ready[1].length
                 due.append(ready)
                 self._next += 1
         return due
-
-
-class _Reader:
-    """The requests in flight on one connection."""
-
-    def __init__(
-        self,
-        connection: Connection,
-        arena: Arena,
-        deliver: Callable[[tuple[int, Segment, int]], None],
-    ) -> None:
-        self._connection = connection
-        self._arena = arena
-        self._deliver = deliver
-        self._failure: NbdError | None = None
-        self._deadline = time.monotonic()
-        self.in_flight = 0
-
-    def submit(self, ticket: int, segment: Segment, slot: int) -> None:
-        """Begin to read a segment into a buffer."""
-        buffer = self._arena.buffer(slot, segment.length)
-
-        def completed(error: "nbd.CInt") -> int:
-            # libnbd prints what a callback raises and goes on: record, never raise
-            self.in_flight -= 1
-            if error.value:
-                self._failure = self._failure or NbdError(
-                    f"read failed: {errno_name(error.value)}",
-                    offset=segment.offset, length=segment.length, **self._connection.where,
-                )  # fmt: skip
-            else:
-                self._deliver((ticket, segment, slot))
-            return 1
-
-        if not self.in_flight:
-            self._touch()
-        self.in_flight += 1
-        try:
-            self._connection.handle.aio_pread(buffer, segment.offset, completed)
-        except nbd.Error as err:
-            raise self._connection.translate("can't read", err) from err
-
-    def step(self) -> None:
-        """Wait for something to happen on the connection.
-
-        Raises NbdError after a failed read, on a dead connection, or after too long a silence.
-        """
-        before = self.in_flight
-        moved = self._connection.poll()
-        if self._failure is not None:
-            raise self._failure
-        if self.in_flight < before:
-            self._touch()
-        elif not moved and self._connection.handle.aio_is_dead():
-            raise NbdError("the NBD server went away", **self._connection.where)
-        elif time.monotonic() > self._deadline:
-            seconds = self._connection.patience.seconds
-            raise NbdError(
-                f"the NBD server answered no read for {seconds:g} s", **self._connection.where
-            )
-
-    def _touch(self) -> None:
-        self._deadline = time.monotonic() + self._connection.patience.seconds

@@ -29,10 +29,14 @@ from nbdbackupd.errors import NbdError
 from nbdbackupd.model import extents
 from nbdbackupd.model.extents import Extent, Segment
 from nbdbackupd.nbdio.client import ALLOCATION, DIRTY_PREFIX, Connection, errno_name
+from nbdbackupd.nbdio.requests import Requests
 
 MIN_WINDOW: Final = 64 << 20
 MAX_WINDOW: Final = 2 << 30
 """Below 4 GiB, which a 32-bit request length can't say."""
+
+LOOK: Final = 4096
+"""Bytes that are asked about to see whether a server lives; a block of any medium."""
 
 FEW: Final = 4096
 MANY: Final = 16384
@@ -113,6 +117,15 @@ class ExtentReader:
             self._window = max(self._window // 2, MIN_WINDOW)
 
 
+def prove_alive(connection: Connection) -> None:
+    """Raise NbdError unless the server answers; the connection negotiated base:allocation.
+
+    No byte of the disk is read: it might be one that can't be.
+    """
+    if connection.size:
+        _ask(connection, ALLOCATION, 0, min(connection.size, LOOK))
+
+
 def _ask(connection: Connection, context: str, start: int, end: int) -> list[Extent]:
     """One context's cover of one window, complete."""
     cover = _Cover(start, end)
@@ -127,7 +140,6 @@ def _ask(connection: Connection, context: str, start: int, end: int) -> list[Ext
 
 def _request(connection: Connection, context: str, start: int, cover: _Cover) -> None:
     failures: list[int] = []
-    done: list[int] = []
 
     def extent(name: str, offset: int, entries: list[int], error: "nbd.CInt") -> int:
         if error.value:
@@ -136,17 +148,13 @@ def _request(connection: Connection, context: str, start: int, cover: _Cover) ->
             cover.extend(offset, entries)
         return 0
 
-    def completed(error: "nbd.CInt") -> int:
-        done.append(error.value)
-        return 1
-
-    try:
-        connection.handle.aio_block_status(cover.end - start, start, extent, completed)
-    except nbd.Error as err:
-        raise connection.translate("can't ask for block status", err) from err
-    connection.wait(lambda: bool(done), "asked for block status")
-    for code in [*done, *failures]:
-        if code:
-            raise NbdError(
-                f"block status failed: {errno_name(code)}", offset=start, **connection.where
-            )
+    with Requests(connection) as requests:
+        requests.ask(
+            "ask for block status",
+            lambda done: connection.handle.aio_block_status(cover.end - start, start, extent, done),
+            {"offset": start},
+        )
+    if failures:
+        raise NbdError(
+            f"block status failed: {errno_name(failures[0])}", offset=start, **connection.where
+        )

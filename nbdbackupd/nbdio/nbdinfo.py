@@ -18,19 +18,19 @@ SECONDS = 600.0
 MAX_VALUES = 1 << 24
 
 
-def plan(endpoint: Endpoint) -> Iterator[Segment]:
-    """What to read of the export, as ``ExtentReader.plan``.
+def plan(endpoint: Endpoint, size: int) -> Iterator[Segment]:
+    """What to read of the export of ``size`` bytes, as ``ExtentReader.plan``.
 
     Raises ProcessError if nbdinfo is missing or fails, NbdError if it answers nonsense.
     """
-    allocation = _extents(endpoint, ALLOCATION)
+    allocation = _extents(endpoint, ALLOCATION, size)
     if not endpoint.bitmap:
         return extents.plan_full(allocation)
-    dirty = _extents(endpoint, DIRTY_PREFIX + endpoint.bitmap)
+    dirty = _extents(endpoint, DIRTY_PREFIX + endpoint.bitmap, size)
     return extents.merge(extents.plan_delta(dirty, allocation))
 
 
-def _extents(endpoint: Endpoint, context: str) -> list[Extent]:
+def _extents(endpoint: Endpoint, context: str, size: int) -> list[Extent]:
     uri = f"nbd+unix:///{quote(endpoint.export)}?socket={quote(str(endpoint.socket))}"
     text = proc.output(["nbdinfo", "--json", f"--map={context}", uri], timeout=SECONDS)
     try:
@@ -46,4 +46,6 @@ def _extents(endpoint: Endpoint, context: str) -> list[Extent]:
         if extent.offset != end or extent.length <= 0:
             raise NbdError(f"nbdinfo left a gap in {context}", offset=end)
         end = extent.end
+    if end != size:
+        raise NbdError(f"nbdinfo told of a part of the disk only in {context}", offset=end)
     return found

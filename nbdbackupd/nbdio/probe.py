@@ -7,7 +7,6 @@ from typing import Self
 
 import nbd
 
-from nbdbackupd.errors import NbdError
 from nbdbackupd.model.extents import Segment
 from nbdbackupd.nbdio.client import (
     ALLOCATION,
@@ -15,9 +14,9 @@ from nbdbackupd.nbdio.client import (
     Connection,
     Endpoint,
     Patience,
-    errno_name,
 )
 from nbdbackupd.nbdio.extents import ExtentReader
+from nbdbackupd.nbdio.requests import Requests
 
 
 class Probe:
@@ -66,20 +65,10 @@ class Probe:
         """
         found = bytearray(length)
         buffer = nbd.Buffer.from_buffer(memoryview(found))
-        done: list[int] = []
-
-        def completed(error: "nbd.CInt") -> int:
-            done.append(error.value)
-            return 1
-
-        try:
-            self._connection.handle.aio_pread(buffer, offset, completed)
-        except nbd.Error as err:
-            raise self._connection.translate("can't read", err) from err
-        self._connection.wait(lambda: bool(done), "reading")
-        if done[0]:
-            raise NbdError(
-                f"read failed: {errno_name(done[0])}",
-                offset=offset, length=length, **self._connection.where,
-            )  # fmt: skip
+        with Requests(self._connection) as requests:
+            requests.ask(
+                "read",
+                lambda done: self._connection.handle.aio_pread(buffer, offset, done),
+                {"offset": offset, "length": length},
+            )
         return bytes(found)

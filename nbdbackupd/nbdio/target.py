@@ -6,16 +6,14 @@ each its own ranges. A buffer (*slot*) belongs to the caller from ``take`` until
 """
 
 import errno
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
-
-import nbd
 
 from nbdbackupd.errors import NbdbackupError, NbdError, NoSpaceError
 from nbdbackupd.nbdio.arena import Arena
 from nbdbackupd.nbdio.client import Connection, Endpoint, Patience, errno_name
+from nbdbackupd.nbdio.requests import Requests
 
 MAX_ZERO: Final = 1 << 30
 """Bytes of one zero request; the protocol's length has 32 bits."""
@@ -32,9 +30,8 @@ class Target:
         self._arena = arena
         self._known_zero = known_zero
         self._free = list(range(arena.count))
-        self._in_flight = 0
-        self._failure: NbdbackupError | None = None
-        self._deadline = 0.0
+        self._requests = Requests(connection, self._refused)
+        self._is_flushed = True
         self.size = connection.size
 
     def take(self) -> int:
@@ -58,12 +55,14 @@ class Target:
 
         Raises NbdError or NoSpaceError, also for an earlier request.
         """
-        self._begin(
+        self._is_flushed = False
+        self._requests.begin(
+            "write",
             lambda done: self._connection.handle.aio_pwrite(
                 self._arena.buffer(slot, length), offset, done
             ),
-            offset,
-            slot,
+            {"offset": offset},
+            lambda: self._free.append(slot),
         )
         self._advance(lambda: True)
 
@@ -76,81 +75,46 @@ class Target:
             return
         while length:
             part = min(length, MAX_ZERO)
-            self._advance(lambda: self._in_flight < self._arena.count)
+            self._advance(lambda: self._requests.in_flight < self._arena.count)
             self._zero_part(offset, part)
             offset, length = offset + part, length - part
 
     def _zero_part(self, offset: int, length: int) -> None:
+        self._is_flushed = False
         handle = self._connection.handle
-        self._begin(lambda done: handle.aio_zero(length, offset, done), offset, None)
+        self._requests.begin(
+            "write zeroes", lambda done: handle.aio_zero(length, offset, done), {"offset": offset}
+        )
 
     def flush(self) -> None:
         """Wait for all requests, then make the server write its caches back.
 
         Raises NbdError or NoSpaceError.
         """
-        self._drain()
-        if self._connection.handle.can_flush():
-            self._begin(self._connection.handle.aio_flush, 0, None)
-            self._drain()
+        self._requests.wait(lambda: not self._requests.in_flight)
+        if self._connection.can_flush:
+            self._requests.ask("flush", self._connection.handle.aio_flush, {})
+        self._is_flushed = True
 
-    def _drain(self) -> None:
-        self._advance(lambda: not self._in_flight)
+    def prove(self) -> None:
+        """Raise NbdError unless all that was written was answered well, and flushed after that."""
+        with self._requests:
+            if not self._is_flushed:
+                raise NbdError("what was written was not flushed", **self._connection.where)
 
-    def _begin(
-        self, submit: Callable[[Callable[["nbd.CInt"], int]], int], offset: int, slot: int | None
-    ) -> None:
-        def completed(error: "nbd.CInt") -> int:
-            # libnbd prints what a callback raises and goes on: record, never raise
-            self._in_flight -= 1
-            if slot is not None:
-                self._free.append(slot)
-            if error.value and self._failure is None:
-                self._failure = self._refused(error.value, offset)
-            return 1
-
-        if not self._in_flight:
-            self._touch()
-        self._in_flight += 1
-        try:
-            submit(completed)
-        except nbd.Error as err:
-            raise self._connection.translate("can't write", err) from err
-
-    def _refused(self, number: int, offset: int) -> NbdbackupError:
+    def _refused(self, what: str, number: int, place: Mapping[str, object]) -> NbdbackupError:
         where = self._connection.where
         if number in NO_SPACE:
-            return NoSpaceError("no space left for the restored image", offset=offset, **where)
-        return NbdError(f"write failed: {errno_name(number)}", offset=offset, **where)
+            return NoSpaceError("no space left for the restored image", **place, **where)
+        if self._connection.is_gone():
+            return self._connection.gone(**place)
+        return NbdError(f"{what} failed: {errno_name(number)}", **place, **where)
 
     def _advance(self, done: Callable[[], bool]) -> None:
-        """Move the connection at least once, and on until ``done()``."""
-        if self._in_flight:
-            self._step(0)
-        while not done():
-            self._connection.patience.cancelled()
-            self._step()
-        if self._failure is not None:
-            raise self._failure
-
-    def _step(self, timeout_ms: int | None = None) -> None:
-        before = self._in_flight
-        poll = self._connection.poll
-        moved = poll() if timeout_ms is None else poll(timeout_ms)
-        if self._failure is not None:
-            raise self._failure
-        if moved or self._in_flight < before:
-            self._touch()
-        elif self._connection.handle.aio_is_dead() or self._connection.handle.aio_is_closed():
-            raise NbdError("the NBD server went away while writing", **self._connection.where)
-        elif time.monotonic() > self._deadline:
-            seconds = self._connection.patience.seconds
-            raise NbdError(
-                f"the NBD server answered no write for {seconds:g} s", **self._connection.where
-            )
-
-    def _touch(self) -> None:
-        self._deadline = time.monotonic() + self._connection.patience.seconds
+        """Move the connection if something is in flight, and on until ``done()``."""
+        if self._requests.in_flight:
+            self._requests.step(0)
+        self._requests.wait(done)
 
 
 @contextmanager
@@ -162,9 +126,11 @@ def open_target(
     Raises NbdError if the server is not there or lets us only read.
     """
     with Connection(endpoint, patience=patience) as connection:
-        if connection.handle.is_read_only():
+        if connection.read_only:
             raise NbdError("the export is read-only", **connection.where)
-        yield Target(connection, arena, known_zero=known_zero)
+        made = Target(connection, arena, known_zero=known_zero)
+        yield made
+        made.prove()
 
 
 @contextmanager
@@ -174,4 +140,4 @@ def control(endpoint: Endpoint, patience: Patience) -> Iterator[bool]:
     The value tells whether the server lets several connections write to one and the same disk.
     """
     with Connection(endpoint, patience=patience) as connection:
-        yield connection.can_multi_conn()
+        yield connection.multi_conn

@@ -40,8 +40,8 @@ def serve(
     the socket with it when the context is left. ``clients`` is the number of connections that
     the caller needs at a time.
 
-    Raises ProcessError if the server can't open the image or does not come up in time, and what
-    ``cancelled`` raises.
+    Raises ProcessError if the server can't open the image, does not come up in time or has gone
+    before the context was left, and what ``cancelled`` raises.
     """
     argv = [
         "qemu-nbd",
@@ -60,6 +60,8 @@ def serve(
             with _first_client(server, endpoint, cancelled):
                 grace = STOP_SECONDS
                 yield server
+                # one that has gone by itself did not close the image for us
+                server.check()
         finally:
             server.stop(grace)
             with contextlib.suppress(FileNotFoundError):

@@ -128,6 +128,7 @@ def open_offline(request: OfflineRequest) -> Iterator[Snapshot]:
         stack.enter_context(_giving_way(request))
         stack.enter_context(untouched.watch(request.domain, request.on_trouble))
         yield snapshot
+        opened.server.check()
         untouched.check(request.domain, before)
 
 

@@ -18,6 +18,7 @@ from nbdbackupd.errors import (
     DomainError,
     FreezeError,
     NbdbackupError,
+    SourceError,
 )
 from nbdbackupd.model import jobxml
 from nbdbackupd.model.chain import Consistency
@@ -85,7 +86,8 @@ def open_running(request: RunningRequest) -> Iterator[Snapshot]:
     A disk whose bitmap is lost or broken is read in full in the same job (``demoted``). The
     new checkpoint exists when the body runs; deleting it when the run fails is the caller's.
     Raises BusyError if the domain has a job, ConfigError, ScratchSpaceError, FreezeError,
-    DomainError; also on leaving, if the job can't be ended and the body did not fail itself.
+    DomainError; also on leaving, if the job can't be ended and the body did not fail itself, and
+    SourceError if it was ended by another.
     """
     _check(request)
     scratch.prepare(request.scratch_dir, request.scratch_reserve)
@@ -103,6 +105,24 @@ def open_running(request: RunningRequest) -> Iterator[Snapshot]:
             )
         )
         yield snapshot
+        _check_job(request)
+
+
+def _check_job(request: RunningRequest) -> None:
+    """Raise SourceError unless the job is still ours: what was read after its end is no snapshot.
+
+    QEMU stops to keep what a guest overwrites when the job ends, which may be before the export
+    of it is closed.
+    """
+    domain = request.domain
+    job = jobs.active_job(domain)
+    if job is None or not is_own_job(job, request.runtime_dir):
+        ended = "its backup job was ended" if domain.is_active() else "the domain ended"
+        raise SourceError(
+            f"domain {domain.name}: {ended} before the copy was complete; nothing was saved, "
+            f"run again",
+            domain=domain.name,
+        )
 
 
 def _check(request: RunningRequest) -> None:

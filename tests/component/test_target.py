@@ -133,21 +133,40 @@ def test_failed_write(tmp_path: Path, error: str, kind: type[Exception]) -> None
         assert "offset" in found.value.fields  # type: ignore[attr-defined]
 
 
+def fill_blindly(endpoint: Endpoint, *, flush: bool) -> None:
+    """Submit one write at which nothing looks before the flush, if there is one."""
+    arena = Arena(4, BLOCK)
+    with target.open_target(endpoint, arena, known_zero=True, patience=Patience()) as into:
+        slot = into.take()
+        into._requests.begin(
+            "write",
+            lambda done: into._connection.handle.aio_pwrite(arena.buffer(slot, BLOCK), 0, done),
+            {"offset": 0},
+        )
+        if flush:
+            into.flush()
+
+
 def test_failed_flush(tmp_path: Path) -> None:
     """The last of all requests counts, too."""
     argv = ["--filter=error", "memory", "1M", "error-pwrite=EIO", "error-pwrite-rate=100%"]
-    with nbdkit(tmp_path, *argv) as (endpoint, _):
-        arena = Arena(4, BLOCK)
-        with target.open_target(endpoint, arena, known_zero=True, patience=Patience()) as into:
-            slot = into.take()
-            into._begin(  # submitted, and nothing looks at it before flush
-                lambda done: into._connection.handle.aio_pwrite(
-                    into._arena.buffer(slot, BLOCK), 0, done
-                ),
-                0, slot,
-            )  # fmt: skip
-            with pytest.raises(NbdError):
-                into.flush()
+    with nbdkit(tmp_path, *argv) as (endpoint, _), pytest.raises(NbdError, match="write failed"):
+        fill_blindly(endpoint, flush=True)
+
+
+def fill_without_flush(endpoint: Endpoint) -> None:
+    arena = Arena(4, BLOCK)
+    with target.open_target(endpoint, arena, known_zero=True, patience=Patience()) as into:
+        fill(into, 1)
+
+
+def test_what_was_not_looked_at_is_no_success(tmp_path: Path) -> None:
+    """D-0: leaving without an answer to each request, or without a flush, is an error."""
+    with nbdkit(tmp_path, "memory", "1M") as (endpoint, _):
+        with pytest.raises(NbdError, match="1 requests were not answered"):
+            fill_blindly(endpoint, flush=False)
+        with pytest.raises(NbdError, match=r"not flushed|not answered"):
+            fill_without_flush(endpoint)
 
 
 def test_read_only_export(tmp_path: Path) -> None:
@@ -162,14 +181,18 @@ def test_read_only_export(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_server_that_dies_or_stops(tmp_path: Path, how: signal.Signals) -> None:
     with nbdkit(tmp_path, "memory", "64M") as (endpoint, server):
-        patience = Patience(1.0)
-        begun = time.monotonic()
-        arena = Arena(4, MIB)
-        with target.open_target(endpoint, arena, known_zero=True, patience=patience) as into:
-            fill(into, 8, length=MIB)
-            server.send_signal(how)
-            with pytest.raises(NbdError):
+
+        def fill_and_strike() -> None:
+            arena = Arena(4, MIB)
+            patience = Patience(1.0)
+            with target.open_target(endpoint, arena, known_zero=True, patience=patience) as into:
+                fill(into, 8, length=MIB)
+                server.send_signal(how)
                 fill(into, 64, length=MIB)
+
+        begun = time.monotonic()
+        with pytest.raises(NbdError):
+            fill_and_strike()
         assert time.monotonic() - begun < 10
 
 
@@ -197,6 +220,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
             before = resident()
             fill(into, 12000)
             assert resident() - before < 4 * MIB
+            into.flush()
 
 
 def resident() -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from nbdbackupd.crew import Crew
+from nbdbackupd.errors import IntegrityError
 from nbdbackupd.format.index import Record
 from nbdbackupd.model.flatten import Part
 from nbdbackupd.nbdio.throttle import Throttle
@@ -33,7 +34,7 @@ class _Feed:
         """``zeroes``: they are handed out, too; else they only count."""
         self._lock = threading.Lock()
         self._progress = progress
-        self._done = 0
+        self.done = 0
         self._items = items
         self._zeroes = zeroes
         self.written = 0
@@ -43,19 +44,19 @@ class _Feed:
             for item in self._items:
                 if self._zeroes or not isinstance(item, Zero):
                     return item
-                self._done += item.length
+                self.done += item.length
             return None
 
     def finished(self, item: Item) -> None:
         """Count what was written and tell; one thread at a time."""
         with self._lock:
             if isinstance(item, Zero):
-                self._done += item.length
+                self.done += item.length
             else:
                 length = sum(length for _, length in item.ranges)
                 self.written += length
-                self._done += length
-            self._progress(self._done)
+                self.done += length
+            self._progress(self.done)
 
 
 def fill(
@@ -90,6 +91,8 @@ def fill(
             writer.flush()
 
     crew.run({f"restore-{number}": work for number in range(output.writers)})
+    if items is None and feed.done != layers[0].size:
+        raise IntegrityError("a part of the disk was not written", **layers[0].where)
     progress(layers[0].size)
     return feed.written
 

@@ -79,7 +79,7 @@ def copy_disk(
             arena=transfer.arena,
             patience=transfer.patience,
             progress=progress,
-            plan=nbdinfo.plan(endpoint) if transfer.by_nbdinfo else None,
+            plan=nbdinfo.plan(endpoint, size) if transfer.by_nbdinfo else None,
             throttle=transfer.throttle,
         )
         written = writer.finish()
