@@ -1,5 +1,6 @@
 """A running domain as a source, against a real libvirtd and a real QEMU."""
 
+import contextlib
 import tempfile
 import threading
 import time
@@ -17,6 +18,7 @@ from nbdbackupd.errors import (
     FreezeError,
     NbdbackupError,
     ScratchSpaceError,
+    SourceError,
 )
 from nbdbackupd.model.chain import Consistency
 from nbdbackupd.source import Snapshot, scratch
@@ -128,6 +130,13 @@ def assert_clean(request: RunningRequest) -> None:
 def full(request: RunningRequest, name: str) -> str:
     with open_running(replace(request, new_checkpoint=name)) as snapshot:
         return snapshot.checkpoint_xml
+
+
+@contextlib.contextmanager
+def left_with(message: str) -> Iterator[None]:
+    """D-0: a body that saw no error is no success if the job did not live to its end."""
+    with pytest.raises(SourceError, match=message):
+        yield
 
 
 def test_full_then_delta(guest: Guest, request_: RunningRequest) -> None:
@@ -295,7 +304,8 @@ def test_sweep_ends_a_dead_runs_job(lab: DaemonLab, request_: RunningRequest) ->
         assert "nbd.sock" in swept.job
         assert_clean(request_)
         assert not sweep(request_.domain, request_.runtime_dir, request_.scratch_dir)
-        manager.__exit__(None, None, None)
+        with pytest.raises(SourceError, match="its backup job was ended"):
+            manager.__exit__(None, None, None)
 
 
 def test_sweep_removes_files_of_a_dead_guest(guest: Guest, request_: RunningRequest) -> None:
@@ -318,7 +328,7 @@ def test_full_scratch_ends_the_job_and_spares_the_guest(
 ) -> None:
     guest.write("vda", 0, 40 * MIB, 1)
     request = replace(request_, scratch_dir=small, scratch_reserve=8 * MIB)
-    with open_running(request):
+    with left_with("its backup job was ended"), open_running(request):
         for number in range(26):
             guest.write("vda", number * MIB, MIB, 2)
         wait_until(lambda: bool(trouble), "trouble", 10)
@@ -346,7 +356,7 @@ def test_scratch_in_another_mount_namespace(lab: DaemonLab, request_: RunningReq
 def test_a_job_that_others_end_is_noticed(
     guest: Guest, request_: RunningRequest, trouble: list[NbdbackupError]
 ) -> None:
-    with open_running(request_):
+    with left_with("its backup job was ended"), open_running(request_):
         guest.virsh("domjobabort", "--domain", guest.name)
         wait_until(lambda: bool(trouble), "trouble", 10)
     assert "ended in the middle" in trouble[0].message
@@ -356,7 +366,7 @@ def test_a_job_that_others_end_is_noticed(
 def test_the_guests_end_is_noticed(
     guest: Guest, request_: RunningRequest, trouble: list[NbdbackupError]
 ) -> None:
-    with open_running(request_):
+    with left_with("the domain ended"), open_running(request_):
         guest.stop()
         wait_until(lambda: bool(trouble), "trouble", 10)
     assert_clean(request_)

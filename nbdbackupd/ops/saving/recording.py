@@ -60,6 +60,8 @@ def record(job: Job) -> tuple[RestorePoint, Mapping[str, float]]:
             leftovers.note(job.request.runtime_dir, intent, job.repository.path)
             stack.callback(_settle, job, draft)
             point = _fill(job, draft, notes)
+            if notes.trouble is not None:
+                raise notes.trouble
             job.cancelled()
             _check_strict(job, notes)
             published = draft.publish(point)
