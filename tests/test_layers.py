@@ -15,7 +15,9 @@ import pytest
 ROOT: Final = Path(__file__).parents[1]
 PACKAGE: Final = ROOT / "nbdbackupd"
 
-BASE: Final = frozenset({"errors", "log", "events", "proc", "durable", "crew", "documents"})
+BASE: Final = frozenset(
+    {"errors", "log", "events", "proc", "durable", "crew", "documents", "files"}
+)
 LOWEST: Final = frozenset({"virt", "qemu", "nbdio", "format"})
 ALLOWED: Final = {
     "base": BASE,

@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from nbdbackupd import log
+from nbdbackupd import files, log
 from nbdbackupd.app import parser, streams
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
@@ -22,6 +22,7 @@ WARNED = 3
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; argparse's own exits pass through."""
     streams.reserve()
+    files.allow_many()
     args = parser.build_parser().parse_args(argv)
     context = Context.from_args(args)
     code = 0

@@ -14,8 +14,6 @@ With bit 2, adjacent data records of one position share one lz4 frame, its paylo
 """
 
 import bisect
-import mmap
-import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from nbdbackupd.errors import IntegrityError, UnsupportedVersionError
+from nbdbackupd.files import File
 
 MAGIC = b"NBDXIDX1"
 VERSION = 1
@@ -37,8 +36,8 @@ HEADER = struct.Struct("<8sIIQQ")
 RECORD = struct.Struct("<QQQII32s")
 PLACE = struct.Struct("<QQQ")
 NO_DIGEST = bytes(32)
-DROP_EVERY = 1 << 14
-"""Records (1 MiB of them) after which an iteration lets go of what it has read."""
+SOME = 1 << 8
+"""Records that are read at a time: 16 KiB, for each file of a chain."""
 
 
 class Kind(IntEnum):
@@ -88,30 +87,31 @@ class IndexHeader:
 
 
 class Index:
-    """A read-only view of an index file; a context manager that owns the mapping.
+    """A read-only view of an index file; a context manager that owns the file.
 
-    Iterating and ``record(i)`` read from the mapping, so memory stays flat for any size.
+    Iterating and ``record(i)`` read a few records at a time, so memory stays flat for any size.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Map the file and check header and size.
+    def __init__(self, file: Path | File, *, start: int = 0, size: int | None = None) -> None:
+        """Check header and size; with ``start`` and ``size`` it is that part of the file.
 
         Raises IntegrityError or UnsupportedVersionError, and OSError if it can't be opened.
         """
-        self.path = path
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < HEADER.size:
-                raise IntegrityError("index is too short", file=path, size=size)
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.file = file if isinstance(file, File) else File(file)
+        self.path = self.file.path
+        self._start = start + HEADER.size
+        self._last: tuple[int, bytes] = (-1, b"")
         try:
-            self.header = self._parse_header(size)
+            self.header = self._parse_header(start, self.file.size if size is None else size)
         except BaseException:
-            self._map.close()
+            self.file.close()
             raise
 
-    def _parse_header(self, size: int) -> IndexHeader:
-        magic, version, flags, disk_size, count = HEADER.unpack_from(self._map)
+    def _parse_header(self, start: int, size: int) -> IndexHeader:
+        head = self.file.pread(HEADER.size, start)
+        if size < HEADER.size or len(head) < HEADER.size:
+            raise IntegrityError("index is too short", file=self.path, size=size)
+        magic, version, flags, disk_size, count = HEADER.unpack(head)
         if magic != MAGIC:
             raise IntegrityError("not an index file", file=self.path, offset=0)
         if version != VERSION or flags & ~(FLAG_LZ4 | FLAG_RAW | FLAG_FRAMES):
@@ -131,7 +131,7 @@ class Index:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._map.close()
+        self.file.close()
 
     def __len__(self) -> int:
         return self.header.count
@@ -142,8 +142,7 @@ class Index:
         Raises IntegrityError at the first record that can't be.
         """
         end = 0
-        for number in range(self.header.count):
-            record = self.record(number)
+        for number, record in self._records():
             if record.offset < end or record.length == 0 or record.end > self.header.disk_size:
                 raise IntegrityError("index records out of order", file=self.path, record=number)
             if record.kind == Kind.DATA:
@@ -153,15 +152,23 @@ class Index:
                 raise IntegrityError("bad kind in index", file=self.path, record=number)
             end = record.end
             yield record
-            if number % DROP_EVERY == DROP_EVERY - 1:
-                self._drop(number + 1)
 
-    def _drop(self, number: int) -> None:
-        """Let go of the pages before a record: read pages of a mapping count as our memory."""
-        done = (HEADER.size + number * RECORD.size) // mmap.PAGESIZE * mmap.PAGESIZE
-        begin = max(0, done - 2 * DROP_EVERY * RECORD.size) // mmap.PAGESIZE * mmap.PAGESIZE
-        if done > begin:
-            self._map.madvise(mmap.MADV_DONTNEED, begin, done - begin)
+    def _records(self) -> Iterator[tuple[int, Record]]:
+        for first in range(0, self.header.count, SOME):
+            some = RECORD.iter_unpack(self._some(first // SOME))
+            for number, fields in enumerate(some, first):
+                yield number, self._in_frame(number, Record(*fields))
+
+    def _some(self, number: int) -> bytes:
+        """The records from ``number * SOME`` on, as many as one read brings."""
+        count = min(SOME, self.header.count - number * SOME)
+        return self._bytes(number * SOME, count * RECORD.size)
+
+    def _bytes(self, first: int, length: int) -> bytes:
+        found = self.file.pread(length, self._start + first * RECORD.size)
+        if len(found) != length:
+            raise IntegrityError("index ends too early", file=self.path, record=first)
+        return found
 
     def find(self, offset: int) -> int:
         """The number of the first record that ends after a guest offset; all records if none."""
@@ -173,7 +180,9 @@ class Index:
 
     def record(self, number: int) -> Record:
         """Record ``number``, 0-based, unchecked."""
-        record = self._plain(number)
+        return self._in_frame(number, self._plain(number))
+
+    def _in_frame(self, number: int, record: Record) -> Record:
         if not self.header.frames or not self.header.compressed or record.kind != Kind.DATA:
             return record
         first = self._sharing(number, -1)
@@ -185,13 +194,21 @@ class Index:
 
     def place(self, number: int) -> tuple[int, int, int]:
         """Offset, length and position of record ``number``, unchecked; quicker than all of it."""
-        found: tuple[int, int, int] = PLACE.unpack_from(
-            self._map, HEADER.size + number * RECORD.size
-        )
+        at, some = self._last
+        found: tuple[int, int, int]
+        if at == number // SOME:
+            found = PLACE.unpack_from(some, number % SOME * RECORD.size)
+        else:
+            found = PLACE.unpack(self._bytes(number, PLACE.size))
         return found
 
     def _plain(self, number: int) -> Record:
-        return Record(*RECORD.unpack_from(self._map, HEADER.size + number * RECORD.size))
+        at, some = self._last
+        if at != number // SOME:
+            at, some = number // SOME, self._some(number // SOME)
+            # several threads may be here: they find one another's or read their own
+            self._last = (at, some)
+        return Record(*RECORD.unpack_from(some, number % SOME * RECORD.size))
 
     def _sharing(self, number: int, step: int) -> int:
         """The last record in that direction that shares a record's lz4 frame."""

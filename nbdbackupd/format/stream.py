@@ -22,6 +22,7 @@ from typing import Any, Final, NamedTuple, Self, TypeVar
 
 from nbdbackupd import documents
 from nbdbackupd.errors import FormatError, IntegrityError, UnsupportedVersionError
+from nbdbackupd.files import File
 from nbdbackupd.format.sizes import Size, Sizes
 from nbdbackupd.format.sizes import parse as parse_sizes
 
@@ -185,14 +186,10 @@ class StreamReader:
         Raises FormatError (IntegrityError, UnsupportedVersionError) and OSError.
         """
         self.path = path
-        # O_NONBLOCK: a pipe in the file's place would block for ever
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._file = File(path, opener=_open)
         try:
-            status = os.fstat(self._fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise IntegrityError("not a regular file", file=path)
-            start, size = window or (0, status.st_size)
-            self.size = min(start + size, status.st_size)
+            start, size = window or (0, self._file.size)
+            self.size = min(start + size, self._file.size)
             kind, _, length = self._header(start)
             if kind != META or length > MAX_META:
                 raise IntegrityError(
@@ -202,7 +199,7 @@ class StreamReader:
             self._first = self._after(start + HEADER_LENGTH, length)
             self.sizes = self._load_sizes() if self.meta.compressed and not head else None
         except BaseException as err:
-            os.close(self._fd)
+            self._file.close()
             if isinstance(err, FormatError):
                 err.fields.setdefault("file", path)
             raise
@@ -216,11 +213,7 @@ class StreamReader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        os.close(self._fd)
-
-    def fileno(self) -> int:
-        """The descriptor, for positioned reads by others."""
-        return self._fd
+        self._file.close()
 
     def read(self, position: int, length: int) -> bytes:
         """Exactly ``length`` bytes of the file.
@@ -233,7 +226,7 @@ class StreamReader:
             )
         parts = []
         while length:
-            part = os.pread(self._fd, length, position)
+            part = self._file.pread(length, position)
             if not part:
                 raise IntegrityError("stream ends too early", file=self.path, offset=position)
             parts.append(part)
@@ -317,6 +310,15 @@ class StreamReader:
                 raise IntegrityError("bytes before the sizes", file=self.path, offset=place)
         elif place != self.size:
             raise IntegrityError("bytes after the stop frame", file=self.path, offset=place)
+
+
+def _open(path: Path) -> int:
+    # O_NONBLOCK: a pipe in the file's place would block for ever
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise IntegrityError("not a regular file", file=path)
+    return fd
 
 
 def read_meta(path: Path, window: Window | None = None) -> StreamMeta:

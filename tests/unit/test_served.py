@@ -15,7 +15,7 @@ import pytest
 from nbdbackupd.errors import IntegrityError
 from nbdbackupd.format import blocks
 from nbdbackupd.format.index import MAX_BLOCK, RECORD, IndexHeader
-from nbdbackupd.ops.serving.served import ServedDisk, ServedLayer, ServedPlan
+from nbdbackupd.ops.serving.served import ServedDisk, ServedFile, ServedLayer, ServedPlan
 
 MIB = 1 << 20
 
@@ -42,10 +42,11 @@ def plan(
     """A disk of one layer."""
     index = header.pack() + b"".join(RECORD.pack(*each) for each in records)
     layer = ServedLayer(
-        fd=opened(tmp_path / "stream", payload, files),
-        index_fd=opened(tmp_path / "index", index, files),
+        stream=ServedFile(path="stream", fd=opened(tmp_path / "stream", payload, files)),
+        index=ServedFile(path="index", fd=opened(tmp_path / "index", index, files)),
+        index_start=0, index_size=len(index),
         compressed=header.compressed, raw=header.raw, is_made=False,
-        longest=MAX_BLOCK, stored=1 << 27, file="stream",
+        longest=MAX_BLOCK, stored=1 << 27,
     )  # fmt: skip
     return ServedPlan(target="vda", whole=True, layers=(layer,), cache_bytes=4 * MIB, prove=False)
 

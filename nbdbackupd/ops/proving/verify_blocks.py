@@ -210,8 +210,9 @@ def prove_raw_zeroes(layer: IndexedLayer, report: Report, check: Callable[[], No
         place = record.offset
         while place < record.end:
             check()
-            place = _next_data(layer.fileno(), place, record.end)
-            part = os.pread(layer.fileno(), min(RUN_BYTES, record.end - place), place)
+            with layer.file.lent() as fd:
+                place = _next_data(fd, place, record.end)
+            part = layer.file.pread(min(RUN_BYTES, record.end - place), place)
             if part != ZEROES[: len(part)]:
                 report("not zero, as the index says", place + first_difference(part, ZEROES))
                 break

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from nbdbackupd import durable
+from nbdbackupd import durable, files
 from nbdbackupd.errors import FormatError, IntegrityError
 from nbdbackupd.model.chain import RestorePoint, StoredFile
 from nbdbackupd.ops.restoring import output_names
-from nbdbackupd.ops.sets import layers
 from nbdbackupd.repo import layout
 
 XML_ROLE: Final = "domain-xml"
@@ -77,7 +76,7 @@ def copy(each: FileCopy, check: Callable[[], None], **where: object) -> None:
 
     Raises IntegrityError, OSError.
     """
-    reading = layers.open_file(each.source, **where)
+    reading = files.open_regular(each.source, **where)
     try:
         durable.make_directory(each.incomplete.parent)
         each.incomplete.unlink(missing_ok=True)

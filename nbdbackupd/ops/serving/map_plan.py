@@ -1,9 +1,7 @@
 """What a map serves: the point is opened and proven, all but its blocks, and handed over."""
 
-import contextlib
 import json
 import os
-import resource
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,16 +9,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd import durable
+from nbdbackupd import durable, files
 from nbdbackupd.errors import RepositoryError, UsageError
-from nbdbackupd.format.index import MAX_BLOCK, RECORD, IndexHeader
+from nbdbackupd.files import File
+from nbdbackupd.format.index import HEADER, MAX_BLOCK, RECORD, IndexHeader
 from nbdbackupd.model.chain import RestorePoint
-from nbdbackupd.ops.serving.served import PART, ServedLayer, ServedPlan
+from nbdbackupd.ops.serving.served import PART, ServedFile, ServedLayer, ServedPlan
 from nbdbackupd.ops.sets import frames, opened, points, sequence
 from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets.layers import MAX_STORED, IndexedLayer, Layer
 
-OPEN_FILES: Final = 65536
 DEFAULT_CACHE: Final = 64 << 20
 
 
@@ -92,7 +90,6 @@ def find(request: MapRequest, cancelled: Callable[[], None]) -> Found:
 
     Raises UsageError, RepositoryError, ChainBrokenError, FormatError.
     """
-    _allow_many_files()
     if request.source is None:
         found = _find_sequence(request, cancelled)
     else:
@@ -100,14 +97,6 @@ def find(request: MapRequest, cancelled: Callable[[], None]) -> Found:
     if request.device and len(found.targets) > 1:
         raise UsageError(f"{request.device} takes one disk: choose it with -d")
     return found
-
-
-def _allow_many_files() -> None:
-    """Two files for each point of the chain may be more than the usual 1024."""
-    with contextlib.suppress(ValueError, OSError):
-        now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = OPEN_FILES if most == resource.RLIM_INFINITY else min(most, OPEN_FILES)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, wanted), most))
 
 
 def _find_set(request: MapRequest, cancelled: Callable[[], None]) -> Found:
@@ -148,41 +137,77 @@ def handover(
     """
     with ExitStack() as stack:
         layers = found.layers(target, stack)
-        files = tuple(_served(layer, stack, cancelled) for layer in layers)
+        hands = _Hands(stack)
         plan = ServedPlan(
-            target=target, whole=layers[-1].whole, layers=files,
+            target=target, whole=layers[-1].whole,
+            layers=tuple(_served(layer, hands, cancelled) for layer in layers),
             cache_bytes=request.cache_bytes, prove=request.prove,
         )  # fmt: skip
-        fd = _memory("plan", stack)
+        fd = hands.memory("plan")
         durable.write_all(fd, json.dumps(plan.to_json()).encode())
-        both = [each for file in files for each in (file.fd, file.index_fd)]
-        yield Handover(fds=(fd, *both), plan=fd, size=layers[0].size)
+        yield Handover(fds=tuple(hands.full), plan=fd, size=layers[0].size)
 
 
-def _served(layer: Layer, stack: ExitStack, cancelled: Callable[[], None]) -> ServedLayer:
+class _Hands:
+    """What the server inherits: open files, as many as it may have, the rest it opens itself."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        """``stack`` closes ours."""
+        self._stack = stack
+        # the layers' own files may take as much room here, and the server reads others by path
+        self._room = files.room() // 2
+        self._made = -1
+        self.full: list[int] = []
+
+    def pass_on(self, file: File) -> ServedFile:
+        """A file of the set."""
+        path = str(file.path.absolute())
+        if len(self.full) >= self._room:
+            return ServedFile(path=path, identity=file.identity)
+        with file.lent() as fd:
+            return ServedFile(path=path, fd=self._hold(os.dup(fd)))
+
+    def memory(self, name: str) -> int:
+        """A file in memory."""
+        return self._hold(os.memfd_create(name, os.MFD_CLOEXEC))
+
+    def made(self) -> int:
+        """The one that holds all indexes that are made for the server."""
+        if self._made < 0:
+            self._made = self.memory("indexes")
+        return self._made
+
+    def _hold(self, fd: int) -> int:
+        self._stack.callback(os.close, fd)
+        self.full.append(fd)
+        return fd
+
+
+def _served(layer: Layer, hands: _Hands, cancelled: Callable[[], None]) -> ServedLayer:
+    stream = hands.pass_on(layer.file)
     if isinstance(layer, IndexedLayer):
-        index, longest, stored = layering.open_file(layer.index.path), MAX_BLOCK, MAX_STORED
+        index, start, size = hands.pass_on(layer.index.file), 0, layer.index.file.size
+        longest, stored = MAX_BLOCK, MAX_STORED
         if layer.index.header.frames:  # an imported set's
             stored = frames.max_stored(frames.MAX_FRAME)
-        stack.callback(os.close, index)
     else:
-        index, longest, stored = _made_index(layer, stack, cancelled)
+        index = ServedFile(path="the index in memory", fd=hands.made())
+        start, size, longest, stored = _make_index(index.fd, layer, cancelled)
     return ServedLayer(
-        fd=layer.fileno(), index_fd=index, compressed=layer.compressed, raw=layer.raw,
+        stream=stream, index=index, index_start=start, index_size=size,
+        compressed=layer.compressed, raw=layer.raw,
         is_made=not isinstance(layer, IndexedLayer), longest=longest, stored=stored,
-        file=str(layer.path),
     )  # fmt: skip
 
 
-def _made_index(
-    layer: Layer, stack: ExitStack, cancelled: Callable[[], None]
-) -> tuple[int, int, int]:
-    """An index in memory, 64 bytes for each block, for a stream that has none.
+def _make_index(fd: int, layer: Layer, cancelled: Callable[[], None]) -> tuple[int, int, int, int]:
+    """Add an index, 64 bytes for each block, for a stream that has none, to a file in memory.
 
-    There is no digest; in its place stands which part of its frame a block is. Also returns the
-    length of the longest block, and that of the longest payload.
+    There is no digest; in its place stands which part of its frame a block is. Returns where it
+    begins, its size, the length of the longest block, and that of the longest payload.
     """
-    fd, longest, stored, count = _memory("index", stack), 0, 0, 0
+    longest = stored = count = 0
+    start = os.lseek(fd, 0, os.SEEK_END)
     parts = bytearray(IndexHeader(layer.size, 0, layer.compressed, layer.raw).pack())
     for record in layer.records():
         parts += RECORD.pack(*record[:5], PART.pack(record.skip, record.whole))
@@ -194,11 +219,5 @@ def _made_index(
             durable.write_all(fd, bytes(parts))
             parts.clear()
     durable.write_all(fd, bytes(parts))
-    os.pwrite(fd, IndexHeader(layer.size, count, layer.compressed, layer.raw).pack(), 0)
-    return fd, longest, stored
-
-
-def _memory(name: str, stack: ExitStack) -> int:
-    fd = os.memfd_create(name, os.MFD_CLOEXEC)
-    stack.callback(os.close, fd)
-    return fd
+    os.pwrite(fd, IndexHeader(layer.size, count, layer.compressed, layer.raw).pack(), start)
+    return start, HEADER.size + count * RECORD.size, longest, stored

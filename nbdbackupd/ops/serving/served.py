@@ -6,7 +6,7 @@ block, and every plain one that is read at once or, with ``prove``, at all. A bl
 to be damaged is never given out, in part or whole.
 """
 
-import os
+import dataclasses
 import struct
 import threading
 from collections import OrderedDict
@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from nbdbackupd import files
 from nbdbackupd.errors import IntegrityError
+from nbdbackupd.files import File, HeldFile
 from nbdbackupd.format import blocks
 from nbdbackupd.format.index import NO_DIGEST, Index, Kind, Record
 from nbdbackupd.model.view import ZERO, Place, View
@@ -35,22 +37,50 @@ MOST_EXTENTS: Final = 8192
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ServedFile:
+    """A file that the server reads: an open descriptor, or -1, and what it is then opened by."""
+
+    path: str
+    fd: int = -1
+    identity: files.Identity | None = None
+
+    def open(self) -> File:
+        """The file. Raises IntegrityError when it is read, if it is not the one it was."""
+        path = Path(self.path)
+        if self.fd >= 0:
+            return HeldFile(self.fd, path)
+        return File(path, identity=self.identity)
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> "ServedFile":
+        """As it was before it became JSON."""
+        identity = document["identity"]
+        return cls(**{**document, "identity": tuple(identity) if identity else None})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServedLayer:
-    """One file of the disk's path: descriptors of it and of its index.
+    """One file of the disk's path, and its index, which is a part of ``index``.
 
     ``longest`` bounds a block, in guest bytes, and ``stored`` in the file. ``is_made``: the index
-    was made for the server and has ``PART`` in place of digests. ``file`` names the file in
-    messages.
+    was made for the server and has ``PART`` in place of digests.
     """
 
-    fd: int
-    index_fd: int
+    stream: ServedFile
+    index: ServedFile
+    index_start: int
+    index_size: int
     compressed: bool
     raw: bool
     is_made: bool
     longest: int
     stored: int
-    file: str
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> "ServedLayer":
+        """As it was before it became JSON."""
+        parts = {name: ServedFile.from_json(document[name]) for name in ("stream", "index")}
+        return cls(**{**document, **parts})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,20 +95,13 @@ class ServedPlan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as a JSON document."""
-        layers = [{name: getattr(each, name) for name in _FIELDS} for each in self.layers]
-        return {
-            "target": self.target, "whole": self.whole, "layers": layers,
-            "cache_bytes": self.cache_bytes, "prove": self.prove,
-        }  # fmt: skip
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> "ServedPlan":
         """The plan that ``to_json`` gave."""
-        layers = tuple(ServedLayer(**each) for each in document["layers"])
+        layers = tuple(ServedLayer.from_json(each) for each in document["layers"])
         return cls(**{**document, "layers": layers})
-
-
-_FIELDS: Final = ("fd", "index_fd", "compressed", "raw", "is_made", "longest", "stored", "file")
 
 
 class ServedDisk:
@@ -163,10 +186,9 @@ class _Layer:
     def __init__(self, plan: ServedLayer, *, prove: bool) -> None:
         self._plan = plan
         self._prove = prove
-        self._fd = plan.fd
-        self._file_size = os.fstat(plan.fd).st_size
+        self._file = plan.stream.open()
         self.compressed = plan.compressed
-        self.index = Index(Path(f"/proc/self/fd/{plan.index_fd}"))
+        self.index = Index(plan.index.open(), start=plan.index_start, size=plan.index_size)
         self.size = self.index.header.disk_size
         self._proven = bytearray(len(self.index) + 7 >> 3)
         self._lock = threading.Lock()
@@ -187,7 +209,7 @@ class _Layer:
             if record.offset < end or not self._fits(record):
                 raise IntegrityError(
                     "the index names a block that can't be",
-                    guest=record.offset, file=self._plan.file,
+                    guest=record.offset, file=self._plan.stream.path,
                 )  # fmt: skip
             end = record.end
             yield Place(record.offset, record.length, number, record.kind == Kind.ZERO)
@@ -199,7 +221,7 @@ class _Layer:
             return not record.stored
         if record.kind != Kind.DATA or record.length > self._plan.longest:
             return False
-        if record.position + record.stored > self._file_size:
+        if record.position + record.stored > self._file.size:
             return False
         if self.compressed:
             fits = record.skip + record.length <= record.whole or not record.whole
@@ -261,17 +283,19 @@ class _Layer:
 
     def _damage(self, message: str, record: Record) -> IntegrityError:
         return IntegrityError(
-            message, file=self._plan.file, offset=record.position, guest=record.offset
+            message, file=self._plan.stream.path, offset=record.position, guest=record.offset
         )
 
     def _read_at(self, view: memoryview, position: int) -> None:
-        count = os.preadv(self._fd, (view,), position)
+        count = self._file.preadv(view, position)
         while count < len(view):
             if not count:
-                raise IntegrityError("file ends too early", file=self._plan.file, offset=position)
+                raise IntegrityError(
+                    "file ends too early", file=self._plan.stream.path, offset=position
+                )
             view = view[count:]
             position += count
-            count = os.preadv(self._fd, (view,), position)
+            count = self._file.preadv(view, position)
 
 
 class _Flight:

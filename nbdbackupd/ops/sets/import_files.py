@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Final
 from zipfile import ZIP_STORED
 
-from nbdbackupd import durable
+from nbdbackupd import durable, files
 from nbdbackupd.errors import NoSpaceError, RepositoryError
-from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.importing import Stage
 from nbdbackupd.repo.peer_place import Archive
@@ -43,7 +42,7 @@ def _wanted(path: Path) -> bool:
 
 
 def _copy(source: Path, target: Path, check: Callable[[], None]) -> None:
-    reading = layering.open_file(source)
+    reading = files.open_regular(source)
     try:
         writing = durable.create_exclusive(target)
         try:
@@ -75,7 +74,7 @@ def unpack(archive: Path, stage: Stage, check: Callable[[], None]) -> None:
 
     Raises FormatError, IntegrityError, RepositoryError, NoSpaceError.
     """
-    os.close(layering.open_file(archive))
+    os.close(files.open_regular(archive))
     opened = Archive(archive)
     entries = [each for each in opened.entries if not each.filename.endswith(".partial")]
     with durable.translate_os_errors("unpack", archive):

@@ -8,7 +8,6 @@ instead; then the frames' own order is proven, but nothing vouches for the bytes
 import errno
 import hashlib
 import os
-import stat
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from nbdbackupd.errors import IntegrityError
+from nbdbackupd.files import File, open_regular
 from nbdbackupd.format import adler, blocks, stream
 from nbdbackupd.format.index import MAX_BLOCK, NO_DIGEST, Index, Kind, Record
 from nbdbackupd.format.stream import StreamMeta, StreamReader, Window
@@ -29,7 +29,7 @@ MAX_STORED: Final = MAX_BLOCK + (64 << 10)
 
 
 class Layer:
-    """One open file of a disk's path; a context manager that owns its descriptors.
+    """One file of a disk's path; a context manager that owns it.
 
     ``size`` is the disk's at that point, ``whole`` whether every byte of it must be covered.
     ``where`` goes into errors. Reading is safe from several threads.
@@ -49,8 +49,8 @@ class Layer:
         self.whole = whole
         self.where = {"file": path, **where}
         self.frames = FrameCache()
-        self._fd = open_file(path, **where)
-        self.file_size = os.fstat(self._fd).st_size
+        self.file = File(path, opener=lambda path: open_regular(path, **where))
+        self.file_size = self.file.size
 
     def __enter__(self) -> Self:
         return self
@@ -65,13 +65,7 @@ class Layer:
 
     def close(self) -> None:
         """Close the file. Safe to call twice."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def fileno(self) -> int:
-        """The descriptor of the stream or image."""
-        return self._fd
+        self.file.close()
 
     def records(self) -> Iterator[Record]:
         """All blocks, ascending, each possible within the file.
@@ -136,7 +130,7 @@ class Layer:
         Raises IntegrityError if the file ends before.
         """
         while view:
-            count = os.preadv(self._fd, [view], position)
+            count = self.file.preadv(view, position)
             if not count:
                 raise IntegrityError("file ends too early", offset=position, **self.where)
             view = view[count:]
@@ -151,10 +145,7 @@ class IndexedLayer(Layer):
 
         Raises IntegrityError, UnsupportedVersionError.
         """
-        try:
-            self.index = Index(index)
-        except FileNotFoundError as err:
-            raise IntegrityError("file of the set is missing", file=index, **where) from err
+        self.index = Index(File(index, opener=lambda path: open_regular(path, **where)))
         try:
             header = self.index.header
             super().__init__(
@@ -231,31 +222,12 @@ class RawLayer(Layer):
 
     def _next(self, place: int, what: int) -> int:
         try:
-            return min(os.lseek(self._fd, place, what), self.size)
+            with self.file.lent() as fd:
+                return min(os.lseek(fd, place, what), self.size)
         except OSError as err:
             if err.errno != errno.ENXIO:  # no data behind
                 raise
             return self.size
-
-
-def open_file(path: Path, **where: object) -> int:
-    """A descriptor of a regular file, for reading.
-
-    Raises IntegrityError if there is none: a file that a manifest names must be there.
-    """
-    try:
-        # a FIFO in its place would block for ever
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (FileNotFoundError, NotADirectoryError) as err:
-        raise IntegrityError("file of the set is missing", file=path, **where) from err
-    except OSError as err:
-        if err.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
-            raise IntegrityError("not a regular file", file=path, **where) from err
-        raise
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise IntegrityError("not a regular file", file=path, **where)
-    return fd
 
 
 def check_is_file(path: Path) -> None:
@@ -263,7 +235,7 @@ def check_is_file(path: Path) -> None:
 
     Raises IntegrityError.
     """
-    os.close(open_file(path))
+    os.close(open_regular(path))
 
 
 def check_size(path: Path, size: int, **where: object) -> None:
@@ -271,7 +243,7 @@ def check_size(path: Path, size: int, **where: object) -> None:
 
     Raises IntegrityError.
     """
-    fd = open_file(path, **where)
+    fd = open_regular(path, **where)
     try:
         found = os.fstat(fd).st_size
     finally:
@@ -287,7 +259,7 @@ def sha256_file(path: Path, check: Callable[[], None], **where: object) -> str:
 
     Raises IntegrityError if it is missing.
     """
-    fd = open_file(path, **where)
+    fd = open_regular(path, **where)
     try:
         sum_ = hashlib.sha256()
         while part := os.read(fd, CHUNK):
@@ -315,7 +287,7 @@ def _sum_file(
     add: Callable[[bytes, int], int],
     total: int,
 ) -> int:
-    fd = open_file(path)
+    fd = open_regular(path)
     try:
         place, left = window or (0, os.fstat(fd).st_size)
         while part := os.pread(fd, min(CHUNK, left), place):
@@ -358,7 +330,7 @@ def read_checksum(path: Path) -> int:
 
     Raises IntegrityError if it is missing or no such number.
     """
-    fd = open_file(path)
+    fd = open_regular(path)
     try:
         text = os.read(fd, 64).strip()
     finally:
