@@ -1,16 +1,20 @@
 """SOURCE on the command line: the path of a set, or the name of a domain with sets."""
 
 import os
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdbackupd.app import configured
 from nbdbackupd.app.context import Context
+from nbdbackupd.errors import ConfigError, FormatError, RepositoryError, UsageError
 
 if TYPE_CHECKING:
+    from nbdbackupd.app.config.files import Configuration
     from nbdbackupd.ops.sets.lookup import DomainSets
 
+PATH = "repository.path"
 HELP = "directory of the set, or name of a domain that the configured repository has sets of"
 
 
@@ -18,22 +22,45 @@ def domain_of(source: Path, context: Context) -> "DomainSets | None":
     """The sets of the domain that is named; None if it is a path.
 
     What exists is a path, and so is all that holds a slash, which no domain's name does; then no
-    configuration is read. Raises ConfigError, RepositoryError if there is no such domain.
+    configuration is read. Raises ConfigError, which names the way without a configuration, and
+    RepositoryError if there is no such domain.
     """
     if os.path.lexists(source) or os.sep in str(source):
         return None
     from nbdbackupd.app.config.settings import global_settings
     from nbdbackupd.ops.sets import lookup
 
-    configuration = configured.read(context).require_sound()
+    configuration = configured.read(context)
+    try:
+        repository = global_settings(configuration).repository_path
+    except ConfigError as err:
+        err.message += f"; {_way_out(str(source), configuration)}"
+        raise
     # a file for some domains may have a repository of its own; labels would need libvirt
-    paths = [global_settings(configuration).repository_path]
-    paths += [
-        file.values["repository.path"].value
-        for file in configuration.files
-        if "repository.path" in file.values
-    ]
+    paths = [repository, *_repositories(configuration)]
     return lookup.find(str(source), list(dict.fromkeys(paths)))
+
+
+def _repositories(configuration: "Configuration") -> list[Path]:
+    """Those that files name which can be read."""
+    return [file.values[PATH].value for file in configuration.files if PATH in file.values]
+
+
+def _way_out(name: str, configuration: "Configuration") -> str:
+    """How to name the set where the configuration can't say where it is.
+
+    It is not looked for in any place but to be named: which one the broken file meant is unknown.
+    """
+    from nbdbackupd.app.config import schema
+    from nbdbackupd.ops.sets import lookup
+
+    default: Path = schema.BY_PATH[PATH].default
+    paths = list(dict.fromkeys([*_repositories(configuration), default]))
+    try:
+        found = str(lookup.find(name, paths).choose())
+    except (RepositoryError, FormatError):
+        found = f"a set of the repository, such as {default / name / 'NAME'}"
+    return f"until that is mended, give the path of the set in place of {name}: {found}"
 
 
 def set_of(
@@ -52,3 +79,20 @@ def set_of(
     if domain is None:
         return source.absolute()
     return domain.choose(point=point, until=until, at=at)
+
+
+def sequence_of(source: Path | None, names: Sequence[str], context: Context) -> tuple[Path, ...]:
+    """The stream files of ``--sequence``; with a set they are names of files in it.
+
+    That is the peer's form, too. Raises as ``set_of``, and UsageError for files elsewhere.
+    """
+    if source is None or not names:
+        return tuple(Path(name).absolute() for name in names)
+    directory = set_of(source, context)
+    found = tuple(directory / name for name in names)
+    for path in found:
+        if path.parent != directory:
+            raise UsageError(
+                f"{path} is no file of {directory}: give names of files in it, or no SOURCE"
+            )
+    return found

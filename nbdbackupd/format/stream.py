@@ -31,6 +31,9 @@ TERMINATOR: Final = b"\r\n"
 HEADER_LENGTH: Final = 4 + 1 + 16 + 1 + 16 + 2
 META, DATA, ZERO, STOP, COMP = b"meta", b"data", b"zero", b"stop", b"comp"
 KINDS: Final = frozenset({META, DATA, ZERO, STOP, COMP})
+MAX_NAME: Final = 128
+"""Letters of a point's id."""
+
 MAX_META: Final = 1 << 20
 MAX_SIZES: Final = 1 << 32
 MAX_NUMBER: Final = (1 << 63) - 1
@@ -154,12 +157,20 @@ def parse_meta(payload: bytes) -> StreamMeta:
         parent_checkpoint=_typed(document, "parentCheckpoint", str, ""),
         incremental=_typed(document, "incremental", bool, default=False),
         stream_version=version,
+        extra=_point(document.get("point")),
     )
     if not 0 <= known.virtual_size <= MAX_NUMBER or not 0 <= known.data_size <= MAX_NUMBER:
         raise FormatError("meta frame: a size is out of range")
     if not 0 <= known.compressed <= MAX_LEVEL:
         raise FormatError("meta frame: 'compressed' is out of range")
     return known
+
+
+def _point(said: object) -> tuple[tuple[str, str], ...]:
+    """The point that a stream of ours is of, if it says so in a form that can be shown."""
+    if isinstance(said, str) and said.isprintable() and len(said) <= MAX_NAME:
+        return (("point", said),)
+    return ()
 
 
 T = TypeVar("T")

@@ -31,14 +31,15 @@ class How(StrEnum):
 class ImageFacts:
     """What was found in the image itself; ``compat`` is the qcow2 version (``0.10``, ``1.1``).
 
-    Images that can't be looked at (network disks) are simply absent from the mapping.
+    ``size`` is the guest's disk in bytes, -1 if it is not known. Images that can't be looked at
+    (network disks) are simply absent from the mapping.
     ``has_raw_data``: the guest's bytes lie in a raw file beside the qcow2 image (QEMU's
     ``data_file_raw``), to which other programs may write.
     """
 
     format: str = ""
     compat: str = ""
-    size: int = 0
+    size: int = -1
     has_raw_data: bool = False
 
 
@@ -139,8 +140,10 @@ def _how(disk: Disk, images: Mapping[str, ImageFacts], level: Level) -> How:
     facts = images.get(disk.target, ImageFacts())
     if disk.format == "qcow2" and facts.compat != OLD_QCOW2:
         # libvirt tracks no changes of a disk that can't change; and writes to a raw data file
-        # while the domain is off are in no bitmap, as with a raw image
-        return How.FULL_ONLY if disk.readonly or facts.has_raw_data else How.BITMAP
+        # while the domain is off are in no bitmap, as with a raw image; nor does QEMU store a
+        # bitmap in an image of no bytes (7.2: "Lost persistent bitmaps", with status 0)
+        untracked = disk.readonly or facts.has_raw_data or facts.size == 0
+        return How.FULL_ONLY if untracked else How.BITMAP
     if disk.format == "raw" or level is Level.COPY:
         return How.FULL_ONLY
     if disk.format == "qcow2":

@@ -355,8 +355,8 @@ def test_tls_with_keys(ctl: Ctl, made: SetBuilder, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        ((), 2, "either a SOURCE or --sequence"),
-        (("SET", "--sequence", "x"), 2, "either a SOURCE or --sequence"),
+        ((), 2, "takes a SOURCE, or --sequence"),
+        (("SET", "--sequence", "/x"), 2, "/x is no file of"),
         (("SET", "--device", "/dev/sda", "-d", "vda"), 2, "is no NBD device"),
         (("SET", "--device", "/dev/nbd977", "-d", "vda"), 10, "modprobe nbd"),
         (("SET", "--tls-certificates", "/nowhere"), 2, "for --tcp only"),

@@ -139,3 +139,9 @@ def test_disks_that_libvirt_tracks_no_changes_of() -> None:
     facts = {"vdd": ImageFacts(format="qcow2", compat="1.1")}
     assert select(domain, facts=facts).chosen[-1].how is How.BITMAP
     assert [skip.target for skip in found.skipped] == ["vdc", "vde", "vdf"]
+
+
+def test_an_image_of_no_bytes_is_not_tracked() -> None:
+    """W-11: QEMU says that it added a bitmap and does not store it."""
+    facts = {"vda": ImageFacts(format="qcow2", compat="1.1", size=0)}
+    assert select(only(qcow2("vda")), facts=facts).chosen[0].how is How.FULL_ONLY

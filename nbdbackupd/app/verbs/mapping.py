@@ -125,8 +125,8 @@ def run_map(args: Arguments, context: Context) -> int:
     """Carry ``map`` out; ends with 0 when it is asked to end."""
     if args.list:
         return _list(context)
-    if (args.source is None) == (not args.sequence):
-        raise UsageError("map takes either a SOURCE or --sequence FILES")
+    if args.source is None and not args.sequence:
+        raise UsageError("map takes a SOURCE, or --sequence FILES")
     from nbdbackupd.ops.serving import map as maps
 
     request = _request(args, context)
@@ -149,14 +149,15 @@ def _request(args: Arguments, context: Context) -> "MapRequest":
     from nbdbackupd.ops.serving.map import MapRequest
 
     source = None
-    if args.source is not None:
+    sequence = named.sequence_of(args.source, args.sequence, context)
+    if args.source is not None and not sequence:
         source = named.set_of(
             args.source, context, point=args.point or "", until=args.until or "", at=args.at
         )
     return MapRequest(
         runtime_dir=context.runtime_dir.absolute(),
         source=source,
-        sequence=tuple(Path(name).absolute() for name in args.sequence),
+        sequence=sequence,
         point=args.point or "",
         until=args.until or "",
         at=args.at,

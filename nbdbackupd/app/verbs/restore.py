@@ -59,10 +59,11 @@ def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
     from nbdbackupd.ops.restoring import restore
 
-    if (args.source is None) == (not args.sequence):
-        raise UsageError("restore takes either a SOURCE directory or --sequence FILES")
+    if args.source is None and not args.sequence:
+        raise UsageError("restore takes a SOURCE, or --sequence FILES")
     source = None
-    if args.source is not None:
+    sequence = named.sequence_of(args.source, args.sequence, context)
+    if args.source is not None and not sequence:
         source = named.set_of(
             args.source, context, point=args.point or "", until=args.until or "", at=args.at
         )
@@ -72,7 +73,7 @@ def run(args: Arguments, context: Context) -> int:
         point=args.point or "",
         until=args.until or "",
         at=args.at,
-        sequence=tuple(Path(name).absolute() for name in args.sequence),
+        sequence=sequence,
         format=args.format,
         preallocate=args.preallocate,
         force=args.force,
@@ -100,7 +101,8 @@ def run(args: Arguments, context: Context) -> int:
 def render(report: "RestoreReport") -> str:
     """The report for people."""
     of = report.domain or "disk"
-    lines = [f"restored {of} as of {local_time(report.created)} (point {report.point})"]
+    point = f" (point {report.point})" if report.point else ""
+    lines = [f"restored {of} as of {local_time(report.created)}{point}"]
     lines += [
         f"  {disk.target:<6} {disk.path}  {disk.format}, {human_size(disk.size)}, "
         f"{_speed(disk.data_bytes, disk.seconds)}"

@@ -41,15 +41,16 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 
 def run(args: Arguments, context: Context) -> int:
-    """Carry the verb out; 40 if anything is damaged, or a guest did not come up."""
+    """Carry the verb out; 40 if anything is damaged, or a guest did not come up, 3 for warnings."""
     verify_boot.check(args)
     point = args.point or ""
     path = named.set_of(args.source, context, point=point)
     document: dict[str, Any] = {"version": 1}
-    text = ""
+    text, warned = "", False
     with signals.listen() as cancel:
         if not args.boot_only:
             report = _prove(args, context, path, cancel)
+            warned = bool(report.warnings)
             document |= report.to_json()
             if report.problems:
                 return _tell_damage(report, context, _document(document, None), path)
@@ -58,12 +59,12 @@ def run(args: Arguments, context: Context) -> int:
         booted = verify_boot.run(args, context, path, cancel) if args.boot else None
     if booted is None:
         context.show(_document(document, None), text)
-        return 0
+        return 3 if warned else 0
     lines = [text] if text else []
     context.show(_document(document, booted), "\n".join([*lines, verify_boot.render(booted)]))
     if not booted.test.passed:
         return DAMAGED
-    return 3 if booted.warnings else 0
+    return 3 if booted.warnings or warned else 0
 
 
 def _document(proof: dict[str, Any], booted: "BootTestReport | None") -> dict[str, Any]:

@@ -28,7 +28,7 @@ from nbdbackupd.ops.proving.verify_disk import DiskCheck
 from nbdbackupd.ops.proving.verify_peer import PeerCheck
 from nbdbackupd.ops.proving.verify_request import VerifyReport, VerifyRequest
 from nbdbackupd.ops.reporting import telling
-from nbdbackupd.ops.sets import layers, opened, points
+from nbdbackupd.ops.sets import layers, opened, originals, points
 from nbdbackupd.repo import layout, peer
 from nbdbackupd.repo.repository import refuse_links
 
@@ -94,7 +94,18 @@ def _verify(
     return VerifyReport(
         points=len(chosen), files=files, checked_bytes=size, problems=problems,
         seconds=time.monotonic() - begun,
+        warnings=() if problems else _useless(request.path, chosen),
     )  # fmt: skip
+
+
+def _useless(directory: Path, chosen: list[tuple[RestorePoint, frozenset[str]]]) -> tuple[str, ...]:
+    """What a restore can do without and is of no use: no damage, but worth a word."""
+    return tuple(
+        f"{text}: restored images get qemu-img's own options"
+        for point, targets in chosen
+        for text in originals.problems(directory, point)
+        if targets
+    )
 
 
 def _verify_peer(
@@ -112,7 +123,8 @@ def _verify_peer(
     files, size = check.run(chosen)
     return VerifyReport(
         points=len(chosen), files=files, checked_bytes=size, problems=findings.problems(),
-        seconds=time.monotonic() - begun, warnings=source.hints,
+        seconds=time.monotonic() - begun,
+        warnings=(*source.hints, *_useless(source.path, chosen)),
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ class VerifyRequest:
 class VerifyReport:
     """What was looked at, and what is wrong; ``checked_bytes`` of files.
 
-    ``warnings`` tell of a peer's set what nothing vouches for.
+    ``warnings`` tell of a peer's set what nothing vouches for, and what is of no use.
     """
 
     points: int

@@ -4,14 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd.errors import FormatError, IntegrityError
 from nbdbackupd.model.chain import DiskPoint, RestorePoint
-from nbdbackupd.ops.sets import layers
-from nbdbackupd.qemu import image
-from nbdbackupd.qemu.image import CreateOptions, ImageInfo
+from nbdbackupd.ops.sets import originals
+from nbdbackupd.qemu.image import CreateOptions
 
-INFO_ROLE: Final = "image-info"
-MAX_INFO: Final = 16 << 20
 PREALLOCATION: Final = "falloc"
 
 
@@ -48,36 +44,16 @@ def choose(
 ) -> Choice:
     """What to make of one disk; ``wanted`` is a format, or None for the original's.
 
-    ``directory`` is the set's. Raises IntegrityError if what it says of the image is damaged.
+    ``directory`` is the set's. What it says of the image may be missing or damaged.
     """
     format_, warnings = choose_format(disk.format, wanted, disk.target)
     options = plain(format_, preallocate=preallocate)
     if format_ == "qcow2" and disk.format == "qcow2":
-        original = _original(directory, point, disk)
+        original, problem = originals.original(directory, point, disk)
         if original is None:
-            warnings += (f"disk {disk.target}: how the original was made is not known",)
+            warnings += (f"disk {disk.target}: {problem}: it gets qemu-img's own options",)
         else:
             options = CreateOptions.like(original, preallocation=options.preallocation)
             if original.encrypted:
                 warnings += (f"disk {disk.target} was encrypted, it comes back in plain",)
     return Choice(format=format_, options=options, warnings=warnings)
-
-
-def _original(directory: Path, point: RestorePoint, disk: DiskPoint) -> ImageInfo | None:
-    for stored in point.files:
-        if stored.role == INFO_ROLE and stored.disk == disk.target:
-            break
-    else:
-        return None
-    path = directory / stored.name
-    where: dict[str, object] = {"disk": disk.target, "point": point.id}
-    layers.check_size(path, min(stored.size, MAX_INFO), **where)
-    # the files of a peer's set have no digest
-    if stored.sha256 and layers.sha256_file(path, lambda: None, **where) != stored.sha256:
-        raise IntegrityError("file is damaged: its SHA-256 does not match", file=path, **where)
-    try:
-        original = image.parse_chain(path.read_bytes())[0]
-    except FormatError as err:
-        err.fields.setdefault("file", path)
-        raise
-    return original if original.format == "qcow2" else None

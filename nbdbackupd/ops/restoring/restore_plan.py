@@ -293,6 +293,6 @@ def of_sequence(request: RestoreRequest, stack: ExitStack, cancelled: Callable[[
         steps=(Step(point="", layers=given.layers, is_whole=True),),
     )
     return Plan(
-        point="", domain="", created=given.created, jobs=(job,),
+        point=given.point, domain="", created=given.created, jobs=(job,),
         warnings=(*given.warnings, *warnings),
     )  # fmt: skip

@@ -13,7 +13,6 @@ from nbdbackupd import durable, files
 from nbdbackupd.errors import RepositoryError, UsageError
 from nbdbackupd.files import File
 from nbdbackupd.format.index import HEADER, MAX_BLOCK, RECORD, IndexHeader
-from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.ops.serving.served import PART, ServedFile, ServedLayer, ServedPlan
 from nbdbackupd.ops.sets import frames, opened, points, sequence
 from nbdbackupd.ops.sets import layers as layering
@@ -72,7 +71,10 @@ class Found:
     targets: tuple[str, ...]
     layers: Callable[[str, ExitStack], tuple[Layer, ...]]
     warnings: tuple[str, ...]
-    point: RestorePoint | None = None
+    name: str
+    """The point's id."""
+
+    domain: str = ""
     created: str = ""
 
 
@@ -111,7 +113,8 @@ def _find_set(request: MapRequest, cancelled: Callable[[], None]) -> Found:
         targets=tuple(disk.target for disk in disks),
         layers=lambda target, stack: given.layers(point, target, stack, cancelled),
         warnings=given.warnings,
-        point=point,
+        name=point.id,
+        domain=point.domain,
         created=point.created,
     )
 
@@ -123,6 +126,7 @@ def _find_sequence(request: MapRequest, cancelled: Callable[[], None]) -> Found:
         targets=(given.disk,),
         layers=lambda _, stack: sequence.load(request.sequence, stack, cancelled).layers,
         warnings=given.warnings,
+        name=given.point,
         created=given.created,
     )
 

@@ -25,7 +25,7 @@ from nbdbackupd.errors import (
 from nbdbackupd.format import adler
 from nbdbackupd.model import jobxml
 from nbdbackupd.model.chain import DiskMode, DiskPoint, Layout, RestorePoint, StoredFile
-from nbdbackupd.ops.sets import catalog, import_files, opened, peer_index
+from nbdbackupd.ops.sets import catalog, import_files, opened, originals, peer_index
 from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets.opened import OpenedSet
 from nbdbackupd.repo import importing, layout, peer
@@ -181,7 +181,8 @@ class _Import:
                     f"no sound vmconfig file tells whose {point.id} is: its UUID is needed"
                 )
             made.append(self._point(point))
-        return made, source.warnings
+        useless = [text for point in made for text in originals.problems(self._from, point)]
+        return made, (*source.warnings, *useless)
 
     def _leave_out(self, source: OpenedSet) -> None:
         """Take the streams that are in no sound point out of the stage."""

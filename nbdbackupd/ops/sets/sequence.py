@@ -27,12 +27,14 @@ from nbdbackupd.repo.peer_place import Folder
 class Sequence:
     """The opened files, newest first; owned by the stack that was given.
 
-    ``disk`` and ``format`` are as the newest stream names them, ``created`` its date.
+    ``disk`` and ``format`` are as the newest stream names them, ``created`` its date, ``point``
+    the point that it is of, or where it does not say that, the checkpoint.
     """
 
     disk: str
     format: str
     created: str
+    point: str
     layers: tuple[Layer, ...]
     warnings: tuple[str, ...]
 
@@ -67,9 +69,14 @@ def load(paths: tuple[Path, ...], stack: ExitStack, check: Callable[[], None]) -
         disk=newest.meta.disk_name if newest.meta else name,
         format=(newest.meta.disk_format or "qcow2") if newest.meta else "raw",
         created=newest.meta.date if newest.meta else "",
+        point=_point(newest.meta) if newest.meta else "",
         layers=tuple(reversed(layers)),
         warnings=tuple(warnings),
     )
+
+
+def _point(meta: StreamMeta) -> str:
+    return dict(meta.extra).get("point", "") or meta.checkpoint
 
 
 def index_beside(path: Path) -> Path:
