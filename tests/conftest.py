@@ -13,6 +13,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="1",
         help="seed of the tests that play random histories; 'fresh' takes a new one, and says it",
     )
+    parser.addoption(
+        "--iothreads",
+        default="0",
+        help="how many iothreads the guests of system tests have; 'rule': half of the files have "
+        "some, 'other': the other half, so that both together are all",
+    )
 
 
 def pytest_configure() -> None:

@@ -9,9 +9,10 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 from tests.lab.command import LabError
 from tests.lab.disks import DiskSpec
@@ -39,6 +40,9 @@ class Lab(ABC):
     A Unix socket's path holds 107 bytes, and libvirt nests its sockets deeply: hence /tmp and
     not pytest's directories.  Images may lie anywhere.
     """
+
+    iothreads: ClassVar[int] = 0
+    """How many iothreads a guest has that does not say so itself: tests/system/conftest.py."""
 
     def __init__(self, *, qemu_user: str = "root") -> None:
         """Prepare directories; with another ``qemu_user`` libvirt changes owners as usual."""
@@ -104,7 +108,10 @@ class Lab(ABC):
             log=self._logs / f"{name}.log",
             images=self.images,
         )
-        guest = Guest(self.virsh, name, disks, places, options or GuestOptions())
+        options = options or GuestOptions()
+        if options.iothreads is None:
+            options = replace(options, iothreads=self.iothreads)
+        guest = Guest(self.virsh, name, disks, places, options)
         self._guests.append(guest)
         self._keep_capabilities()
         return guest

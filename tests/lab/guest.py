@@ -53,7 +53,7 @@ class GuestOptions:
 
     memory_mib: int = 64
     machine: str = "pc"
-    iothreads: int = 0  # shared by the virtio disks, in turn
+    iothreads: int | None = None  # shared by the virtio disks, in turn; default: the lab's
     uuid: str | None = None
     boot: BootFiles | None = None
     has_agent: bool = False
@@ -78,6 +78,7 @@ class Guest:
         self.name = name
         self.places = places
         self.options = options
+        self.iothreads = options.iothreads or 0
         self.disks: dict[str, DiskSpec] = {}
         self._paths: dict[str, Path | None] = {}
         self._monitor: Monitor | None = None
@@ -100,7 +101,7 @@ class Guest:
             monitor=self.places.monitor,
             qtest=self.places.qtest if self._has_driver else None,
             firmware=firmware,
-            iothreads=options.iothreads,
+            iothreads=self.iothreads,
             disks=[(disk, self._paths[target]) for target, disk in self.disks.items()],
             memory_mib=options.memory_mib,
             machine=options.machine,
@@ -334,7 +335,7 @@ class Guest:
         """Plug a disk in while the guest runs, and into its definition."""
         self._adopt(disk)
         xml = self.places.images / f"attach-{self.places.monitor.stem}-{disk.target}.xml"
-        iothread = iothread_of(len(self.disks) - 1, self.options.iothreads)
+        iothread = iothread_of(len(self.disks) - 1, self.iothreads)
         xml.write_bytes(ET.tostring(disk_element(disk, self._paths[disk.target], iothread)))
         self.virsh("attach-device", "--live", "--config", "--domain", self.name, "--file", xml)
 
@@ -374,13 +375,12 @@ class Guest:
     @property
     def _has_driver(self) -> bool:
         """Say whether the lab, and no system in the guest, drives the disks."""
-        return bool(self.options.iothreads) and self.options.boot is None
+        return self.iothreads > 0 and self.options.boot is None
 
     @contextlib.contextmanager
     def _driven(self, target: str) -> Iterator[VirtioBlock | None]:
         """Have the disk's device, or None where ``qemu-io`` may write; raises ``LabError``."""
-        is_threaded = bool(self.options.iothreads) and self.disks[target].is_virtio
-        if not is_threaded or self.is_paused():
+        if not (self.iothreads and self.disks[target].is_virtio) or self.is_paused():
             yield None
             return
         if not self._has_driver:
