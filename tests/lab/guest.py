@@ -80,6 +80,7 @@ class Guest:
         self.options = options
         self.iothreads = options.iothreads or 0
         self.disks: dict[str, DiskSpec] = {}
+        self._plugged: set[str] = set()
         self._paths: dict[str, Path | None] = {}
         self._monitor: Monitor | None = None
         self._virtio: VirtioDisks | None = None
@@ -102,7 +103,11 @@ class Guest:
             qtest=self.places.qtest if self._has_driver else None,
             firmware=firmware,
             iothreads=self.iothreads,
-            disks=[(disk, self._paths[target]) for target, disk in self.disks.items()],
+            disks=[
+                (disk, self._paths[target])
+                for target, disk in self.disks.items()
+                if target not in self._plugged
+            ],
             memory_mib=options.memory_mib,
             machine=options.machine,
             uuid=options.uuid,
@@ -331,13 +336,26 @@ class Guest:
         """Return the size in bytes that the guest sees."""
         return int(self.block_device(target)["inserted"]["image"]["virtual-size"])
 
-    def attach(self, disk: DiskSpec) -> None:
-        """Plug a disk in while the guest runs, and into its definition."""
+    def attach(self, disk: DiskSpec, *, keep: bool = True) -> None:
+        """Plug a disk in while the guest runs; unless ``keep``, it is not in the definition.
+
+        Such a one is to be forgotten by ``unplug`` when the guest has ended.
+        """
         self._adopt(disk)
+        if not keep:
+            self._plugged.add(disk.target)
         xml = self.places.images / f"attach-{self.places.monitor.stem}-{disk.target}.xml"
         iothread = iothread_of(len(self.disks) - 1, self.iothreads)
         xml.write_bytes(ET.tostring(disk_element(disk, self._paths[disk.target], iothread)))
-        self.virsh("attach-device", "--live", "--config", "--domain", self.name, "--file", xml)
+        where = ["--live", "--config"] if keep else ["--live"]
+        self.virsh("attach-device", *where, "--domain", self.name, "--file", xml)
+
+    def unplug(self) -> set[str]:
+        """Forget the disks that were plugged into the guest that has ended; return which."""
+        gone, self._plugged = self._plugged, set()
+        for target in gone:
+            del self.disks[target], self._paths[target]
+        return gone
 
     def reference(self, target: str, into: Path) -> Path:
         """Copy the disk as the guest sees it now to a raw file, without the product.

@@ -4,6 +4,7 @@ import random
 import shutil
 
 from tests.lab.command import LabError, run
+from tests.lab.disks import MIB, DiskSpec
 from tests.lab.process import wait_until
 from tests.lib.model_kinds import (
     Arguments,
@@ -14,7 +15,7 @@ from tests.lib.model_kinds import (
     is_running,
     step,
 )
-from tests.lib.model_world import LOCKED, Op, Power, World
+from tests.lib.model_world import LOCKED, PLUGGED, Op, Power, World
 
 START_SECONDS = 10.0
 
@@ -69,7 +70,7 @@ def kill_qemu(world: World) -> None:
     world.lose()
 
 
-@step(2, lambda world: is_calm(world) and world.persistent)
+@step(2, lambda world: is_calm(world) and world.persistent and not world.is_plugged)
 def managed_save(world: World) -> None:
     """The domain is saved to a file."""
     world.lab.virsh("managedsave", "--domain", world.guest.name)
@@ -171,6 +172,8 @@ def old_state(world: World) -> None:
 @step(1, lambda world: is_calm(world) and world.persistent)
 def revert_running(world: World) -> str:
     """Revert to an internal snapshot: libvirt 9.0 kills a guest that has bitmaps."""
+    if any(world.has_data_file(target) for target in world.sizes):
+        return "a data file has no internal snapshots"
     name = f"snap{world.next_number()}"
     world.lab.virsh("snapshot-create-as", "--domain", world.guest.name, name)
     world.operate([["data", target, 0, 65536, 0x5A] for target in world.sizes])
@@ -190,3 +193,32 @@ def revert_running(world: World) -> str:
     for target in world.sizes:
         run(["qemu-img", "snapshot", "-d", name, world.chains[target][0]])
     return said
+
+
+def draw_threads(_world: World, rng: random.Random) -> Arguments:
+    return {"count": rng.choice([0, 1, 2, 2])}
+
+
+@step(3, is_off, draw_threads)
+def change_iothreads(world: World, count: int) -> None:
+    """The disks are served by QEMU's main thread from now on, or by others."""
+    world.guest.iothreads = count
+    world.guest.define()
+
+
+def draw_plug(_world: World, rng: random.Random) -> Arguments:
+    return {"again": rng.random() < 0.5}
+
+
+@step(2, lambda world: is_calm(world) and not world.is_plugged, draw_plug)
+def plug(world: World, *, again: bool) -> str:
+    """Plug a disk into the running guest alone: a new one, or the one that it had last."""
+    path = world.lab.images / f"plugged-{world.last_plugged}.qcow2"
+    if not (again and path.exists()):
+        world.last_plugged = world.next_number()
+        path = world.lab.images / f"plugged-{world.last_plugged}.qcow2"
+    world.guest.attach(DiskSpec(target=PLUGGED, size=4 * MIB, path=path), keep=False)
+    world.chains[PLUGGED] = (str(path),)
+    world.sizes[PLUGGED] = world.guest.disk_size(PLUGGED)
+    world.lose([PLUGGED])
+    return path.name

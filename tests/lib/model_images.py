@@ -11,6 +11,7 @@ from tests.lib.model_world import KIB, PREFIX, OldCopy, World
 MOST_LAYERS = 3
 MOST_COPIES = 4
 LARGEST_DISK = 12 * MIB
+DATA_FILE = "has a data file"
 
 
 @step(4, is_calm, any_disk)
@@ -73,6 +74,8 @@ def grow(world: World, target: str, by: int) -> str:
 @step(3, is_off, any_disk)
 def keep_copy(world: World, target: str) -> str:
     """Someone copies an image away ..."""
+    if world.has_data_file(target):
+        return DATA_FILE
     if len(world.copies) >= MOST_COPIES:
         world.copies.pop(0).path.unlink()
     chain = world.chains[target]
@@ -110,6 +113,8 @@ def draw_swap(world: World, rng: random.Random) -> Arguments:
 def swap_for_other(world: World, target: str, *, in_place: bool) -> str:
     """The image becomes a copy of the other disk's: it holds bitmaps of the same names."""
     (other,) = (each for each in world.sizes if each != target)
+    if world.has_data_file(other):
+        return DATA_FILE
     if len(world.chains[other]) > 1 or len(world.chains[target]) > 1:
         return "has overlays"
     put(world, Path(world.chains[other][0]), Path(world.chains[target][0]), in_place=in_place)
@@ -153,10 +158,32 @@ def recreate(world: World, target: str, *, bitmaps: bool, in_place: bool) -> str
 
 
 @step(1, is_off, any_disk)
+def move_data_out(world: World, target: str) -> str:
+    """The image is made anew, with its data in a raw file of its own."""
+    (image, *below) = world.chains[target]
+    if below or world.has_data_file(target):
+        return "has overlays, or one"
+    data = world.lab.images / f"data-{world.next_number()}.raw"
+    new = world.directory / "new.qcow2"
+    options = f"data_file={data},data_file_raw=on"
+    run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, new, str(world.sizes[target])])
+    world.unlocked(["qemu-img", "convert", "-n", "-O", "qcow2", image, str(new)])
+    # libvirt knows of the image alone
+    data.chmod(0o666)
+    put(world, new, Path(image), in_place=False)
+    new.unlink()
+    world.data_files[image] = data
+    world.lose([target])
+    return data.name
+
+
+@step(1, is_off, any_disk)
 def revert_off(world: World, target: str) -> str:
     """Go back to an internal snapshot: not possible before all bitmaps are removed."""
     if len(world.chains[target]) > 1:
         return "has overlays"
+    if world.has_data_file(target):
+        return DATA_FILE
     image = world.chains[target][0]
     world.unlocked(["qemu-img", "snapshot", "-c", "before", image])
     world.operate([["data", target, MIB, 256 * KIB, 0xA5]])
@@ -212,6 +239,7 @@ def remove_bitmaps(world: World, target: str) -> str:
 
 def put(world: World, source: Path, target: Path, *, in_place: bool) -> None:
     """Replace an image's content: as the same file, or as a new one of that name."""
+    world.data_files.pop(str(target), None)
     if in_place:
         target.write_bytes(source.read_bytes())
         return

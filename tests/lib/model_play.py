@@ -7,41 +7,56 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.lab.command import run
 from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec
 from tests.lab.guest import GuestOptions
-from tests.lib import model_checks, model_guest, model_images, model_runs
+from tests.lib import model_checks, model_deaths, model_guest, model_images, model_runs
 from tests.lib.model_kinds import KINDS, Step
-from tests.lib.model_world import SetModel, World
+from tests.lib.model_world import SMALL_KIB, SetModel, World
 from tests.lib.rigged import RiggedCtl
 
-MODULES = (model_guest, model_images, model_runs)
+MODULES = (model_deaths, model_guest, model_images, model_runs)
 """Where the kinds of steps are."""
 DISKS = (
     DiskSpec(target="vda", size=8 * MIB),
     DiskSpec(target="vdb", size=8 * MIB, cluster_size=32 * 1024, options=("extended_l2=on",)),
 )
+SMALL = "small"
 OPTIONS = {"plain": (), "packed": ("-z",), "checked": ("--extents", "nbdinfo")}
+PLACES = {"packed": SMALL}
 
 
 @contextmanager
 def world_of(directory: Path) -> Iterator[World]:
     """A domain that is off, with two empty disks and no sets yet."""
-    with DaemonLab() as lab:
+    with DaemonLab() as lab, small_place(directory / SMALL) as small:
         guest = lab.guest("vm-0", DISKS, GuestOptions(uuid=str(uuid.uuid4())))
         world = World(
             lab=lab,
             guest=guest,
             ctl=RiggedCtl(lab.uri, lab.directory / "ctl"),
             directory=directory,
+            small=small,
             sets={
-                name: SetModel(path=directory / name, options=options)
+                name: SetModel(path=directory / PLACES.get(name, "") / name, options=options)
                 for name, options in OPTIONS.items()
             },
             sizes={disk.target: disk.size for disk in DISKS},
             chains={disk.target: (str(guest.image(disk.target)),) for disk in DISKS},
         )
         yield world
+
+
+@contextmanager
+def small_place(path: Path) -> Iterator[Path]:
+    """A file system of its own, in memory."""
+    path.mkdir()
+    run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_KIB}k,mode=0755", "tmpfs", path])
+    try:
+        yield path
+    finally:
+        run(["umount", "--lazy", path])
 
 
 def draw(world: World, seed: str, number: int) -> Step:
@@ -75,6 +90,7 @@ def carry_out(world: World, step: Step) -> None:
         return
     begun = time.monotonic()
     said = kind.act(world, **step.args)
+    model_checks.check_guest(world)
     world.count(step.name)
     world.count_seconds(step.name, time.monotonic() - begun)
     world.log[-1] += f" -> {said or 'done'}"

@@ -270,7 +270,7 @@ def settle(
     if not points:
         world.drop_references(references)
     for point in points:
-        checks.check_point(world, target, point)
+        checks.check_point(world, target, point, references)
         take_up(world, target, point, references)
         checks.prove(world, target, point["id"])
     if is_lossy:

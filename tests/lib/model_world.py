@@ -22,6 +22,9 @@ from tests.lib.rigged import RiggedCtl
 
 KIB = 1024
 PREFIX = "nbdbackup."
+PLUGGED = "vdc"
+"""The disk that is plugged in now and then, and gone when the guest ends."""
+SMALL_KIB = 2 * KIB * KIB
 LOCKED = 'Failed to get "write" lock'
 Op = list[Any]
 """One operation on a disk: kind, target, offset, length, pattern; as a step's log holds it."""
@@ -77,11 +80,15 @@ class World:
     guest: Guest
     ctl: RiggedCtl
     directory: Path
+    small: Path
+    """A file system that can be made full."""
     sets: dict[str, SetModel] = field(default_factory=dict)
     retired: list[SetModel] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
     chains: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Paths of each disk's images, top first, as the steps made them."""
+    data_files: dict[str, Path] = field(default_factory=dict)
+    """Images that keep their data in a raw file of its own: image -> that file."""
     power: Power = Power.OFF
     persistent: bool = True
     last_end: str = "another"
@@ -97,6 +104,7 @@ class World:
     counts: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     number: int = 0
+    last_plugged: int = 0
     most_points: int = 10
     """A set with so many points is left, and a new one begun in its place."""
 
@@ -114,6 +122,15 @@ class World:
     def is_calm(self) -> bool:
         """Whether libvirt has no job, so that it can do other things."""
         return self.is_active and not self.job_left
+
+    @property
+    def is_plugged(self) -> bool:
+        """Whether the guest has a disk that its definition does not have."""
+        return PLUGGED in self.sizes
+
+    def has_data_file(self, target: str) -> bool:
+        """Whether one of the disk's images keeps its data in a file of its own."""
+        return any(image in self.data_files for image in self.chains[target])
 
     def next_number(self) -> int:
         """A number that no name has had yet; only steps that are done take one."""
@@ -139,6 +156,22 @@ class World:
         path = Path(self.chains[target][0])
         self.guest.use_image(target, path)
 
+    def take_chain(self, target: str, image: str) -> None:
+        """The disk is that image with all below it, whatever it was before."""
+        self.chains[target] = (image,)
+        layers = self.image_info(target)
+        self.set_chain(target, [layer["filename"] for layer in layers])
+        self.sizes[target] = layers[0]["virtual-size"]
+        for layer in layers:
+            data = layer.get("format-specific", {}).get("data", {})
+            self.data_files.pop(layer["filename"], None)
+            if "data-file" in data:
+                self.data_files[layer["filename"]] = Path(data["data-file"])
+
+    def resize_small(self, kib: int = SMALL_KIB) -> None:
+        """Give the small file system another size."""
+        run(["mount", "-o", f"remount,size={kib}k", self.small])
+
     def started(self) -> None:
         """QEMU runs since now."""
         self.power = Power.RUNNING
@@ -157,6 +190,10 @@ class World:
     def ended(self) -> None:
         """QEMU is gone: see libvirt notice; a transient domain is defined anew."""
         wait_until(self._is_over, "end of the domain", KILL_TIMEOUT_SECONDS)
+        for target in self.guest.unplug():
+            del self.sizes[target], self.chains[target]
+            for each in self.sets.values():
+                each.sure.discard(target)
         if not self._state_if_known():
             self.guest.define()
         self.persistent = True
