@@ -6,6 +6,7 @@ the lab; a libvirtd of the machine is neither needed nor touched.  QEMU survives
 """
 
 import subprocess
+import uuid
 from pathlib import Path
 
 from tests.lab.base import UNPRIVILEGED_USER, Lab, unix_socket_path
@@ -20,9 +21,13 @@ LAUNCHER = Path(__file__).with_name("private-libvirtd")
 class DaemonLab(Lab):
     """A running private libvirtd; use it in a ``with`` statement."""
 
-    def __init__(self, *, qemu_user: str = UNPRIVILEGED_USER) -> None:
-        """Write the configuration and start the daemon; raises ``LabError``."""
+    def __init__(self, *, qemu_user: str = UNPRIVILEGED_USER, host: str = "") -> None:
+        """Write the configuration and start the daemon; raises ``LabError``.
+
+        With ``host`` it is, by name and UUID, that of another host than all others.
+        """
         super().__init__(qemu_user=qemu_user)
+        self._host = host
         self._daemon: subprocess.Popen[bytes] | None = None
         self.root = self.directory / "l"
         for name in ("etc", "lib", "run", "log", "cache"):
@@ -30,7 +35,8 @@ class DaemonLab(Lab):
         (self.root / "etc" / "qemu.conf").write_text(self._qemu_conf(), "utf-8")
         (self.root / "etc" / "libvirtd.conf").write_text(
             'auth_unix_rw = "none"\n'  # the default asks polkit, which is not there
-            'log_outputs = "2:file:/var/log/libvirt/libvirtd.log"\n',
+            'log_outputs = "2:file:/var/log/libvirt/libvirtd.log"\n'
+            + (f'host_uuid = "{uuid.uuid4()}"\n' if host else ""),
             "utf-8",
         )
         self._restore_capabilities()
@@ -80,9 +86,10 @@ class DaemonLab(Lab):
         self.socket.unlink(missing_ok=True)
         # where the user may not open /dev/kvm, libvirt would probe QEMU at each call: embed.py
         hide = [] if self.qemu_user == "root" else ["hide-kvm"]
+        own = ["unshare", "--mount", "--uts", "--propagation", propagation()]
         with (self.root / "log" / "stderr").open("ab") as log:
             self._daemon = subprocess.Popen(
-                ["unshare", "--mount", "--propagation", propagation(), LAUNCHER, self.root, *hide],
+                [*own, LAUNCHER, self.root, self._host, *hide],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

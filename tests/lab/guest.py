@@ -332,6 +332,12 @@ class Guest:
         """Give a disk another image from the next ``define`` and start on."""
         self._paths[target] = path
 
+    def take_over(self, other: "Guest") -> None:
+        """Become what another host's guest is, for ``define`` or ``adopt_process``."""
+        self.disks = dict(other.disks)
+        self._paths = dict(other._paths)
+        self.iothreads = other.iothreads
+
     def disk_size(self, target: str) -> int:
         """Return the size in bytes that the guest sees."""
         return int(self.block_device(target)["inserted"]["image"]["virtual-size"])

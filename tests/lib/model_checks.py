@@ -123,6 +123,10 @@ def check_guest(world: World) -> None:
         assert world.guest.is_paused() == (world.power is Power.PAUSED)
     if not world.job_left:
         assert not leftovers(world)
+    there = world.other
+    if there.defined:
+        state = there.lab.virsh("domstate", "--domain", there.defined).strip()
+        assert state == "shut off", state
 
 
 def leftovers(world: World) -> list[str]:

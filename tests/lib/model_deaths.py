@@ -163,7 +163,7 @@ def define_clone(world: World, source: str, which: int, **_rest: Any) -> str:
         return "no point"
     point = list(target.references)[which % len(target.references)]
     name = f"clone-{world.next_number()}"
-    into = world.directory / name
+    into = world.lab.images / name
     words = ("-o", into, "--define", "--name", name, "--point", point, "--json")
     result = world.ctl("restore", target.path, *words, code=None)
     assert result.code in (0, 3), f"exit code {result.code}: {result.stderr}"

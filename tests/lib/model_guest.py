@@ -126,7 +126,7 @@ def rename(world: World) -> str:
     """Give the domain another name."""
     name = f"vm-{world.next_number()}"
     world.lab.virsh("domrename", world.guest.name, name)
-    world.rename(name)
+    world.rename_guest(world.guest, name)
     return name
 
 

@@ -5,18 +5,26 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from tests.lab.command import run
 from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec
 from tests.lab.guest import GuestOptions
-from tests.lib import model_checks, model_deaths, model_guest, model_images, model_runs
+from tests.lib import (
+    model_checks,
+    model_deaths,
+    model_guest,
+    model_hosts,
+    model_images,
+    model_runs,
+)
 from tests.lib.model_kinds import KINDS, Step
-from tests.lib.model_world import SMALL_KIB, SetModel, World
+from tests.lib.model_world import SMALL_KIB, Place, SetModel, World
 from tests.lib.rigged import RiggedCtl
 
-MODULES = (model_deaths, model_guest, model_images, model_runs)
+MODULES = (model_deaths, model_guest, model_hosts, model_images, model_runs)
 """Where the kinds of steps are."""
 DISKS = (
     DiskSpec(target="vda", size=8 * MIB),
@@ -30,12 +38,22 @@ PLACES = {"packed": SMALL}
 @contextmanager
 def world_of(directory: Path) -> Iterator[World]:
     """A domain that is off, with two empty disks and no sets yet."""
-    with DaemonLab() as lab, small_place(directory / SMALL) as small:
-        guest = lab.guest("vm-0", DISKS, GuestOptions(uuid=str(uuid.uuid4())))
+    with (
+        DaemonLab(host="lab-a") as lab,
+        DaemonLab(host="lab-b") as second,
+        small_place(directory / SMALL) as small,
+    ):
+        options = GuestOptions(uuid=str(uuid.uuid4()))
+        guest = lab.guest("vm-0", DISKS, options)
+        disks = [replace(disk, path=guest.image(disk.target)) for disk in DISKS]
+        ctl = RiggedCtl(second.uri, second.directory / "ctl")
+        ctl.state = lab.directory / "ctl" / "state"
+        other = second.guest("vm-0", disks, options)
         world = World(
             lab=lab,
             guest=guest,
             ctl=RiggedCtl(lab.uri, lab.directory / "ctl"),
+            other=Place(lab=second, guest=other, ctl=ctl, defined=other.name),
             directory=directory,
             small=small,
             sets={

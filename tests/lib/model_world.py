@@ -73,12 +73,26 @@ class OldCopy:
 
 
 @dataclass(kw_only=True)
+class Place:
+    """A host that is not where the domain is now."""
+
+    lab: DaemonLab
+    guest: Guest
+    ctl: RiggedCtl
+    untidy: bool = False
+    defined: str = ""
+    """The domain's name there; empty: it is not defined there."""
+
+
+@dataclass(kw_only=True)
 class World:
     """The domain, everything around it, and the log of what was done."""
 
     lab: DaemonLab
     guest: Guest
     ctl: RiggedCtl
+    other: Place
+    """The other host: it shares images, sets and the state directory."""
     directory: Path
     small: Path
     """A file system that can be made full."""
@@ -111,7 +125,7 @@ class World:
     @property
     def state(self) -> Path:
         """The state directory of ``nbdbackupctl``."""
-        return self.ctl.runtime.parent / "state"
+        return self.ctl.state
 
     @property
     def is_active(self) -> bool:
@@ -201,15 +215,26 @@ class World:
         self.last_end = "another"
         self.job_left = False
 
-    def rename(self, name: str) -> None:
-        """The domain is called so; libvirt's files of it, too."""
-        places = self.guest.places
-        self.guest.places = replace(
-            places,
-            pid_file=places.pid_file.with_name(f"{name}.pid"),
-            log=places.log.with_name(f"{name}.log"),
+    def rename_guest(self, guest: Guest, name: str) -> None:
+        """A domain is called so; libvirt's files of it, too."""
+        guest.places = replace(
+            guest.places,
+            pid_file=guest.places.pid_file.with_name(f"{name}.pid"),
+            log=guest.places.log.with_name(f"{name}.log"),
         )
-        self.guest.name = name
+        guest.name = name
+
+    def change_host(self, *, keeps_definition: bool) -> None:
+        """The domain is on the other host now."""
+        there = self.other
+        there.guest.take_over(self.guest)
+        name = self.guest.name if keeps_definition else ""
+        self.other = Place(
+            lab=self.lab, guest=self.guest, ctl=self.ctl, untidy=self.untidy, defined=name
+        )
+        self.rename_guest(there.guest, self.guest.name)
+        self.lab, self.guest, self.ctl = there.lab, there.guest, there.ctl
+        self.untidy = there.untidy
 
     def take_references(self) -> dict[str, Path]:
         """Copy all disks as they are now, by qemu-img."""
