@@ -6,8 +6,9 @@ of the human monitor): bitmaps, backup jobs and throttling see it as the guest's
 parallel to any libvirt client and while a backup runs.
 
 ``qemu-io`` on a disk with an iothread aborts QEMU 7.2.  So the guest of such disks is a driver
-over qtest (``tests.lab.virtio``), to the same effect.  While it is paused, its disks are in QEMU's
-main thread, and ``qemu-io`` serves again.  A guest that boots has its own driver: it writes itself.
+over qtest (``tests.lab.virtio_block``), to the same effect.  While it is paused, its disks are in
+QEMU's main thread, and ``qemu-io`` serves again.  A guest that boots has its own driver: it writes
+itself.
 """
 
 import contextlib
@@ -26,7 +27,9 @@ from tests.lab.domain_xml import BootFiles, DomainSpec, disk_element, domain_xml
 from tests.lab.process import KILL_TIMEOUT_SECONDS, ProcessHandle, open_pid_file, wait_until
 from tests.lab.qmp import Monitor
 from tests.lab.virsh import Virsh
-from tests.lab.virtio import HALT, MAX_BYTES, VirtioBlock, VirtioDisks
+from tests.lab.virtio import HALT, Hardware, VirtioDevice
+from tests.lab.virtio_agent import SERIAL, Agent, AgentThread
+from tests.lab.virtio_block import MAX_BYTES, VirtioBlock
 
 # the largest request that QEMU's block layer takes is just below 2 GiB
 MAX_ZERO_BYTES: Final = 1024 * MIB
@@ -57,6 +60,7 @@ class GuestOptions:
     uuid: str | None = None
     boot: BootFiles | None = None
     has_agent: bool = False
+    agent: Agent | None = None  # one that needs no system, with ``has_agent``
     console_log: Path | None = None
     extra_devices: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -83,7 +87,8 @@ class Guest:
         self._plugged: set[str] = set()
         self._paths: dict[str, Path | None] = {}
         self._monitor: Monitor | None = None
-        self._virtio: VirtioDisks | None = None
+        self._hardware: Hardware | None = None
+        self._agent: AgentThread | None = None
         self._process: ProcessHandle | None = None
         for disk in disks:
             self._adopt(disk)
@@ -128,6 +133,9 @@ class Guest:
         self._process = open_pid_file(self.places.pid_file)
         if self._process is None:
             raise LabError(f"{self.name}: no QEMU after the start")
+        if self.options.agent is not None:
+            self.options.agent.is_frozen = False
+        self._start_agent()
 
     def stop(self) -> None:
         """End QEMU in order, as a guest's power-off does: bitmaps are stored in the images."""
@@ -196,6 +204,8 @@ class Guest:
         """Take up a QEMU that another program started for this domain."""
         self._forget_process()
         self._process = open_pid_file(self.places.pid_file)
+        if self._process is not None:
+            self._start_agent()
 
     def pause(self) -> None:
         """Stop the guest's CPU; QEMU also drains and flushes its disks."""
@@ -245,6 +255,17 @@ class Guest:
                 entry: dict[str, Any] = device
                 return entry
         raise LabError(f"{self.name}: QEMU has no disk {target}")
+
+    @contextlib.contextmanager
+    def device(self, qdev: str) -> Iterator[VirtioDevice]:
+        """Have a virtio device as the guest's driver does, by its id; raises ``LabError``."""
+        if self._hardware is None:
+            self._hardware = Hardware(self.places.qtest)
+        try:
+            with self._hardware.device(qdev, self.qmp("query-pci")) as device:
+                yield device
+        except LabError as err:
+            raise LabError(f"{self.name}: {qdev}: {err}") from err
 
     # -- what the guest writes
 
@@ -399,7 +420,8 @@ class Guest:
     @property
     def _has_driver(self) -> bool:
         """Say whether the lab, and no system in the guest, drives the disks."""
-        return self.iothreads > 0 and self.options.boot is None
+        is_needed = self.iothreads > 0 or self.options.agent is not None
+        return is_needed and self.options.boot is None
 
     @contextlib.contextmanager
     def _driven(self, target: str) -> Iterator[VirtioBlock | None]:
@@ -409,15 +431,9 @@ class Guest:
             return
         if not self._has_driver:
             raise LabError(f"{self.name}: {target}: only the system in the guest can write to it")
-        if self._virtio is None:
-            self._virtio = VirtioDisks(self.places.qtest)
         # /machine/peripheral/ID/virtio-backend
-        device = Path(self.block_device(target)["qdev"]).parent.name
-        try:
-            with self._virtio.disk(device, self.qmp("query-pci")) as disk:
-                yield disk
-        except LabError as err:
-            raise LabError(f"{self.name}: {target}: {err}") from err
+        with self.device(Path(self.block_device(target)["qdev"]).parent.name) as device:
+            yield VirtioBlock(device)
 
     def _io_line(self, target: str, command: str) -> str:
         return f'qemu-io -d {self.block_device(target)["qdev"]} "{command}"'
@@ -443,10 +459,22 @@ class Guest:
         if done not in said[0]:
             raise LabError(f"{self.name}: {target}: {command}: {said[0].strip()}")
 
+    def _start_agent(self) -> None:
+        """Bring the agent into the guest, if it has one without a system."""
+        if self.options.agent is None:
+            return
+        with self.device(SERIAL) as device:
+            assert self._hardware is not None
+            self._agent = AgentThread(self.options.agent, self._hardware, device)
+        self._agent.start()
+
     def _forget_process(self) -> None:
-        if self._virtio is not None:
-            self._virtio.close()
-            self._virtio = None
+        if self._agent is not None:
+            self._agent.close()
+            self._agent = None
+        if self._hardware is not None:
+            self._hardware.close()
+            self._hardware = None
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None

@@ -1,19 +1,16 @@
-"""What a guest without an operating system does with its virtio disks: a driver over qtest.
+"""The virtio devices of a guest without an operating system, driven over qtest.
 
 QEMU's qtest protocol (``-qtest unix:…``, which works beside any accelerator) lets the lab write
-into the guest's memory and to its ports as if the guest's processor did it.  So this is a driver of
-virtio-blk as a guest has one: requests go through a virtqueue and are carried out by the disk
-device, in its iothread if it has one.  Bitmaps, backup jobs and throttling see them.
-
-(``qemu-io -d`` of the human monitor aborts QEMU 7.2 where the disk is in an iothread.)
+into the guest's memory and to its ports as if the guest's processor did it.  So drivers of
+devices can be here: what they ask for is carried out by the devices, as for any guest.
 
 The processor has to leave memory and devices alone: ``HALT`` is a firmware that only halts it.
 Nothing is remembered here but the connection: the state of the devices is in QEMU, that of the
 rings in the guest's memory.  So a reset, or a start from saved state, needs no care.
 
 Sources: Virtual I/O Device (VIRTIO) 1.1, 2.6 (split virtqueues), 4.1.4 (PCI, with
-VIRTIO_PCI_CAP_PCI_CFG, which reaches all registers without a BAR), 5.2 (block device); QEMU's
-``system/qtest.c`` for the protocol.
+VIRTIO_PCI_CAP_PCI_CFG, which reaches all registers without a BAR); QEMU's ``system/qtest.c`` for
+the protocol.
 """
 
 import base64
@@ -33,20 +30,18 @@ HALT: Final = b"\xf4" * 0xFFF0 + b"\xfa\xf4\xeb\xfd".ljust(16, b"\xf4")
 """64 KiB of firmware: at the reset vector ``cli; 1: hlt; jmp 1b``."""
 
 TIMEOUT_SECONDS: Final = 60.0
-"""For one request; the disk may be throttled, or wait for a job."""
+"""For one request; a disk may be throttled, or wait for a job."""
 LINE_BYTES: Final = 16 << 10
 """What a line of qtest carries: QEMU takes time with the square of a line's length."""
-SECTOR: Final = 512
-MAX_BYTES: Final = 16 << 20
-"""The most that one request carries; it has to lie in the guest's memory."""
 
-# where things lie in the guest's memory, from 1 MiB: a ring for each slot of a bus, then data
+# where things lie in the guest's memory: the rings of each slot of the bus, then data of requests
 RINGS: Final = 1 << 20
-RING_STEP: Final = 1 << 16
+SLOT_STEP: Final = 1 << 17
+RING_STEP: Final = 1 << 14
 DATA: Final = 8 << 20
-# within a ring: descriptors, what is made available, what was used, header and status
-AVAILABLE, USED, HEADER, STATUS = 0x1000, 0x2000, 0x3000, 0x3800
-QUEUE_SIZE: Final = 64
+# within a ring: descriptors, what is made available, what was used, buffers of the driver's own
+AVAILABLE, USED, BUFFERS = 0x400, 0x800, 0x1000
+RING_SIZE: Final = 32
 
 # PCI
 CONFIG_ADDRESS, CONFIG_DATA = 0xCF8, 0xCFC
@@ -61,13 +56,7 @@ DEVICE_STATUS, QUEUE_SELECT, QUEUE_LENGTH, QUEUE_ENABLE = 0x14, 0x16, 0x18, 0x1C
 QUEUE_NOTIFY, QUEUE_DESCRIPTORS, QUEUE_AVAILABLE, QUEUE_USED = 0x1E, 0x20, 0x28, 0x30
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK = 1, 2, 4, 8
 VERSION_1: Final = 1 << 32
-DISCARD_FEATURE, ZEROES_FEATURE = 1 << 13, 1 << 14
-
-# VIRTIO_BLK_T_*
-READ, WRITE, DISCARD, WRITE_ZEROES = 0, 1, 11, 13
-UNMAP: Final = 1
 NEXT, DEVICE_WRITES = 1, 2
-SAID: Final = {1: "failed: input/output error", 2: "failed: not supported"}
 
 
 class Qtest:
@@ -139,14 +128,72 @@ class PciDevice:
         return {1: "b", 2: "w", 4: "l"}[width]
 
 
-class VirtioBlock:
-    """One virtio-blk device, made ready when needed; a request is waited for at once."""
+class Ring:
+    """A virtqueue: chains of buffers that are offered to the device, and come back used."""
 
-    def __init__(self, qtest: Qtest, device: PciDevice, ring: int) -> None:
-        """Find the device's registers; ``ring`` is an address in the guest's memory."""
+    def __init__(self, qtest: Qtest, address: int) -> None:
+        """A ring is nothing but its place in the guest's memory."""
         self._qtest = qtest
+        self.address = address
+
+    @property
+    def buffers(self) -> int:
+        """The address of 12 KiB for the driver's own use."""
+        return self.address + BUFFERS
+
+    def clear(self) -> None:
+        """Begin anew; no interrupts are wanted."""
+        self._qtest.fill(self.address, RING_STEP, 0)
+        self._qtest.write(self.address + AVAILABLE, b"\x01")
+
+    def offer(self, buffers: Sequence[tuple[int, int, int]], head: int = 0) -> int:
+        """Make a chain of (address, length, flags) available, in descriptors from ``head`` on.
+
+        Returns how many chains have been offered (modulo 65536).
+        """
+        last = head + len(buffers) - 1
+        chain = b"".join(
+            struct.pack("<QIHH", at, length, flags | (NEXT if n < last else 0), n + 1)
+            for n, (at, length, flags) in enumerate(buffers, head)
+        )
+        self._qtest.write(self.address + 16 * head, chain)
+        at = self.address + AVAILABLE
+        made = int.from_bytes(self._qtest.read(at + 2, 2), "little")
+        self._qtest.write(at + 4 + 2 * (made % RING_SIZE), struct.pack("<H", head))
+        made = (made + 1) % (1 << 16)
+        self._qtest.write(at + 2, struct.pack("<H", made))
+        return made
+
+    def used(self) -> int:
+        """How many chains have come back (modulo 65536)."""
+        return int.from_bytes(self._qtest.read(self.address + USED + 2, 2), "little")
+
+    def came_back(self, number: int) -> tuple[int, int]:
+        """The head of the chain that came back as that number, and how much was written."""
+        at = self.address + USED + 4 + 8 * (number % RING_SIZE)
+        found: tuple[int, int] = struct.unpack("<II", self._qtest.read(at, 8))
+        return found
+
+    def wait(self, made: int) -> None:
+        """Wait until so many chains have come back; raises ``LabError``."""
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        for number in itertools.count():
+            if self.used() == made:
+                return
+            if time.monotonic() > deadline:
+                raise LabError(f"the device has not answered within {TIMEOUT_SECONDS} s")
+            # most requests are over after some turns
+            time.sleep(0 if number < 10 else 0.001)
+
+
+class VirtioDevice:
+    """The registers of a virtio device."""
+
+    def __init__(self, qtest: Qtest, device: PciDevice, slot: int) -> None:
+        """Find the registers; ``slot`` gives the rings their place in memory."""
+        self.qtest = qtest
         self._device = device
-        self._ring = ring
+        self._slot = slot
         self._areas: dict[int, tuple[int, int]] = {}  # kind -> capability, offset of the area
         at = device.read(CAPABILITIES, 1)
         while at:
@@ -155,64 +202,19 @@ class VirtioBlock:
             at = device.read(at + 1, 1)
         if not self._areas.keys() >= {COMMON, NOTIFY, WINDOW}:
             raise LabError("no virtio device that knows VIRTIO_PCI_CAP_PCI_CFG")
+        self._step = device.read(self._areas[NOTIFY][0] + 16)  # notify_off_multiplier
 
-    def write(self, offset: int, data: bytes | int, length: int) -> None:
-        """Write data, or ``length`` times one value."""
-        if isinstance(data, int):
-            self._qtest.fill(DATA, length, data)
-        else:
-            self._qtest.write(DATA, data)
-        self._request(WRITE, offset // SECTOR, length)
+    @property
+    def is_ready(self) -> bool:
+        """Say whether a driver is at work."""
+        return bool(self._get(COMMON, DEVICE_STATUS, 1) & DRIVER_OK)
 
-    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
-        """Send a write-zeroes request, with or without leave to deallocate."""
-        self._range(WRITE_ZEROES, offset, length, UNMAP if unmap else 0)
+    def ring(self, number: int) -> Ring:
+        """One of the queues; at most eight."""
+        return Ring(self.qtest, RINGS + self._slot * SLOT_STEP + number * RING_STEP)
 
-    def discard(self, offset: int, length: int) -> None:
-        """Send a discard request."""
-        self._range(DISCARD, offset, length, 0)
-
-    def _range(self, kind: int, offset: int, length: int, flags: int) -> None:
-        segment = struct.pack("<QII", offset // SECTOR, length // SECTOR, flags)
-        self._qtest.write(DATA, segment)
-        self._request(kind, 0, len(segment))
-
-    def _request(self, kind: int, sector: int, length: int) -> None:
-        """Make the data at ``DATA`` the body of a request, and wait for its end."""
-        if not self._get(COMMON, DEVICE_STATUS, 1) & DRIVER_OK:
-            self._make_ready()
-        ring = self._ring
-        self._qtest.write(ring + HEADER, struct.pack("<IIQ", kind, 0, sector))
-        self._qtest.write(ring + STATUS, b"\xff")
-        chain = [
-            (ring + HEADER, 16, NEXT, 1),
-            (DATA, length, NEXT, 2),
-            (ring + STATUS, 1, DEVICE_WRITES, 0),
-        ]
-        self._qtest.write(ring, b"".join(struct.pack("<QIHH", *each) for each in chain))
-        (made,) = struct.unpack("<H", self._qtest.read(ring + AVAILABLE + 2, 2))
-        self._qtest.write(ring + AVAILABLE + 4 + 2 * (made % QUEUE_SIZE), bytes(2))
-        made = (made + 1) % (1 << 16)
-        self._qtest.write(ring + AVAILABLE + 2, struct.pack("<H", made))
-        self._set(NOTIFY, 0, 2, 0)
-        self._wait(struct.pack("<H", made))
-
-    def _wait(self, made: bytes) -> None:
-        """Wait until the device has used what was made available; raises ``LabError``."""
-        deadline = time.monotonic() + TIMEOUT_SECONDS
-        for number in itertools.count():
-            if self._qtest.read(self._ring + USED + 2, 2) == made:
-                break
-            if time.monotonic() > deadline:
-                raise LabError(f"the disk has not answered within {TIMEOUT_SECONDS} s")
-            # most requests are over after some turns
-            time.sleep(0 if number < 10 else 0.001)
-        (status,) = self._qtest.read(self._ring + STATUS, 1)
-        if status:
-            raise LabError(SAID.get(status, f"failed: status {status}"))
-
-    def _make_ready(self) -> None:
-        """Do what a driver does at its start (VIRTIO 1.1, 3.1.1)."""
+    def make_ready(self, features: int, queues: Sequence[int]) -> None:
+        """Do what a driver does at its start (VIRTIO 1.1, 3.1.1); raises ``LabError``."""
         self._device.write(COMMAND, BUS_MASTER, 2)
         self._put(DEVICE_STATUS, 1, 0)
         self._put(DEVICE_STATUS, 1, ACKNOWLEDGE | DRIVER)
@@ -220,26 +222,34 @@ class VirtioBlock:
         for half in (0, 1):
             self._put(FEATURE_SELECT, 4, half)
             offered |= self._get(COMMON, FEATURES, 4) << 32 * half
-        wanted = VERSION_1 | DISCARD_FEATURE | ZEROES_FEATURE
+        wanted = VERSION_1 | features
         if offered & wanted != wanted:
-            raise LabError(f"the disk offers {offered:#x}, not all of {wanted:#x}")
+            raise LabError(f"the device offers {offered:#x}, not all of {wanted:#x}")
         for half in (0, 1):
             self._put(DRIVER_SELECT, 4, half)
             self._put(DRIVER_FEATURES, 4, wanted >> 32 * half & 0xFFFFFFFF)
         self._put(DEVICE_STATUS, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK)
-        self._qtest.fill(self._ring, RING_STEP, 0)
-        self._qtest.write(self._ring + AVAILABLE, b"\x01")  # no interrupts
-        self._put(QUEUE_SELECT, 2, 0)
-        self._put(QUEUE_LENGTH, 2, QUEUE_SIZE)
+        for number in queues:
+            self._make_queue(number)
+        self._put(DEVICE_STATUS, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
+
+    def notify(self, queue: int) -> None:
+        """Tell the device that something was made available."""
+        self._set(NOTIFY, queue * self._step, 2, queue)
+
+    def _make_queue(self, number: int) -> None:
+        ring = self.ring(number)
+        ring.clear()
+        self._put(QUEUE_SELECT, 2, number)
+        self._put(QUEUE_LENGTH, 2, RING_SIZE)
         for register, address in (
-            (QUEUE_DESCRIPTORS, self._ring),
-            (QUEUE_AVAILABLE, self._ring + AVAILABLE),
-            (QUEUE_USED, self._ring + USED),
+            (QUEUE_DESCRIPTORS, ring.address),
+            (QUEUE_AVAILABLE, ring.address + AVAILABLE),
+            (QUEUE_USED, ring.address + USED),
         ):
             self._put(register, 4, address)
             self._put(register + 4, 4, 0)
         self._put(QUEUE_ENABLE, 2, 1)
-        self._put(DEVICE_STATUS, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
 
     def _put(self, register: int, width: int, value: int) -> None:
         self._set(COMMON, register, width, value)
@@ -260,28 +270,28 @@ class VirtioBlock:
         return window + 16
 
 
-class VirtioDisks:
-    """All virtio disks of a guest; several threads may write."""
+class Hardware:
+    """The virtio devices of a running guest; several threads may use it, one at a time."""
 
     def __init__(self, path: Path) -> None:
         """Connect to the guest's qtest socket; raises ``LabError``."""
         self._qtest = Qtest(path)
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def close(self) -> None:
         """Disconnect; the guest goes on."""
         self._qtest.close()
 
     @contextlib.contextmanager
-    def disk(self, qdev: str, buses: Sequence[Mapping[str, Any]]) -> Iterator[VirtioBlock]:
-        """Have a disk, by its id in QEMU; ``buses`` is what ``query-pci`` says."""
-        with self._lock:
+    def device(self, qdev: str, buses: Sequence[Mapping[str, Any]]) -> Iterator[VirtioDevice]:
+        """Have a device, by its id in QEMU; ``buses`` is what ``query-pci`` says."""
+        with self.lock:
             yield self._find(qdev, buses)
 
-    def _find(self, qdev: str, buses: Sequence[Mapping[str, Any]]) -> VirtioBlock:
+    def _find(self, qdev: str, buses: Sequence[Mapping[str, Any]]) -> VirtioDevice:
         for bus in buses:
             for found in bus["devices"]:
                 if found["qdev_id"] == qdev:
                     device = PciDevice(self._qtest, 0, found["slot"], found["function"])
-                    return VirtioBlock(self._qtest, device, RINGS + found["slot"] * RING_STEP)
-        raise LabError(f"no virtio disk {qdev} on a bus")
+                    return VirtioDevice(self._qtest, device, found["slot"])
+        raise LabError(f"no virtio device {qdev} on a bus")

@@ -123,10 +123,17 @@ def check_guest(world: World) -> None:
         assert world.guest.is_paused() == (world.power is Power.PAUSED)
     if not world.job_left:
         assert not leftovers(world)
+    if world.power is Power.RUNNING and world.agent.is_prompt:
+        wait_until(lambda: not is_held(world), "thaw of the guest", CALM_SECONDS)
     there = world.other
     if there.defined:
         state = there.lab.virsh("domstate", "--domain", there.defined).strip()
         assert state == "shut off", state
+
+
+def is_held(world: World) -> bool:
+    """The guest is frozen, or somebody believes that it may be."""
+    return world.agent.is_frozen or bool(list(world.ctl.runtime.rglob("guest-held")))
 
 
 def leftovers(world: World) -> list[str]:

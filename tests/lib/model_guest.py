@@ -222,3 +222,16 @@ def plug(world: World, *, again: bool) -> str:
     world.sizes[PLUGGED] = world.guest.disk_size(PLUGGED)
     world.lose([PLUGGED])
     return path.name
+
+
+def draw_agent(_world: World, rng: random.Random) -> Arguments:
+    how = rng.choice(["prompt", "prompt", "slow", "hung", "gone"])
+    return {"how": how, "seconds": round(rng.uniform(0.5, 4), 1) if how == "slow" else 0}
+
+
+@step(5, draw=draw_agent)
+def change_agent(world: World, how: str, seconds: float) -> None:
+    """The guest's agent is slow in freezing, hangs, or is gone; or it is well again."""
+    world.agent.freeze_seconds = seconds
+    world.agent.is_hung = how == "hung"
+    world.agent.is_gone = how == "gone"

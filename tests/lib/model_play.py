@@ -12,6 +12,7 @@ from tests.lab.command import run
 from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec
 from tests.lab.guest import GuestOptions
+from tests.lab.virtio_agent import Agent
 from tests.lib import (
     model_checks,
     model_deaths,
@@ -33,6 +34,8 @@ DISKS = (
 SMALL = "small"
 OPTIONS = {"plain": (), "packed": ("-z",), "checked": ("--extents", "nbdinfo")}
 PLACES = {"packed": SMALL}
+QUICK = ("DEFAULT2@nbdbackupd.source.running:RunningRequest.freeze_seconds#1",)
+"""So long the guest's agent has for a freeze."""
 
 
 @contextmanager
@@ -43,16 +46,19 @@ def world_of(directory: Path) -> Iterator[World]:
         DaemonLab(host="lab-b") as second,
         small_place(directory / SMALL) as small,
     ):
-        options = GuestOptions(uuid=str(uuid.uuid4()))
+        agent = Agent()
+        options = GuestOptions(uuid=str(uuid.uuid4()), has_agent=True, agent=agent)
         guest = lab.guest("vm-0", DISKS, options)
         disks = [replace(disk, path=guest.image(disk.target)) for disk in DISKS]
         ctl = RiggedCtl(second.uri, second.directory / "ctl")
         ctl.state = lab.directory / "ctl" / "state"
+        ctl.always = QUICK
         other = second.guest("vm-0", disks, options)
         world = World(
             lab=lab,
             guest=guest,
             ctl=RiggedCtl(lab.uri, lab.directory / "ctl"),
+            agent=agent,
             other=Place(lab=second, guest=other, ctl=ctl, defined=other.name),
             directory=directory,
             small=small,
@@ -63,6 +69,7 @@ def world_of(directory: Path) -> Iterator[World]:
             sizes={disk.target: disk.size for disk in DISKS},
             chains={disk.target: (str(guest.image(disk.target)),) for disk in DISKS},
         )
+        world.ctl.always = QUICK
         yield world
 
 

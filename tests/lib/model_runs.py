@@ -281,7 +281,7 @@ def settle(
         world.job_left = False
         allow = allowed(world, result.code, was_active=before.is_active)
         checks.check_clean(world, target, allow)
-        world.untidy = bool(allow)
+        world.untidy = bool(allow - {"guest-held"})
     if result.code in DONE:
         checks.check_only_base(world, target, spared)
     checks.check_kept(world, target, before, is_lossy=is_lossy, forgets=forgets)
@@ -297,12 +297,14 @@ def settle(
 
 def allowed(world: World, code: int, *, was_active: bool) -> frozenset[str]:
     """Files that may stay when a run ends so."""
+    # that the guest may freeze late is known until its agent has answered
+    held = {"guest-held"} if world.is_active and not world.agent.is_prompt else set()
     if code in DONE:
-        return frozenset()
+        return frozenset(held)
     # a checkpoint or bitmap that can't be removed now
     notes = {"run.json"} if was_active != world.is_active else set()
     # of a dead run; the next one that comes so far removes it or puts its own in its place
-    return frozenset({*notes, "offline.sock"})
+    return frozenset({*notes, *held, "offline.sock"})
 
 
 def take_up(

@@ -18,6 +18,7 @@ from tests.lab.command import LabError, run
 from tests.lab.daemon import DaemonLab
 from tests.lab.guest import Guest
 from tests.lab.process import KILL_TIMEOUT_SECONDS, wait_until
+from tests.lab.virtio_agent import Agent
 from tests.lib.rigged import RiggedCtl
 
 KIB = 1024
@@ -91,6 +92,7 @@ class World:
     lab: DaemonLab
     guest: Guest
     ctl: RiggedCtl
+    agent: Agent
     other: Place
     """The other host: it shares images, sets and the state directory."""
     directory: Path

@@ -4,7 +4,8 @@ A fault is ``WHAT@MODULE:FUNCTION#NUMBER`` and happens at that call of that func
 product (or of ``os``): a signal's name, such as ``KILL``, sends it to ourselves before the call;
 with a ``+`` (``KILL+``) after it; ``SLOW0.1`` makes each call from that one on take so much
 longer; ``LATER40`` has a clock return a time so many days later; ``NOSPACE`` and ``EIO`` raise
-that OSError instead of calling.
+that OSError instead of calling. ``DEFAULT2@MODULE:CLASS.FIELD#1`` gives the field of a dataclass
+(by keyword only) another default.
 """
 
 import errno
@@ -31,14 +32,16 @@ class RiggedCtl(Ctl):
     """``Ctl`` whose commands run into ``faults`` while these are set."""
 
     faults: tuple[str, ...] = ()
+    always: tuple[str, ...] = ()
 
     def argv(self, verb: str, *arguments: str | os.PathLike[str]) -> list[str]:
         """The whole command line."""
         words = super().argv(verb, *arguments)
-        if not self.faults:
+        faults = (*self.always, *self.faults)
+        if not faults:
             return words
         place = words.index("nbdbackupd")
-        return [*words[:place], "tests.lib.rigged", *self.faults, "--", *words[place + 1 :]]
+        return [*words[:place], "tests.lib.rigged", *faults, "--", *words[place + 1 :]]
 
     @contextmanager
     def rigged(self, *faults: str) -> Iterator[None]:
@@ -60,6 +63,9 @@ def rig(fault: str) -> None:
     *between, name = path.split(".")
     for each in between:
         owner = getattr(owner, each)
+    if what == "DEFAULT":
+        owner.__init__.__kwdefaults__[name] = float(amount)
+        return
     before: Callable[..., Any] = getattr(owner, name)
     calls = itertools.count(1)
 
