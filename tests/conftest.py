@@ -19,6 +19,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="how many iothreads the guests of system tests have; 'rule': half of the files have "
         "some, 'other': the other half, so that both together are all",
     )
+    parser.addoption(
+        "--other-release",
+        default="chosen",
+        help="which system tests are run on the other release of Debian, too: chosen, or all",
+    )
 
 
 def pytest_configure() -> None:

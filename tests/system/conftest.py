@@ -1,23 +1,24 @@
-"""Which guests have iothreads: the fixed rule by which half of all is run each time."""
+"""Which guests have iothreads: see tests/lib/matrix.py."""
 
-import zlib
+from pathlib import Path
 
 import pytest
 
 from tests.lab.base import Lab
+from tests.lib import matrix
 
-IOTHREADS = 2
+HERE = Path(__file__).parent
 
 
-def iothreads_of(name: str, wanted: str) -> int:
-    """The number for the guests of a test file; ``wanted`` is the option's value."""
-    if wanted not in ("rule", "other"):
-        return int(wanted)
-    is_chosen = zlib.crc32(name.encode()) % 2 == 0
-    return IOTHREADS if is_chosen == (wanted == "rule") else 0
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is run with and without iothreads."""
+    for item in items:
+        name = item.path.stem.removeprefix("test_")
+        if item.path == HERE / f"test_{name}.py" and name in matrix.ENDS:
+            item.add_marker("ends")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before any fixture: one of a module makes the guests of all of its tests."""
-    Lab.iothreads = iothreads_of(item.path.stem, item.config.getoption("--iothreads"))
+    Lab.iothreads = matrix.iothreads_of(item.path.stem, item.config.getoption("--iothreads"))

@@ -1,0 +1,36 @@
+"""Which system tests are run how often: {no iothreads, iothreads} x {this Debian, the other one}.
+
+All of that takes four times as long as once. By default every file is run once on the release
+that the tests run on, half of them with iothreads; those whose subject is the end of a job, by
+whatever cause, are run with and without on this release, and once more on the other one.
+
+The whole is to be had by options, on either release::
+
+    scripts/test --iothreads=0 tests/system
+    scripts/test --iothreads=2 tests/system
+    scripts/test --iothreads=0 --other-release=all tests/host/test_other_release.py
+    scripts/test --iothreads=2 --other-release=all tests/host/test_other_release.py
+"""
+
+import zlib
+from typing import Final
+
+ENDS: Final = ("chain", "faults", "interrupt", "kill", "levels", "lifecycle", "running")
+"""Files whose subject is how a job of a running domain ends."""
+IOTHREADS: Final = 2
+
+
+def iothreads_of(name: str, wanted: str) -> int:
+    """The number for the guests of a test file; ``wanted`` is the option's value.
+
+    ``rule`` and ``other`` are two halves: together they are both numbers for every file.
+    """
+    if wanted not in ("rule", "other"):
+        return int(wanted)
+    is_chosen = zlib.crc32(name.encode()) % 2 == 0
+    return IOTHREADS if is_chosen == (wanted == "rule") else 0
+
+
+def path_of(name: str) -> str:
+    """The path of a system test file in the tree."""
+    return f"tests/system/test_{name}.py"
