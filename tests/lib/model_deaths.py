@@ -20,7 +20,8 @@ from tests.lib.model_runs import (
     wait_for_job,
     words,
 )
-from tests.lib.model_world import KIB, World
+from tests.lib.model_world import KIB, SetModel, World
+from tests.lib.odd_files import mounted
 
 PLACES = (
     "nbdbackupd.nbdio.copy:_Reader.submit",
@@ -30,6 +31,7 @@ PLACES = (
 )
 """Where the run is when it happens, at a random call of them."""
 DEATHS = ("stop", "destroy", "kill9", "abort", "daemon", "daemon")
+ODD = "checked"
 READER = "qemu-storage-d"
 FAILED = frozenset({20, 30, GAVE_WAY})
 
@@ -174,3 +176,26 @@ def define_clone(world: World, source: str, which: int, **_rest: Any) -> str:
     world.lab.virsh("undefine", name)
     world.forget_files(into)
     return f"{result.code} {point} {len(result.json['disks'])} disks"
+
+
+ODDITIES: tuple[list[str], ...] = (
+    ["fold"], ["nochmod"], ["nodelete"], ["noreplace", "nodirsync"], ["nodelete", "noreplace"],
+    ["fold", "nochmod"], [],
+)  # fmt: skip
+
+
+def draw_oddities(_world: World, rng: random.Random) -> Arguments:
+    return {"oddities": rng.choice(ODDITIES)}
+
+
+@step(2, draw=draw_oddities)
+def change_target(world: World, oddities: list[str]) -> str:
+    """From now on one of the sets is begun anew where the file system can't do this or that."""
+    old = world.sets[ODD]
+    world.retired.append(old)
+    folder = world.directory / f"odd-{world.next_number()}"
+    at = folder / "at"
+    if oddities:
+        world.mounts.enter_context(mounted(folder / "below", at, *oddities))
+    world.sets[ODD] = SetModel(path=at / "The Set", options=old.options, oddities=tuple(oddities))
+    return str(at)

@@ -4,7 +4,7 @@ import random
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +45,7 @@ def world_of(directory: Path) -> Iterator[World]:
         DaemonLab(host="lab-a") as lab,
         DaemonLab(host="lab-b") as second,
         small_place(directory / SMALL) as small,
+        ExitStack() as mounts,
     ):
         agent = Agent()
         options = GuestOptions(uuid=str(uuid.uuid4()), has_agent=True, agent=agent)
@@ -61,6 +62,7 @@ def world_of(directory: Path) -> Iterator[World]:
             agent=agent,
             other=Place(lab=second, guest=other, ctl=ctl, defined=other.name),
             directory=directory,
+            mounts=mounts,
             small=small,
             sets={
                 name: SetModel(path=directory / PLACES.get(name, "") / name, options=options)

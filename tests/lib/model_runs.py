@@ -324,4 +324,4 @@ def retire(world: World, target: SetModel) -> None:
     name = next(name for name, each in world.sets.items() if each is target)
     world.retired.append(target)
     path = target.path.with_name(f"{name}-{world.next_number()}")
-    world.sets[name] = SetModel(path=path, options=target.options)
+    world.sets[name] = SetModel(path=path, options=target.options, oddities=target.oddities)

@@ -8,7 +8,7 @@ increment must not read in full, since nothing has happened that loses their cha
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -46,6 +46,8 @@ class SetModel:
 
     path: Path
     options: tuple[str, ...] = ()
+    oddities: tuple[str, ...] = ()
+    """What its file system can't do, see ``odd_files``."""
     references: dict[str, dict[str, Path]] = field(default_factory=dict)
     head: str = ""
     """Name of the base's checkpoint."""
@@ -96,6 +98,8 @@ class World:
     other: Place
     """The other host: it shares images, sets and the state directory."""
     directory: Path
+    mounts: ExitStack
+    """Holds file systems until the end."""
     small: Path
     """A file system that can be made full."""
     sets: dict[str, SetModel] = field(default_factory=dict)

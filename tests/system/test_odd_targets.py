@@ -64,6 +64,14 @@ def test_a_chain_on_it_is_whole(here: Scene, oddities: str) -> None:
     here.ctl("verify", copied)
 
 
+def test_a_set_with_another_name_in_the_list_is_there(here: Scene) -> None:
+    """D-4, L-1: where case is folded, a chain's set is not taken for gone."""
+    with mounted(here.directory / "below", here.directory / "at", "fold") as at:
+        here.save("-l", "full", into=at / "Some Set")
+        (told,) = here.save("-l", "full").report["other_chains"]
+        assert f"for set {at / 'Some Set'}; if no backup goes there any more" in told
+
+
 def test_where_nothing_is_ever_replaced(here: Scene) -> None:
     """D-6: only the peer's list of checkpoints stays as it was, which is told."""
     oddities = ("nodelete", "noreplace")

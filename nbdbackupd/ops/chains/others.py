@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +68,12 @@ def other_chains(
 
 
 def _is_gone(path: Path) -> bool:
+    # asked by its name: a file system that folds case lists another one
     try:
-        return path.name not in (beside := os.listdir(path.parent)) and bool(beside)  # noqa: PTH208
+        path.lstat()
+    except FileNotFoundError:
+        with suppress(OSError):
+            return any(path.parent.iterdir())
     except OSError:
         return False
+    return False
