@@ -45,7 +45,8 @@ def look(world: World) -> Sight:
 
 def new_points(world: World, target: SetModel) -> list[dict[str, Any]]:
     """Points of the set that the model does not know yet."""
-    if not (target.path / "points").is_dir():
+    points = target.path / "points"
+    if not points.is_dir() or len(list(points.glob("*.json"))) == len(target.references):
         return []
     return [each for each in world.ctl.points(target.path) if each["id"] not in target.references]
 
@@ -215,13 +216,18 @@ def compare(image: Path, reference: Path) -> None:
 
 
 def prove_all(world: World) -> None:
-    """Restore each point of each set that there has been; all of them must be sound."""
+    """Verify each set that there has been, whole, and restore the newest point and some others.
+
+    Each point was restored when it was made, and that its bytes are those of then is what
+    ``verify`` proves.
+    """
     for target in [*world.sets.values(), *world.retired]:
         if not target.references:
             continue
         world.ctl("verify", target.path)
-        assert new_points(world, target) == []
-        for point in target.references:
+        listed = [each["id"] for each in world.ctl.points(target.path)]
+        assert set(listed) == set(target.references)
+        for point in [*listed[:-1:3], listed[-1]]:
             prove(world, target, point)
 
 
