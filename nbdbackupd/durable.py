@@ -32,6 +32,7 @@ TELL_SECONDS: Final = 0.5
 NAMELESS: Final = "another process"
 LOCK_MODE: Final = 0o600
 MAX_HOLDER: Final = 256
+MAX_HOST: Final = 64
 
 _NO_MODES: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
 """What chmod answers where there are no modes: we own what we make, so it is never about us."""
@@ -339,7 +340,8 @@ class Lock:
         with suppress(OSError):
             os.ftruncate(self._fd, 0)
             text = f"{os.getpid()} {self._owner}".encode(errors="backslashreplace")
-            os.pwrite(self._fd, text[:MAX_HOLDER], 0)
+            host = f"\n{_host()}".encode(errors="backslashreplace")
+            os.pwrite(self._fd, text[: MAX_HOLDER - len(host)] + host, 0)
         return True
 
     def _is_current(self, fd: int) -> bool:
@@ -381,14 +383,37 @@ def is_locked(path: Path, *, shared: bool = True) -> bool:
 
 
 def holder(path: Path) -> str:
-    """Who holds a lock, as "process 123 (backup of vm1)", for messages."""
+    """Who holds a lock, as "process 123 (backup of vm1)", for messages.
+
+    One on another host is "process 123 on host b (backup of vm1)".
+    """
+    pid, what, host = _holder(path)
+    if not pid.isascii() or not pid.isdigit():
+        return NAMELESS
+    where = f" on host {host}" if host not in ("", _host()) else ""
+    return f"process {pid}{where} ({what})"
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether it was another host that wrote into a lock last, by what it wrote."""
+    return _holder(path)[2] not in ("", _host())
+
+
+def _holder(path: Path) -> tuple[str, str, str]:
+    """Process id, purpose, host as they stand in a lock, safe to print."""
     try:
         with path.open("rb") as file:
             text = file.read(MAX_HOLDER).decode(errors="backslashreplace")
     except OSError:
         text = ""
-    pid, _, what = text.partition(" ")
-    if not pid.isascii() or not pid.isdigit():
-        return NAMELESS
-    clean = "".join(char if char.isprintable() else "?" for char in what)
-    return f"process {pid} ({clean})"
+    line, _, host = text.partition("\n")
+    pid, _, what = line.partition(" ")
+    return pid, _printable(what), _printable(host)
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def _host() -> str:
+    return os.uname().nodename[:MAX_HOST]

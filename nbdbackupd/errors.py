@@ -7,6 +7,7 @@
     |- ConfigError 10            a setting that can't work
     |- DomainError 20            libvirt or the domain
     |  |- DomainNotFoundError
+    |  |- ElsewhereError        another host has the domain, or may
     |  |- NotSupportedError      a disk, image or libvirt that can't do what was asked
     |  |- CheckpointError        a checkpoint or bitmap is missing or broken
     |  `- FreezeError            the guest's file systems could not be frozen
@@ -71,6 +72,10 @@ class DomainError(NbdbackupError):
 
 class DomainNotFoundError(DomainError):
     """No domain of that name or UUID."""
+
+
+class ElsewhereError(DomainError):
+    """Another host has the domain, or may: it is that host's to save."""
 
 
 class NotSupportedError(DomainError):

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbdbackupd.app.context import DEFAULT_URI, Context
+from nbdbackupd.app.context import DEFAULT_URI, Context, default_state_dir
 from nbdbackupd.errors import ConfigError, DomainError
 
 if TYPE_CHECKING:
     from nbdbackupd.app.config.files import Configuration
     from nbdbackupd.app.config.settings import DomainSettings
+    from nbdbackupd.ops.domain.images import Sharing
     from nbdbackupd.virt.domain import Domain
 
 
@@ -82,6 +83,25 @@ def state_directory(name: str, context: Context) -> Path:
     if settings.is_default("checkpoint_directory"):
         return context.state_dir
     return settings.checkpoint_directory
+
+
+def sharing_of(name: str, context: Context) -> "Sharing":
+    """What is known of other hosts, for a verb that is told all else by its options.
+
+    A configuration that can't be read is no reason to refuse; it may know of other hosts, though.
+    """
+    from nbdbackupd.app.config.settings import sharing
+    from nbdbackupd.ops.domain import images
+
+    given = context.state_dir.absolute() if context.is_state_given else None
+    if given == default_state_dir(os.environ):
+        given = None
+    try:
+        _, _, settings = settings_of(name, read(context), context)
+    except (ConfigError, DomainError):
+        return images.Sharing(state_dir=given, devices=images.SHARED)
+    found = sharing(settings)
+    return replace(found, state_dir=given) if context.is_state_given else found
 
 
 def settings_of_domain(domain: "Domain", configuration: "Configuration") -> "DomainSettings":

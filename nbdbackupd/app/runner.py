@@ -14,7 +14,7 @@ from nbdbackupd.app import configured, inhibit, making
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.run_metrics import RunMetrics
-from nbdbackupd.errors import DomainNotFoundError, Interrupted, NbdbackupError
+from nbdbackupd.errors import DomainNotFoundError, ElsewhereError, Interrupted, NbdbackupError
 
 if TYPE_CHECKING:
     from nbdbackupd.app.config.files import Configuration
@@ -127,19 +127,13 @@ def _find_and_run(wish: Wish, context: Context, watch: Watch) -> RunReport:
     from nbdbackupd.app.config.matching import is_uuid
     from nbdbackupd.app.config.settings import global_settings
     from nbdbackupd.ops.domain import domains
-    from nbdbackupd.virt.domain import Domain
 
     configuration = configured.read(context).require_sound()
     context = configured.connected(configuration, context)
     with ExitStack() as stack:
         try:
             connection = stack.enter_context(context.connection())
-            if wish.shutdown:
-                runtime_dir = context.runtime_dir.absolute()
-                domain = domains.find(connection, wish.domain, runtime_dir)
-            else:
-                # a transient one is saved by schedule while it runs
-                domain = Domain.find(connection, wish.domain)
+            domain = domains.find(connection, wish.domain, context.runtime_dir.absolute())
         except DomainNotFoundError as err:
             if not wish.shutdown:
                 raise
@@ -160,6 +154,9 @@ def _find_and_run(wish: Wish, context: Context, watch: Watch) -> RunReport:
         why_not = one.why_not() if wish.shutdown else ""
         if why_not:
             return one.report("skipped", why_not)
+        left = one.left_to_others()
+        if left is not None:
+            return left
         if wish.dry_run:
             return one.plan_only()
         report = one.recorded()
@@ -207,6 +204,43 @@ class _Run:
             # its end would be the end of a guest, too, and start the next run
             return "start_paused is on in its configuration: it is saved by schedule only"
         return after_end.why_not(self.domain)
+
+    def left_to_others(self) -> RunReport | None:
+        """What to report if another host saves the domain; None if this one does.
+
+        Nothing is touched. Raises BusyError, RepositoryError, DomainError.
+        """
+        from nbdbackupd.app.config.settings import sharing
+        from nbdbackupd.ops.domain import images
+
+        if self.domain.is_active():
+            return None
+        if self.settings.standby:
+            return self.report("skipped", "it is off here, and this host only stands by for it")
+        try:
+            found = images.prove(self.domain, sharing(self.settings))
+        except ElsewhereError as err:
+            return self._elsewhere(err)
+        if found.saver is None:
+            return None
+        saver = found.saver
+        return self.report(
+            "skipped", f"host {saver.name} has saved what its end left, as point {saver.saved}"
+        )
+
+    def _elsewhere(self, err: ElsewhereError) -> RunReport:
+        """That another host has it is no failure; that none has ever saved it is worth a word."""
+        from nbdbackupd.app.config.settings import sharing
+        from nbdbackupd.repo.state import State
+
+        shared = sharing(self.settings).state_dir
+        if shared is None:
+            return self.report("skipped", err.message)
+        points = sorted(record.point for record in State(shared).records(self.domain.uuid))
+        if points:
+            return self.report("skipped", f"{err.message}; the newest point noted is {points[-1]}")
+        problem = f"no host has noted a point of domain {self.domain.name} in {shared}"
+        return self.report("skipped", err.message, problems=(problem,))
 
     def plan(self) -> "Planned":
         from nbdbackupd.model.chain import Level
@@ -310,9 +344,13 @@ class _Run:
         request = making.request(
             self.domain.uuid, planned.set, self.context, self._fields(planned.directory)
         )
-        made = backup.run(
-            request, self.connection, progress=self.watch.progress, cancelled=self.watch.cancelled
-        )
+        try:
+            made = backup.run(
+                request, self.connection,
+                progress=self.watch.progress, cancelled=self.watch.cancelled,
+            )  # fmt: skip
+        except ElsewhereError as err:
+            return self._elsewhere(err)
         if made.point is None:
             return self.report("skipped", made.skipped, set=planned.set, backup=made)
         problems = planned.warnings
@@ -361,6 +399,7 @@ class _Run:
             state_dir=request.state_dir,
             run_id=request.run_id,
             has_begun=planned.next.is_new,
+            sharing=request.sharing,
         )
         self.watch.doing("dropping checkpoints of older sets")
         try:

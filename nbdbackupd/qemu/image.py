@@ -16,6 +16,9 @@ from nbdbackupd import documents, proc
 from nbdbackupd.errors import FormatError, NoSpaceError, ProcessError
 
 INFO_SECONDS: Final = 60.0
+LOCKED: Final = ('" lock', "Is another process using the image")
+"""How QEMU's programs say that another one has the image open."""
+
 CHECK_SECONDS: Final = 3600.0
 CREATE_SECONDS: Final = 3600.0
 """Preallocating writes on file systems without fallocate; that may take its time."""
@@ -125,6 +128,19 @@ def info_json(path: Path, *, format: str = "", chain: bool = False) -> str:  # n
     if chain:
         argv.append("--backing-chain")
     return proc.output([*argv, "--", os.fspath(path.absolute())], timeout=INFO_SECONDS)
+
+
+def why_locked(path: Path, *, format: str) -> ProcessError | None:  # noqa: A002
+    """What keeps a reader away from an image: a QEMU that has it open for writing, on any host.
+
+    Other failures are not of interest here: None.
+    """
+    argv = ["qemu-img", "info", "--output", "json", "-f", format, "--", os.fspath(path)]
+    try:
+        proc.output(argv, timeout=INFO_SECONDS)
+    except ProcessError as err:
+        return err if any(words in err.message for words in LOCKED) else None
+    return None
 
 
 def as_object(text: str) -> str:

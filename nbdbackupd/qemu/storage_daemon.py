@@ -26,6 +26,7 @@ from nbdbackupd.errors import (
     ProcessError,
     SourceError,
 )
+from nbdbackupd.qemu.image import LOCKED
 from nbdbackupd.qemu.qmp import Monitor
 
 PROGRAM: Final = "qemu-storage-daemon"
@@ -41,7 +42,6 @@ RAW: Final = "raw"
 WITH_BACKING: Final = frozenset({"qcow", "qcow2", "qed", "vmdk"})
 """Formats that look for a backing file by themselves unless they are told which."""
 
-LOCKED: Final = ('" lock', "Is another process using the image")
 ENCRYPTED: Final = ("key-secret", "is encrypted")
 
 

@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 from nbdbackupd import documents, durable
 from nbdbackupd import log as runlog
-from nbdbackupd.errors import BusyError, GaveWayError, SourceError
+from nbdbackupd.errors import BusyError, ElsewhereError, GaveWayError, SourceError
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +113,8 @@ class Lease:
         self._directory = runtime_dir / holder.uuid
         self._holder = holder
         self._seen = -1
+        self.doubt: Callable[[str], str] = lambda _path: ""
+        """Why an image, by its path, may be open on another host: then nothing is written to it."""
 
     def check(self) -> None:
         """Raise GaveWayError if somebody has asked for the images since the lease was taken."""
@@ -137,6 +139,15 @@ class Lease:
             yield fd
         finally:
             os.close(fd)
+
+    @contextmanager
+    def writing(self, path: str) -> Iterator[int]:
+        """As ``images``, for a child that writes to an image. Raises ElsewhereError on a doubt."""
+        why = self.doubt(path)
+        if why:
+            raise ElsewhereError(f"image {path} is not written to: {why}")
+        with self.images() as fd:
+            yield fd
 
     def name_server(self, pid: int) -> None:
         """Note the child that ``give_way`` is to kill; it must only read. 0: there is none."""

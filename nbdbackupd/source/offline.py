@@ -21,7 +21,6 @@ from nbdbackupd import documents
 from nbdbackupd.errors import (
     BusyError,
     CheckpointError,
-    DomainError,
     GaveWayError,
     NbdbackupError,
     NotSupportedError,
@@ -104,9 +103,8 @@ def open_offline(request: OfflineRequest) -> Iterator[Snapshot]:
     caller's. ``checkpoint_xml`` is what libvirt is to be told of it, by a redefinition.
 
     Raises BusyError if the domain runs or its images are in use, GaveWayError if it is being
-    started, NotSupportedError for images that can't be read without libvirt, DomainError for a
-    domain that was migrated away, SourceError if an image can't be opened; on leaving also if
-    somebody wrote to an image or started the domain.
+    started, NotSupportedError for images that can't be read without libvirt, SourceError if an
+    image can't be opened; on leaving also if somebody wrote to an image or started the domain.
     """
     consistency = _check(request)
     with contextlib.ExitStack() as stack:
@@ -161,7 +159,7 @@ def remove_bitmap(lease: Lease, layers: Iterable[ImageLayer], name: str) -> tupl
         try:
             held = image.info(Path(path), format=QCOW2).bitmaps
             if any(bitmap.name == name for bitmap in held):
-                with lease.images() as fd:
+                with lease.writing(path) as fd:
                     bitmaps.remove(path, name, pass_fds=(fd,))
                 removed.append(path)
         except GaveWayError:
@@ -186,11 +184,6 @@ def _check(request: OfflineRequest) -> Consistency:
     ending = domain.ending()
     if ending is Ending.UNKNOWN:
         ending = request.ending
-    if ending is Ending.MIGRATED:
-        raise DomainError(
-            f"domain {domain.name} was migrated away: back it up on the host where it is now",
-            domain=domain.name,
-        )
     return Consistency.OFFLINE if ending is Ending.SHUTDOWN else Consistency.CRASH
 
 
@@ -232,7 +225,7 @@ def _add_bitmaps(request: OfflineRequest) -> None:
         path = disk.layers[0].path
         for _ in range(2):
             request.cancelled()
-            with request.lease.images() as fd:
+            with request.lease.writing(path) as fd:
                 if bitmaps.add(path, name, pass_fds=(fd,)):
                     break
                 # of an attempt that failed: what it recorded means nothing

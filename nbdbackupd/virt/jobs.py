@@ -53,6 +53,8 @@ OPERATIONS: Final = (
     "snapshot delete",
 )
 
+MIGRATIONS: Final = frozenset({"incoming migration", "outgoing migration"})
+
 
 @dataclass(frozen=True, slots=True)
 class ActiveJob:
@@ -105,6 +107,19 @@ def is_arriving(domain: Domain) -> bool:
     """
     state, reason = domain.call("can't read its state", lambda each: each.state())
     return (state, reason) in _MIGRATING
+
+
+def is_migrating(domain: Domain) -> bool:
+    """Tell whether a migration brings the domain here or takes it away.
+
+    Of one that is coming libvirt says little else: to ask for its job fails. Raises DomainError.
+    """
+    if not domain.is_active():
+        return False
+    if is_arriving(domain):
+        return True
+    job = active_job(domain)
+    return job is not None and job.operation in MIGRATIONS
 
 
 def _ask(domain: Domain, question: Callable[[libvirt.virDomain], Result]) -> Result:

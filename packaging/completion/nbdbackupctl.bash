@@ -123,7 +123,7 @@ _nbdbackupctl_options() {
         ;;
     yield)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet --journal'
+        --runtime-dir -v --verbose -q --quiet --journal --hosts --reason'
         ;;
     status)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -166,8 +166,8 @@ _nbdbackupctl_kind() {
     *:--until | *:--at | *:-d | *:--disk | *:--pool | *:--since | *:-j | *:--jobs | \
     *:--bandwidth-limit | *:--name | *:--socket | *:--tcp | *:--device | *:--cache | \
     *:--memory | *:--stop | *:--resume | *:-p | *:--partition | *:--boot-wait | \
-    *:--boot-timeout | *:--boot-memory | *:--boot-name | *:--drop | *:--warning | *:--critical \
-    | *:--lines | *:--run)
+    *:--boot-timeout | *:--boot-memory | *:--boot-name | *:--drop | *:--reason | *:--warning | \
+    *:--critical | *:--lines | *:--run)
         echo 'other'
         ;;
     *:--password-file | *:--sequence | *:--tls-psk | files:-f | *:--file)
@@ -206,6 +206,9 @@ _nbdbackupctl_kind() {
         ;;
     *:--tool)
         echo 'wordsfuse2fs grub-mount guestmount'
+        ;;
+    *:--hosts)
+        echo 'wordsprepare restore migrate started reconnect release'
         ;;
     esac
 }

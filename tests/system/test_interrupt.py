@@ -137,7 +137,7 @@ def test_second_run_is_refused_at_once(
                 begun = time.monotonic()
                 refused = ctl("backup", guest.name, "-o", path, "--json", code=75)
                 assert time.monotonic() - begun < SOON
-                assert f"process {process.pid} (backup of vm 1)" in refused.stderr
+                assert f"process {process.pid} (backup of vm 1, run " in refused.stderr
                 assert refused.json["error"]["kind"] == "BusyError"
             assert not (tmp_path / "another").exists()
             stdout, stderr = process.communicate(timeout=60)

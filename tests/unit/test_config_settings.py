@@ -22,6 +22,7 @@ from nbdbackupd.app.config.settings import DomainSettings
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError, DomainError, RepositoryError, UsageError
 from nbdbackupd.model.policy import LevelPolicy, Rotate
+from nbdbackupd.ops.domain.images import Sharing
 from nbdbackupd.ops.saving.backup_request import BackupRequest
 from nbdbackupd.source.quiesce import FreezePolicy
 from scripts import gen_config, generated
@@ -123,6 +124,7 @@ compression: 7
 freeze: {policy: require, mountpoints: [/, /var]}
 scratch: {directory: /s, reserve: 1G}
 checkpoint_directory: /c
+block_devices: local
 start_paused: yes
 threshold: 16M
 strict: on
@@ -148,6 +150,7 @@ limits: {workers: 3, wait: 5m, timeout: 10, bandwidth: 64K}
         "wait_seconds": 300.0,
         "timeout_seconds": 10.0,
         "limit_rate": 64 << 10,
+        "sharing": Sharing(state_dir=Path("/c"), devices="local"),
     }
     # what a run is, and what a configuration has no business with
     others = {"domain", "directory", "run_id", "now", "runtime_dir", "program"}

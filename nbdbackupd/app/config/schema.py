@@ -196,9 +196,23 @@ _GUEST: Final = (
     Setting(
         path="checkpoint_directory", kind=kinds.PATH, default=Path("/var/lib/nbdbackup/state"),
         help="Where this host notes the checkpoints of each chain. Put it on shared storage if "
-        "domains move between hosts. Default for others than root: nbdbackup/state below "
-        "XDG_STATE_HOME.",
+        "domains move between hosts, the same on each: there the hosts tell one another which of "
+        "them runs a domain, starts it, or reads its images. Default for others than root: "
+        "nbdbackup/state below XDG_STATE_HOME.",
         option="--checkpoint-dir",
+    ),
+    Setting(
+        path="block_devices", kind=choice("auto", "local", "shared"), default="auto",
+        help="Whether another host may open the block devices that the disks are on. QEMU does "
+        "not lock them between hosts, so a domain that is off and of which no host can say that it "
+        "has ended is read without a bitmap of its own, and that is a warning. auto: yes if "
+        "checkpoint_directory is set, or unless the kernel shows that they can't be reached from "
+        "elsewhere.",
+    ),
+    Setting(
+        path="standby", kind=kinds.BOOL, default=False,
+        help="Save the domain on this host only while it runs here: while it is off another host "
+        "does.",
     ),
 )  # fmt: skip
 

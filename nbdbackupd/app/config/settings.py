@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from nbdbackupd import events
 from nbdbackupd.app.arguments import LEAST_RATE
@@ -15,6 +15,9 @@ from nbdbackupd.app.config.matching import is_uuid
 from nbdbackupd.app.config.schema import BY_PATH, SETTINGS
 from nbdbackupd.errors import ConfigError, RepositoryError
 from nbdbackupd.model.policy import LevelPolicy, Rotate
+
+if TYPE_CHECKING:
+    from nbdbackupd.ops.domain.images import Sharing
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,8 @@ class DomainSettings:
     scratch_directory: Path
     scratch_reserve: int
     checkpoint_directory: Path
+    block_devices: str
+    standby: bool
     start_paused: bool
     threshold: int | None
     strict: bool
@@ -188,6 +193,7 @@ def request_fields(settings: DomainSettings) -> dict[str, Any]:
         "wait_seconds": settings.limits_wait,
         "timeout_seconds": settings.limits_timeout,
         "limit_rate": _rate(settings),
+        "sharing": sharing(settings),
     }
     if not settings.is_default("scratch.directory"):
         found["scratch_dir"] = settings.scratch_directory
@@ -196,6 +202,16 @@ def request_fields(settings: DomainSettings) -> dict[str, Any]:
     if settings.limits_workers is not None:
         found["workers"] = settings.limits_workers
     return found
+
+
+def sharing(settings: DomainSettings) -> "Sharing":
+    """What the settings say of other hosts: a state directory that is set may be theirs, too."""
+    from nbdbackupd.ops.domain.images import Sharing
+
+    is_own = settings.is_default("checkpoint_directory")
+    return Sharing(
+        state_dir=None if is_own else settings.checkpoint_directory, devices=settings.block_devices
+    )
 
 
 def _rate(settings: DomainSettings) -> int | None:

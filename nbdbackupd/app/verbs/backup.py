@@ -208,10 +208,16 @@ def _request(
         **settings,
         **making.given(args, settings),
     }
+    if configuration is None or context.is_state_given:
+        fields["sharing"] = configured.sharing_of(name, context)
     # the context has them where they are given
     for option, field in (("scratch_dir", "scratch_dir"), ("checkpoint_dir", "state_dir")):
         if getattr(args, option) is not None:
             fields.pop(field, None)
+    shared = fields["sharing"].state_dir
+    if shared is not None:
+        # the base is noted where all hosts look for it
+        fields["state_dir"] = shared
     return making.request(name, directory, context, fields)
 
 

@@ -69,6 +69,7 @@ def run(args: Arguments, context: Context) -> int:
         scratch_dir=context.scratch_dir.absolute(),
         scratch_reserve=args.scratch_reserve,
         state_dir=configured.state_directory(args.domain, context).absolute(),
+        sharing=configured.sharing_of(args.domain, context),
     )
     with context.connection() as connection:
         report = check.run(request, connection)

@@ -81,6 +81,7 @@ def run(args: Arguments, context: Context) -> int:
         dry_run=args.dry_run,
         wait_seconds=args.wait,
         started=args.started,
+        sharing=configured.sharing_of(args.domain, context),
     )
     with signals.listen() as cancel, context.connection() as connection:
         report = checkpoints.run(request, connection, cancelled=cancel.check)
@@ -93,6 +94,8 @@ def render(report: "CheckpointsReport", *, dropping: bool = False) -> str:
     if report.changed:
         return "\n".join(_done_lines(report))
     lines = [f"domain {report.domain} ({report.uuid}), {'running' if report.is_active else 'off'}"]
+    if report.elsewhere:
+        return f"{lines[0]}\nnot looked at from here: {report.elsewhere}"
     if report.holder:
         lines.append(
             f"busy: {report.holder}; what it has made so far looks like a dead run's below"

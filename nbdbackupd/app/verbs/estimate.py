@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from nbdbackupd.app import configured, signals
 from nbdbackupd.app import context as app_context
-from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size
@@ -35,6 +35,7 @@ def run(args: Arguments, context: Context) -> int:
         directory=args.output.absolute(),
         runtime_dir=context.runtime_dir.absolute(),
         run_id=app_context.new_run_id(app_context.now()),
+        sharing=configured.sharing_of(args.domain, context),
     )
     with signals.listen() as cancel, context.connection() as connection:
         report = estimate.run(request, connection, cancelled=cancel.check)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from nbdbackupd.app import configured
 from nbdbackupd.app.arguments import Arguments, names, positive, rate
 from nbdbackupd.app.context import Context, new_run_id, now
 from nbdbackupd.errors import DomainError, UsageError
@@ -126,6 +127,7 @@ def placement(
             run_id=new_run_id(now()),
             force=args.force,
             cancelled=cancelled,
+            sharing=lambda domain: configured.sharing_of(domain, context),
         )
 
 

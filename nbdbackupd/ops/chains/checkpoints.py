@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ from nbdbackupd.model.reconcile import WHY, Entry, KnownChain, Plan, drop, recon
 from nbdbackupd.ops.chains import leftovers, reconciling
 from nbdbackupd.ops.chains.reconciling import Done, Known
 from nbdbackupd.ops.domain import domains
-from nbdbackupd.ops.domain.images import images_of
+from nbdbackupd.ops.domain.images import ALONE, Sharing, images_of, why_elsewhere
 from nbdbackupd.ops.domain.survey import Looked, look
 from nbdbackupd.repo.repository import Repository
 from nbdbackupd.repo.state import Record, State
@@ -58,6 +58,7 @@ class CheckpointsRequest:
     dry_run: bool = False
     wait_seconds: float = 0.0
     started: bool = False
+    sharing: Sharing = ALONE
 
     @property
     def changes(self) -> bool:
@@ -70,7 +71,8 @@ class CheckpointsReport:
     """What was found and is to be done, or (``changed``) was done.
 
     ``missing`` says of chains, by id, why their sets could not be read. ``holder`` is a run that
-    has the domain locked: what it has just made looks like what a dead run left.
+    has the domain locked: what it has just made looks like what a dead run left. ``elsewhere`` says
+    why another host has the domain: then nothing is looked at.
     """
 
     domain: str
@@ -82,6 +84,7 @@ class CheckpointsReport:
     steps: tuple[Done, ...]
     changed: bool
     holder: str = ""
+    elsewhere: str = ""
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -96,6 +99,7 @@ class CheckpointsReport:
             "uuid": self.uuid,
             "active": self.is_active,
             "busy": self.holder,
+            "elsewhere": self.elsewhere,
             "chains": [
                 {
                     "id": chain.id,
@@ -196,6 +200,9 @@ def _run(
     request: CheckpointsRequest, connection: Connection, cancelled: Callable[[], None]
 ) -> CheckpointsReport:
     domain = domains.find(connection, request.domain, request.runtime_dir)
+    elsewhere = "" if request.changes else why_elsewhere(domain, request.sharing)
+    if elsewhere:
+        return replace(_nothing(request), uuid=domain.uuid, elsewhere=elsewhere)
     lock = leftovers.domain_dir(request.runtime_dir, domain.uuid) / leftovers.LOCK
     with ExitStack() as stack:
         stack.enter_context(runlog.context(DOMAIN=domain.name, UUID=domain.uuid))
@@ -235,7 +242,7 @@ def _reconcile(
         erase = None
         if request.changes:
             held = stack.enter_context(
-                images_of(domain, request.runtime_dir, request.run_id, cancelled)
+                images_of(domain, request.runtime_dir, request.run_id, cancelled, request.sharing)
             )
             erase = reconciling.eraser(held) if held is not None else None
         looked = look(domain)

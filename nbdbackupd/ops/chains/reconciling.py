@@ -215,7 +215,7 @@ def eraser(lease: Lease) -> Erase:
     """Removes bitmaps from images of a domain that is off, unless its start is announced."""
 
     def erase(name: str, path: Path) -> None:
-        with lease.images() as fd:
+        with lease.writing(os.fspath(path)) as fd:
             bitmaps.remove(os.fspath(path), name, pass_fds=(fd,))
 
     return erase

@@ -11,6 +11,7 @@ from nbdbackupd.model.naming import tag_of, tag_of_chain
 from nbdbackupd.ops.chains import checkpoints
 from nbdbackupd.ops.chains.checkpoints import CheckpointsRequest
 from nbdbackupd.ops.domain import domains
+from nbdbackupd.ops.domain.images import ALONE, Sharing
 from nbdbackupd.ops.sets.sets import sets_of
 from nbdbackupd.repo.state import State
 from nbdbackupd.virt import checkpoints as virt_checkpoints
@@ -33,6 +34,7 @@ class RetireRequest:
     state_dir: Path
     run_id: str
     has_begun: bool
+    sharing: Sharing = ALONE
 
 
 def retire(
@@ -70,6 +72,7 @@ def _drop(
                 state_dir=request.state_dir,
                 run_id=request.run_id,
                 drop=chain,
+                sharing=request.sharing,
             ),
             connection,
             cancelled=cancelled,

@@ -82,5 +82,14 @@ AREAS: tuple[tuple[Area, tuple[Callable[[Patient, Notes], None], ...]], ...] = (
     (Area.SCRATCH, (check_access.scratch_space,)),
     (Area.TARGET, (check_set.target,)),
     (Area.ACCESS, (check_access.paths, check_access.confinement)),
-    (Area.RUNS, (check_runs.job, check_runs.locks, check_runs.images, check_runs.leftovers)),
+    (
+        Area.RUNS,
+        (
+            check_runs.job,
+            check_runs.locks,
+            check_runs.hosts,
+            check_runs.images_as_left,
+            check_runs.leftovers,
+        ),
+    ),
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.ops.chains import leftovers
+from nbdbackupd.ops.domain.images import ALONE, Sharing, why_elsewhere
 from nbdbackupd.ops.domain.locks import holder
 from nbdbackupd.ops.domain.survey import Looked
 from nbdbackupd.repo import layout
@@ -26,6 +27,7 @@ class CheckRequest:
     scratch_dir: Path
     scratch_reserve: int
     state_dir: Path
+    sharing: Sharing = ALONE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +57,11 @@ class Patient:
             for disk in disks
             if disk.target in before or (disk.format != RAW and not disk.transient)
         )
+
+    @property
+    def elsewhere(self) -> str:
+        """Why the domain is another host's now; empty if it is not."""
+        return why_elsewhere(self.domain, self.request.sharing)
 
     def domain_holder(self) -> str:
         """Who works on the domain now, or nothing."""

@@ -3,8 +3,9 @@
 from nbdbackupd.model.finding import Notes
 from nbdbackupd.ops.chains import leftovers as notes_of_runs
 from nbdbackupd.ops.checking.check_request import Patient
+from nbdbackupd.ops.domain import images
 from nbdbackupd.repo import layout
-from nbdbackupd.source import kept, lease, running, scratch
+from nbdbackupd.source import kept, lease, reach, running, scratch
 from nbdbackupd.virt import jobs
 
 SHOWN = 5
@@ -12,8 +13,11 @@ SHOWN = 5
 
 def job(patient: Patient, notes: Notes) -> None:
     """A job at libvirt: that of a run that lives, that of a dead one, or somebody else's."""
-    found = jobs.active_job(patient.domain)
     name = patient.domain.name
+    if jobs.is_migrating(patient.domain):
+        notes.warn("the domain is being migrated: a backup would be refused", "wait for its end")
+        return
+    found = jobs.active_job(patient.domain)
     if found is None:
         notes.ok("no job runs on the domain")
         return
@@ -54,7 +58,42 @@ def locks(patient: Patient, notes: Notes) -> None:
         )
 
 
-def images(patient: Patient, notes: Notes) -> None:
+def hosts(patient: Patient, notes: Notes) -> None:
+    """Where the domain is, and whether other hosts are told of what this one does with it."""
+    elsewhere = patient.elsewhere
+    if elsewhere:
+        notes.ok(f"'run' saves nothing now: {elsewhere}")
+        return
+    sharing = patient.request.sharing
+    shared = sharing.hosts(patient.domain)
+    if shared is not None:
+        for name in shared.readers():
+            notes.warn(f"a run on host {name} reads its images", "a backup now would be refused")
+        notes.ok(f"hosts that share {sharing.state_dir} are told when it starts and ends")
+    elif sharing.devices != images.LOCAL:
+        _alone(patient, notes)
+
+
+def _alone(patient: Patient, notes: Notes) -> None:
+    paths = {
+        layer.filename: target
+        for target, chain in patient.looked.chains.items()
+        for layer in chain[:1]
+        if patient.looked.definition.disk(target).device == "disk"
+    }
+    reached = [path for path in paths if not reach.is_own(path)]
+    for path in reached:
+        notes.warn(
+            f"{paths[path]}: other hosts may reach {path}, and none is told of another: a backup "
+            f"while the domain is off would keep it from starting there, and makes no increments "
+            f"on block devices",
+            images.CURE,
+        )
+    if not reached:
+        notes.ok("no other host reaches its images")
+
+
+def images_as_left(patient: Patient, notes: Notes) -> None:
     """Whether images of a domain that is off are as its guest, or our last run, has left them."""
     if patient.looked.is_active:
         return

@@ -24,6 +24,10 @@ def checkpoints(patient: Patient, notes: Notes) -> None:
     if busy:
         notes.ok(f"not looked at while {busy} changes them")
         return
+    elsewhere = patient.elsewhere
+    if elsewhere:
+        notes.ok(f"not looked at from here: {elsewhere}")
+        return
     chains = _chains(patient)
     if not chains:
         notes.ok("no chain of this domain is known here; '-o DIR' names a set to look at")

@@ -1,30 +1,89 @@
-"""The images of a domain that is off, held while they are worked on."""
+"""The images of a domain that is off: the proof that nobody has them, and the hold on them.
+
+Before a run writes a first byte into an image it proves that no other host may have it open (ADR
+30). Files have QEMU's lock. Block devices have none between hosts: there the hosts' own notes in
+a state directory that they share are the proof, or that no other host can reach the device.
+"""
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from nbdbackupd import events
-from nbdbackupd.errors import DomainError
-from nbdbackupd.source import kept, lease
+from nbdbackupd.errors import (
+    BusyError,
+    DomainError,
+    ElsewhereError,
+    NbdbackupError,
+    RepositoryError,
+)
+from nbdbackupd.model import domain as domain_model
+from nbdbackupd.model.whereabouts import Note, Phase, Standing, standing
+from nbdbackupd.qemu import image, storage_daemon
+from nbdbackupd.source import kept, lease, reach
+from nbdbackupd.source.hosts import Hosts
 from nbdbackupd.source.lease import Lease
-from nbdbackupd.virt.domain import Domain
+from nbdbackupd.virt.domain import Domain, Ending
 
 log = logging.getLogger(__name__)
+AUTO = "auto"
+LOCAL = "local"
+SHARED = "shared"
+QCOW2 = "qcow2"
+CURE = (
+    "set checkpoint_directory to a directory that all hosts share, or block_devices to local if "
+    "no other host can open it (nbdbackup.yaml(5))"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sharing:
+    """What the configuration says of other hosts.
+
+    ``state_dir`` is one that was set, so that others may share it; None: the host's own default.
+    ``devices``: whether other hosts may open the domain's block devices, ``local``, ``shared``, or
+    ``auto``: they may if there is a ``state_dir``, or unless the kernel shows that they can't.
+    """
+
+    state_dir: Path | None = None
+    devices: str = AUTO
+
+    def hosts(self, domain: Domain) -> Hosts | None:
+        """The hosts that share the state of a domain; None: nobody tells of another one."""
+        return None if self.state_dir is None else Hosts(self.state_dir, domain.name, domain.uuid)
+
+    def standing(self, domain: Domain) -> Standing:
+        """What the hosts have noted of a domain that is off here. Raises RepositoryError."""
+        hosts = self.hosts(domain)
+        return Standing() if hosts is None else standing(hosts.notes(), hosts.here.id)
+
+
+ALONE: Final = Sharing()
+"""No other host is known of."""
 
 
 @contextmanager
 def images_of(
-    domain: Domain, runtime_dir: Path, run_id: str, cancelled: Callable[[], None]
+    domain: Domain,
+    runtime_dir: Path,
+    run_id: str,
+    cancelled: Callable[[], None],
+    sharing: Sharing = ALONE,
 ) -> Iterator[Lease | None]:
     """A lease on the images of a domain that is off; None if it runs. Its lock is held.
 
     A domain that is about to start is waited for, so ask for its state only afterwards. Images
-    that are not as the guest left them are told of. Raises the errors of ``lease.hold``, and
-    DomainError for such images of a domain that libvirt no longer knows.
+    that are not as the guest left them are told of. Nothing has been written when this raises
+    ElsewhereError: another host has the domain, or may; BusyError: it is being started there or
+    backed up, or an image is in use; the errors of ``lease.hold``; and DomainError for changed
+    images of a domain that libvirt no longer knows. Of images that are not proven to be closed
+    the lease has a ``doubt``.
     """
     if domain.is_active():
+        note_running(domain, sharing)
         yield None
         return
     with ExitStack() as stack:
@@ -34,14 +93,155 @@ def images_of(
                 is_active=domain.is_active, cancelled=cancelled,
             )
         )  # fmt: skip
-        if domain.is_active():
+        if held is None or domain.is_active():
             # QEMU has them; nobody must be told that we do
             stack.close()
             held = None
         else:
+            unheard = _tell_hosts(domain, sharing, runtime_dir, run_id, stack)
+            found = prove(domain, sharing)
+            held.doubt = _Doubts(sharing, found, unheard)
             _tell_changes(domain, runtime_dir)
             stack.callback(kept.renew, runtime_dir, domain.name, domain.uuid)
         yield held
+
+
+def prove(domain: Domain, sharing: Sharing) -> Standing:
+    """What the hosts have noted of a domain that is off, if none of them has its images.
+
+    Changes nothing. Raises ElsewhereError, BusyError, RepositoryError, and DomainError if libvirt
+    can't be asked.
+    """
+    found = sharing.standing(domain)
+    if found.holder is not None:
+        raise _elsewhere(domain, found.holder)
+    if domain.ending() is Ending.MIGRATED and not found.is_closed:
+        raise ElsewhereError(
+            f"domain {domain.name} was migrated away: back it up on the host where it is now",
+            domain=domain.name,
+        )
+    for disk in domain.definition().disks:
+        if disk.device == "disk" and disk.layers:
+            _prove_unlocked(disk)
+    return found
+
+
+def why_elsewhere(domain: Domain, sharing: Sharing) -> str:
+    """Why a domain is not this host's to look into now; empty if it is, or runs here.
+
+    Raises DomainError if libvirt can't be asked.
+    """
+    if domain.is_active():
+        return ""
+    try:
+        prove(domain, sharing)
+    except (ElsewhereError, BusyError, RepositoryError) as err:
+        return err.message
+    return ""
+
+
+def _elsewhere(domain: Domain, note: Note) -> NbdbackupError:
+    name = domain.name
+    if note.phase is Phase.STARTING:
+        return BusyError(f"domain {name} is being started on host {note.name}", domain=name)
+    if note.phase is Phase.ENDED:
+        what = (
+            f"domain {name} was migrated away from host {note.name}, and no host noted its coming"
+        )
+    else:
+        what = f"domain {name} runs on host {note.name}, as that host has noted"
+    return ElsewhereError(f"{what}: back it up there", domain=name, host=note.name)
+
+
+def _prove_unlocked(disk: domain_model.Disk) -> None:
+    """By QEMU's lock: a QEMU on this host, or on any that shares the file system and its locks."""
+    top = disk.layers[0]
+    if top.format == QCOW2 and top.path.startswith("/"):
+        why = image.why_locked(Path(top.path), format=QCOW2)
+        if why is not None:
+            raise storage_daemon.translate(why, top.path)
+
+
+@dataclass(frozen=True, slots=True)
+class _Doubts:
+    """Says of an image, by its path, why another host may have it open; nothing if none can.
+
+    ``unheard``: why the other hosts were not told that this one reads.
+    """
+
+    sharing: Sharing
+    standing: Standing
+    unheard: str
+
+    def __call__(self, path: str) -> str:
+        if self.sharing.devices == LOCAL or not Path(path).is_block_device():
+            return ""
+        if self.sharing.state_dir is None:
+            if self.sharing.devices != SHARED and reach.is_own(path):
+                return ""
+            return f"no host tells another whether it has {path} open: {CURE}"
+        if self.unheard:
+            return f"other hosts can't be told that {path} is read: {self.unheard}"
+        if not self.standing.is_closed:
+            return (
+                f"no host has noted where its domain last ran, so another one may have {path} "
+                f"open: start it once where libvirt calls our hook"
+            )
+        return ""
+
+
+def _tell_hosts(
+    domain: Domain, sharing: Sharing, runtime_dir: Path, run_id: str, stack: ExitStack
+) -> str:
+    """Have the other hosts know that this one reads, and ours let go when one starts the domain.
+
+    Returns why that can't be done. Raises BusyError while a run on another host reads.
+    """
+    hosts = sharing.hosts(domain)
+    if hosts is None:
+        return ""
+
+    def wanted(note: Note) -> None:
+        log.info("host %s is about to start domain %s", note.name, domain.name)
+        with suppress(NbdbackupError, OSError):
+            lease.give_way(runtime_dir, domain.uuid)
+
+    try:
+        stack.enter_context(hosts.reading(run_id, wanted))
+        own = hosts.own()
+        if own is not None and own.phase is Phase.RUNNING:
+            # its end was not seen, as when the host lost its power
+            hosts.ended(own.reason or "unseen")
+    except BusyError:
+        raise
+    except NbdbackupError as err:
+        log.warning("other hosts can't be told of this run: %s", err.message)
+        return err.message
+    return ""
+
+
+def note_running(domain: Domain, sharing: Sharing) -> None:
+    """Tell the other hosts that the domain runs here, unless the hook has told them."""
+    hosts = sharing.hosts(domain)
+    if hosts is None:
+        return
+    try:
+        hosts.started()
+    except NbdbackupError as err:
+        log.warning("other hosts can't be told that the domain runs here: %s", err.message)
+
+
+def note_saved(domain: Domain, sharing: Sharing, point: str) -> None:
+    """Tell the other hosts that a point holds what the domain's last end has left."""
+    hosts = sharing.hosts(domain)
+    if hosts is None:
+        return
+    try:
+        found = sharing.standing(domain)
+        if found.last is not None:
+            hosts.saved(point, found.last.number)
+    except NbdbackupError as err:
+        log.info("other hosts can't be told of the point: %s", err.message)
 
 
 def _tell_changes(domain: Domain, runtime_dir: Path) -> None:

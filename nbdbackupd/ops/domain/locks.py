@@ -1,6 +1,7 @@
 """Who holds a lock, without touching it. Needs neither libvirt nor libnbd."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +16,8 @@ def holder(path: Path) -> str:
     """Who holds the lock on a file, or nothing.
 
     Read from the kernel's list: to try the lock, even a shared one, could make a run that begins
-    at that moment find it taken. A holder on another host (NFS) is not in that list.
+    at that moment find it taken. A holder on another host is not in that list, so the lock is tried
+    if another host has written into it last.
     """
     try:
         status = path.stat()
@@ -33,4 +35,7 @@ def holder(path: Path) -> str:
         is_this = device == status.st_dev or f"process {words[4]} " in who
         if int(inode) == status.st_ino and is_this:
             return who
+    if durable.is_foreign(path):
+        with suppress(OSError):
+            return who if durable.is_locked(path) else ""
     return ""

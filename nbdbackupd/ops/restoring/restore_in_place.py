@@ -17,7 +17,7 @@ from nbdbackupd.model.chain import DiskPoint, RestorePoint
 from nbdbackupd.model.domain import Disk
 from nbdbackupd.model.hostpaths import PathUse
 from nbdbackupd.ops.chains import leftovers
-from nbdbackupd.ops.domain.images import images_of
+from nbdbackupd.ops.domain.images import Sharing, images_of
 from nbdbackupd.ops.domain.survey import Looked, look
 from nbdbackupd.ops.restoring import define_paths
 from nbdbackupd.ops.restoring.replaced import ReplacedImage
@@ -26,6 +26,7 @@ from nbdbackupd.ops.restoring.restore_options import Choice
 from nbdbackupd.ops.restoring.restore_plan import Placement, about_disk
 from nbdbackupd.ops.restoring.sites import BlockDevice, Site, room
 from nbdbackupd.source import untouched
+from nbdbackupd.source.lease import Lease
 from nbdbackupd.virt import definition
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain, Ending
@@ -46,8 +47,13 @@ class InPlace(Placement):
         run_id: str,
         force: bool,
         cancelled: Callable[[], None],
+        sharing: Callable[[str], Sharing],
     ) -> None:
-        """The connection stays the caller's. ``force``: snapshots of the domain may be lost."""
+        """The connection stays the caller's. ``force``: snapshots of the domain may be lost.
+
+        ``sharing`` is what is known of other hosts for a domain, given by its name.
+        """
+        self._sharing = sharing
         self._connection = connection
         self._runtime_dir = runtime_dir
         self._run_id = run_id
@@ -69,7 +75,9 @@ class InPlace(Placement):
             durable.Lock(directory / leftovers.LOCK, owner=f"restore of {domain.name} in place")
         )
         held = stack.enter_context(
-            images_of(domain, self._runtime_dir, self._run_id, self._cancelled)
+            images_of(
+                domain, self._runtime_dir, self._run_id, self._cancelled, self._sharing(domain.name)
+            )
         )
         if held is None:
             raise DomainError(
@@ -83,6 +91,7 @@ class InPlace(Placement):
             disk.target: _usable(domain, disk.target, looked, force=self._force) for disk in disks
         }
         self._refuse_shared(domain)
+        self._refuse_doubts(domain, held)
         left = [
             each.target
             for each in looked.definition.disks
@@ -178,6 +187,17 @@ class InPlace(Placement):
                 f"lost: delete them first, or give --force",
                 domain=domain.name,
             )
+
+    def _refuse_doubts(self, domain: Domain, held: Lease) -> None:
+        for target, disk in self._disks.items():
+            why = held.doubt(disk.source)
+            if why and not self._force:
+                raise DomainError(
+                    f"disk {target} of domain {domain.name}: {why}; or, if you know that none has, "
+                    f"give --force",
+                    domain=domain.name,
+                    disk=target,
+                )
 
     def _refuse_shared(self, domain: Domain) -> None:
         uses = tuple(

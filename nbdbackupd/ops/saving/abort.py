@@ -8,6 +8,7 @@ from typing import Any
 
 from nbdbackupd import durable, events
 from nbdbackupd import log as runlog
+from nbdbackupd.errors import BusyError
 from nbdbackupd.ops.chains import leftovers
 from nbdbackupd.ops.domain import domains
 from nbdbackupd.source import paused_start, sweep
@@ -71,10 +72,16 @@ class AbortReport:
 def run(request: AbortRequest, connection: Connection) -> AbortReport:
     """End our own leftover job, or any.
 
-    Raises BusyError while a run of ours lives: that one is ended by a signal to it. DomainError
-    if a job can't be ended.
+    Raises BusyError while a run of ours lives: that one is ended by a signal to it; and during a
+    migration. DomainError if a job can't be ended.
     """
     domain = domains.find(connection, request.domain, request.runtime_dir)
+    if jobs.is_migrating(domain):
+        raise BusyError(
+            f"domain {domain.name} is being migrated, which is not ended here: 'virsh domjobabort' "
+            f"on the host that it leaves would",
+            domain=domain.name,
+        )
     directory = leftovers.prepare_domain_dir(request.runtime_dir, domain.uuid)
     with (
         runlog.context(DOMAIN=domain.name, UUID=domain.uuid),

@@ -9,18 +9,18 @@ out the draft and the new checkpoint go away and the old base stays what it was.
 import functools
 import logging
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 
 from nbdbackupd import durable, events
 from nbdbackupd import log as runlog
-from nbdbackupd.errors import CheckpointError, RepositoryError
+from nbdbackupd.errors import BusyError, CheckpointError, DomainError, RepositoryError
 from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint, effective_level
 from nbdbackupd.ops.chains import foreign, leftovers, reconciling
 from nbdbackupd.ops.chains.checkpoints import OWNER as CHECKPOINTS
 from nbdbackupd.ops.chains.others import OtherChain, other_chains
 from nbdbackupd.ops.domain import domains
-from nbdbackupd.ops.domain.images import images_of
+from nbdbackupd.ops.domain.images import images_of, note_saved
 from nbdbackupd.ops.domain.survey import Looked, Survey, Wish, look, survey_domain
 from nbdbackupd.ops.reporting import telling
 from nbdbackupd.ops.saving import recording
@@ -31,7 +31,7 @@ from nbdbackupd.repo.repository import Repository
 from nbdbackupd.repo.state import Record, State
 from nbdbackupd.source.lease import Lease
 from nbdbackupd.source.paused_start import started_paused
-from nbdbackupd.virt import checkpoints
+from nbdbackupd.virt import checkpoints, jobs
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
 
@@ -48,8 +48,9 @@ def run(
 
     ``progress`` gets disk, guest position reached, disk size and data bytes so far.
 
-    Raises BusyError if set or domain are locked, and the errors of all layers; whatever is
-    raised, nothing of this run is left and the old base is valid.
+    Raises BusyError if set or domain are locked, or it is being migrated, ElsewhereError if
+    another host has it, and the errors of all layers; whatever is raised, nothing of this run is
+    left and the old base is valid.
     """
     ending = telling.Ending(log, telling.backup_ending)
     with ExitStack() as stack:
@@ -57,10 +58,10 @@ def run(
             runlog.context(DOMAIN=request.domain, RUN=request.run_id, SET=request.directory)
         )
         stack.enter_context(ending.told())
-        domain = domains.find(connection, request.domain, request.runtime_dir)
+        domain = _find(request, connection)
         stack.enter_context(runlog.context(DOMAIN=domain.name, UUID=domain.uuid))
         directory = leftovers.prepare_domain_dir(request.runtime_dir, domain.uuid)
-        who = f"backup of {domain.name}"
+        who = f"backup of {domain.name}, run {request.run_id}"
         # the check of the bitmaps after a start is ours, and short
         wait = durable.Wait(
             seconds=request.wait_seconds, cancelled=cancelled, brief=CHECKPOINTS, told=notice
@@ -78,7 +79,7 @@ def run(
                 leftovers.socket_dir(request.runtime_dir, domain.uuid),
                 wanted=request.start_paused,
             ) as started,
-            images_of(domain, request.runtime_dir, request.run_id, cancelled) as lease,
+            _images(request, domain, cancelled) as lease,
         ):
             report = _run_locked(
                 _Run(
@@ -89,6 +90,23 @@ def run(
         report = replace(report, seconds=ending.seconds)
         telling.backup(log, report)
     return report
+
+
+def _find(request: BackupRequest, connection: Connection) -> Domain:
+    """The domain, unless a migration is under way: it has no backup, and must not be ended."""
+    domain = domains.find(connection, request.domain, request.runtime_dir)
+    if jobs.is_migrating(domain):
+        raise BusyError(
+            f"domain {domain.name} is being migrated: try again when that has ended",
+            domain=domain.name,
+        )
+    return domain
+
+
+def _images(
+    request: BackupRequest, domain: Domain, cancelled: Cancelled
+) -> AbstractContextManager[Lease | None]:
+    return images_of(domain, request.runtime_dir, request.run_id, cancelled, request.sharing)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +147,11 @@ def _run_locked(run: _Run) -> BackupReport:
         repository.check_present(known.points)
     wish = Wish(include=request.include, exclude=request.exclude, raw=request.raw)
     survey = survey_domain(domain, wish, level, parent, looked)
+    doubts = _doubts(run.lease, survey)
+    if doubts:
+        # neither needs a bitmap of its own: a differential from the same base, or a copy
+        level = Level.COPY if parent is None else Level.DIFF
+        survey = survey_domain(domain, wish, level, parent, looked)
     run.cancelled()
     beside = _others(run, looked, records, known, dead)
     small = _below_threshold(run, survey, parent)
@@ -139,12 +162,35 @@ def _run_locked(run: _Run) -> BackupReport:
             request=request, domain=domain, repository=repository, survey=survey, level=level,
             known=known, parent=parent, progress=run.progress, cancelled=run.cancelled,
             lease=run.lease, at_rest=run.at_rest,
-            warnings=tuple(str(each) for each in beside if each.is_gone),
+            warnings=(*doubts, *(str(each) for each in beside if each.is_gone)),
         )
     )  # fmt: skip
+    if run.lease is not None:
+        note_saved(domain, request.sharing, point.id)
     reconciling.advance(domain, repository, point, parent, looked, state=state, erase=erase)
     notes = tuple(str(each) for each in beside if not each.is_gone)
     return BackupReport(point=point, disk_seconds=seconds, others=notes)
+
+
+def _doubts(lease: Lease | None, survey: Survey) -> tuple[str, ...]:
+    """Why images of the chosen disks may be open on another host; each is a warning.
+
+    Raises DomainError if one even looks as if it were: its bitmaps are in use.
+    """
+    if lease is None:
+        return ()
+    found = []
+    for target, state in survey.states.items():
+        for path in dict.fromkeys(layer.path for layer in state.layers):
+            why = lease.doubt(path)
+            if why and not all(state.bitmaps.get(path, {}).values()):
+                raise DomainError(
+                    f"disk {target} may be in use: a QEMU has opened the bitmaps of {path} and not "
+                    f"closed them, and {why}"
+                )
+            if why:
+                found.append(f"disk {target} is read without a bitmap of its own: {why}")
+    return tuple(found)
 
 
 def _check_binding(domain: Domain, known: BackupSet) -> None:

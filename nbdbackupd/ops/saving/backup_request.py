@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdbackupd.model.chain import Layout, Level, RestorePoint
+from nbdbackupd.ops.domain.images import ALONE, Sharing
 from nbdbackupd.ops.sets import catalog
 from nbdbackupd.source.quiesce import FreezePolicy
 from nbdbackupd.virt.domain import Ending
@@ -30,6 +31,7 @@ class BackupRequest:
     scratch_dir: Path
     program: str
     state_dir: Path | None = None
+    sharing: Sharing = ALONE
     scratch_reserve: int = 512 << 20
     level: Level = Level.AUTO
     include: tuple[str, ...] = ()

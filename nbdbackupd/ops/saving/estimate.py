@@ -11,7 +11,7 @@ from nbdbackupd.errors import CheckpointError, RepositoryError
 from nbdbackupd.model.chain import Level, RestorePoint
 from nbdbackupd.model.selection import BY_REQUEST
 from nbdbackupd.ops.chains import leftovers
-from nbdbackupd.ops.domain.images import images_of
+from nbdbackupd.ops.domain.images import ALONE, Sharing, images_of
 from nbdbackupd.ops.domain.survey import Survey, Wish, survey_domain
 from nbdbackupd.ops.saving.sources import changed_bytes
 from nbdbackupd.repo.repository import Repository
@@ -29,6 +29,7 @@ class EstimateRequest:
     directory: Path
     runtime_dir: Path
     run_id: str
+    sharing: Sharing = ALONE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +103,7 @@ def run(
             lock = durable.Lock(directory / leftovers.LOCK, owner=f"estimate of {domain.name}")
             stack.enter_context(lock)
             lease = stack.enter_context(
-                images_of(domain, request.runtime_dir, request.run_id, cancelled)
+                images_of(domain, request.runtime_dir, request.run_id, cancelled, request.sharing)
             )
         survey = survey_domain(domain, _wish(domain, head), Level.INC, head)
         measuring = _Measuring(
