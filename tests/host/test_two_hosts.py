@@ -225,6 +225,37 @@ def test_without_notes_a_device_is_not_written_to(pair: Pair) -> None:
     moving.forget()
 
 
+def start_during_a_backup(
+    moving: Moving, here: Appliance, there: Appliance, *, is_nightly: bool
+) -> None:
+    """As a cluster relocates a domain: shut down here, started there at once."""
+
+    def runs() -> int:
+        return len(here.events(moving.name, "MESSAGE=disk vda: reading all of it"))
+
+    seen = runs()
+    moving.virsh(here, "destroy", "--graceful")
+    wait_until(lambda: runs() > seen, "the hook's run", 30)
+    if is_nightly:
+        here.host.run("systemctl", "stop", f"nbdbackup-offline@{moving.name}.service")
+        stopped = runs()
+        here.host.run("systemctl", "start", "--no-block", f"nbdbackup@{moving.name}.service")
+        wait_until(lambda: runs() > stopped, "the nightly run", 30)
+    refused = there.host.call("nbdbackupctl", "backup", moving.name)
+    assert refused.returncode == 75, refused
+    assert f"on host {here.host.name}" in refused.stderr.decode()
+    look = f"nbdbackupctl check {moving.name} -o {REPOSITORY}/{moving.name}/*"
+    shown = " ".join(there.host.call("sh", "-c", look).stdout.decode().split())
+    assert f" on host {here.host.name} (backup of {moving.name}, run 20" in shown, shown
+    assert f"a run on host {here.host.name} reads its images" in shown, shown
+    begun = time.monotonic()
+    moving.start(there)
+    assert time.monotonic() - begun < 8
+    wait_until(here.is_idle, "the end of the run", 30)
+    told = [each["MESSAGE"] for each in here.events(moving.name)]
+    assert any("gave way to its start" in message for message in told), told[-9:]
+
+
 def test_the_start_wins_on_either_host(pair: Pair) -> None:
     """H-1, H-8, H-9: a backup on one host lets go of the images for a start on the other one."""
     a, b = pair.a, pair.b
@@ -233,32 +264,8 @@ def test_the_start_wins_on_either_host(pair: Pair) -> None:
     moving.start(b)
     for mib in range(24):
         moving.write(b, mib)
-    for here, there, service in ((b, a, "nbdbackup-offline"), (a, b, "nbdbackup")):
-        # relocation by a cluster: shut down here, started there at once
-        reading = "MESSAGE=disk vda: reading all of it"
-        before = len(here.events(moving.name, reading))
-        moving.virsh(here, "destroy", "--graceful")
-        if service == "nbdbackup":
-            # the hook's run is cut short, a nightly one begins
-            wait_until(lambda: len(here.events(moving.name, reading)) > before, "it", 30)
-            here.host.run("systemctl", "stop", f"nbdbackup-offline@{moving.name}.service")
-            before = len(here.events(moving.name, reading))
-            unit = f"{service}@{moving.name}.service"
-            here.host.run("systemctl", "start", "--no-block", unit)
-        wait_until(lambda: len(here.events(moving.name, reading)) > before, "the run", 30)
-        refused = there.host.call("nbdbackupctl", "backup", moving.name)
-        assert refused.returncode == 75, refused
-        assert f"on host {here.host.name}" in refused.stderr.decode()
-        look = f"nbdbackupctl check {moving.name} -o {REPOSITORY}/{moving.name}/*"
-        shown = " ".join(there.host.call("sh", "-c", look).stdout.decode().split())
-        assert f" on host {here.host.name} (backup of {moving.name}, run 20" in shown, shown
-        assert f"a run on host {here.host.name} reads its images" in shown, shown
-        begun = time.monotonic()
-        moving.start(there)
-        assert time.monotonic() - begun < 8
-        wait_until(here.is_idle, "the end of the run", 30)
-        told = [each["MESSAGE"] for each in here.events(moving.name)]
-        assert any("gave way to its start" in message for message in told), told[-9:]
+    start_during_a_backup(moving, b, a, is_nightly=False)
+    start_during_a_backup(moving, a, b, is_nightly=True)
     assert moving.points() == []
     for each in (a, b):
         each.configure(moving.name, repository__path=REPOSITORY, checkpoint_directory=STATE)

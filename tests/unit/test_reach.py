@@ -39,7 +39,7 @@ def sysfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sysfs:
     monkeypatch.setattr(reach, "SYS", tmp_path)
     real_stat = os.stat
 
-    def device(path: str, **options: object) -> object:
+    def device(path: object, **options: object) -> object:
         if isinstance(path, str) and path.startswith("/dev/n"):
             major, minor = (int(word) for word in path.removeprefix("/dev/n").split(":"))
             mode = stat.S_IFBLK
