@@ -18,6 +18,8 @@ import pytest
 
 from nbdbackupd import events
 from nbdbackupd.source import kept, lease
+from nbdbackupd.source.hosts import Host as OtherHost
+from nbdbackupd.source.hosts import Hosts
 from nbdbackupd.virt.domain import Ending
 from tests.lib.pages import TOP
 
@@ -73,6 +75,7 @@ class Host:
             "NBDBACKUP_RUNTIME_DIR": str(self.runtime),
             "NBDBACKUP_STATE_DIR": str(self.top / "state"),
             "NBDBACKUP_HOOK_CONF": str(self.top / "hook.conf"),
+            "NBDBACKUP_CONFIG_DIR": str(self.top / "config"),
             "NBDBACKUP_LIB_DIR": str(TOP / "hooks"),
             "NBDBACKUP_LIBVIRT_ETC": str(self.top / "etc"),
             "NBDBACKUP_LIBVIRT_LOG": str(self.top / "log"),
@@ -146,6 +149,18 @@ class Host:
         directory.mkdir(parents=True)
         (directory / "lease.json").write_text("{}")
         return directory
+
+    def share(self, state: Path) -> None:
+        """Have a configuration that shares the state of one domain with other hosts."""
+        directory = self.top / "config" / "domains.d"
+        directory.mkdir(parents=True)
+        (self.top / "config" / "nbdbackup.yaml").write_text("#checkpoint_directory: /nowhere\n")
+        (directory / "x.yaml").write_text(f"match: {{name: x}}\ncheckpoint_directory: {state}\n")
+
+    def use_real_program(self) -> None:
+        (self.top / "bin" / "nbdbackupctl").write_text(
+            f'#!/bin/sh\ncd {TOP} && exec {sys.executable} -m nbdbackupd "$@"\n'
+        )
 
     def kept(self, domain: str) -> Path:
         name = lease.marker(self.runtime, domain).name.removesuffix(".starting")
@@ -365,9 +380,7 @@ def test_a_start_is_held_up_only_so_long(dash: Host, settings: str, seconds: int
 
 def test_real_yield_ends_a_real_reader(dash: Host) -> None:
     directory = dash.leave_lease()
-    (dash.top / "bin" / "nbdbackupctl").write_text(
-        f'#!/bin/sh\ncd {TOP} && exec {sys.executable} -m nbdbackupd "$@"\n'
-    )
+    dash.use_real_program()
     with (directory / "images").open("w") as images:
         fcntl.flock(images, fcntl.LOCK_SH)
         reader = subprocess.Popen(["sleep", "60"], pass_fds=[images.fileno()])
@@ -385,6 +398,84 @@ def test_real_yield_ends_a_real_reader(dash: Host) -> None:
         finally:
             reader.kill()
     assert dash.calls() == []
+
+
+TOLD = {
+    "prepare": "-", "restore": "-", "migrate": "-", "started": "-", "reconnect": "-",
+    "release": "shutdown",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", [*TOLD, "start", "stopped"])
+def test_hosts_that_share_the_state_are_told(host: Host, operation: str) -> None:
+    """H-1, H-7: with the XML, by which alone the program finds out who they are."""
+    reason = TOLD.get(operation, "-")
+    for shares in (False, True):
+        if shares:
+            host.share(host.top / "shared")
+        host.bid("nbdbackupctl", 'cat >"$HOOK_TEST/stdin"')
+        host.hook("x", operation, "begin", reason)
+        told = [each for each in host.calls() if each[0] == "nbdbackupctl"]
+        if not shares or operation not in TOLD:
+            assert told == []
+            continue
+        directories = ["--runtime-dir", f"{host.runtime}", "--config-dir", f"{host.top}/config"]
+        words = ["yield", "--journal", "--hosts", operation, f"--reason={reason}", "--", "x"]
+        assert told == [["nbdbackupctl", *directories, *words]]
+        assert (host.top / "stdin").read_text() == XML
+        assert host.told() == []
+        left = [each.name for each in (host.runtime / "xml").iterdir()]
+        assert [name for name in left if "part" in name or "hosts" in name] == []
+
+
+@pytest.mark.parametrize("reason", ["failed", "migrated"])
+def test_ends_that_are_none_are_told_to_other_hosts(host: Host, reason: str) -> None:
+    host.share(host.top / "shared")
+    host.bid("nbdbackupctl", 'cat >"$HOOK_TEST/stdin"')
+    host.hook("x", "release", "end", reason)
+    assert f"--reason={reason}" in host.calls()[0]
+    assert (host.top / "stdin").read_text() == XML
+
+
+def test_trouble_with_other_hosts_is_told(host: Host) -> None:
+    host.share(host.top / "shared")
+    host.bid("nbdbackupctl", "cat >/dev/null; echo no such luck; exit 50")
+    host.hook("x", "started", "begin", "-")
+    assert "(started), and a backup there may still hold its images: yield" in host.trouble()
+    assert host.calls()[-1] == queued("nbdbackup-checkpoints@x")[0]
+
+
+@pytest.mark.slow
+def test_a_shared_directory_that_hangs(dash: Host) -> None:
+    """H-1: nobody can end who waits there; here the deadline's own program is stopped."""
+    dash.share(dash.top / "shared")
+    dash.bid("nbdbackupctl", 'echo $$ $PPID >"$HOOK_TEST/pids"; kill -STOP $PPID; sleep 60')
+    assert dash.hook("x", "prepare", "begin", "-") < 10
+    assert "yield ended with nothing" in dash.trouble()
+    for pid in (dash.top / "pids").read_text().split():
+        os.kill(int(pid), signal.SIGKILL)
+
+
+def test_a_life_as_other_hosts_see_it(dash: Host) -> None:
+    """H-7: what the hook and the program note, from the first start to the end."""
+    shared = dash.top / "shared"
+    dash.share(shared)
+    dash.use_real_program()
+    other = Hosts(shared, "x", UUID, OtherHost("b" * 32, "host-b"))
+
+    def seen() -> list[tuple[str, str]]:
+        return [(note.phase.value, note.reason) for note in other.notes()]
+
+    for operation in ("prepare", "start", "started", "reconnect"):
+        dash.hook("x", operation, "begin", "-")
+        assert seen() == [("starting" if operation in ("prepare", "start") else "running", "")]
+    dash.hook("x", "release", "end", "shutdown")
+    assert seen() == [("ended", "shutdown")]
+    # a start that fails
+    dash.hook("x", "prepare", "begin", "-")
+    dash.hook("x", "release", "end", "failed")
+    assert seen() == [("ended", "shutdown")]
+    assert dash.told() == []
 
 
 @pytest.mark.parametrize("name", HOSTILE)
