@@ -31,9 +31,9 @@ class Disk:
     """One ``<disk>``. ``layers`` is its backing chain as far as the XML knows it, top first.
 
     ``source`` is the top image: a path, ``pool/volume`` for a volume, the image's name for a
-    network disk, empty for an empty drive. ``format`` is the driver's, since that is how the
-    guest sees the bytes: libvirt reads a disk without one as raw, and probing the image would
-    let the guest choose.
+    network disk (its server, if it has none), empty for an empty drive. ``format`` is the
+    driver's, since that is how the guest sees the bytes: libvirt reads a disk without one as raw,
+    and probing the image would let the guest choose.
     """
 
     target: str
@@ -112,7 +112,7 @@ def _parse_disk(element: ET.Element) -> Disk:
     type_ = element.get("type", "file")
     format_ = _attribute(element, "driver", "type") or "raw"
     source = element.find("source")
-    path = _source_text(source)
+    path = _source_text(source) or _source_place(source)
     layers = [ImageLayer(path, format_)] if path else []
     layer = element.find("backingStore")
     while layer is not None:
@@ -141,6 +141,23 @@ def _source_text(source: ET.Element | None) -> str:
     if source.get("volume") is not None:
         return f"{source.get('pool', '')}/{source.get('volume')}"
     return next((source.get(name, "") for name in SOURCE_ATTRIBUTES if source.get(name)), "")
+
+
+def _source_place(source: ET.Element | None) -> str:
+    """What lies behind a disk whose source has no name: a server's default export, an NVMe device.
+
+    Such a disk is no empty drive (W-2).
+    """
+    if source is None:
+        return ""
+    protocol, host, address = source.get("protocol"), source.find("host"), source.find("address")
+    if protocol:
+        known = host.attrib if host is not None else {}
+        place = known.get("name") or known.get("socket", "")
+        return f"{protocol}://{place}:{known.get('port', '')}"
+    if address is not None:
+        return " ".join(f"{name}={value}" for name, value in sorted(address.attrib.items()))
+    return ""
 
 
 def _attribute(parent: ET.Element, tag: str, name: str) -> str:

@@ -44,15 +44,16 @@ class BaseDisk:
 class DiskPlan:
     """One disk of the point; ``reason`` says why it is read in full though a delta was wanted.
 
-    ``tracked`` disks get a bitmap with the point's checkpoint. A disk that can't be tracked is
-    always read in full, which is no demotion and has no reason. ``bitmap_layers`` are the paths
-    of the images, top first, whose bitmaps together are the delta of a ``delta`` disk.
+    ``tracked`` disks get a bitmap with the point's checkpoint. ``is_expected``: the reason is the
+    disk's nature, which nobody is to be warned of. ``bitmap_layers`` are the paths of the images,
+    top first, whose bitmaps together are the delta of a ``delta`` disk.
     """
 
     target: str
     delta: bool
     tracked: bool
     reason: str = ""
+    is_expected: bool = False
     bitmap_layers: tuple[str, ...] = ()
 
 
@@ -73,8 +74,13 @@ def _plan(
     states: Mapping[str, DiskState],
 ) -> DiskPlan:
     target, tracked = chosen.target, chosen.how is How.BITMAP
-    if not tracked or level not in (Level.INC, Level.DIFF):
-        return DiskPlan(target=target, delta=False, tracked=tracked)
+    if not tracked:
+        return DiskPlan(
+            target=target, delta=False, tracked=False,
+            reason=chosen.why, is_expected=not chosen.is_fault,
+        )  # fmt: skip
+    if level not in (Level.INC, Level.DIFF):
+        return DiskPlan(target=target, delta=False, tracked=True)
     known = _recorded(target, parent)
     state = states.get(target)
     if parent is None:

@@ -8,14 +8,20 @@ from nbdbackupd.errors import NotSupportedError, UsageError
 from nbdbackupd.model.chain import Level, SkippedDisk
 from nbdbackupd.model.domain import Disk, Domain
 
-NO_DISK_DEVICES = {
-    "cdrom": "a CD-ROM drive",
-    "floppy": "a floppy drive",
+DRIVES = {"cdrom": "a CD-ROM drive", "floppy": "a floppy drive"}
+"""Devices whose media are saved only if the user names them."""
+
+NO_WAY = {
     "lun": "a passed-through LUN, whose blocks QEMU does not see",
+    "vhostuser": "a vhost-user disk, whose blocks QEMU does not see",
+    "dir": "a directory that is shown as a disk: save the directory itself",
 }
+"""Devices and types of disks that hold data and can't be saved."""
+
 OLD_QCOW2 = "0.10"
 EXCLUDED = "excluded by request"
 NOT_INCLUDED = "not among the requested disks"
+UNREADABLE = "a disk whose image can't be read"
 BY_REQUEST = (EXCLUDED, NOT_INCLUDED)
 """Reasons of disks that the user left out, as they stand in manifests."""
 
@@ -45,18 +51,28 @@ class ImageFacts:
 
 @dataclass(frozen=True, slots=True)
 class ChosenDisk:
-    """A disk that the point holds."""
+    """A disk that the point holds.
+
+    ``why`` its changes can't be tracked; empty where the user knows. ``is_fault``: it can be
+    mended, as ``why`` says.
+    """
 
     target: str
     how: How
+    why: str = ""
+    is_fault: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The result: both in the domain's order; together they are all disks of the domain."""
+    """The result: both in the domain's order; together they are all disks of the domain.
+
+    ``unsaved`` are the skipped ones that hold data, though nobody asked to leave them out.
+    """
 
     chosen: tuple[ChosenDisk, ...]
     skipped: tuple[SkippedDisk, ...]
+    unsaved: tuple[SkippedDisk, ...] = ()
 
 
 def select_disks(
@@ -67,36 +83,44 @@ def select_disks(
     include: Collection[str] = (),
     exclude: Collection[str] = (),
     raw: bool = False,
+    missing: Mapping[str, str] | None = None,
 ) -> Selection:
     """Apply the rule for disks; an empty ``include`` means all.
 
-    Raises UsageError for a name that the domain does not have, is given in both lists, or can't
-    be saved as asked though named; NotSupportedError for a disk that needs another level, and
-    when nothing is left to save.
+    ``missing`` says why the images of disks can't be read: they are left out, and the others are
+    saved (L-7). Raises UsageError for a name that the domain does not have, is given in both
+    lists, or can't be saved as asked though named; NotSupportedError when nothing is left to save.
     """
     _check_names(domain, include, exclude)
     chosen: list[ChosenDisk] = []
     skipped: list[SkippedDisk] = []
+    unsaved: list[SkippedDisk] = []
     for disk in domain.disks:
         reason = _left_out_by_request(disk, include, exclude)
-        if not reason:
-            reason = _left_out_by_kind(disk, raw=raw)
-            if reason and disk.target in include:
-                raise UsageError(
-                    f"disk {disk.target} of {domain.name} can't be saved: it is {reason}",
-                    domain=domain.name,
-                    disk=disk.target,
-                )
         if reason:
             skipped.append(SkippedDisk(disk.target, reason))
+            continue
+        is_named = disk.target in include
+        harmless, reason = _harmless(disk, is_named=is_named), _no_way(disk, raw=raw)
+        if is_named and (harmless or reason):
+            raise UsageError(
+                f"disk {disk.target} of {domain.name} can't be saved: it is {harmless or reason}",
+                domain=domain.name,
+                disk=disk.target,
+            )
+        if not (harmless or reason) and missing and disk.target in missing:
+            reason = f"{UNREADABLE}: {missing[disk.target]}"
+        if harmless or reason:
+            skipped.append(SkippedDisk(disk.target, harmless or reason))
+            unsaved += skipped[-1:] if not harmless else []
         else:
-            chosen.append(ChosenDisk(disk.target, _how(disk, images, level)))
+            chosen.append(_chosen(disk, images, level))
     if not chosen:
         listed = "; ".join(f"{skip.target}: {skip.reason}" for skip in skipped) or "it has no disks"
         raise NotSupportedError(
             f"domain {domain.name} has no disk to save ({listed})", domain=domain.name
         )
-    return Selection(tuple(chosen), tuple(skipped))
+    return Selection(tuple(chosen), tuple(skipped), tuple(unsaved))
 
 
 def _check_names(domain: Domain, include: Collection[str], exclude: Collection[str]) -> None:
@@ -121,40 +145,57 @@ def _left_out_by_request(disk: Disk, include: Collection[str], exclude: Collecti
     return ""
 
 
-def _left_out_by_kind(disk: Disk, *, raw: bool) -> str:
-    if disk.device != "disk":
-        return NO_DISK_DEVICES.get(disk.device, f"a device of kind {disk.device}")
-    if not disk.source:
+def _harmless(disk: Disk, *, is_named: bool) -> str:
+    """What the disk is, if nothing is missed when it is left out."""
+    if not disk.source and disk.device in DRIVES:
         return "an empty drive"
-    if disk.type == "vhostuser":
-        return "a vhost-user disk, whose blocks QEMU does not see"
+    if disk.device in DRIVES and not is_named:
+        return DRIVES[disk.device]
     if disk.transient:
         # libvirt refuses jobs on such a disk, and its changes are thrown away anyway
         return "a transient disk, whose changes end with the guest"
-    if disk.format == "raw" and not raw:
+    return ""
+
+
+def _no_way(disk: Disk, *, raw: bool) -> str:
+    """What the disk is, if it holds data and can't be saved, or not as asked."""
+    for kind in (disk.device, disk.type):
+        if kind in NO_WAY:
+            return NO_WAY[kind]
+    if disk.device not in ("disk", *DRIVES):
+        return f"a device of kind {disk.device}"
+    if not disk.source:
+        return "a disk without a source that is known here"
+    if disk.format == "raw" and not raw and disk.device not in DRIVES:
         return "a raw image, which can't be saved incrementally; --raw saves it in full each time"
     return ""
 
 
-def _how(disk: Disk, images: Mapping[str, ImageFacts], level: Level) -> How:
-    facts = images.get(disk.target, ImageFacts())
-    if disk.format == "qcow2" and facts.compat != OLD_QCOW2:
-        # libvirt tracks no changes of a disk that can't change; and writes to a raw data file
-        # while the domain is off are in no bitmap, as with a raw image; nor does QEMU store a
-        # bitmap in an image of no bytes (7.2: "Lost persistent bitmaps", with status 0)
-        untracked = disk.readonly or facts.has_raw_data or facts.size == 0
-        return How.FULL_ONLY if untracked else How.BITMAP
-    if disk.format == "raw" or level is Level.COPY:
-        return How.FULL_ONLY
-    if disk.format == "qcow2":
-        raise NotSupportedError(
-            f"disk {disk.target} is a qcow2 image of version 2, which can't hold bitmaps: "
-            f"convert it with 'qemu-img amend -o compat=1.1', leave it out with "
-            f"'-x {disk.target}', or use '-l copy'",
-            disk=disk.target,
-        )
-    raise NotSupportedError(
-        f"disk {disk.target} is of format {disk.format}, which can't hold bitmaps: "
-        f"convert it to qcow2, leave it out with '-x {disk.target}', or use '-l copy'",
-        disk=disk.target,
-    )
+def _chosen(disk: Disk, images: Mapping[str, ImageFacts], level: Level) -> ChosenDisk:
+    """How the disk is saved; nothing is said of one that is to be copied whole anyway."""
+    why, is_fault = _why_whole(disk, images.get(disk.target, ImageFacts()))
+    if not why and disk.format == "qcow2":
+        return ChosenDisk(disk.target, How.BITMAP)
+    if level is Level.COPY:
+        return ChosenDisk(disk.target, How.FULL_ONLY)
+    return ChosenDisk(disk.target, How.FULL_ONLY, why, is_fault)
+
+
+def _why_whole(disk: Disk, facts: ImageFacts) -> tuple[str, bool]:
+    """Why changes of the disk can't be tracked, and whether that can be mended."""
+    if disk.format == "raw":
+        return "", False
+    if disk.format != "qcow2":
+        return f"format {disk.format} holds no bitmaps: convert it to qcow2", True
+    if facts.compat == OLD_QCOW2:
+        amend = f"'qemu-img amend -f qcow2 -o compat=1.1 {disk.source}' while the domain is off"
+        return f"qcow2 of version 2 holds no bitmaps: convert it with {amend}", True
+    if disk.readonly:
+        return "it is read-only, and libvirt tracks no changes of such a disk", False
+    if facts.has_raw_data:
+        # what is written there while the domain is off is in no bitmap, as with a raw image
+        return "its data lies in a raw file, which may change without a trace", False
+    if facts.size == 0:
+        # QEMU stores no bitmap in it (7.2: "Lost persistent bitmaps", with status 0)
+        return "an image of no bytes holds no bitmaps", False
+    return "", False

@@ -23,6 +23,7 @@ from tests.lab.process import wait_until
 from tests.lib.rigged import RiggedCtl
 
 WARNED = 3
+CHOOSING = {"-i", "-x", "--raw"}
 LOCKS = {"lock", "images"}
 """Files for kernel locks, which stay."""
 
@@ -84,6 +85,8 @@ class Scene:
     ctl: RiggedCtl
     directory: Path
     history: list[Saved] = field(default_factory=list)
+    always: tuple[str, ...] = ()
+    """Options of each backup that chooses no disks by itself."""
 
     @property
     def set(self) -> Path:
@@ -93,6 +96,7 @@ class Scene:
     def save(self, *options: str, into: Path | None = None, code: int = 0) -> Saved:
         """Take references, back up, check the exit code and that nothing is left."""
         into = into or self.set
+        options += () if CHOOSING & set(options) else self.always
         references = self.references()
         result = self.ctl("backup", self.guest.name, "-o", into, "--json", *options, code=code)
         report = result.json

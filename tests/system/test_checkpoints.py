@@ -443,7 +443,7 @@ def test_other_chains_are_told_with_the_cure(here: Scene, power: str, tmp_path: 
     tag = naming.tag_of(base(here))
     state = ("--checkpoint-dir", str(here.ctl.state))
     drop = f"'nbdbackupctl checkpoints {here.guest.name} --drop {tag}'"
-    (note,) = here.save(into=june).report["other_chains"]
+    (note,) = here.save(into=june).report["notes"]
     assert note.endswith(
         f"for set {here.set}; if no backup goes there any more, remove them with {drop}"
     )
@@ -462,11 +462,10 @@ def test_other_chains_are_told_with_the_cure(here: Scene, power: str, tmp_path: 
     found = here.ctl("check", here.guest.name, *state, "--json", code=WARNED).json
     assert drop in json.dumps(found)
     here.ctl("checkpoints", here.guest.name, "--drop", tag)
-    assert here.save(into=june).report["other_chains"] == []
+    assert here.save(into=june).report["notes"] == []
     both_living = here.save(into=july)
     assert [
-        naming.tag_of(gone.point["checkpoint"]) in each
-        for each in both_living.report["other_chains"]
+        naming.tag_of(gone.point["checkpoint"]) in each for each in both_living.report["notes"]
     ] == [True]
     here.prove_all()
 

@@ -46,6 +46,7 @@ def here(lab: DaemonLab, guest: Guest, tmp_path: Path) -> Iterator[Scene]:
     guest.write("vdb", MIB, MIB, 0xB1)
     guest.write("vdc", MIB, MIB, 0xC1)
     here = scene_of(lab, tmp_path, guest)
+    here.always = ("-x", "vdc")
     yield here
     for name in here.checkpoints():
         lab.virsh("checkpoint-delete", "--domain", guest.name, name)
@@ -122,18 +123,19 @@ def test_unknown_domain(here: Scene, tmp_path: Path) -> None:
 
 
 def test_disks_are_chosen_and_listed(here: Scene) -> None:
-    full = here.save("-x", "vdb")
+    full = here.save("-x", "vdb", code=WARNED)
     assert full.modes == {"vda": "full"}
+    assert [each for each in full.warnings if "vdc" not in each] == []
     assert full.skipped["vdb"] == "excluded by request"
-    assert full.skipped["hda"] == full.skipped["hdb"] == "a CD-ROM drive"
-    assert full.skipped["fda"] == "a floppy drive"
+    assert full.skipped["hda"] == "a CD-ROM drive"
+    assert full.skipped["hdb"] == full.skipped["fda"] == "an empty drive"
     assert "--raw" in full.skipped["vdc"]
-    text = here.ctl("backup", "shared", "-o", here.set, "-x", "vdb").stdout
+    text = here.ctl("backup", "shared", "-o", here.set, "-x", "vdb", code=WARNED).stdout
     assert "left out hda: a CD-ROM drive" in text
     for options, said in (
         (("-x", "vdz"), "has no disk vdz"),
         (("-i", "vda", "-x", "vda"), "both included and excluded"),
-        (("-i", "hda"), "a CD-ROM drive"),
+        (("-i", "hdb"), "an empty drive"),
         (("-i", "vdc"), "--raw"),
     ):
         assert said in here.refuse(*options, code=USAGE)
@@ -274,6 +276,34 @@ def test_threshold(here: Scene) -> None:
     here.prove_all()
 
 
+def test_a_cd_that_is_named_is_saved(here: Scene) -> None:
+    """L-7: whoever names a drive wants its medium."""
+    for expected in ("full", "delta"):
+        saved = here.save("-i", "vda,hda")
+        assert saved.modes == {"vda": expected, "hda": "full"}
+        restored = here.ctl.restore(here.set, here.directory / expected, "--format", "raw")
+        assert restored["hda"].read_bytes() == bytes(MIB)
+
+
+def test_one_missing_image_does_not_sink_the_rest(lab: DaemonLab, tmp_path: Path) -> None:
+    """L-7: the other disks and the definition are saved, and the run is no success."""
+    disks = [DiskSpec(target="vda", size=4 * MIB), DiskSpec(target="vdb", size=4 * MIB)]
+    with scene(lab, tmp_path, "missing", disks) as here:
+        here.guest.write("vda", 0, MIB, 3)
+        here.guest.stop()
+        away = here.guest.image("vdb").rename(tmp_path / "away")
+        here.guest.disks.pop("vdb")
+        saved = here.save(code=WARNED)
+        assert saved.modes == {"vda": "full"}
+        (warning,) = saved.warnings
+        assert "disk vdb is not saved: it is a disk whose image can't be read" in warning
+        assert "No such file" in warning
+        assert "--strict" in here.refuse("--strict", code=DOMAIN)
+        assert here.save("-x", "vdb").modes == {"vda": "delta"}
+        here.prove_all()
+        away.rename(here.guest.image("vda").with_name(away.name))
+
+
 def test_old_and_foreign_formats(lab: DaemonLab, tmp_path: Path) -> None:
     disks = [
         DiskSpec(target="vda", size=4 * MIB),
@@ -283,12 +313,17 @@ def test_old_and_foreign_formats(lab: DaemonLab, tmp_path: Path) -> None:
     with scene(lab, tmp_path, "formats", disks) as here:
         for target in here.guest.disks:
             here.guest.write(target, 0, MIB, 9)
-        said = here.refuse("-x", "vdc", code=DOMAIN)
-        assert "vdb" in said
-        assert "qemu-img amend" in said
-        said = here.refuse("-x", "vdb", code=DOMAIN)
-        assert "vdc" in said
-        assert "vmdk" in said
+        for expected in ("full", "delta"):
+            here.guest.write("vda", 0, MIB, 8)
+            told = here.save(code=WARNED, into=tmp_path / "whole")
+            assert told.modes == {"vda": expected, "vdb": "full", "vdc": "full"}
+            first, second = told.warnings
+            assert "vdb is read in full: qcow2 of version 2 holds no bitmaps" in first
+            assert f"'qemu-img amend -f qcow2 -o compat=1.1 {here.guest.image('vdb')}'" in first
+            assert "vdc is read in full: format vmdk holds no bitmaps" in second
+            assert "--strict" in here.refuse("--strict", code=DOMAIN, into=tmp_path / "whole")
+        for saved in here.history:
+            here.prove(saved, "--format", "raw")
         copy = here.save("-l", "copy")
         assert copy.modes == {"vda": "full", "vdb": "full", "vdc": "full"}
         here.prove(copy, "--format", "raw")

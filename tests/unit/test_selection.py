@@ -54,7 +54,7 @@ def test_default_takes_what_can_be_tracked_and_lists_the_rest() -> None:
     assert list(reasons) == ["vdr", "sda", "fda", "sdl"]
     assert "--raw" in reasons["vdr"]
     assert "CD-ROM" in reasons["sda"]
-    assert "floppy" in reasons["fda"]
+    assert reasons["fda"] == "an empty drive"
     assert "LUN" in reasons["sdl"]
 
 
@@ -78,7 +78,7 @@ def test_include_and_exclude() -> None:
         (["vdz"], [], "no disk vdz"),
         ([], ["vd"], "no disk vd"),
         (["vda"], ["vda"], "both"),
-        (["sda"], [], "CD-ROM"),
+        (["fda"], [], "empty drive"),
         (["vda", "sdl"], [], "LUN"),
         (["vdr"], [], "--raw"),
     ],
@@ -96,14 +96,43 @@ def test_nothing_left() -> None:
 
 
 @pytest.mark.parametrize("level", [Level.FULL, Level.INC, Level.DIFF])
-def test_old_qcow2_and_other_formats_need_a_copy(level: Level) -> None:
+def test_what_holds_no_bitmaps_is_saved_whole_with_the_cure(level: Level) -> None:
+    """L-7: one such disk refused the whole domain."""
     old = {"vda": ImageFacts(format="qcow2", compat="0.10")}
-    with pytest.raises(NotSupportedError, match=r"version 2.*-x vda.*-l copy"):
-        select(level=level, facts=old)
+    first, second = select(level=level, facts=old).chosen
+    assert (first.how, first.is_fault, second.how) == (How.FULL_ONLY, True, How.BITMAP)
+    assert "'qemu-img amend -f qcow2 -o compat=1.1 " in first.why
     vmdk = only(Disk(target="vda", format="vmdk", source="/i/a"), qcow2("vdb"))
-    with pytest.raises(NotSupportedError, match="format vmdk"):
-        select(vmdk, level=level)
-    assert [disk.target for disk in select(vmdk, level=level, exclude=["vda"]).chosen] == ["vdb"]
+    first = select(vmdk, level=level).chosen[0]
+    assert (first.how, first.is_fault) == (How.FULL_ONLY, True)
+    assert first.why == "format vmdk holds no bitmaps: convert it to qcow2"
+
+
+def test_what_is_left_out_for_want_of_a_way() -> None:
+    """W-2, L-7: disks that hold data, and that nobody excluded, are not left out in silence."""
+    domain = only(
+        qcow2("vda"),
+        Disk(target="vdb", source="/i/b"),
+        Disk(target="vdc", device="lun", type="block", source="/dev/c"),
+        Disk(target="vdd", type="vhostuser", source="/s"),
+        Disk(target="vde", type="dir", format="fat", source="/d"),
+        Disk(target="vdf"),
+        qcow2("vdg"),
+        Disk(target="vdh", format="qcow2", source="/i/h", transient=True),
+        Disk(target="hda", device="cdrom", source="/i/cd"),
+        Disk(target="fda", device="floppy"),
+    )
+    facts: dict[str, ImageFacts] = {}
+    missing = {"vdg": "No such file or directory", "hda": "of no interest"}
+    found = select_disks(domain, facts, level=Level.INC, missing=missing)
+    assert [each.target for each in found.chosen] == ["vda"]
+    assert [each.target for each in found.unsaved] == ["vdb", "vdc", "vdd", "vde", "vdf", "vdg"]
+    assert found.unsaved[-1].reason.endswith("can't be read: No such file or directory")
+    found = select_disks(domain, facts, level=Level.INC, missing=missing, exclude=["vdg", "vdb"])
+    assert [each.target for each in found.unsaved] == ["vdc", "vdd", "vde", "vdf"]
+    # a CD that is named is wanted
+    named = select_disks(domain, facts, level=Level.INC, include=["hda"])
+    assert [(each.target, each.how) for each in named.chosen] == [("hda", How.FULL_ONLY)]
 
 
 def test_copy_takes_what_holds_no_bitmaps() -> None:

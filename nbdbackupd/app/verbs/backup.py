@@ -240,5 +240,5 @@ def render(report: "BackupReport") -> str:
         )
         lines.append(line)
     lines += [f"  left out {skip.target}: {skip.reason}" for skip in point.skipped]
-    lines += [f"  note: {text}" for text in report.others]
+    lines += [f"  note: {text}" for text in report.notes]
     return "\n".join(lines)

@@ -7,7 +7,7 @@ from nbdbackupd.model import domain as domain_model
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.domain import Agent
 from nbdbackupd.model.finding import Notes
-from nbdbackupd.model.selection import ImageFacts, select_disks
+from nbdbackupd.model.selection import BY_REQUEST, ImageFacts, select_disks
 from nbdbackupd.model.units import human_size
 from nbdbackupd.ops.checking import check_set
 from nbdbackupd.ops.checking.check_request import Patient
@@ -56,7 +56,8 @@ def disks(patient: Patient, notes: Notes) -> None:
     }
     head = check_set.head(patient)
     before = head.disks if head is not None else ()
-    left_out = {each.target for each in head.skipped} if head is not None else set()
+    skipped_before = head.skipped if head is not None else ()
+    left_out = {each.target for each in skipped_before if each.reason in BY_REQUEST}
     raw = any(disk.format == RAW for disk in before)
     try:
         # this level takes every disk that can be saved at all
@@ -65,12 +66,11 @@ def disks(patient: Patient, notes: Notes) -> None:
         notes.fail(err.message)
         return
     for skipped in found.skipped:
-        disk = looked.definition.disk(skipped.target)
         text = f"{skipped.target} is not saved: it is {skipped.reason}"
         if skipped.target in left_out:
             notes.ok(f"{skipped.target} is not saved, nor was it in the last point")
-        elif disk.device == "disk" and disk.source:
-            notes.warn(text)
+        elif skipped in found.unsaved:
+            notes.warn(text, f"exclude it, '-x {skipped.target}', if that is meant")
         else:
             notes.ok(text)
     for chosen in found.chosen:
@@ -95,11 +95,9 @@ def _disk(patient: Patient, disk: domain_model.Disk, notes: Notes) -> None:
         # only here if the last point holds it, so that is known and wanted
         notes.ok(f"{text}; saved whole each time: a raw image records no changes")
     elif disk.format != QCOW2:
-        notes.fail(
-            f"{text}; this format records no changes", "convert it to qcow2, or use '-l copy'"
-        )
+        notes.warn(f"{text}; saved whole each time: it records no changes", "convert it to qcow2")
     elif not top.can_hold_bitmaps:
-        notes.fail(f"{text}; qcow2 of version 2 records no changes", f"{old}, or use '-l copy'")
+        notes.warn(f"{text}; saved whole each time: version 2 records no changes", old)
     elif disk.readonly:
         notes.ok(f"{text}; read-only: saved whole each time")
     else:

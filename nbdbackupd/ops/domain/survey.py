@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nbdbackupd.errors import DomainError, FormatError, ProcessError
@@ -53,7 +53,8 @@ class Looked:
     """A domain's definition, and what is known of its disks whatever a run wishes.
 
     ``infos`` is qemu-img's JSON, ``chains`` the same parsed. ``states`` lacks disks that have no
-    image, or one that can't be looked at. ``is_active``: a QEMU had the images open.
+    image, or one that can't be looked at: ``problems`` says why. ``is_active``: a QEMU had the
+    images open.
     """
 
     definition: domain_model.Domain
@@ -61,32 +62,43 @@ class Looked:
     infos: Mapping[str, str]
     chains: Mapping[str, tuple[image.ImageInfo, ...]]
     states: Mapping[str, DiskState]
+    problems: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def encrypted(self) -> tuple[str, ...]:
+        """Disks of which an image is encrypted; what is read of them is not."""
+        return tuple(
+            target for target, chain in self.chains.items() if any(each.encrypted for each in chain)
+        )
 
 
 def look(domain: Domain) -> Looked:
     """Look at the definition and the images of a domain that runs or is off; changes nothing.
 
-    An image that can't be looked at costs a warning. Raises DomainError.
+    Raises DomainError.
     """
     is_active = domain.is_active()
     definition = _with_paths(domain, domain.definition())
-    infos = {disk.target: _info(disk) for disk in definition.disks}
+    problems: dict[str, str] = {}
+    disks = [disk for disk in definition.disks if disk.device == "disk"]
+    infos = {disk.target: _info(disk, problems) for disk in disks}
     chains = {target: image.parse_chain(text) for target, text in infos.items() if text}
     states = {}
-    for disk in definition.disks:
-        if disk.device != "disk" or not disk.source or disk.type == VHOST_USER:
+    for disk in disks:
+        if not disk.source or disk.type == VHOST_USER:
             continue
         chain = chains.get(disk.target, ())
         try:
             states[disk.target] = _state(domain, disk, chain, is_active=is_active)
         except DomainError as err:
-            log.warning("disk %s: %s", disk.target, err)
+            problems.setdefault(disk.target, err.message)
     return Looked(
         definition=definition,
         is_active=is_active,
         infos={target: text for target, text in infos.items() if text},
         chains=chains,
         states=states,
+        problems=problems,
     )
 
 
@@ -139,12 +151,12 @@ def survey_domain(
     selection = select_disks(
         looked.definition, facts,
         level=level, include=wish.include, exclude=wish.exclude, raw=wish.raw,
+        missing={} if looked.is_active else _missing(looked),
     )  # fmt: skip
     states = {}
     for chosen in selection.chosen:
         state = looked.states.get(chosen.target)
-        # asked again for the error that says why
-        states[chosen.target] = state or DiskState(size=domain.disk_size(chosen.target))
+        states[chosen.target] = state or _state_of_drive(domain, looked, chosen.target)
     return Survey(
         definition=looked.definition,
         selection=selection,
@@ -180,15 +192,31 @@ def _with_path(domain: Domain, disk: domain_model.Disk) -> domain_model.Disk:
     )
 
 
-def _info(disk: domain_model.Disk) -> str:
-    """qemu-img's JSON of the backing chain, or nothing where there is no image to look at."""
-    if disk.device != "disk" or disk.type not in LOCAL_TYPES or not disk.source:
+def _state_of_drive(domain: Domain, looked: Looked, target: str) -> DiskState:
+    """A CD or floppy that is to be saved; of a disk it raises why it can't be looked at."""
+    disk = looked.definition.disk(target)
+    text = _info(disk, {})
+    chain = image.parse_chain(text) if text else ()
+    return _state(domain, disk, chain, is_active=looked.is_active)
+
+
+def _missing(looked: Looked) -> dict[str, str]:
+    """Why images of a domain that is off can't be read; a QEMU that runs has them open."""
+    return {target: why for target, why in looked.problems.items() if target not in looked.states}
+
+
+def _info(disk: domain_model.Disk, problems: dict[str, str]) -> str:
+    """qemu-img's JSON of the backing chain, or nothing where there is no image to look at.
+
+    Why one can't be looked at is added to ``problems``.
+    """
+    if disk.type not in LOCAL_TYPES or not disk.source:
         return ""
     try:
         text = image.info_json(Path(disk.source), format=disk.format, chain=True)
         image.parse_chain(text)
     except (ProcessError, FormatError) as err:
-        log.warning("image of disk %s can't be examined: %s", disk.target, err)
+        problems[disk.target] = err.message
         return ""
     return text
 

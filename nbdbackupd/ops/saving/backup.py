@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from typing import Final
 
 from nbdbackupd import durable, events
 from nbdbackupd import log as runlog
@@ -37,6 +38,10 @@ from nbdbackupd.virt.domain import Domain
 
 log = logging.getLogger(__name__)
 notice = functools.partial(log.log, runlog.NOTICE, "%s")
+ENCRYPTED: Final = (
+    "the image of disk {disk} is encrypted, its data in the set is not: keep the set where that "
+    "may lie"
+)
 Progress = Callable[[str, int, int, int], None]
 Cancelled = Callable[[], None]
 
@@ -168,8 +173,10 @@ def _run_locked(run: _Run) -> BackupReport:
     if run.lease is not None:
         note_saved(domain, request.sharing, point.id)
     reconciling.advance(domain, repository, point, parent, looked, state=state, erase=erase)
-    notes = tuple(str(each) for each in beside if not each.is_gone)
-    return BackupReport(point=point, disk_seconds=seconds, others=notes)
+    encrypted = [each.target for each in point.disks if each.target in looked.encrypted]
+    notes = [ENCRYPTED.format(disk=target) for target in encrypted]
+    notes += [str(each) for each in beside if not each.is_gone]
+    return BackupReport(point=point, disk_seconds=seconds, notes=tuple(notes))
 
 
 def _doubts(lease: Lease | None, survey: Survey) -> tuple[str, ...]:

@@ -59,14 +59,14 @@ class BackupRequest:
 class BackupReport:
     """The published point, or why none was made (``skipped``); seconds in all and by disk.
 
-    ``others`` says of each other chain whose bitmaps the domain carries how to be rid of it.
+    ``notes`` are what its user should know though nothing went wrong.
     """
 
     point: RestorePoint | None
     skipped: str = ""
     seconds: float = 0.0
     disk_seconds: Mapping[str, float] = field(default_factory=dict)
-    others: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -81,5 +81,5 @@ class BackupReport:
             "reason": self.skipped,
             "seconds": round(self.seconds, 3),
             "point": catalog.describe(self.point) if self.point else None,
-            "other_chains": list(self.others),
+            "notes": list(self.notes),
         }

@@ -36,10 +36,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Notes:
-    """What comes up while the point is made; ``told``: warnings that were events already."""
+    """What comes up while the point is made; ``told``: warnings that were events already.
+
+    ``expected``: disks that are read in full by their nature.
+    """
 
     warnings: list[str] = field(default_factory=list)
     told: set[str] = field(default_factory=set)
+    expected: set[str] = field(default_factory=set)
     trouble: NbdbackupError | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -85,7 +89,7 @@ def _settle(job: Job, draft: Draft) -> None:
 
 def _fill(job: Job, draft: Draft, notes: _Notes) -> RestorePoint:
     """Copy everything into the draft and describe it; the libvirt job has ended afterwards."""
-    notes.warnings += [*job.warnings, *_lost(job)]
+    notes.warnings += [*job.warnings, *_lost(job), *_unsaved(job)]
     _check_strict(job, notes)
 
     def trouble(error: NbdbackupError) -> None:
@@ -138,11 +142,25 @@ def _lost(job: Job) -> list[str]:
     ]
 
 
+def _unsaved(job: Job) -> list[str]:
+    """Disks that hold data and are in no point, though nobody excluded them."""
+    return [
+        f"disk {each.target} is not saved: it is {each.reason}"
+        for each in job.survey.selection.unsaved
+        if each.target not in job.survey.lost
+    ]
+
+
 def _reasons(job: Job, snapshot: Snapshot, notes: _Notes) -> dict[str, str]:
-    """Why disks are read in full that should not be; each is a warning."""
+    """Why disks are read in full; what is not their nature is a warning."""
     reasons = {plan.target: plan.reason for plan in job.survey.plans if plan.reason}
     reasons |= snapshot.demoted
-    notes.warnings += [_demotion(target, reason) for target, reason in reasons.items()]
+    notes.expected = {plan.target for plan in job.survey.plans if plan.is_expected}
+    notes.warnings += [
+        _demotion(target, reason)
+        for target, reason in reasons.items()
+        if target not in notes.expected
+    ]
     return reasons
 
 
@@ -154,6 +172,8 @@ def _tell_demotions(
     job: Job, snapshot: Snapshot, reasons: Mapping[str, str], notes: _Notes
 ) -> None:
     for target, reason in reasons.items():
+        if target in notes.expected:
+            continue
         notes.told.add(_demotion(target, reason))
         events.emit(log, events.DISK_DEMOTED, disk=target, reason=reason)
     is_delta = job.level in (Level.INC, Level.DIFF) and job.parent is not None
