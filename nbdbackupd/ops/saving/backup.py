@@ -21,7 +21,7 @@ from nbdbackupd.ops.chains import foreign, leftovers, reconciling
 from nbdbackupd.ops.chains.checkpoints import OWNER as CHECKPOINTS
 from nbdbackupd.ops.chains.others import OtherChain, other_chains
 from nbdbackupd.ops.domain import domains
-from nbdbackupd.ops.domain.images import images_of, note_saved
+from nbdbackupd.ops.domain.images import images_of, note_saved, prove_start
 from nbdbackupd.ops.domain.survey import Looked, Survey, Wish, look, survey_domain
 from nbdbackupd.ops.reporting import telling
 from nbdbackupd.ops.saving import recording
@@ -98,13 +98,15 @@ def run(
 
 
 def _find(request: BackupRequest, connection: Connection) -> Domain:
-    """The domain, unless a migration is under way: it has no backup, and must not be ended."""
+    """The domain, unless a migration is under way, or it is to be started and may run elsewhere."""
     domain = domains.find(connection, request.domain, request.runtime_dir)
     if jobs.is_migrating(domain):
         raise BusyError(
             f"domain {domain.name} is being migrated: try again when that has ended",
             domain=domain.name,
         )
+    if request.start_paused and not domain.is_active():
+        prove_start(domain, request.sharing)
     return domain
 
 
