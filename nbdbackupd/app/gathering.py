@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from nbdbackupd.app.systemd import Service, Timer
     from nbdbackupd.model.health import Limits
     from nbdbackupd.ops.reporting.status import DomainStatus, StatusReport, Stored
+    from nbdbackupd.repo.runs import Seen
     from nbdbackupd.virt.connection import Connection
 
 
@@ -165,11 +167,16 @@ def ask_systemd(notes: list[str]) -> Units:
     )
 
 
-def failure_of(service: "Service | None") -> str:
-    """How the last run of a unit failed; empty if it did not."""
+def failure_of(service: "Service | None", seen: "Seen", found: "Stored") -> str:
+    """How a unit failed without a word of the run itself; empty if it did not, or not since."""
     from nbdbackupd.app import notification
 
-    if service is None or service.active != "failed":
+    if service is None or service.active != "failed" or service.ended is None:
+        return ""
+    known = datetime.fromisoformat(seen.end.begun) if seen.end is not None else None
+    if any(each is not None and each > service.ended for each in (known, found.instant)):
+        return ""
+    if seen.end is not None and seen.end.unit == service.unit and seen.end.ended:
         return ""
     status = service.exit_status if service.result == "exit-code" else ""
     event, result, meaning = notification.result_of(service.result, str(status))
@@ -257,6 +264,7 @@ def _folders(
 
 
 def _look(name: str, known: _Known, context: Context, notes: list[str]) -> "DomainStatus":
+    from nbdbackupd.app import run_record
     from nbdbackupd.model import unitname
     from nbdbackupd.model.health import Facts
     from nbdbackupd.ops.reporting import status
@@ -269,12 +277,13 @@ def _look(name: str, known: _Known, context: Context, notes: list[str]) -> "Doma
         service = known.units.services.get(unit)
     found = _stored(name, settings, known)
     newest = found.newest
+    seen = run_record.look(name, uuid)
     facts = Facts(
         newest=found.instant,
         problem=found.problem,
         damage=found.damage,
         warnings=found.concerns,
-        failure=failure_of(service),
+        failure=run_record.failure_text(seen, found.instant) or failure_of(service, seen, found),
         is_covered=_is_covered(settings, timer, known.configuration),
         is_wanted=settings.schedule_calendar != (),
         is_known=None if known.domains is None else name in known.domains,
@@ -283,6 +292,13 @@ def _look(name: str, known: _Known, context: Context, notes: list[str]) -> "Doma
         name, found, facts, known.limits(settings), app_context.now(),
         next=timer.next if timer is not None else None,
         busy=status.busy(context.runtime_dir, uuid or (newest.uuid if newest is not None else "")),
+        last_run=seen.end,
+        runs=tuple(
+            status.LiveRun(
+                unit=run.unit, begun=run.begun, doing=run_record.doing(run, context) or "begins"
+            )
+            for run in seen.alive
+        ),
     )  # fmt: skip
 
 

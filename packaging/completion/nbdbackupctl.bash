@@ -47,7 +47,7 @@ _nbdbackupctl_options() {
         ;;
     run)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet --shutdown -n --dry-run --wait'
+        --runtime-dir -v --verbose -q --quiet --shutdown -n --dry-run --retry --wait'
         ;;
     restore)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress

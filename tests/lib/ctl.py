@@ -45,7 +45,11 @@ class Ctl:
         self.runtime = directory / "run"
         self.scratch = directory / "scratch"
         self.state = directory / "state"
-        self.environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **(environment or {})}
+        self.environment = {
+            "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+            "NBDBACKUP_STATE_DIR": os.fspath(self.state),
+            **(environment or {}),
+        }
 
     def argv(self, verb: str, *arguments: str | os.PathLike[str]) -> list[str]:
         """The whole command line."""

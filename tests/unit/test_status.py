@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import uuid as uuids
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,11 +17,11 @@ import pytest
 
 from nbdbackupd import durable
 from nbdbackupd.app import context as app_context
-from nbdbackupd.app import ctl, systemd, tables
+from nbdbackupd.app import ctl, run_record, systemd, tables
 from nbdbackupd.model import unitname
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.health import Facts, Health, Limits, age_text, judge
-from nbdbackupd.repo import boot_tests, layout
+from nbdbackupd.repo import boot_tests, layout, runs
 from nbdbackupd.repo.repository import Repository
 from tests.lib import chains
 from tests.lib.pages import TOP
@@ -124,6 +125,7 @@ def host(
     (programs / "systemctl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
     monkeypatch.setenv("TZ", "UTC")
+    monkeypatch.setenv("NBDBACKUP_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setattr(systemd, "BOOTED", tmp_path)
     monkeypatch.setattr(app_context, "now", lambda: NOW)
     return Host(tmp_path, capsys)
@@ -257,6 +259,85 @@ def test_all_is_well(host: Host) -> None:
         0,
         "NBDBACKUP OK - 1 domain | domains=1;;;0 unprotected=0;;;0 'vm1 age'=0s;129600;259200;0\n",
     )
+
+
+def end(minutes: int, result: str = runs.FAILED, status: int = 50, **more: str) -> runs.End:
+    """Of a run that began so many minutes ago."""
+    began = NOW - timedelta(minutes=minutes)
+    facts = {"unit": "nbdbackup@vm1.service", "reason": "No space left on device", **more}
+    return runs.End(
+        domain="vm1", host="here", begun=run_record.stamp(began),
+        ended=run_record.stamp(began + timedelta(minutes=1)), result=result, status=status, **facts,
+    )  # fmt: skip
+
+
+def test_w6_how_the_last_run_ended_whoever_ran_it(host: Host) -> None:
+    """W-6: by its own words, over a boot, and no longer than until a newer good point."""
+    host.libvirt("vm1")
+    host.file("a", "match: {name: vm1}")
+    host.save("vm1", NOW - timedelta(hours=2))
+    # systemd knows nothing of it: it was before the boot
+    host.systemd(timer("vm1"))
+    known = runs.Runs(host.root / "state")
+    known.record(end(60))
+    found = host.status()["vm1"]
+    why = (
+        "the run of 2026-02-10 11:01 UTC failed: No space left on device "
+        "(by nbdbackup@vm1.service, exit status 50)"
+    )
+    assert (found["health"], found["reasons"]) == ("warning", [why])
+    assert found["last_run"]["status"] == 50
+    code, out = host.run("status", "--nagios")
+    assert (code, f"vm1: {why} |" in out) == (1, True)
+    (entry,) = json.loads(host.run("timers", "--json")[1])["timers"]
+    assert (entry["result"], entry["exit_status"]) == ("failed (exit status 50)", 50)
+    assert "vm1: No space left on device" in host.run("timers")[1].splitlines()
+    # systemd tells of the same failure, and not twice
+    host.systemd(timer("vm1"), services=service("vm1", active="failed", result="exit-code",
+                                                status=50))  # fmt: skip
+    assert host.status()["vm1"]["reasons"] == [why]
+    # one that had nothing to do, or gave way by hand, is no good end
+    known.record(end(50, runs.SKIPPED, 0))
+    known.record(end(40, runs.BUSY, 75, unit=""))
+    assert host.status()["vm1"]["reasons"] == [why]
+    # a newer point clears it, whatever made that: here nobody noted who
+    host.save("vm1", NOW - timedelta(minutes=30))
+    assert host.status()["vm1"]["health"] == "ok"
+    # and so does a run that found nothing new
+    known.record(end(20, unit=""))
+    assert "(by hand, exit status 50)" in host.status()["vm1"]["reasons"][0]
+    known.record(end(10, runs.CURRENT, 0))
+    assert host.status()["vm1"]["health"] == "ok"
+
+
+def test_a3_runs_that_live(host: Host) -> None:
+    """A-3: how far a run is, and that it waits, whoever began it."""
+    host.libvirt("vm1")
+    host.file("a", "match: {name: vm1}")
+    host.save("vm1", NOW)
+    known = runs.Runs(host.root / "state")
+    doing = host.root / "run/doing"
+    doing.mkdir(parents=True)
+    begun = run_record.stamp(NOW - timedelta(minutes=5))
+    with ExitStack() as stack:
+        for ident in ("nbdbackup@vm1.service", "hand-1"):
+            run = runs.Begun(
+                ident=ident, domain="vm1", host="here", boot=runs.boot_id(), begun=begun
+            )
+            stack.enter_context(known.living(run))
+        (doing / "nbdbackup@vm1.service").write_text("vda: 45 %")
+        (doing / "hand-1").write_text("waiting for a place among the concurrent runs\x1b")
+        code, out = host.run("status")
+        assert code == 0
+        assert out.splitlines()[-2:] == [
+            "vm1: running, waiting for a place among the concurrent runs? (by hand, since 11:55)",
+            "vm1: running, vda: 45 % (nbdbackup@vm1.service, since 11:55)",
+        ]
+        assert host.status()["vm1"]["runs"][1] == {
+            "unit": "nbdbackup@vm1.service", "begun": begun, "doing": "vda: 45 %",
+        }  # fmt: skip
+    # they left the block without a word of their end
+    assert host.status()["vm1"]["runs"] == []
 
 
 NAGIOS = re.compile(

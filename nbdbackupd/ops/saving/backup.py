@@ -163,7 +163,7 @@ def _run_locked(run: _Run) -> BackupReport:
     beside = _others(run, looked, records, known, dead)
     small = _below_threshold(run, survey, parent)
     if small:
-        return BackupReport(point=None, skipped=small)
+        return BackupReport(point=None, skipped=small, is_current=True)
     point, seconds = recording.record(
         Job(
             request=request, domain=domain, repository=repository, survey=survey, level=level,
