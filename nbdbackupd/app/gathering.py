@@ -1,6 +1,7 @@
 """What is known of all domains: from libvirt, the configuration, the repositories and systemd."""
 
 import difflib
+import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 class Units:
     """Timers and runs by the names of their units; nothing if systemd could not be asked."""
 
+    is_known: bool = False
     timers: "dict[str, Timer]" = field(default_factory=dict)
     services: "dict[str, Service]" = field(default_factory=dict)
 
@@ -137,6 +139,7 @@ def record_host(connection: "Connection", configuration: "Configuration", direct
     domains = _domains_of(connection, configuration)
     covered = [
         _is_covered(settings, _timer(units, name, uuid), configuration)
+        and not _unscheduled(name, settings, units, _timer(units, name, uuid))
         for name, (uuid, settings) in domains.items()
     ]
     metrics.record_host(
@@ -162,6 +165,7 @@ def ask_systemd(notes: list[str]) -> Units:
         notes.append(f"systemd can't be asked: {err}")
         return Units()
     return Units(
+        is_known=True,
         timers={each.unit: each for each in timers},
         services={each.unit: each for each in services},
     )
@@ -225,9 +229,26 @@ def _timer(units: Units, name: str, uuid: str) -> "Timer | None":
 def _is_covered(
     settings: "DomainSettings", timer: "Timer | None", configuration: "Configuration"
 ) -> bool:
-    """Whether a timer, or a file that is not for all domains, is for a domain."""
+    """Whether a timer, the end of its guest, or a file that is not for all, is for a domain."""
     mains = {file.path for file in configuration.files if file.match is None}
-    return timer is not None or any(path not in mains for path in settings.applied)
+    is_chosen = any(path not in mains for path in settings.applied)
+    return timer is not None or settings.on_shutdown or is_chosen
+
+
+def _unscheduled(name: str, settings: "DomainSettings", units: Units, timer: "Timer | None") -> str:
+    """Why a domain is not saved although the configuration is for it; empty if it is."""
+    from nbdbackupd.model import unitname
+
+    if not units.is_known or settings.on_shutdown or settings.schedule_calendar == ():
+        return ""
+    service = units.services.get(timer.activates) if timer is not None else None
+    if timer is not None and (timer.next is not None or (service and service.is_running)):
+        return ""
+    unit = unitname.unit(unitname.RUNNER, name, "timer")
+    return (
+        f"not scheduled, no timer is active: 'systemctl enable --now {shlex.quote(unit)}', or set "
+        "schedule.enable and 'systemctl start nbdbackup-timers'"
+    )
 
 
 def _folders(
@@ -278,15 +299,20 @@ def _look(name: str, known: _Known, context: Context, notes: list[str]) -> "Doma
     found = _stored(name, settings, known)
     newest = found.newest
     seen = run_record.look(name, uuid)
+    is_known = None if known.domains is None else name in known.domains
+    is_covered = _is_covered(settings, timer, known.configuration)
     facts = Facts(
         newest=found.instant,
         problem=found.problem,
         damage=found.damage,
         warnings=found.concerns,
         failure=run_record.failure_text(seen, found.instant) or failure_of(service, seen, found),
-        is_covered=_is_covered(settings, timer, known.configuration),
+        is_covered=is_covered,
+        unscheduled=(
+            _unscheduled(name, settings, known.units, timer) if is_covered and is_known else ""
+        ),
         is_wanted=settings.schedule_calendar != (),
-        is_known=None if known.domains is None else name in known.domains,
+        is_known=is_known,
     )
     return status.status_of(
         name, found, facts, known.limits(settings), app_context.now(),

@@ -68,7 +68,7 @@ def keep(domain: str, settings: "DomainSettings") -> None:
         if path.is_file() and path.read_bytes() == data:
             return
         with durable.translate_os_errors("write", path):
-            durable.make_directory(path.parent)
+            durable.make_private_directory(path.parent, path.parents[1])
             durable.write_atomic(path, data, MODE)
     except (NbdbackupError, OSError) as err:
         log.warning("whom to tell is not noted for the time when it can't be read: %s", err)

@@ -119,6 +119,7 @@ class Runs:
     """The runs of a host by its state directory, which need not exist."""
 
     def __init__(self, directory: Path) -> None:
+        self._top = directory
         self._ends = directory / ENDS
         self._begun = directory / BEGUN
 
@@ -135,7 +136,7 @@ class Runs:
             run = replace(run, tries=before.tries + 1)
         self.settle(run.domain, boot=run.boot)
         with durable.translate_os_errors("write", path):
-            durable.make_directory(self._begun)
+            durable.make_private_directory(self._begun, self._top)
             fd = _locked_file(path, _pack(asdict(run)))
         living = Living(self, run)
         try:
@@ -149,9 +150,10 @@ class Runs:
     def record(self, end: End) -> None:
         """Remember an end. Raises RepositoryError, NoSpaceError, BusyError."""
         path = self._path(end.domain)
-        lock = durable.Lock(self._ends / LOCK, owner="end of a run", wait_seconds=LOCK_SECONDS)
+        wait = durable.Wait(seconds=LOCK_SECONDS)
+        lock = durable.Lock(self._ends / LOCK, owner="end of a run", wait=wait)
         with durable.translate_os_errors("write", path):
-            durable.make_directory(self._ends)
+            durable.make_private_directory(self._ends, self._top)
             with lock:
                 seen = _with(self._read_ends(path), end)
                 document = {

@@ -37,7 +37,7 @@ def end(minute: int, result: str, **more: str) -> End:
 
 @pytest.fixture
 def known(tmp_path: Path) -> Runs:
-    return Runs(tmp_path / "state")
+    return Runs(tmp_path / "lib" / "state")
 
 
 def test_w6_a_failure_stays_until_a_good_end(known: Runs, tmp_path: Path) -> None:
@@ -58,8 +58,11 @@ def test_w6_a_failure_stays_until_a_good_end(known: Runs, tmp_path: Path) -> Non
     # what is settled late is in its place
     known.record(end(35, runs.FAILED))
     assert known.look("vm1", boot=BOOT).failure is None
-    (path,) = (tmp_path / "state/runs").glob("*.json")
-    assert path.stat().st_mode & 0o777 == 0o600
+    (path,) = (tmp_path / "lib/state/runs").glob("*.json")
+    modes = [each.stat().st_mode & 0o777 for each in (path, path.parent, path.parents[1])]
+    assert modes == [0o600, 0o700, 0o700]
+    # QEMU must get to scratch space beside it
+    assert (tmp_path / "lib").stat().st_mode & 0o777 == 0o755
     assert json.loads(path.read_text())["version"] == 1
 
 
@@ -81,11 +84,11 @@ def test_w6_a_run_lives_as_long_as_its_block(known: Runs, tmp_path: Path) -> Non
         # its own word counts, not that it is about to go
     seen = known.look("vm1", boot=BOOT)
     assert (seen.alive, seen.end and seen.end.reason) == ((), "no such thing")
-    assert list((tmp_path / "state/begun").iterdir()) == []
+    assert list((tmp_path / "lib/state/begun").iterdir()) == []
 
 
 def test_w6_what_the_host_cut_short_is_noted_for_the_next_boot(known: Runs, tmp_path: Path) -> None:
-    note = tmp_path / "state/begun" / UNIT
+    note = tmp_path / "lib/state/begun" / UNIT
     with known.living(begun(10)) as living:
         living.end(ended=at(11), result=runs.FAILED, status=143, reason="the host was going down")
         living.is_unfinished = True
@@ -123,7 +126,7 @@ with Runs(Path(sys.argv[1])).living(run):
 @pytest.mark.parametrize("ident", [UNIT, "hand-1"])
 def test_w6_kill_9_is_seen_later(known: Runs, tmp_path: Path, ident: str) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", KILLED, tmp_path / "state", ident, BOOT], cwd=TOP,
+        [sys.executable, "-c", KILLED, tmp_path / "lib/state", ident, BOOT], cwd=TOP,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stdout
@@ -139,7 +142,7 @@ def test_w6_kill_9_is_seen_later(known: Runs, tmp_path: Path, ident: str) -> Non
     seen = known.look("vm1", boot=BOOT)
     assert seen.failure == settled
     assert "memory" in settled.reason
-    assert os.listdir(tmp_path / "state/begun") == []  # noqa: PTH208 - names are enough
+    assert os.listdir(tmp_path / "lib/state/begun") == []  # noqa: PTH208 - names are enough
 
 
 @pytest.mark.parametrize(
@@ -147,9 +150,9 @@ def test_w6_kill_9_is_seen_later(known: Runs, tmp_path: Path, ident: str) -> Non
 )
 def test_a_record_that_is_damaged_is_passed_over(known: Runs, tmp_path: Path, text: str) -> None:
     for folder in ("runs", "begun"):
-        (tmp_path / "state" / folder).mkdir(parents=True)
-    (tmp_path / "state/runs/vm1.json").write_text(text)
-    (tmp_path / "state/begun" / UNIT).write_text(text)
+        (tmp_path / "lib/state" / folder).mkdir(parents=True)
+    (tmp_path / "lib/state/runs/vm1.json").write_text(text)
+    (tmp_path / "lib/state/begun" / UNIT).write_text(text)
     assert known.look("vm1", boot=BOOT) == runs.Seen()
     with known.living(begun(10)) as living:
         living.end(ended=at(11), result=runs.SAVED, status=0, reason="")
@@ -157,6 +160,6 @@ def test_a_record_that_is_damaged_is_passed_over(known: Runs, tmp_path: Path, te
 
 
 def test_a_record_that_is_no_file(known: Runs, tmp_path: Path) -> None:
-    (tmp_path / "state/runs").mkdir(parents=True)
-    os.mkfifo(tmp_path / "state/runs/vm1.json")
+    (tmp_path / "lib/state/runs").mkdir(parents=True)
+    os.mkfifo(tmp_path / "lib/state/runs/vm1.json")
     assert known.look("vm1", boot=BOOT) == runs.Seen()

@@ -251,6 +251,7 @@ def test_domains_of_all_kinds(host: Host) -> None:
 def test_all_is_well(host: Host) -> None:
     host.libvirt("vm1")
     host.file("a", "match: {name: vm1}")
+    host.systemd(timer("vm1"))
     host.save("vm1", NOW)
     code, out = host.run("status", "vm1")
     assert (code, len(out.splitlines())) == (0, 2)
@@ -310,10 +311,50 @@ def test_w6_how_the_last_run_ended_whoever_ran_it(host: Host) -> None:
     assert host.status()["vm1"]["health"] == "ok"
 
 
+def test_a1_a_pattern_that_fits_is_no_schedule(host: Host) -> None:
+    """A-1: a domain that a pattern matches had no timer, HEALTH ok and unprotected=0."""
+    host.libvirt("web-1", "web 2")
+    host.file("a", "match: {glob: 'web*'}")
+    host.save("web 2", NOW)
+    never = {**timer("web-1"), "next": 0}
+    host.systemd(never)
+    found = host.status()
+    for name, unit in (
+        ("web-1", r"'nbdbackup@web\x2d1.timer'"),
+        ("web 2", r"'nbdbackup@web\x202.timer'"),
+    ):
+        assert (found[name]["protected"], found[name]["health"]) == (False, "warning")
+        why = found[name]["reasons"][0]
+        assert why.startswith("not scheduled, no timer is active: ")
+        assert f"systemctl enable --now {unit}'" in why
+    code, out = host.run("status", "--nagios")
+    assert (code, "unprotected=2;" in out) == (1, True)
+    host.main(f"monitoring: {{metrics_directory: {host.root}}}")
+    host.run("status", "--metrics")
+    assert "\nnbdbackup_unprotected_domains 2\n" in (host.root / "nbdbackup.prom").read_text()
+    # a timer that starts its service has no next time while that runs
+    host.systemd(never, timer("web 2"), services=service("web-1", active="activating"))
+    assert all(each["protected"] for each in host.status().values())
+    # other schedulers than timers, or none, are meant
+    host.systemd()
+    host.file("b", "match: {glob: 'web*'}\nschedule: {calendar: []}")
+    assert {each["health"] for each in host.status().values()} == {"ok"}
+
+
+def test_w14_what_its_end_saves_is_protected(host: Host) -> None:
+    """W-14: "unprotected" beside a point that the hook saved 3 s ago."""
+    host.libvirt("vm1")
+    host.main("on_shutdown: yes")
+    host.save("vm1", NOW - timedelta(seconds=3))
+    found = host.status()["vm1"]
+    assert (found["health"], found["protected"], found["reasons"]) == ("ok", True, [])
+
+
 def test_a3_runs_that_live(host: Host) -> None:
     """A-3: how far a run is, and that it waits, whoever began it."""
     host.libvirt("vm1")
     host.file("a", "match: {name: vm1}")
+    host.systemd(timer("vm1"))
     host.save("vm1", NOW)
     known = runs.Runs(host.root / "state")
     doing = host.root / "run/doing"
@@ -348,6 +389,7 @@ NAGIOS = re.compile(
 
 def test_nagios_line(host: Host) -> None:
     host.libvirt("vm1")
+    host.systemd(timer("vm1"), timer(HOSTILE), timer("vm2"))
     host.main("monitoring: {warning_age: 1h, critical_age: 5h}")
     host.file("a", "match: {glob: '*'}\nmonitoring: {critical_age: 9h}")
     for name, hours in (("vm1", 0), (HOSTILE, 2)):
@@ -436,6 +478,7 @@ def test_a_damaged_set(host: Host) -> None:
 
 def test_what_the_newest_point_lacks(host: Host) -> None:
     host.libvirt("vm1")
+    host.systemd(timer("vm1"))
     host.file("a", "match: {name: vm1}")
     host.save("vm1", NOW, warning="vda was read whole: its bitmap is lost")
     assert host.status()["vm1"]["reasons"] == ["vda was read whole: its bitmap is lost"]
@@ -444,6 +487,7 @@ def test_what_the_newest_point_lacks(host: Host) -> None:
 def test_a_point_that_did_not_come_up(host: Host) -> None:
     """The last boot test counts; those of points that are gone do not."""
     host.libvirt("vm1")
+    host.systemd(timer("vm1"))
     host.file("a", "match: {name: vm1}")
     host.save("vm1", NOW)
     (folder,) = (host.repository / "vm1").iterdir()
@@ -489,6 +533,7 @@ def test_an_unknown_name(host: Host) -> None:
 
 def test_metrics_of_the_host(host: Host) -> None:
     host.libvirt("vm1", "vm2")
+    host.systemd(timer("vm1"))
     host.file("a", "match: {name: vm1}")
     assert host.run("status", "--metrics")[0] == 10
     host.main(f"monitoring: {{metrics_directory: {host.root}}}")

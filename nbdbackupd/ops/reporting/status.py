@@ -73,7 +73,7 @@ class DomainStatus:
     """One domain.
 
     ``busy`` names who works on it now, ``runs`` are those that live; ``next`` is its next run on
-    schedule, and ``last_run`` how the newest one ended.
+    schedule, ``is_covered``: it is saved by itself, and ``last_run`` how the newest one ended.
     """
 
     name: str
@@ -202,7 +202,7 @@ def status_of(
     """Judge a domain; ``more`` are ``next``, ``busy``, ``last_run`` and ``runs``."""
     return DomainStatus(
         name=name, stored=found, verdict=judge(facts, limits, now),
-        is_covered=facts.is_covered, limits=limits, **more,
+        is_covered=facts.is_covered and not facts.unscheduled, limits=limits, **more,
     )  # fmt: skip
 
 
