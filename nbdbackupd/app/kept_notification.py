@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from nbdbackupd import durable
+from nbdbackupd import documents, durable
 from nbdbackupd.app import context as app_context
 from nbdbackupd.errors import NbdbackupError
 from nbdbackupd.repo import layout
@@ -79,7 +79,7 @@ def kept(domain: str) -> Wishes | None:
     for path in (_path(domain), _path("")):
         try:
             with path.open("rb") as file:
-                document = json.loads(file.read(MAX_SIZE))
+                document = documents.parse_json(file.read(MAX_SIZE))
             if document["version"] != VERSION:
                 continue
             command = document["command"]
@@ -88,7 +88,7 @@ def kept(domain: str) -> Wishes | None:
                 command=None if command is None else _texts(command),
                 password_file=str(document["password_file"]),
             )  # fmt: skip
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
 

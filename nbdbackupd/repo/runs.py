@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
-from nbdbackupd import durable
+from nbdbackupd import documents, durable
 from nbdbackupd.errors import FormatError, NbdbackupError, UnsupportedVersionError
 from nbdbackupd.repo import layout
 
@@ -325,8 +325,8 @@ def _read(path: Path) -> dict[str, Any] | None:
         with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
             data = file.read(MAX_SIZE)
     try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as err:
+        document = documents.parse_json(data)
+    except ValueError as err:
         raise FormatError(f"no JSON: {err}") from err
     if not isinstance(document, dict):
         raise FormatError("no JSON object")
