@@ -77,8 +77,6 @@ class RunRecord:
     def _end(self, *, result: str, status: int, reason: str, **facts: str) -> None:
         if self._living is None:
             return
-        with contextlib.suppress(OSError):
-            (self._directory / self._living.run.ident).unlink()
         try:
             ended = stamp(app_context.now())
             self._living.end(ended=ended, result=result, status=status, reason=reason, **facts)
@@ -101,7 +99,19 @@ def begun(domain: str, context: Context) -> Iterator[RunRecord]:
             log.warning("this run is not noted: %s", err)
             yield RunRecord(context)
             return
-        yield RunRecord(context, living)
+        try:
+            yield RunRecord(context, living)
+        finally:
+            _forget_doing(context, run.ident)
+
+
+def _forget_doing(context: Context, ident: str) -> None:
+    """Remove what a run said of itself, and those that were killed."""
+    known = Runs(app_context.host_state_dir())
+    with contextlib.suppress(OSError):
+        for path in (context.runtime_dir / DOING).iterdir():
+            if path.name == ident or not known.is_alive(path.name):
+                path.unlink()
 
 
 def look(*names: str) -> Seen:

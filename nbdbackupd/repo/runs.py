@@ -190,7 +190,7 @@ class Runs:
             alive += [
                 each
                 for each in self._all_begun()
-                if each.domain == name and durable.is_locked(self._begun / each.ident)
+                if each.domain == name and self.is_alive(each.ident)
             ]
             known = self._read_ends(self._path(name))
             unseen = (_unseen(each, boot, KILLED) for each in dead)
@@ -199,11 +199,15 @@ class Runs:
                 seen = _with(seen, end)
         return replace(seen, alive=tuple(alive))
 
+    def is_alive(self, ident: str) -> bool:
+        """Whether a run lives. Raises OSError."""
+        return durable.is_locked(self._begun / ident)
+
     def _dead(self, domain: str) -> list[Begun]:
         return [
             begun
             for begun in self._all_begun()
-            if begun.domain == domain and not durable.is_locked(self._begun / begun.ident)
+            if begun.domain == domain and not self.is_alive(begun.ident)
         ]
 
     def _all_begun(self) -> list[Begun]:

@@ -78,8 +78,8 @@ def run(args: Arguments, context: Context) -> int:
             progress=moved, cancelled=cancelled, doing=beat.status, alive=beat.alive, anew=anew
         )
         report = runner.run(wish, context, watch, record)
-    text = render(report)
-    beat.status(text.partition("\n")[0])
+        text = render(report)
+        beat.status(text.partition("\n")[0])
     context.show(report.to_json(), text)
     return report.exit_code
 
