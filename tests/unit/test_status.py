@@ -616,6 +616,7 @@ def test_a_repository_of_two_hosts(host: Host) -> None:
     """H-6: each host shows its own domain's points, and tells the other one from it."""
     host.libvirt("web")
     host.file("a", "match: {name: web}")
+    host.systemd(timer("web"))
     other = "aaaaaaaa-2222-4333-8444-555555555555"
     host.save("web", NOW - timedelta(days=9), uuid=other)
     assert host.status()["web"]["reasons"] == ["no restore point yet"]
