@@ -15,7 +15,7 @@ from nbdbackupd import documents, durable
 from nbdbackupd.errors import FormatError, IntegrityError, RepositoryError, UsageError
 from nbdbackupd.model import definition as model
 from nbdbackupd.model import domain as domain_model
-from nbdbackupd.model.definition import Adapted, Changes, NewDisk
+from nbdbackupd.model.definition import Adapted, Changes, Consent, NewDisk
 from nbdbackupd.model.definition_devices import Entropy
 from nbdbackupd.model.hostpaths import PathUse
 from nbdbackupd.ops.defining import vtpm
@@ -43,8 +43,8 @@ class DefineRequest:
 
     ``name`` empty: ``restore_`` and the original's, or the original's with ``keep_identity``.
     ``media`` (``keep``, ``remove``), ``network`` (``keep``, ``down``, ``none``) and
-    ``other_disks`` (``keep``, ``remove``) as in ``model.definition.Changes``. ``start``: start it
-    once it is defined.
+    ``other_disks`` (``keep``, ``remove``) as in ``model.definition.Changes``, and so is
+    ``trusted``. ``start``: start it once it is defined.
     """
 
     name: str = ""
@@ -53,6 +53,7 @@ class DefineRequest:
     network: str = model.KEEP
     other_disks: str = model.REMOVE
     start: bool = False
+    trusted: bool = False
 
 
 @dataclass(slots=True)
@@ -69,10 +70,16 @@ class State:
 class Adjuster:
     """Adapts the point's XML and writes it beside the images; see ``Definer``."""
 
-    def __init__(self, request: DefineRequest, entropy: Entropy) -> None:
-        """``entropy`` gives random bytes for UUIDs and MAC addresses."""
+    def __init__(
+        self, request: DefineRequest, entropy: Entropy, consent: Consent = model.refuse
+    ) -> None:
+        """``entropy`` gives random bytes for UUIDs and MAC addresses.
+
+        ``consent`` is asked before anything of the host is kept; not at all if ``trusted``.
+        """
         self.request = request
         self._entropy = entropy
+        self._consent = consent
         self._state: State | None = None
 
     def prepare(self, planned: Planned) -> None:
@@ -83,7 +90,12 @@ class Adjuster:
         """
         xml = _read_xml(planned)
         changes = _changes(planned, xml, self.request)
-        adapted = model.adapt(xml, self.fit(xml, changes), self._entropy)
+        # nothing of it gets to libvirt before it is sifted: that runs an emulator to look at it
+        adapted = model.adapt(xml, changes, self._entropy, self._agree)
+        fitting = self.fit(adapted.xml, changes)
+        if fitting != changes:
+            adapted = model.adapt(xml, fitting, self._entropy, lambda _: None)
+        self.judge(adapted)
         config = planned.output / output_names.clean(f"{adapted.name}.adjusted.xml", ".xml")
         if os.path.lexists(config) and not planned.force:
             raise RepositoryError(f"{config} exists: use --force to replace it, or another -o")
@@ -93,10 +105,17 @@ class Adjuster:
             log.warning("%s", warning)
         _make_passable(planned)
 
+    def _agree(self, kept: tuple[str, ...]) -> None:
+        if not self.request.trusted:
+            self._consent(kept)
+
     def fit(self, xml: str, changes: Changes) -> Changes:
         """Add what the host demands. Raises DomainError or NotSupportedError."""
         del xml
         return changes
+
+    def judge(self, adapted: Adapted) -> None:
+        """Refuse a definition for what was in it. Raises DomainError."""
 
     def look(self, state: State) -> None:
         """See whether the definition will do. Raises NbdbackupError."""
@@ -224,6 +243,7 @@ def _changes(planned: Planned, xml: str, request: DefineRequest) -> Changes:
         kernel=finals.get("kernel"),
         initrd=finals.get("initrd"),
         tpm=_tpm_path(planned, xml),
+        trusted=request.trusted,
     )
 
 
