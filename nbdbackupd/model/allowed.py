@@ -294,9 +294,9 @@ def _read() -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     return allowed, reasons
 
 
-ALLOWED: Final[Mapping[str, Mapping[str, str]]]
-REASONS: Final[Mapping[str, str]]
-ALLOWED, REASONS = _read()
+_FOUND: Final = _read()
+ALLOWED: Final[Mapping[str, Mapping[str, str]]] = _FOUND[0]
+REASONS: Final[Mapping[str, str]] = _FOUND[1]
 
 
 def entry(path: str) -> Mapping[str, str] | None:

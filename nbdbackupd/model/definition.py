@@ -193,7 +193,7 @@ def _spared(root: ET.Element, changes: Changes) -> list[str]:
     found = []
     for disk in root.findall("./devices/disk"):
         is_medium = disk.get("device", "disk") in MEDIA
-        if KEEP == (changes.media if is_medium else changes.other_disks) and (
+        if (changes.media if is_medium else changes.other_disks) == KEEP and (
             disk.find("source") is not None
         ):
             target = disk.find("target")

@@ -26,7 +26,16 @@ NETWORKS: Final = ("network", "bridge", "user", "ethernet", "direct", "internal"
 CHARDEVS: Final = (
     "pty", "null", "vc", "stdio", "unix", "spicevmc", "spiceport", "qemu-vdagent", "dbus",
 )  # fmt: skip
-HOST_ATTRIBUTES: Final = ("path", "file", "dev", "dir", "socket", "rendernode", "logFile", "template")
+HOST_ATTRIBUTES: Final = (
+    "path",
+    "file",
+    "dev",
+    "dir",
+    "socket",
+    "rendernode",
+    "logFile",
+    "template",
+)
 SHOWN: Final = 8
 MAX_SHOWN: Final = 80
 MAX_VALUE: Final = 4096
@@ -161,6 +170,11 @@ class Sieve:
 def is_of_a_system(emulator: str) -> bool:
     """Whether an emulator is one that a distribution installs."""
     return _QEMU.fullmatch(emulator) is not None
+
+
+def is_firmware(path: str) -> bool:
+    """Whether a path lies where systems have firmware for guests."""
+    return _FIRMWARE.fullmatch(path) is not None
 
 
 def _why(where: str, name: str = "") -> str:
@@ -331,7 +345,7 @@ def _audio(_sieve: Sieve, each: ET.Element) -> str:
 
 
 def _loader(_sieve: Sieve, each: ET.Element) -> str:
-    if _FIRMWARE.fullmatch(each.text or ""):
+    if is_firmware(each.text or ""):
         # the system's, for all domains
         each.set("readonly", "yes")
     return ""
@@ -366,14 +380,10 @@ def _fixed(*values: str) -> Callable[[Sieve, str], bool]:
     return lambda _sieve, value: value in values
 
 
-def _firmware(_sieve: Sieve, value: str) -> bool:
-    return _FIRMWARE.fullmatch(value) is not None
-
-
 _VALUES: Final[Mapping[str, Callable[[Sieve, str], bool]]] = {
     "devices/emulator #": lambda _sieve, value: is_of_a_system(value),
-    "os/loader #": _firmware,
-    "os/nvram template": _firmware,
+    "os/loader #": lambda _sieve, value: is_firmware(value),
+    "os/nvram template": lambda _sieve, value: is_firmware(value),
     "devices/interface/backend tap": _fixed("/dev/net/tun"),
     "devices/interface/backend vhost": _fixed("/dev/vhost-net"),
     "devices/rng/backend #": _fixed(*RANDOM),
@@ -382,4 +392,3 @@ _VALUES: Final[Mapping[str, Callable[[Sieve, str], bool]]] = {
     ),
     "resource/partition #": _fixed("/machine"),
 }
-

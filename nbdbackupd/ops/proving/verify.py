@@ -6,6 +6,7 @@ What is found is returned, not raised: one damaged file must not hide the next.
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from nbdbackupd.errors import (
     RepositoryError,
     UsageError,
 )
+from nbdbackupd.files import open_regular
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import BackupSet, RestorePoint, StoredFile
 from nbdbackupd.ops.proving.findings import Findings, Problem
@@ -175,8 +177,7 @@ def _check_strays(
 
 
 def _read_manifest(path: Path) -> bytes:
-    layers.check_is_file(path)
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         return file.read(manifest.MAX_SIZE + 1)
 
 
