@@ -65,7 +65,7 @@ cputune/{iothread_period,iothread_quota,period,quota,shares} #
 cputune/{emulatorpin,iothreadpin,vcpupin} cpuset iothread vcpu
 cputune/{emulatorsched,iothreadsched,vcpusched} iothreads priority scheduler vcpus
 cputune/memorytune vcpus
-cputune/memorytune/monitor level vcpus
+cputune/memorytune/monitor vcpus
 cputune/memorytune/node bandwidth id
 devices/*/acpi index
 devices/*/address base bus controller cssid devno domain function multifunction port reg slot ssid

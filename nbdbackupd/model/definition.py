@@ -174,6 +174,7 @@ def adapt(xml: str, changes: Changes, entropy: Entropy, consent: Consent = refus
 
 def _sift(root: ET.Element, changes: Changes, consent: Consent, told: Told) -> tuple[str, ...]:
     """Take away what is of a host, or have somebody agree to it; return what was taken away."""
+    sifting.forget(root)
     keeps = changes.keep_identity or changes.trusted
     spared = [] if keeps else _spared(root, changes)
     sieve = sifting.Sieve(ours=changes.ours, name=changes.name, spared=spared)

@@ -128,8 +128,8 @@ def _interface(
     mac.set("address", fresh)
     told.changes.append(f"network card {name or '(no MAC)'} has MAC address {fresh}")
     backend = each.find("backend")
-    if backend is not None:
-        backend.attrib.pop("logFile", None)
+    if backend is not None and backend.attrib.pop("logFile", ""):
+        told.changes.append(f"network card {name}: its log file was removed")
     if remove(each, "portForward"):
         told.warnings.append(f"network card {name}: forwarded ports of the host were removed")
     _forget_tap(each)

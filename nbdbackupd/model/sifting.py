@@ -105,8 +105,7 @@ class Sieve:
     kept: list[Foreign] = field(default_factory=list)
 
     def sift(self, root: ET.Element) -> None:
-        """Leave in a ``<domain>`` only what the list allows; what only libvirt writes goes, too."""
-        _forget(root)
+        """Leave in a ``<domain>`` only what the list allows."""
         self._attributes(root, "")
         self._children(root, "")
 
@@ -190,7 +189,7 @@ def _why(where: str, name: str = "") -> str:
     return WHY["seclabel"] if "seclabel" in parts else "not in the list of what is harmless"
 
 
-def _forget(root: ET.Element) -> None:
+def forget(root: ET.Element) -> None:
     """What libvirt itself makes up for each domain that runs: nobody misses it."""
     for label in root.findall("seclabel"):
         is_default = label.get("type") == "dynamic" and label.get("relabel", "yes") == "yes"

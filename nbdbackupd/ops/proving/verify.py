@@ -31,7 +31,7 @@ from nbdbackupd.ops.proving.verify_peer import PeerCheck
 from nbdbackupd.ops.proving.verify_request import VerifyReport, VerifyRequest
 from nbdbackupd.ops.reporting import telling
 from nbdbackupd.ops.sets import layers, opened, originals, points
-from nbdbackupd.repo import layout, peer
+from nbdbackupd.repo import layout, peer, written
 from nbdbackupd.repo.repository import refuse_links
 
 __all__ = ["Progress", "VerifyReport", "VerifyRequest", "run"]
@@ -96,7 +96,10 @@ def _verify(
     return VerifyReport(
         points=len(chosen), files=files, checked_bytes=size, problems=problems,
         seconds=time.monotonic() - begun,
-        warnings=() if problems else _useless(request.path, chosen),
+        warnings=(
+            *written.warnings(request.state_dirs, [point for point, _ in chosen]),
+            *(() if problems else _useless(request.path, chosen)),
+        ),
     )  # fmt: skip
 
 

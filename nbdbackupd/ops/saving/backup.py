@@ -28,6 +28,7 @@ from nbdbackupd.ops.saving import recording
 from nbdbackupd.ops.saving.backup_job import Job
 from nbdbackupd.ops.saving.backup_request import BackupReport, BackupRequest
 from nbdbackupd.ops.saving.sources import changed_bytes
+from nbdbackupd.repo import written
 from nbdbackupd.repo.repository import Repository
 from nbdbackupd.repo.state import Record, State
 from nbdbackupd.source.lease import Lease
@@ -174,6 +175,8 @@ def _run_locked(run: _Run) -> BackupReport:
     )  # fmt: skip
     if run.lease is not None:
         note_saved(domain, request.sharing, point.id)
+    if state is not None:
+        written.note(state.directory, point)
     reconciling.advance(domain, repository, point, parent, looked, state=state, erase=erase)
     encrypted = [each.target for each in point.disks if each.target in looked.encrypted]
     notes = [ENCRYPTED.format(disk=target) for target in encrypted]
