@@ -59,6 +59,20 @@ class Event:
     cure: str
 
 
+_TOLD: Final = "told_as_event"
+"""An attribute of exceptions."""
+
+
+def mark_told(err: BaseException) -> None:
+    """Remember that an event has told of this error: the journal need not hear of it twice."""
+    vars(err)[_TOLD] = True
+
+
+def is_told(err: BaseException) -> bool:
+    """Whether an event has told of this error."""
+    return _TOLD in vars(err)
+
+
 def emit(logger: logging.Logger, event: Event, /, **values: object) -> None:
     """Log one event with its fields, named in lower case; the context adds its own.
 
