@@ -34,6 +34,17 @@ class Parser(argparse.ArgumentParser):
             self.takes_any_order = True
 
 
+def directory(text: str) -> Path:
+    """A directory, for argparse; nothing is streamed, so ``-`` is none."""
+    if text == "-":
+        raise argparse.ArgumentTypeError(
+            "'-': nothing is written to standard output; give a directory ('./-' for that name)"
+        )
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name; give a directory")
+    return Path(text)
+
+
 def size(text: str) -> int:
     """An argument in bytes, for argparse."""
     try:
@@ -121,6 +132,6 @@ def add_checkpoint_dir(group: argparse._ActionsContainer) -> None:
     """Add the option for the state directory, which several verbs read."""
     group.add_argument(
         "--checkpoint-dir", metavar="DIR", type=Path,
-        help="where the base of each chain and the digest of each manifest are noted; hosts of a "
-        "cluster may share it (default: /var/lib/nbdbackup/state)",
+        help="where the base of each chain is noted; hosts of a cluster may share it "
+        "(default: /var/lib/nbdbackup/state)",
     )  # fmt: skip

@@ -30,13 +30,7 @@ class Cancel:
 
     def note(self, signum: int, _frame: FrameType | None) -> None:
         """The handler: later signals change nothing, cleaning up is already under way."""
-        if self.signum in (0, signal.SIGUSR1):
-            self.signum = signum
-
-    def try_again(self) -> None:
-        """The run gave way, and begins anew: that it was asked to is over."""
-        if self.signum == signal.SIGUSR1:
-            self.signum = 0
+        self.signum = self.signum or signum
 
 
 @contextmanager

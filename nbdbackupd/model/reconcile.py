@@ -187,8 +187,11 @@ def reconcile(view: View, chains: Sequence[KnownChain], dead: Collection[str] = 
     return Plan(entries=tuple(entries), steps=tuple(steps), foreign=foreign)
 
 
-def drop(view: View, tag: str) -> tuple[Step, ...]:
-    """The steps that take away every checkpoint and bitmap of one chain, its base as well."""
+def drop(view: View, tag: str | None) -> tuple[Step, ...]:
+    """The steps that take away every checkpoint and bitmap of one chain, or of all (None of tags).
+
+    Its base as well.
+    """
     held = _held(view.disks)
     return tuple(
         _removal(
@@ -201,7 +204,7 @@ def drop(view: View, tag: str) -> tuple[Step, ...]:
             "by request",
         )
         for name in sorted(view.checkpoints | held.keys())
-        if tag and tag_of(name) == tag
+        if tag_of(name) and tag in (None, tag_of(name))
     )
 
 

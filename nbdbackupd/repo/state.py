@@ -9,7 +9,7 @@ sets are there.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -25,6 +25,7 @@ VERSION: Final = 1
 SUFFIX: Final = ".json"
 MAX_SIZE: Final = 16 << 20
 MODE: Final = 0o600
+RELEASED: Final = "released"
 
 T = TypeVar("T")
 
@@ -152,6 +153,28 @@ class State:
                 return False
             durable.fsync_directory(path.parent)
         return True
+
+    def note_release(self, uuid: str, checkpoints: Collection[str], moment: str) -> None:
+        """Note that somebody had these checkpoints of a domain, and their bitmaps, let go of.
+
+        Raises RepositoryError or NoSpaceError.
+        """
+        path = self._folder(uuid) / RELEASED
+        document = {"version": VERSION, "moment": moment, "checkpoints": sorted(checkpoints)}
+        with durable.translate_os_errors("write", path):
+            durable.make_directory(path.parent)
+            durable.write_atomic(path, json.dumps(document).encode() + b"\n", MODE)
+
+    def released(self, uuid: str, checkpoint: str) -> str:
+        """When somebody had a checkpoint of a domain let go of; nothing if that is not known."""
+        try:
+            with (self._folder(uuid) / RELEASED).open("rb") as file:
+                document = documents.parse_json(file.read(MAX_SIZE))
+            if checkpoint in _get(document, "checkpoints", list):
+                return _get(document, "moment", str)
+        except (OSError, ValueError, FormatError, AttributeError):
+            return ""
+        return ""
 
     def _folder(self, uuid: str) -> Path:
         return self.directory / layout.escape(uuid, layout.MAX_IDENT)

@@ -47,14 +47,14 @@ _nbdbackupctl_options() {
         ;;
     run)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet --shutdown -n --dry-run --retry --wait'
+        --runtime-dir -v --verbose -q --quiet --shutdown -n --dry-run --wait'
         ;;
     restore)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet -o --output --point --until --at --sequence --format
-        --preallocate --force -w --workers --checkpoint-dir -d --disk --in-place --pool --yes
-        --as-chain --as-snapshots --since -j --jobs --bandwidth-limit --define --adjust-config
-        --name --start --keep-identity --media --network --other-disks --trust-definition'
+        --preallocate --force -w --workers -d --disk --in-place --pool --yes --as-chain
+        --as-snapshots --since -j --jobs --bandwidth-limit --define --adjust-config --name --start
+        --keep-identity --media --network --other-disks'
         ;;
     map)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -69,8 +69,8 @@ _nbdbackupctl_options() {
     boot)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet --point --until --at --name --keep-identity --memory
-        --network --trust-definition --checkpoint-dir --detach --live-restore --define --format
-        --bandwidth-limit --list --stop --resume --scratch-dir'
+        --network --detach --live-restore --define --format --bandwidth-limit --list --stop
+        --resume --scratch-dir'
         ;;
     mount)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -96,9 +96,8 @@ _nbdbackupctl_options() {
         ;;
     verify)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet --point -w --workers --checkpoint-dir --boot
-        --boot-only --boot-wait --boot-timeout --boot-memory --boot-name --trust-definition
-        --scratch-dir'
+        --runtime-dir -v --verbose -q --quiet --point -w --workers --boot --boot-only --boot-wait
+        --boot-timeout --boot-memory --boot-name --scratch-dir'
         ;;
     import)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -115,8 +114,8 @@ _nbdbackupctl_options() {
         ;;
     checkpoints)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet -o --output -n --dry-run --repair --drop --started
-        --checkpoint-dir --wait'
+        --runtime-dir -v --verbose -q --quiet -o --output -n --dry-run --repair --drop --release
+        --started --checkpoint-dir --wait'
         ;;
     abort)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress

@@ -24,9 +24,8 @@ from tests.lib.model_world import KIB, SetModel, World
 from tests.lib.odd_files import mounted
 
 PLACES = (
-    "nbdbackupd.nbdio.requests:Requests.begin",
-    "nbdbackupd.nbdio.requests:Requests.step",
-    "nbdbackupd.nbdio.requests:Requests.check",
+    "nbdbackupd.nbdio.copy:_Reader.submit",
+    "nbdbackupd.nbdio.copy:_Reader.step",
     "nbdbackupd.format.writer:StreamWriter.write",
     "nbdbackupd.format.writer:StreamWriter.finish",
 )

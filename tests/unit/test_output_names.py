@@ -1,9 +1,12 @@
 """File names of restored images: as the original's where that is safe."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nbdbackupd.app import ctl
 from nbdbackupd.ops.restoring import output_names
 from nbdbackupd.ops.restoring.output_names import Wanted
 
@@ -50,3 +53,24 @@ def test_always_safe_and_different(disks: list[tuple[str, str]]) -> None:
     for name in found:
         assert output_names.is_plain(name)
         assert len(f"{name}.incomplete".encode(errors="surrogateescape")) <= 255
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("backup", "vm1"), ("restore", "/set"), ("estimate", "vm1"), ("check", "vm1"),
+     ("import", "/set"), ("checkpoints", "vm1"), ("log", "vm1")],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_standard_output_is_no_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    words: tuple[str, str],
+) -> None:  # fmt: skip
+    """L-6: ``-o -`` is refused as long as nothing can be streamed."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        ctl.main([*words, "-o", "-"])
+    assert caught.value.code == 2
+    said = capsys.readouterr()
+    assert "nothing is written to standard output; give a directory" in said.err
+    assert said.out == ""
+    assert list(tmp_path.iterdir()) == []

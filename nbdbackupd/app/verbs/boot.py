@@ -7,10 +7,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from nbdbackupd.app import configured, named, signals
-from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, add_point, rate, size
+from nbdbackupd.app import named, signals
+from nbdbackupd.app.arguments import Arguments, add_point, directory, rate, size
 from nbdbackupd.app.context import Context, now
-from nbdbackupd.app.verbs import restore_define
 from nbdbackupd.errors import DomainError, Interrupted, UsageError
 from nbdbackupd.model.units import local_time
 
@@ -55,8 +54,6 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         help="network cards: none at all, with their link down, or as the original's with new MAC "
         "addresses (default: none)",
     )  # fmt: skip
-    restore_define.add_trust(parser)
-    add_checkpoint_dir(parser)
     parser.add_argument("--detach", action="store_true", help="return when it runs; --stop ends it")
     _add_live(parser)
     what = parser.add_mutually_exclusive_group()
@@ -75,7 +72,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 def _add_live(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("live restore")
     group.add_argument(
-        "--live-restore", metavar="DIR", type=Path,
+        "--live-restore", metavar="DIR", type=directory,
         help="copy the disks to this directory while the guest runs, and go on there",
     )  # fmt: skip
     group.add_argument(
@@ -108,16 +105,15 @@ def run(args: Arguments, context: Context) -> int:
     request = _request(args, context, source)
     with signals.listen() as cancel, context.connection() as connection:
         boots.sweep(request.runtime_dir, request.scratch_dir, connection)
-        agree = restore_define.consent(cancel.check)
         if request.output is not None:
-            up = boot.start(request, connection, cancelled=cancel.check, consent=agree)
+            up = boot.start(request, connection, cancelled=cancel.check)
             _tell(up, context, request)
             return _follow(up.places, args, context, connection, cancel) or _code(up)
         if args.detach:
-            up = boot.start(request, connection, cancelled=cancel.check, consent=agree)
+            up = boot.start(request, connection, cancelled=cancel.check)
             _tell(up, context, request)
             return _code(up)
-        with boot.booted(request, connection, cancelled=cancel.check, consent=agree) as up:
+        with boot.booted(request, connection, cancelled=cancel.check) as up:
             _tell(up, context, request)
             _wait(up, cancel)
     return _code(up)
@@ -164,8 +160,6 @@ def _request(args: Arguments, context: Context, source: Path) -> "BootRequest":
         define=args.define,
         attended=output is None and not args.detach,
         console=output is None,
-        trusted=args.trust_definition,
-        state_dirs=configured.state_directories(context),
     )
 
 

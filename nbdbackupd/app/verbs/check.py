@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from nbdbackupd.app import configured
-from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, size
+from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, directory, size
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import DomainError
 
@@ -39,7 +39,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
     parser.add_argument(
-        "-o", "--output", metavar="DIR", type=Path, help="directory of the set to look at, too"
+        "-o", "--output", metavar="DIR", type=directory, help="directory of the set to look at, too"
     )
     parser.add_argument(
         "--scratch-dir", metavar="DIR", type=Path,

@@ -1,12 +1,11 @@
 """``nbdbackupctl checkpoints``."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbdbackupd.app import configured, signals
 from nbdbackupd.app import context as app_context
-from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, seconds
+from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, directory, seconds
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import DomainNotFoundError
 
@@ -18,8 +17,8 @@ WARNED = 3
 DESCRIPTION = """\
 Show the checkpoints and bitmaps that backups of a domain have left in libvirt and in its images,
 whether they agree with the restore points, and what is to be done where they do not. Nothing is
-changed without --repair or --drop. Works while the domain runs and while it is off. Chains are
-found by the state directory, and by the set that -o gives.
+changed without --repair, --drop or --release. Works while the domain runs and while it is off.
+Chains are found by the state directory, and by the set that -o gives.
 """
 
 
@@ -31,7 +30,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
     parser.add_argument(
-        "-o", "--output", metavar="DIR", type=Path, help="directory of a set of the domain"
+        "-o", "--output", metavar="DIR", type=directory, help="directory of a set of the domain"
     )
     parser.add_argument(
         "-n", "--dry-run", action="store_true", help="change nothing, whatever else is asked for"
@@ -45,6 +44,11 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         "--drop", metavar="CHAIN", default="",
         help="remove all checkpoints and bitmaps of a chain whose set is gone for good; its id, "
         "or the part of it that is in the checkpoints' names",
+    )  # fmt: skip
+    what.add_argument(
+        "--release", action="store_true",
+        help="remove those of all chains, as QEMU wants it before a running domain is reverted to "
+        "a snapshot; the next backup into each set reads all disks whole, and goes on from there",
     )  # fmt: skip
     parser.add_argument(
         "--started", action="store_true",
@@ -70,14 +74,17 @@ def run(args: Arguments, context: Context) -> int:
             raise
         # whether there is one matters no more
         state_dir = context.state_dir.absolute()
+    now = app_context.now()
     request = checkpoints.CheckpointsRequest(
         domain=args.domain,
         runtime_dir=context.runtime_dir.absolute(),
         state_dir=state_dir,
-        run_id=app_context.new_run_id(app_context.now()),
+        run_id=app_context.new_run_id(now),
         directory=args.output.absolute() if args.output else None,
         repair=args.repair,
         drop=args.drop,
+        release=args.release,
+        moment=now.isoformat(timespec="seconds"),
         dry_run=args.dry_run,
         wait_seconds=args.wait,
         started=args.started,
@@ -85,7 +92,7 @@ def run(args: Arguments, context: Context) -> int:
     )
     with signals.listen() as cancel, context.connection() as connection:
         report = checkpoints.run(request, connection, cancelled=cancel.check)
-    context.show(report.to_json(), render(report, dropping=bool(args.drop)))
+    context.show(report.to_json(), render(report, dropping=request.removes))
     return WARNED if report.problems else 0
 
 

@@ -60,8 +60,10 @@ def _sample(context: Context) -> int:
 
 
 def _check(configuration: "Configuration", context: Context) -> int:
+    from nbdbackupd.app.config import timers
+
     problems = tuple(sorted({*configuration.problems, *_foreign_hosts(configuration)}))
-    remarks: list[Problem] = []
+    remarks = timers.remarks(configuration)
     document = {
         "version": JSON_VERSION,
         "result": "bad" if problems else "sound",

@@ -1,12 +1,11 @@
 """``nbdbackupctl estimate``."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from nbdbackupd.app import configured, signals
 from nbdbackupd.app import context as app_context
-from nbdbackupd.app.arguments import Arguments
+from nbdbackupd.app.arguments import Arguments, directory
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size
 
@@ -21,7 +20,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
     parser.add_argument(
-        "-o", "--output", metavar="DIR", type=Path, required=True, help="directory of the set"
+        "-o", "--output", metavar="DIR", type=directory, required=True, help="directory of the set"
     )
     parser.set_defaults(run=run)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app import signals
-from nbdbackupd.app.arguments import Arguments
+from nbdbackupd.app.arguments import Arguments, directory
 from nbdbackupd.app.context import Context
 
 WARNED = 3
@@ -28,7 +28,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         help="directory that virtnbdbackup wrote, or the zip archive that it wrote to stdout",
     )  # fmt: skip
     parser.add_argument(
-        "-o", "--output", metavar="DIR", type=Path,
+        "-o", "--output", metavar="DIR", type=directory,
         help="leave SET alone and put a copy in this new directory",
     )  # fmt: skip
     parser.add_argument(

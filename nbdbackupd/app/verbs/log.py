@@ -4,11 +4,10 @@ import argparse
 import json
 from collections.abc import Iterator
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdbackupd.app import signals
-from nbdbackupd.app.arguments import Arguments
+from nbdbackupd.app.arguments import Arguments, directory
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import Interrupted, UsageError
 from nbdbackupd.model.units import local_time
@@ -46,7 +45,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--run", metavar="ID", dest="run_id", default="", help="only of this run")
     parser.add_argument(
-        "-o", "--output", metavar="DIR", type=Path, help="the logs in this set's directory"
+        "-o", "--output", metavar="DIR", type=directory, help="the logs in this set's directory"
     )
     parser.set_defaults(run=run)
 

@@ -99,8 +99,7 @@ def render(report: "StatusReport") -> str:
     for each in report.domains:
         name = tables.printable(each.name)
         said += [f"{name}: {tables.printable(reason)}" for reason in each.verdict.reasons]
-        said += [f"{name}: running, {tables.printable(run.text)}" for run in each.runs]
-        if each.busy and not each.runs:
+        if each.busy:
             said.append(f"{name}: in progress, {tables.printable(each.busy)}")
     lines += ["", *said] if said else []
     lines += ["", *map(tables.printable, report.notes)] if report.notes else []

@@ -45,7 +45,8 @@ class CheckpointsRequest:
 
     ``repair`` carries out what is to be done, else nothing is changed anywhere. ``drop``: take
     away all checkpoints of that chain instead, given by its id or tag; with ``dry_run`` only
-    say which. ``started``: libvirt's hook says that it has just been started.
+    say which. ``release``: the same with all chains, whose sets go on, at ``moment`` (RFC 3339).
+    ``started``: libvirt's hook says that it has just been started.
     """
 
     domain: str
@@ -55,6 +56,8 @@ class CheckpointsRequest:
     directory: Path | None = None
     repair: bool = False
     drop: str = ""
+    release: bool = False
+    moment: str = ""
     dry_run: bool = False
     wait_seconds: float = 0.0
     started: bool = False
@@ -63,7 +66,12 @@ class CheckpointsRequest:
     @property
     def changes(self) -> bool:
         """Whether anything is to be changed."""
-        return (self.repair or bool(self.drop)) and not self.dry_run
+        return (self.repair or self.removes) and not self.dry_run
+
+    @property
+    def removes(self) -> bool:
+        """Whether bases are to be removed."""
+        return bool(self.drop) or self.release
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,6 +225,9 @@ def _run(
         looked, plan, done = _reconcile(request, domain, known, dead, cancelled)
         if request.drop:
             _forget(request, domain, known, done)
+        if request.release and request.changes and done:
+            gone = {each.step.name for each in done if not each.problem}
+            State(request.state_dir).note_release(domain.uuid, gone, request.moment)
     return CheckpointsReport(
         domain=domain.name,
         uuid=domain.uuid,
@@ -248,7 +259,8 @@ def _reconcile(
         looked = look(domain)
         view = reconciling.view(domain, looked, [chain.base for chain in known.chains])
         plan = reconcile(view, known.chains, dead)
-        steps = drop(view, tag_of_chain(request.drop)) if request.drop else plan.steps
+        tag = None if request.release else tag_of_chain(request.drop)
+        steps = drop(view, tag) if request.removes else plan.steps
         if not request.changes:
             return looked, plan, tuple(Done(step) for step in steps)
         done = reconciling.apply(domain, steps, known.xml, erase=erase, cancelled=cancelled)

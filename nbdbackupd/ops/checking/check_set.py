@@ -47,6 +47,7 @@ def _count(patient: Patient, plan: Plan, notes: Notes) -> None:
     mine = [newest.chain] if newest is not None else []
     found = others.other_chains(patient.domain.name, names, records, mine)
     chains = {tag_of(name) for name in names}
+    _tell_snapshots(patient, notes, has_bitmaps=bool(names))
     if names:
         notes.ok(f"the domain carries {len(names)} bitmap(s) of ours, of {len(chains)} chain(s)")
     for each in found:
@@ -54,6 +55,17 @@ def _count(patient: Patient, plan: Plan, notes: Notes) -> None:
             notes.warn(each.text, each.cure)
         elif newest is not None:
             notes.ok(str(each))
+
+
+def _tell_snapshots(patient: Patient, notes: Notes, *, has_bitmaps: bool) -> None:
+    """QEMU's limit: it does not load a snapshot into a disk with an active bitmap (G-5)."""
+    snapshots = patient.domain.snapshot_names() if has_bitmaps else ()
+    if snapshots:
+        notes.warn(
+            f"to revert to a snapshot ({', '.join(snapshots[:3])}) while it runs would end the "
+            f"guest: QEMU refuses that to disks whose changes are tracked",
+            f"before reverting: 'nbdbackupctl checkpoints {patient.domain.name} --release'",
+        )
 
 
 def _chains(patient: Patient) -> tuple[KnownChain, ...]:

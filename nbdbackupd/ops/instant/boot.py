@@ -17,7 +17,6 @@ from nbdbackupd import durable
 from nbdbackupd.errors import BusyError, ConfigError, RepositoryError, UsageError
 from nbdbackupd.model import definition as definition_model
 from nbdbackupd.model.chain import RestorePoint
-from nbdbackupd.model.definition import Consent
 from nbdbackupd.ops.defining import vtpm
 from nbdbackupd.ops.instant import boot_images, booting
 from nbdbackupd.ops.instant.boot_images import FinalImage
@@ -40,11 +39,7 @@ SPACE: Final = 64 << 20
 
 @contextmanager
 def booted(
-    request: BootRequest,
-    connection: Connection,
-    *,
-    cancelled: Callable[[], None],
-    consent: Consent = definition_model.refuse,
+    request: BootRequest, connection: Connection, *, cancelled: Callable[[], None]
 ) -> Iterator[Booted]:
     """Boot for the block: afterwards domain, overlays and servers are gone.
 
@@ -52,22 +47,14 @@ def booted(
     """
     places = places_of(request)
     with places.attended():
-        up = _start(request, places, connection, cancelled, consent)
+        up = _start(request, places, connection, cancelled)
         with ExitStack() as stack:
             stack.callback(end, places, up.record, connection)
             yield up
 
 
-def start(
-    request: BootRequest,
-    connection: Connection,
-    *,
-    cancelled: Callable[[], None],
-    consent: Consent = definition_model.refuse,
-) -> Booted:
+def start(request: BootRequest, connection: Connection, *, cancelled: Callable[[], None]) -> Booted:
     """Boot, and leave it running; ``stop`` ends it.
-
-    ``consent`` is asked before the definition keeps anything of its host.
 
     Raises UsageError, RepositoryError, ChainBrokenError, FormatError, IntegrityError (the point),
     DomainError (libvirt, or the name is taken), ConfigError, ProcessError, NoSpaceError, BusyError
@@ -75,7 +62,7 @@ def start(
     """
     places = places_of(request)
     with places.attended():
-        return _start(request, places, connection, cancelled, consent)
+        return _start(request, places, connection, cancelled)
 
 
 def places_of(request: BootRequest) -> Places:
@@ -121,11 +108,7 @@ def _choose(request: BootRequest) -> tuple[OpenedSet, RestorePoint]:
 
 
 def _start(
-    request: BootRequest,
-    places: Places,
-    connection: Connection,
-    cancelled: Callable[[], None],
-    consent: Consent,
+    request: BootRequest, places: Places, connection: Connection, cancelled: Callable[[], None]
 ) -> Booted:
     if places.read() is not None:
         raise BusyError(
@@ -143,7 +126,7 @@ def _start(
         attended=request.attended, phase=Phase.STARTING,
         output=os.fspath(request.output or ""), define=request.define,
     )  # fmt: skip
-    making = Making(request, places, connection, cancelled, record, consent=consent)
+    making = Making(request, places, connection, cancelled, record)
     places.make()
     try:
         places.write(record)

@@ -17,6 +17,7 @@ from nbdbackupd.errors import DomainError, GaveWayError, NbdbackupError
 from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model.chain import DiskMode, DiskPoint, Level, RestorePoint, StoredFile
 from nbdbackupd.model.plan import DiskState
+from nbdbackupd.model.units import local_time
 from nbdbackupd.nbdio import copy
 from nbdbackupd.nbdio.client import Patience
 from nbdbackupd.nbdio.throttle import Throttle
@@ -29,6 +30,7 @@ from nbdbackupd.qemu import image
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Draft, Intent
 from nbdbackupd.repo.repository import CHECKPOINT_XML
+from nbdbackupd.repo.state import State
 from nbdbackupd.source import Export, Snapshot
 
 log = logging.getLogger(__name__)
@@ -156,6 +158,11 @@ def _reasons(job: Job, snapshot: Snapshot, notes: _Notes) -> dict[str, str]:
     reasons = {plan.target: plan.reason for plan in job.survey.plans if plan.reason}
     reasons |= snapshot.demoted
     notes.expected = {plan.target for plan in job.survey.plans if plan.is_expected}
+    if job.parent is not None and job.request.state_dir is not None:
+        state = State(job.request.state_dir)
+        moment = state.released(job.domain.uuid, job.parent.checkpoint)
+        for target in reasons.keys() - notes.expected if moment else ():
+            reasons[target] += f"; 'checkpoints --release' let go of it at {local_time(moment)}"
     notes.warnings += [
         _demotion(target, reason)
         for target, reason in reasons.items()
