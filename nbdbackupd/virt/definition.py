@@ -192,6 +192,16 @@ def define(connection: Connection, xml: str) -> tuple[Domain, bool]:
         return Domain(connection, found.name(), found.UUIDString()), fits
 
 
+def redefine(connection: Connection, xml: str) -> None:
+    """Change the definition of a domain that exists; whether it starts by itself stays.
+
+    Raises DomainError or NotSupportedError if libvirt refuses.
+    """
+    _, handle = connection.current()
+    with fault.translate("libvirt does not take the definition"):
+        handle.defineXMLFlags(xml, 0)
+
+
 def start(domain: Domain) -> None:
     """Start a domain. Raises DomainError, NotSupportedError or BusyError."""
     domain.call("can't be started", lambda each: each.create())

@@ -440,3 +440,55 @@ def test_a_clone_in_a_pool(here: Scene) -> None:
         here.lab.virsh("undefine", name)
     finally:
         here.lab.virsh("pool-destroy", pool)
+
+
+def test_an_external_snapshot_collapses(here: Scene) -> None:
+    """R-2: the definition names what is below the image; with --force it does no more."""
+    guest, name = here.guest, here.guest.name
+    base, overlay = guest.image("vda"), guest.image("vda").with_name(f"{name}-vda.snap")
+    guest.start()
+    others = [f"--diskspec={target},snapshot=no" for target in ("vdb", "vdc")]
+    guest.virsh(
+        "snapshot-create-as", "--domain", name, "s1", "--disk-only",
+        f"--diskspec=vda,file={overlay}", *others,
+    )  # fmt: skip
+    guest.use_image("vda", overlay)
+    change(here, 3)
+    guest.stop()
+    guest.virsh("snapshot-delete", "--domain", name, "s1", "--metadata")
+    defined = guest.virsh("dumpxml", "--domain", name, "--inactive")
+    assert "<backingStore type='file'" in defined
+    before, below = state(here), base.read_bytes()
+    told = restore(here, "--yes", code=DOMAIN).stderr
+    assert f"stands on {base}, and would no longer: if that is meant, give --force" in told
+    assert state(here) == before
+    done = restore(here, "--yes", "--force", code=WARNED)
+    assert f"disk vda stood on {base}, and will not any more" in done.stderr
+    assert_as_of(here, here.history[-1])
+    defined = guest.virsh("dumpxml", "--domain", name, "--inactive")
+    assert "<backingStore type='file'" not in defined
+    assert base.read_bytes() == below
+    # what libvirt opens now is what was restored: it stands by itself
+    guest.start()
+    saved = here.references()
+    assert saved["vda"].read_bytes() == here.history[-1].references["vda"].read_bytes()
+    guest.stop()
+    base.unlink()
+    guest.start()
+    guest.stop()
+
+
+def test_a_data_file_is_refused(here: Scene) -> None:
+    """D-2: a restored image would come back without the file that the header names."""
+    image = here.guest.image("vda")
+    data = image.with_name("data.raw")
+    image.unlink()
+    run(["qemu-img", "create", "-q", "-f", "qcow2", "-o",
+         f"data_file={data},data_file_raw=on", image, str(SIZE)])  # fmt: skip
+    run(["qemu-io", "-f", "qcow2", "-c", "write -P 77 0 1M", image])
+    before, bytes_before = state(here), data.read_bytes()
+    told = restore(here, "--yes", "--force", code=DOMAIN).stderr
+    assert f"has its data in a file beside the image, {data}" in told
+    assert (state(here), data.read_bytes()) == (before, bytes_before)
+    image.unlink()
+    data.unlink()

@@ -18,7 +18,7 @@ from nbdbackupd.model import domain as domain_model
 from nbdbackupd.model.definition import Adapted, Changes, NewDisk
 from nbdbackupd.model.definition_devices import Entropy
 from nbdbackupd.model.hostpaths import PathUse
-from nbdbackupd.ops.defining import vtpm
+from nbdbackupd.ops.defining import live, vtpm
 from nbdbackupd.ops.restoring import output_names, restore_files
 from nbdbackupd.ops.restoring.definer import Definition, Planned
 from nbdbackupd.ops.restoring.restore_files import FileCopy
@@ -81,13 +81,13 @@ class Adjuster:
         Raises UsageError, RepositoryError, IntegrityError, DomainError, NotSupportedError,
         ConfigError.
         """
-        xml = _read_xml(planned)
+        xml, added = live.completed(planned, _read_xml(planned))
         changes = _changes(planned, xml, self.request)
         adapted = model.adapt(xml, self.fit(xml, changes), self._entropy)
         config = planned.output / output_names.clean(f"{adapted.name}.adjusted.xml", ".xml")
         if os.path.lexists(config) and not planned.force:
             raise RepositoryError(f"{config} exists: use --force to replace it, or another -o")
-        self._state = state = State(planned, adapted, config)
+        self._state = state = State(planned, adapted, config, warnings=[*added])
         self.look(state)
         for warning in (*adapted.warnings, *state.warnings):
             log.warning("%s", warning)

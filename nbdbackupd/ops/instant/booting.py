@@ -202,6 +202,7 @@ class Making:
                     for disk in disks
                 ),
                 files=files,
+                live=restore_files.live_xml(self._request.source, point),
             )
         )
         return definer

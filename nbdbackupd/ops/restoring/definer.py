@@ -25,7 +25,8 @@ class PlannedDisk:
 class Planned:
     """A restore that is about to begin; ``files`` are the XML and firmware of the same point.
 
-    ``point`` is empty where stream files were given by hand.
+    ``point`` is that of the set, empty where stream files were given by hand. ``live`` is the XML
+    of the domain as it ran, if it did; it goes nowhere.
     """
 
     point: str
@@ -33,6 +34,7 @@ class Planned:
     output: Path
     disks: tuple[PlannedDisk, ...]
     files: tuple[FileCopy, ...]
+    live: FileCopy | None = None
     force: bool = False
 
 

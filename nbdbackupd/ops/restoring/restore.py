@@ -160,7 +160,7 @@ def _planned(plan: Plan, request: RestoreRequest) -> Planned:
             )
             for job in plan.jobs
         ),
-        force=request.force,
+        live=plan.live, force=request.force,
     )  # fmt: skip
 
 
@@ -202,6 +202,7 @@ def _write(
     cancelled()
     if placement is not None:
         placement.settle()
+        placement.adopt()
     _set_aside(plan)
     done += restore_work.write_all(rest, request, pace, progress, _deaf(cancelled))
     if placement is not None:

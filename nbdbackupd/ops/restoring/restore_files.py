@@ -18,6 +18,7 @@ from nbdbackupd.ops.restoring import output_names
 from nbdbackupd.repo import layout
 
 XML_ROLE: Final = "domain-xml"
+LIVE_ROLE: Final = "domain-xml-live"
 TREE_ROLE: Final = "tpm-state"
 COPIED: Final = frozenset({"loader", "nvram", "kernel", "initrd", TREE_ROLE})
 CHUNK: Final = 1 << 20
@@ -58,6 +59,15 @@ def plan(directory: Path, point: RestorePoint, output: Path) -> tuple[FileCopy, 
         durable.refuse_links(output, final.parent)
         copies.append(FileCopy(stored=stored, source=directory / stored.name, final=final))
     return tuple(copies)
+
+
+def live_xml(directory: Path, point: RestorePoint) -> FileCopy | None:
+    """The XML of the domain as it ran when the point was made; it is read and goes nowhere."""
+    for stored in point.files:
+        if stored.role == LIVE_ROLE:
+            source = directory / stored.name
+            return FileCopy(stored=stored, source=source, final=source)
+    return None
 
 
 def _name(stored: StoredFile, point: RestorePoint) -> PurePosixPath:

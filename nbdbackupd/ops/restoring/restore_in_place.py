@@ -13,6 +13,7 @@ from nbdbackupd.errors import (
     NbdbackupError,
     NotSupportedError,
 )
+from nbdbackupd.model import collapsed
 from nbdbackupd.model.chain import DiskPoint, RestorePoint
 from nbdbackupd.model.domain import Disk
 from nbdbackupd.model.hostpaths import PathUse
@@ -61,6 +62,7 @@ class InPlace(Placement):
         self._cancelled = cancelled
         self._disks: Mapping[str, Disk] = {}
         self._domain: Domain | None = None
+        self._below: Mapping[str, str] = {}
         self._trouble: list[NbdbackupError] = []
         self.warnings: tuple[str, ...] = ()
 
@@ -92,6 +94,11 @@ class InPlace(Placement):
         }
         self._refuse_shared(domain)
         self._refuse_doubts(domain, held)
+        self._below = {
+            disk.target: below
+            for disk in disks
+            if (below := _below(self._disks[disk.target], looked))
+        }
         left = [
             each.target
             for each in looked.definition.disks
@@ -102,6 +109,10 @@ class InPlace(Placement):
                 f"restore point {point.id} does not hold all disks of domain {domain.name}: "
                 f"{', '.join(left)} stay as they are",
             )
+        self.warnings += tuple(
+            f"disk {target} stood on {below}, and will not any more: the restored image holds all"
+            for target, below in self._below.items()
+        )
         stack.enter_context(untouched.watch(domain, self._trouble.append))
 
     def format(self, disk: DiskPoint) -> str:
@@ -148,6 +159,20 @@ class InPlace(Placement):
         """Raise SourceError if the domain was started meanwhile."""
         if self._trouble:
             raise self._trouble[0]
+
+    def adopt(self) -> None:
+        """Have the domain's definition name no images below those that are whole now.
+
+        Before the old images are set aside: those say by themselves what they stand on. Raises
+        DomainError.
+        """
+        domain = self._domain
+        layered = [target for target in self._below if len(self._disks[target].layers) > 1]
+        if domain is None or not layered:
+            return
+        xml = domain.xml(inactive=True, secure=True)
+        definition.redefine(self._connection, collapsed.without_layers(xml, layered))
+        log.info("definition of %s: nothing below the images of %s", domain.name, layered)
 
     def settle(self) -> None:
         """Raise BusyError if the domain is being started at this moment."""
@@ -215,6 +240,14 @@ class InPlace(Placement):
             )
 
 
+def _below(disk: Disk, looked: Looked) -> str:
+    """The image that a disk's own stands on, as the definition or the image says; or nothing."""
+    chain = looked.chains.get(disk.target, ())
+    if len(chain) > 1:
+        return chain[1].filename
+    return disk.layers[1].path if len(disk.layers) > 1 else ""
+
+
 def _usable(domain: Domain, target: str, looked: Looked, *, force: bool) -> Disk:
     """The domain's disk of that name, if its image can be replaced.
 
@@ -227,13 +260,12 @@ def _usable(domain: Domain, target: str, looked: Looked, *, force: bool) -> Disk
         why = "has no image on this host"
     elif disk.format not in FORMATS:
         why = f"has format {disk.format}"
-    elif len(disk.layers) > 1 or disk.data_file:
-        # the restored image is one file; libvirt would open the others with it nevertheless
-        why = "has files below its image in the definition: remove <backingStore> and <dataStore>"
+    elif data := disk.data_file or (chain[0].data_file if chain else ""):
+        why = f"has its data in a file beside the image, {data}, which would keep the old data"
     elif chain and chain[0].encrypted:
         why = "is encrypted, and would come back in plain"
-    elif len(chain) > 1 and not force:
-        why = f"stands on {chain[1].filename}, and would no longer: if that is meant, give --force"
+    elif (below := _below(disk, looked)) and not force:
+        why = f"stands on {below}, and would no longer: if that is meant, give --force"
     if why:
         raise NotSupportedError(
             f"disk {target} of domain {domain.name} {why}; or restore it to another place",

@@ -54,6 +54,11 @@ def choose(
             warnings += (f"disk {disk.target}: {problem}: it gets qemu-img's own options",)
         else:
             options = CreateOptions.like(original, preallocation=options.preallocation)
+            if original.data_file:
+                warnings += (
+                    f"disk {disk.target} had its data in a file beside the image (data_file): "
+                    f"it comes back as one image",
+                )
             if original.encrypted:
                 warnings += (f"disk {disk.target} was encrypted, it comes back in plain",)
     return Choice(format=format_, options=options, warnings=warnings)

@@ -64,6 +64,7 @@ class Plan:
     created: str
     jobs: tuple[Job, ...]
     files: tuple[FileCopy, ...] = ()
+    live: FileCopy | None = None
     warnings: tuple[str, ...] = ()
     source: OpenedSet | None = None
 
@@ -98,6 +99,9 @@ class Placement(Protocol):
 
     def check(self) -> None:
         """Raise if the restore must end; from any thread."""
+
+    def adopt(self) -> None:
+        """Change what libvirt says of the disks, when all that can go wrong is behind us."""
 
     def settle(self) -> None:
         """Raise if what was restored must not replace what is there now."""
@@ -141,6 +145,7 @@ def of_set(
         created=point.created,
         jobs=jobs,
         files=files,
+        live=restore_files.live_xml(source.path, point),
         warnings=(
             *source.warnings,
             *(placement.warnings if placement is not None else ()),

@@ -100,6 +100,9 @@ class PoolPlacement(Placement):
     def check(self) -> None:
         """Nothing but the user ends it."""
 
+    def adopt(self) -> None:
+        """Nothing: no domain stands on the volumes."""
+
     def settle(self) -> None:
         """New volumes replace nothing that is in use."""
 
