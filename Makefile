@@ -16,7 +16,7 @@ INSTALL_DATA = install -m 644
 INSTALL_PROGRAM = install -m 755
 
 modules := $(shell find nbdbackupd -type f -not -path '*/__pycache__/*' -not -name '*.pyc')
-units := $(wildcard units/*.service units/*.timer units/*.slice)
+units := $(wildcard units/*.service units/*.timer units/*.path units/*.slice)
 # fill in where the modules are: input, output
 fill = sed 's|@libdir@|$(LIBDIR)|' $(1) > $(2) && chmod 755 $(2)
 
@@ -40,11 +40,15 @@ install-restore:
 
 install-appliance:
 	$(INSTALL_DIR) $(DESTDIR)$(UNITDIR)/multi-user.target.wants $(DESTDIR)$(LIBDIR) \
+	    $(DESTDIR)$(UNITDIR)/libvirt-guests.service.d \
 	    $(DESTDIR)$(PREFIX)/lib/tmpfiles.d \
 	    $(DESTDIR)$(SYSCONFDIR)/nbdbackup/domains.d \
 	    $(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d
 	$(INSTALL_DATA) $(units) $(DESTDIR)$(UNITDIR)/
-	ln -sf ../nbdbackup-pending.service $(DESTDIR)$(UNITDIR)/multi-user.target.wants/
+	$(INSTALL_DATA) units/libvirt-guests.service.d/nbdbackup.conf \
+	    $(DESTDIR)$(UNITDIR)/libvirt-guests.service.d/
+	ln -sf ../nbdbackup-pending.service ../nbdbackup-timers.path \
+	    $(DESTDIR)$(UNITDIR)/multi-user.target.wants/
 	$(INSTALL_PROGRAM) hooks/catch-up packaging/common/after-install \
 	    packaging/common/before-remove $(DESTDIR)$(LIBDIR)/
 	$(INSTALL_PROGRAM) hooks/qemu $(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d/nbdbackup

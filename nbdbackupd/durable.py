@@ -253,6 +253,15 @@ def refuse_links(root: Path, *paths: Path) -> None:
                 )
 
 
+def make_private_directory(path: Path, top: Path) -> None:
+    """Create a directory at ``top`` or below it for ourselves; all may pass those above ``top``.
+
+    Beside it lies what QEMU's account must get to.
+    """
+    make_directory(top.parent, 0o755)
+    make_directory(path)
+
+
 class Lock:
     """An exclusive lock of the kernel on a file; a context manager.
 

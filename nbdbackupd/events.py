@@ -27,7 +27,9 @@ FIELDS: Final[Mapping[str, str]] = {
     "CHECKPOINT": "name of the checkpoint",
     "BYTES": "number of bytes, see the event",
     "DURATION_USEC": "how long it took, in microseconds",
+    "UNIT": "name of the systemd unit",
     "REASON": "why, in words",
+    "AT": "when, in local time",
 }
 """What each field means, in the order of the page."""
 
@@ -55,6 +57,20 @@ class Event:
     fields: tuple[str, ...]
     meaning: str
     cure: str
+
+
+_TOLD: Final = "told_as_event"
+"""An attribute of exceptions."""
+
+
+def mark_told(err: BaseException) -> None:
+    """Remember that an event has told of this error: the journal need not hear of it twice."""
+    vars(err)[_TOLD] = True
+
+
+def is_told(err: BaseException) -> bool:
+    """Whether an event has told of this error."""
+    return _TOLD in vars(err)
 
 
 def emit(logger: logging.Logger, event: Event, /, **values: object) -> None:
@@ -142,7 +158,20 @@ BACKUP_GAVE_WAY: Final = Event(
     fields=("REASON", "DURATION_USEC"),
     meaning="The domain was off and its images were being read when it was to start, which comes "
     "first. No point was made; the newest one is still the base of the next increment.",
-    cure="Nothing is to be done: the next run saves the changes.",
+    cure="Nothing is to be done: a run that a unit began is tried again soon, and whichever run "
+    "comes next saves the changes.",
+)
+BACKUP_AGAIN: Final = Event(
+    name="backup-again",
+    id="6efe024c8347411aa36df45c9b76b5ea",
+    priority=NOTICE,
+    level=logging.INFO,
+    text="backup of {DOMAIN} is tried again at {AT}: {REASON}",
+    fields=("AT", "REASON"),
+    meaning="A run that a unit of ours began gave way to the start of the guest, or found another "
+    "run or job at work. It waits, holding nothing, and tries again: after 5, 15 and 45 minutes. "
+    "Only then does the unit fail.",
+    cure="Nothing is to be done. 'nbdbackupctl status' shows the run as long as it waits.",
 )
 BACKUP_BUSY: Final = Event(
     name="backup-busy",
@@ -311,6 +340,17 @@ IMAGES_CHANGED: Final = Event(
     "bitmaps of the base, or that is not the disk's own, everything is read.",
     cure="Nothing is to be done if it was you, or a run that was killed. Don't write to images of "
     "a tracked disk with programs that do not know qcow2.",
+)
+NOTIFY_FAILED: Final = Event(
+    name="notify-failed",
+    id="bb9b3ef681534b3aa296bc44573087cf",
+    priority=ERROR,
+    level=logging.INFO,
+    text="not everybody was told how {UNIT} ended: {REASON}",
+    fields=("UNIT", "REASON"),
+    meaning="A run has ended in a way that the section notification of the configuration wants "
+    "told, and a mail or the command of the administrator failed.",
+    cure="Mend what the reason names, then try it: 'nbdbackupctl notify UNIT'.",
 )
 HOOK_TROUBLE: Final = Event(
     name="hook-trouble",

@@ -25,23 +25,47 @@ FEWEST: Final = 8
 """Held open in any case; a thread uses one at a time."""
 
 
-def open_regular(path: Path, **where: object) -> int:
-    """A descriptor of a regular file, for reading; ``where`` goes into errors.
+def open_untrusted(path: Path) -> int:
+    """A descriptor of a regular file that somebody else may have put there, for reading.
 
-    Raises IntegrityError if there is none: a file that a manifest names must be there.
+    A link in its place is not followed, a pipe is not waited for, nothing of a device is read: for
+    all of these it raises IntegrityError. Raises OSError.
     """
     try:
-        # a FIFO in its place would block for ever
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (FileNotFoundError, NotADirectoryError) as err:
-        raise IntegrityError("file of the set is missing", file=path, **where) from err
     except OSError as err:
         if err.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
-            raise IntegrityError("not a regular file", file=path, **where) from err
+            raise IntegrityError("not a regular file", file=path) from err
         raise
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise IntegrityError("not a regular file", file=path, **where)
+        raise IntegrityError("not a regular file", file=path)
+    return fd
+
+
+def open_regular(path: Path, **where: object) -> int:
+    """A descriptor of a file of a set, as ``open_untrusted``; ``where`` goes into errors.
+
+    Raises IntegrityError also if there is none: a file that a manifest names must be there.
+    """
+    try:
+        return open_untrusted(path)
+    except (FileNotFoundError, NotADirectoryError) as err:
+        raise IntegrityError("file of the set is missing", file=path, **where) from err
+    except IntegrityError as err:
+        err.fields |= where
+        raise
+
+
+def open_sized(path: Path, size: int, **where: object) -> int:
+    """As ``open_regular``, and of the size that its manifest tells."""
+    fd = open_regular(path, **where)
+    found = os.fstat(fd).st_size
+    if found != size:
+        os.close(fd)
+        raise IntegrityError(
+            "file of the set has the wrong size", file=path, expected=size, found=found, **where
+        )
     return fd
 
 

@@ -236,6 +236,11 @@ def warned() -> tuple[str, ...]:
     return tuple(_warned)
 
 
+def begin_anew() -> None:
+    """Forget what was warned of: a run is tried again."""
+    _warned.clear()
+
+
 def setup(level: int, stream: TextIO, journal_stream: str = "", send: Send | None = None) -> None:
     """Send the package's log lines of ``level`` and above to a stream; replaces an earlier setup.
 

@@ -1,5 +1,6 @@
 """Options of the whole test suite."""
 
+import os
 import random
 import signal
 from collections.abc import Generator
@@ -39,6 +40,12 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
     ]
     return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_state(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What runs note of themselves does not go into the state directory of this host."""
+    os.environ["NBDBACKUP_STATE_DIR"] = str(tmp_path_factory.mktemp("state"))
 
 
 @pytest.fixture(scope="session")

@@ -132,6 +132,6 @@ def add_checkpoint_dir(group: argparse._ActionsContainer) -> None:
     """Add the option for the state directory, which several verbs read."""
     group.add_argument(
         "--checkpoint-dir", metavar="DIR", type=Path,
-        help="where the base of each chain is noted; hosts of a cluster may share it "
-        "(default: /var/lib/nbdbackup/state)",
+        help="where the base of each chain and the digest of each manifest are noted; hosts of a "
+        "cluster may share it (default: /var/lib/nbdbackup/state)",
     )  # fmt: skip

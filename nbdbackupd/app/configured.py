@@ -1,5 +1,6 @@
 """The configuration as verbs use it: read, connected to libvirt, merged for one domain."""
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -102,6 +103,24 @@ def sharing_of(name: str, context: Context) -> "Sharing":
         return images.Sharing(state_dir=given, devices=images.SHARED)
     found = sharing(settings)
     return replace(found, state_dir=given) if context.is_state_given else found
+
+
+def state_directories(context: Context) -> tuple[Path, ...]:
+    """All places where this host may have noted something; a configuration that fails names none.
+
+    For what only reads, and has to do without: a restore on the worst day.
+    """
+    found = [context.state_dir.absolute()]
+    if context.is_state_given:
+        return tuple(found)
+    # where there is no PyYAML, there is no configuration either
+    with contextlib.suppress(ConfigError, ImportError):
+        found += [
+            file.values["checkpoint_directory"].value
+            for file in read(context).files
+            if "checkpoint_directory" in file.values
+        ]
+    return tuple(dict.fromkeys(found))
 
 
 def settings_of_domain(domain: "Domain", configuration: "Configuration") -> "DomainSettings":

@@ -129,8 +129,17 @@ def default_scratch_dir(environ: Mapping[str, str]) -> Path:
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:
-    """``/var/lib/nbdbackup/state`` for root, below the user's state directory for others."""
-    return _own_dir(environ) / "state"
+    """``/var/lib/nbdbackup/state`` for root, below the user's state directory for others.
+
+    ``NBDBACKUP_STATE_DIR`` overrules both, as it does for libvirt's hook.
+    """
+    given = environ.get("NBDBACKUP_STATE_DIR")
+    return Path(given) if given else _own_dir(environ) / "state"
+
+
+def host_state_dir() -> Path:
+    """Where this host keeps what is about itself, whatever ``checkpoint_directory`` says."""
+    return default_state_dir(os.environ)
 
 
 def _own_dir(environ: Mapping[str, str]) -> Path:

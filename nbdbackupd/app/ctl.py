@@ -9,11 +9,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from nbdbackupd import files, log
+from nbdbackupd import events, files, log
 from nbdbackupd.app import parser, streams
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
-from nbdbackupd.errors import Interrupted, NbdbackupError
+from nbdbackupd.errors import BusyError, Interrupted, NbdbackupError
 
 JSON_VERSION = 1
 WARNED = 3
@@ -65,7 +65,9 @@ def _run(args: Arguments, context: Context) -> int:
 def _report(context: Context, err: BaseException, code: int) -> int:
     """One line on stderr, and the same as JSON on stdout if JSON was asked for."""
     text = " ".join(str(err).split()) or type(err).__name__
-    streams.complain(text)
+    # what is tried again later is no error of this host
+    priority = 4 if code == BusyError.exit_code else 3
+    streams.complain(text, is_told=events.is_told(err), priority=priority)
     if context.json:
         fields = {
             name: value if isinstance(value, int) else str(value)

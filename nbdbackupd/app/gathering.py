@@ -1,9 +1,11 @@
 """What is known of all domains: from libvirt, the configuration, the repositories and systemd."""
 
 import difflib
+import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from nbdbackupd.app.systemd import Service, Timer
     from nbdbackupd.model.health import Limits
     from nbdbackupd.ops.reporting.status import DomainStatus, StatusReport, Stored
+    from nbdbackupd.repo.runs import Seen
     from nbdbackupd.virt.connection import Connection
 
 
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 class Units:
     """Timers and runs by the names of their units; nothing if systemd could not be asked."""
 
+    is_known: bool = False
     timers: "dict[str, Timer]" = field(default_factory=dict)
     services: "dict[str, Service]" = field(default_factory=dict)
 
@@ -135,6 +139,7 @@ def record_host(connection: "Connection", configuration: "Configuration", direct
     domains = _domains_of(connection, configuration)
     covered = [
         _is_covered(settings, _timer(units, name, uuid), configuration)
+        and not _unscheduled(name, settings, units, _timer(units, name, uuid))
         for name, (uuid, settings) in domains.items()
     ]
     metrics.record_host(
@@ -160,16 +165,22 @@ def ask_systemd(notes: list[str]) -> Units:
         notes.append(f"systemd can't be asked: {err}")
         return Units()
     return Units(
+        is_known=True,
         timers={each.unit: each for each in timers},
         services={each.unit: each for each in services},
     )
 
 
-def failure_of(service: "Service | None") -> str:
-    """How the last run of a unit failed; empty if it did not."""
+def failure_of(service: "Service | None", seen: "Seen", found: "Stored") -> str:
+    """How a unit failed without a word of the run itself; empty if it did not, or not since."""
     from nbdbackupd.app import notification
 
-    if service is None or service.active != "failed":
+    if service is None or service.active != "failed" or service.ended is None:
+        return ""
+    known = datetime.fromisoformat(seen.end.begun) if seen.end is not None else None
+    if any(each is not None and each > service.ended for each in (known, found.instant)):
+        return ""
+    if seen.end is not None and seen.end.unit == service.unit and seen.end.ended:
         return ""
     status = service.exit_status if service.result == "exit-code" else ""
     event, result, meaning = notification.result_of(service.result, str(status))
@@ -218,9 +229,26 @@ def _timer(units: Units, name: str, uuid: str) -> "Timer | None":
 def _is_covered(
     settings: "DomainSettings", timer: "Timer | None", configuration: "Configuration"
 ) -> bool:
-    """Whether a timer, or a file that is not for all domains, is for a domain."""
+    """Whether a timer, the end of its guest, or a file that is not for all, is for a domain."""
     mains = {file.path for file in configuration.files if file.match is None}
-    return timer is not None or any(path not in mains for path in settings.applied)
+    is_chosen = any(path not in mains for path in settings.applied)
+    return timer is not None or settings.on_shutdown or is_chosen
+
+
+def _unscheduled(name: str, settings: "DomainSettings", units: Units, timer: "Timer | None") -> str:
+    """Why a domain is not saved although the configuration is for it; empty if it is."""
+    from nbdbackupd.model import unitname
+
+    if not units.is_known or settings.on_shutdown or settings.schedule_calendar == ():
+        return ""
+    service = units.services.get(timer.activates) if timer is not None else None
+    if timer is not None and (timer.next is not None or (service and service.is_running)):
+        return ""
+    unit = unitname.unit(unitname.RUNNER, name, "timer")
+    return (
+        f"not scheduled, no timer is active: 'systemctl enable --now {shlex.quote(unit)}', or set "
+        "schedule.enable and 'systemctl start nbdbackup-timers'"
+    )
 
 
 def _folders(
@@ -257,6 +285,7 @@ def _folders(
 
 
 def _look(name: str, known: _Known, context: Context, notes: list[str]) -> "DomainStatus":
+    from nbdbackupd.app import run_record
     from nbdbackupd.model import unitname
     from nbdbackupd.model.health import Facts
     from nbdbackupd.ops.reporting import status
@@ -269,20 +298,33 @@ def _look(name: str, known: _Known, context: Context, notes: list[str]) -> "Doma
         service = known.units.services.get(unit)
     found = _stored(name, settings, known)
     newest = found.newest
+    seen = run_record.look(name, uuid)
+    is_known = None if known.domains is None else name in known.domains
+    is_covered = _is_covered(settings, timer, known.configuration)
     facts = Facts(
         newest=found.instant,
         problem=found.problem,
         damage=found.damage,
         warnings=found.concerns,
-        failure=failure_of(service),
-        is_covered=_is_covered(settings, timer, known.configuration),
+        failure=run_record.failure_text(seen, found.instant) or failure_of(service, seen, found),
+        is_covered=is_covered,
+        unscheduled=(
+            _unscheduled(name, settings, known.units, timer) if is_covered and is_known else ""
+        ),
         is_wanted=settings.schedule_calendar != (),
-        is_known=None if known.domains is None else name in known.domains,
+        is_known=is_known,
     )
     return status.status_of(
         name, found, facts, known.limits(settings), app_context.now(),
         next=timer.next if timer is not None else None,
         busy=status.busy(context.runtime_dir, uuid or (newest.uuid if newest is not None else "")),
+        last_run=seen.end,
+        runs=tuple(
+            status.LiveRun(
+                unit=run.unit, begun=run.begun, doing=run_record.doing(run, context) or "begins"
+            )
+            for run in seen.alive
+        ),
     )  # fmt: skip
 
 

@@ -4,12 +4,18 @@ systemd calls it at boot and at ``daemon-reload``, before anything else runs, wi
 units of its own. It writes drop-ins for ``nbdbackup@NAME.timer`` there, and links for those that
 are to begin by themselves. It never fails: what it can't do it tells, and does the rest.
 
-Only instances that have a name get a drop-in: those that a file names letter for letter, and those
-that the administrator has enabled. What the main file says goes to all others.
+Only instances that have a name get a drop-in: those that a file names letter for letter, those
+that libvirt has defined and a file is for, and those that the administrator has enabled. What the
+main file says goes to all others.
+
+With ``--refresh`` it sees to it that systemd has the timers that it would make now: domains come
+and go (nbdbackup-timers.path).
 """
 
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -22,6 +28,9 @@ if TYPE_CHECKING:
     from nbdbackupd.app.config.timers import TimerSettings
 
 UNITS: Final = Path("/etc/systemd/system")
+GENERATED: Final = Path("/run/systemd/generator")
+SYSTEMCTL_SECONDS: Final = 60.0
+PAUSE_SECONDS: Final = 2.0
 VENDOR: Final = Path("/usr/lib/systemd/system")
 TEMPLATE: Final = f"{unitname.RUNNER}@.timer"
 DROP_IN: Final = "50-schedule.conf"
@@ -36,12 +45,19 @@ Tell = Callable[[str], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write what belongs into the first of systemd's directories; always 0."""
+    """Write what belongs into the first of systemd's directories; always 0.
+
+    With ``--refresh`` 1 if systemd could not be asked to.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     tell = _teller(os.environ)
     try:
         if os.environ.get("SYSTEMD_IN_INITRD") == "1":
             return 0
+        if words == ["--refresh"]:
+            # what is defined within the pause is seen at once
+            time.sleep(PAUSE_SECONDS)
+            return 0 if refresh(tell=tell) else 1
         if not words:
             tell("no directory given: systemd calls this program, see systemd.generator(7)")
             return 0
@@ -52,14 +68,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def generate(
-    output: Path, *, config: Path | None = None, units: Path = UNITS, tell: Tell
+    output: Path,
+    *,
+    config: Path | None = None,
+    units: Path = UNITS,
+    definitions: Path | None = None,
+    tell: Tell,
 ) -> tuple[str, ...]:
     """Write drop-ins and links below ``output``; returns the names that got one.
 
-    ``config`` is the directory of the configuration, by default the usual one; ``units`` is where
-    the administrator's links are. ``tell`` gets a line for each thing that is wrong.
+    ``config`` is the directory of the configuration, by default the usual one, ``definitions``
+    that of libvirt's domains; ``units`` is where the administrator's links are. ``tell`` gets a
+    line for each thing that is wrong.
     """
-    from nbdbackupd.app.config import calendar, files, schema, timers
+    from nbdbackupd.app.config import calendar, files, inventory, schema, timers
 
     configuration = files.read_all(
         config or schema.DIRECTORY, event_fault=cache(calendar.systemd_fault)
@@ -71,18 +93,83 @@ def generate(
         tell(f"{len(problems) - MAX_TOLD} more: 'nbdbackupctl config check' shows all")
     common = timers.timer_for("", _main_only(configuration))
     _try(tell, TEMPLATE, partial(_write, output, TEMPLATE, _drop_in(common)))
-    exact = timers.exact_names(configuration)
+    defined = inventory.read(definitions or inventory.DEFINITIONS)
+    matched = timers.matched_names(configuration, defined)
+    enabled = enabled_names(units)
+    # a timer by UUID is one for that domain, too
+    by_uuid = {name for name, domain in defined.items() if domain.uuid in enabled}
     done = []
-    for name in dict.fromkeys((*exact, *enabled_names(units))):
+    for name in dict.fromkeys((*matched, *enabled)):
         unit = unitname.unit(unitname.RUNNER, name, "timer")
         # the directory of a drop-in has two characters more than the unit
         if unitname.is_too_long(f"{unit}.d"):
             tell(f"domain {name}: its name is too long for a unit; use its UUID: {unit[:60]}…")
             continue
-        found = timers.timer_for(name, configuration)
-        if _try(tell, unit, partial(_write_timer, output, unit, found, name in exact)):
+        found = timers.timer_for(name, configuration, defined.get(name))
+        begins = found.enable and name in matched and name not in by_uuid
+        if _try(tell, unit, partial(_write_timer, output, unit, found, begins=begins)):
             done.append(name)
     return tuple(done)
+
+
+def refresh(
+    *,
+    generated: Path = GENERATED,
+    config: Path | None = None,
+    units: Path = UNITS,
+    definitions: Path | None = None,
+    tell: Tell,
+) -> bool:
+    """Have systemd take up what ``generate`` makes now, if that is not what it made last.
+
+    Timers that are no longer wanted end, as of domains that are gone, unless a file has an error.
+    False if systemd did not do all of it, which is told.
+    """
+    from nbdbackupd import proc
+    from nbdbackupd.app.config import files, schema
+    from nbdbackupd.errors import ProcessError
+
+    with tempfile.TemporaryDirectory() as directory:
+        made = Path(directory)
+        generate(made, config=config, units=units, definitions=definitions, tell=tell)
+        before, after = _tree(generated), _tree(made)
+    if before == after:
+        return True
+    old, new = _links(before), _links(after)
+    enabled = {unitname.unit(unitname.RUNNER, name, "timer") for name in enabled_names(units)}
+    gone = old - new - enabled
+    if files.read_all(config or schema.DIRECTORY).problems:
+        gone = set()
+    orders = [["daemon-reload"]]
+    orders += [["start", "--", *sorted(new - old)]] if new - old else []
+    orders += [["stop", "--", *sorted(gone)]] if gone else []
+    done = True
+    for order in orders:
+        try:
+            proc.output(["systemctl", "--no-ask-password", *order], timeout=SYSTEMCTL_SECONDS)
+        except ProcessError as err:
+            tell(str(err))
+            done = False
+    return done
+
+
+def _tree(directory: Path) -> dict[str, str]:
+    """What a directory of generated units holds of ours: texts of drop-ins, and links."""
+    try:
+        found = [*directory.glob(f"{unitname.RUNNER}@*.d/{DROP_IN}")]
+        found += directory.glob(f"{WANTS}/{unitname.RUNNER}@*")
+        return {
+            str(path.relative_to(directory)): str(path.readlink())
+            if path.is_symlink()
+            else path.read_text()
+            for path in found
+        }
+    except OSError:
+        return {}
+
+
+def _links(tree: Mapping[str, str]) -> set[str]:
+    return {path.removeprefix(f"{WANTS}/") for path in tree if path.startswith(f"{WANTS}/")}
 
 
 def enabled_names(units: Path) -> tuple[str, ...]:
@@ -103,9 +190,9 @@ def _main_only(configuration: "Configuration") -> "Configuration":
     return Configuration(files=files, problems=configuration.problems)
 
 
-def _write_timer(output: Path, unit: str, timer: "TimerSettings", is_exact: bool) -> None:
+def _write_timer(output: Path, unit: str, timer: "TimerSettings", *, begins: bool) -> None:
     _write(output, unit, _drop_in(timer))
-    if timer.enable and is_exact and timer.calendar != ():
+    if begins and timer.calendar != ():
         wants = output / WANTS
         wants.mkdir(exist_ok=True)
         (wants / unit).symlink_to(VENDOR / TEMPLATE)

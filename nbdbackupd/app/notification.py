@@ -49,7 +49,9 @@ unit:    {{ unit }}
 {% if domain %}domain:  {{ domain }}
 {% endif %}result:  {{ result }}{% if meaning %} ({{ meaning }}){% endif %}
 
-{% if started %}started: {{ started }}
+{% if reason %}reason:  {{ reason }}
+
+{% endif %}{% if started %}started: {{ started }}
 {% endif %}{% if ended %}ended:   {{ ended }}
 {% endif %}
 {% if remark %}{{ remark }}
@@ -70,7 +72,8 @@ class Notice:
 
     ``event`` is ``failure``, ``warning`` or ``success``, ``word`` the same for a sentence, and
     ``what`` its subject. ``result`` is ``exit status 20`` or systemd's word, ``meaning`` what the
-    status stands for. Times are texts, or empty. ``remark`` tells what is odd about this notice.
+    status stands for. Times are texts, or empty. ``remark`` tells what is odd about this notice,
+    ``reason`` why the run failed, as it said itself.
     """
 
     event: str
@@ -84,6 +87,7 @@ class Notice:
     ended: str
     lines: tuple[str, ...]
     remark: str = ""
+    reason: str = ""
 
     @property
     def word(self) -> str:
@@ -174,7 +178,7 @@ def run_command(argv: tuple[str, ...], text: Text, notice: Notice) -> None:
     """
     facts = {
         "EVENT": notice.event, "UNIT": notice.unit, "DOMAIN": notice.domain, "HOST": notice.host,
-        "RESULT": notice.result, "SUBJECT": text.subject,
+        "RESULT": notice.result, "REASON": notice.reason, "SUBJECT": text.subject,
     }  # fmt: skip
     try:
         proc.output(

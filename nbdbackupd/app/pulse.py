@@ -21,9 +21,16 @@ class Pulse:
     """
 
     def __init__(
-        self, environ: Mapping[str, str], clock: Callable[[], float] = time.monotonic
+        self,
+        environ: Mapping[str, str],
+        clock: Callable[[], float] = time.monotonic,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Read ``NOTIFY_SOCKET``, ``WATCHDOG_USEC`` and ``WATCHDOG_PID``."""
+        """Read ``NOTIFY_SOCKET``, ``WATCHDOG_USEC`` and ``WATCHDOG_PID``.
+
+        ``tell`` gets each status, too.
+        """
+        self._tell = tell
         self._address = environ.get("NOTIFY_SOCKET", "")
         mine = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         text = environ.get("WATCHDOG_USEC", "") if mine else ""
@@ -37,7 +44,8 @@ class Pulse:
         """Tell in one line what is being done; no disk is copied any more."""
         with self._lock:
             self._is_copying = False
-        self._send(f"STATUS={' '.join(text.split())}")
+        self._tell(text := " ".join(text.split()))
+        self._send(f"STATUS={text}")
 
     def alive(self) -> None:
         """A wait or a step looked at the cancel callback."""
@@ -53,7 +61,9 @@ class Pulse:
             changed, self._is_copying = is_copying != self._is_copying, is_copying
             if not changed and not self._is_due():
                 return
-        lines = [f"STATUS={disk}: {position * 100 // size if size else 100} %", "WATCHDOG=1"]
+        text = f"{disk}: {position * 100 // size if size else 100} %"
+        self._tell(text)
+        lines = [f"STATUS={text}", "WATCHDOG=1"]
         if changed and self._watchdog:
             longer = max(self._watchdog, int(FINISHING_SECONDS * 1e6))
             lines.append(f"WATCHDOG_USEC={self._watchdog if is_copying else longer}")

@@ -2,19 +2,28 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdbackupd import events
 from nbdbackupd import log as runlog
-from nbdbackupd.app import configured, inhibit, making
+from nbdbackupd.app import configured, inhibit, kept_notification, making
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.run_metrics import RunMetrics
-from nbdbackupd.errors import DomainNotFoundError, ElsewhereError, Interrupted, NbdbackupError
+from nbdbackupd.app.run_record import RunRecord
+from nbdbackupd.errors import (
+    BusyError,
+    DomainNotFoundError,
+    ElsewhereError,
+    Interrupted,
+    NbdbackupError,
+)
 
 if TYPE_CHECKING:
     from nbdbackupd.app.config.files import Configuration
@@ -35,16 +44,28 @@ SLOT_SECONDS: Final = 86400.0
 AFTER_END_SECONDS: Final = 600.0
 """A run that the guest's end has broken off may still hold its locks: it cleans up."""
 
+RETRY_SECONDS: Final = (300.0, 900.0, 2700.0)
+"""Gaps between the tries of a run that gave way, or found somebody else at work."""
+
+RETRY_WITHIN_SECONDS: Final = 43200.0
+"""After so long a run is not tried again: its next one comes soon."""
+
+POLL_SECONDS: Final = 0.5
+
 INTERRUPTED_SECONDS: Final = 30.0
 """Programs after a run that was told to end: systemd kills soon."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wish:
-    """Which domain; ``shutdown``: its guest has just ended; ``wait`` in seconds, None: defaults."""
+    """Which domain; ``shutdown``: its guest has just ended; ``wait`` in seconds, None: defaults.
+
+    ``retry``: try again where others come first.
+    """
 
     domain: str
     shutdown: bool = False
+    retry: bool = False
     dry_run: bool = False
     wait: float | None = None
 
@@ -53,13 +74,15 @@ class Wish:
 class Watch:
     """Who looks on: ``cancelled`` raises to end the run, ``doing`` gets what is begun.
 
-    ``alive`` is called where a run waits that can't be ended any more.
+    ``alive`` is called where a run waits that can't be ended any more, ``anew`` when it is tried
+    again.
     """
 
     progress: Callable[[str, int, int, int], None]
     cancelled: Callable[[], None]
     doing: Callable[[str], None]
     alive: Callable[[], None]
+    anew: Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,13 +127,56 @@ class RunReport:
         }
 
 
-def run(wish: Wish, context: Context, watch: Watch) -> RunReport:
-    """Save a domain as the configuration says.
+def run(wish: Wish, context: Context, watch: Watch, record: RunRecord) -> RunReport:
+    """Save a domain as the configuration says, trying again if that is wished.
 
     Raises ConfigError, DomainNotFoundError (not after the guest's end), BusyError if there is no
     place or another run of the domain, ProcessError of a program before it, RepositoryError if
     the repository is not mounted, and what a backup raises.
     """
+    begun = time.monotonic()
+    gaps = iter(RETRY_SECONDS if wish.retry else ())
+    while True:
+        try:
+            report = _told(wish, context, watch)
+        except BusyError as err:
+            gap = next(gaps, None)
+            if gap is None or time.monotonic() - begun > RETRY_WITHIN_SECONDS:
+                record.failed(err)
+                raise
+            _wait(gap, err, wish, watch, record)
+        except BaseException as err:
+            record.failed(err)
+            raise
+        else:
+            if report.result != "planned":
+                directory = str(report.set or "")
+                record.done(report.exit_code, report.backup, report.reason, directory)
+            return report
+
+
+def _wait(gap: float, err: BusyError, wish: Wish, watch: Watch, record: RunRecord) -> None:
+    """Let those go first who come first; raises what ends the run meanwhile."""
+    moment = app_context.now() + timedelta(seconds=gap)
+    at = f"{moment.astimezone():%H:%M %Z}"
+    record.failed(err, again=moment)
+    with runlog.context(DOMAIN=wish.domain):
+        events.emit(log, events.BACKUP_AGAIN, reason=_one_line(err), at=at)
+    # what ends the wait counts for the next try, what was warned of does not
+    watch.anew()
+    watch.doing(f"tried again at {at}: {_one_line(err)}")
+    until = time.monotonic() + gap
+    try:
+        while (left := until - time.monotonic()) > 0:
+            watch.cancelled()
+            time.sleep(min(POLL_SECONDS, left))
+    except BaseException as stop:
+        record.failed(stop)
+        raise
+
+
+def _told(wish: Wish, context: Context, watch: Watch) -> RunReport:
+    """One try."""
     from nbdbackupd.ops.reporting import telling
 
     with ExitStack() as stack:
@@ -147,6 +213,9 @@ def _find_and_run(wish: Wish, context: Context, watch: Watch) -> RunReport:
                 RunMetrics(directory, wish.domain).failed(err)
             raise
         settings = configured.settings_of_domain(domain, configuration)
+        if not wish.dry_run:
+            kept_notification.keep(domain.name, settings)
+            kept_notification.keep("", global_settings(configuration))
         one = _Run(
             wish=wish, context=context, watch=watch, connection=connection, domain=domain,
             settings=settings,

@@ -30,7 +30,13 @@ class Cancel:
 
     def note(self, signum: int, _frame: FrameType | None) -> None:
         """The handler: later signals change nothing, cleaning up is already under way."""
-        self.signum = self.signum or signum
+        if self.signum in (0, signal.SIGUSR1):
+            self.signum = signum
+
+    def try_again(self) -> None:
+        """The run gave way, and begins anew: that it was asked to is over."""
+        if self.signum == signal.SIGUSR1:
+            self.signum = 0
 
 
 @contextmanager

@@ -34,12 +34,17 @@ def give_up_stdout() -> None:
     os.close(null)
 
 
-def complain(text: str) -> None:
-    """Say on standard error what went wrong, in one line; the journal takes it for an error."""
+def complain(text: str, *, is_told: bool = False, priority: int = 3) -> None:
+    """Say on standard error what went wrong, in one line.
+
+    Where that is the journal the line has ``priority``, and what ``is_told`` already, as an event,
+    is not said again.
+    """
     from nbdbackupd import log
 
     is_journal = log.is_journal(sys.stderr, os.environ.get("JOURNAL_STREAM", ""))
-    print(f"{'<3>' if is_journal else ''}nbdbackupctl: {text}", file=sys.stderr)
+    if not (is_journal and is_told):
+        print(f"{f'<{priority}>' if is_journal else ''}nbdbackupctl: {text}", file=sys.stderr)
 
 
 def let_go() -> None:

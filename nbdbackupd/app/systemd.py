@@ -15,6 +15,7 @@ from nbdbackupd.errors import ProcessError
 
 BOOTED: Final = Path("/run/systemd/system")
 TIMEOUT_SECONDS: Final = 20.0
+STOPPING_SECONDS: Final = 2.0
 MAX_OUTPUT: Final = 4 << 20
 MAX_LINE: Final = 1000
 PROPERTIES: Final = (
@@ -59,6 +60,18 @@ class Timer:
 def is_booted() -> bool:
     """Whether systemd runs this host, as sd_booted(3) finds out."""
     return BOOTED.is_dir()
+
+
+def is_stopping() -> bool:
+    """Whether the host is going down; no if systemd does not say it in time."""
+    try:
+        # it exits with 1 for each state but "running"
+        said = proc.output(
+            ["systemctl", "is-system-running"], timeout=STOPPING_SECONDS, ok=range(256)
+        )
+    except ProcessError:
+        return False
+    return said.strip() == "stopping"
 
 
 def timers(pattern: str) -> tuple[Timer, ...]:

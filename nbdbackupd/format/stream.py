@@ -12,8 +12,6 @@ Frames are a kind of four letters, a start and a length as 16 hexadecimal digits
 number of bytes of the list. This module holds the codec and the reader; ``writer`` writes.
 """
 
-import os
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any, Final, NamedTuple, Self, TypeVar
 
 from nbdbackupd import documents
 from nbdbackupd.errors import FormatError, IntegrityError, UnsupportedVersionError
-from nbdbackupd.files import File
+from nbdbackupd.files import File, open_untrusted
 from nbdbackupd.format.sizes import Size, Sizes
 from nbdbackupd.format.sizes import parse as parse_sizes
 
@@ -197,7 +195,7 @@ class StreamReader:
         Raises FormatError (IntegrityError, UnsupportedVersionError) and OSError.
         """
         self.path = path
-        self._file = File(path, opener=_open)
+        self._file = File(path, opener=open_untrusted)
         try:
             start, size = window or (0, self._file.size)
             self.size = min(start + size, self._file.size)
@@ -321,15 +319,6 @@ class StreamReader:
                 raise IntegrityError("bytes before the sizes", file=self.path, offset=place)
         elif place != self.size:
             raise IntegrityError("bytes after the stop frame", file=self.path, offset=place)
-
-
-def _open(path: Path) -> int:
-    # O_NONBLOCK: a pipe in the file's place would block for ever
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise IntegrityError("not a regular file", file=path)
-    return fd
 
 
 def read_meta(path: Path, window: Window | None = None) -> StreamMeta:

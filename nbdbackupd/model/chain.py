@@ -270,6 +270,16 @@ class BackupSet:
             path.append(parent)
         return tuple(path)
 
+    def needed(self, point: RestorePoint) -> tuple[RestorePoint, ...]:
+        """The points that any disk of ``point`` is made of, itself first.
+
+        Raises ChainBrokenError.
+        """
+        found = {point.id: point}
+        for disk in point.disks:
+            found |= {each.id: each for each in self.path(point, disk.target)}
+        return tuple(found.values())
+
 
 def _check_link(point: RestorePoint, by_id: dict[str, RestorePoint]) -> None:
     if point.level in (Level.FULL, Level.COPY):

@@ -5,9 +5,10 @@ what two domains must not share. Everything else (CPU, memory, buses, addresses)
 guest has been set up for it.
 """
 
+import copy
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 from xml.etree import ElementTree as ET
@@ -15,7 +16,7 @@ from xml.etree import ElementTree as ET
 from nbdbackupd import documents
 from nbdbackupd.errors import DomainError, UsageError
 from nbdbackupd.model import definition_devices as devices
-from nbdbackupd.model import hostpaths
+from nbdbackupd.model import hostpaths, sifting
 from nbdbackupd.model.definition_devices import Entropy, Told
 from nbdbackupd.model.hostpaths import PathUse, VolumeUse
 
@@ -32,6 +33,11 @@ SINGLE: Final = (
 MEDIA: Final = ("cdrom", "floppy")
 MACHINE_VERSION: Final = re.compile(r"-(?:rhel)?\d[\d.]*$")
 NAME_BAD: Final = re.compile(r"[/\n\0]")
+MOST_TOLD: Final = 100
+"""Things of a host that are told one by one."""
+
+Consent = Callable[[tuple[str, ...]], None]
+"""Gets what a definition keeps of its host, a line each; raises to refuse."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +85,18 @@ class Changes:
     drop_tpm: bool = False
     emulator: str | None = None
     machine: str | None = None
+    trusted: bool = False
+
+    @property
+    def ours(self) -> frozenset[str]:
+        """The paths of what is restored, and of the emulator that the host has."""
+        disks = self.disks.values()
+        found = {path for disk in disks for path in (disk.path, disk.socket)}
+        found |= {
+            self.nvram or "", self.loader or "", self.kernel or "", self.initrd or "",
+            self.tpm or "", self.emulator or "",
+        }  # fmt: skip
+        return frozenset(found - {""})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +104,8 @@ class Adapted:
     """A new definition.
 
     ``uses`` are the paths of the host that it needs. ``changes`` tell what was done as a matter
-    of course, ``warnings`` what the guest will miss or the user has to look after.
+    of course, ``warnings`` what the guest will miss or the user has to look after. ``foreign`` is
+    what named something of a host and was left out.
     """
 
     xml: str
@@ -95,6 +114,7 @@ class Adapted:
     uses: tuple[PathUse | VolumeUse, ...]
     changes: tuple[str, ...]
     warnings: tuple[str, ...]
+    foreign: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -102,14 +122,29 @@ class Adapted:
         return tuple(use.path for use in self.uses if isinstance(use, PathUse))
 
 
-def adapt(xml: str, changes: Changes, entropy: Entropy) -> Adapted:
+def refuse(kept: tuple[str, ...]) -> None:
+    """Keep nothing of a host. Raises UsageError."""
+    raise UsageError(
+        f"the definition would keep what is of its host: {'; '.join(kept)}: give "
+        f"--trust-definition if you know who wrote it"
+    )
+
+
+def adapt(xml: str, changes: Changes, entropy: Entropy, consent: Consent = refuse) -> Adapted:
     """Change a domain XML; ``entropy`` gives random bytes for UUIDs and MAC addresses.
 
-    Raises DomainError if the text is no domain XML, UsageError for a name that libvirt refuses.
+    ``consent`` is asked before anything of a host is kept, which only ``keep_identity``,
+    ``trusted``, ``media`` and ``other_disks`` can ask for. Raises DomainError if the text is no
+    domain XML, UsageError for a name that libvirt refuses, and what ``consent`` raises.
     """
     if not changes.name.strip() or NAME_BAD.search(changes.name):
         raise UsageError(f"{changes.name!r} can't be the name of a domain")
     root = parse(xml)
+    if root.get("type", "kvm") not in sifting.TYPES and not changes.trusted:
+        raise DomainError(
+            f"a domain of type {root.get('type', '')[:40]!r} is not run by QEMU: what its "
+            f"definition would do on this host is not known"
+        )
     told = Told()
     devices.tidy(root)
     identity = _identity(root, changes, entropy, told)
@@ -119,10 +154,12 @@ def adapt(xml: str, changes: Changes, entropy: Entropy) -> Adapted:
     _tpm(root, changes, told)
     devices.interfaces(root, changes.network, None if changes.keep_identity else entropy, told)
     if not changes.keep_identity:
-        devices.labels(root, told)
         devices.graphics(root, told)
         devices.chardevs(root, told)
-        devices.host_devices(root, told)
+        devices.host_devices(root, told, trusted=changes.trusted)
+    foreign = _sift(root, changes, consent, told)
+    if not changes.keep_identity:
+        devices.labels(root, told)
         devices.command_line(root, told)
     return Adapted(
         xml=ET.tostring(root, encoding="unicode"),
@@ -131,7 +168,44 @@ def adapt(xml: str, changes: Changes, entropy: Entropy) -> Adapted:
         uses=hostpaths.of_domain(root),
         changes=tuple(told.changes),
         warnings=tuple(told.warnings),
+        foreign=foreign,
     )
+
+
+def _sift(root: ET.Element, changes: Changes, consent: Consent, told: Told) -> tuple[str, ...]:
+    """Take away what is of a host, or have somebody agree to it; return what was taken away."""
+    sifting.forget(root)
+    keeps = changes.keep_identity or changes.trusted
+    spared = [] if keeps else _spared(root, changes)
+    sieve = sifting.Sieve(ours=changes.ours, name=changes.name, spared=spared)
+    # what the user wants to keep is only looked at
+    sieve.sift(copy.deepcopy(root) if keeps else root)
+    kept = _lines((*sieve.kept, *(sieve.removed if keeps else ())))
+    if kept:
+        consent(kept)
+        told.changes += [f"kept: {line}" for line in kept]
+    foreign = () if keeps else _lines(sieve.removed)
+    told.warnings += [f"left out of the definition: {line}" for line in foreign]
+    return foreign
+
+
+def _spared(root: ET.Element, changes: Changes) -> list[str]:
+    """The disks that are not restored and that the user wants to keep nevertheless."""
+    found = []
+    for disk in root.findall("./devices/disk"):
+        is_medium = disk.get("device", "disk") in MEDIA
+        if (changes.media if is_medium else changes.other_disks) == KEEP and (
+            disk.find("source") is not None
+        ):
+            target = disk.find("target")
+            found.append(target.get("dev", "") if target is not None else "")
+    return [each for each in found if each not in changes.disks]
+
+
+def _lines(found: Sequence[sifting.Foreign]) -> tuple[str, ...]:
+    lines = tuple(each.text for each in found[:MOST_TOLD])
+    more = len(found) - len(lines)
+    return (*lines, f"and {more} more") if more else lines
 
 
 def parse(xml: str) -> ET.Element:
@@ -193,10 +267,17 @@ def _firmware(root: ET.Element, changes: Changes, told: Told) -> None:
         element = system.find(tag)
         if element is None or not (element.text or "").strip():
             continue
-        if path is None:
+        if path is not None:
+            element.text = path
+        elif changes.keep_identity or changes.trusted:
             told.warnings.append(f"the point does not hold the {tag}: {element.text} is used")
         else:
-            element.text = path
+            # a file of this host may be anything, and all three are of no use alone
+            for part in ("kernel", "initrd", "cmdline"):
+                devices.remove(system, part)
+            told.warnings.append(
+                f"the point does not hold the {tag}: the guest boots by its firmware, from a disk"
+            )
 
 
 def _loader(root: ET.Element, system: ET.Element, changes: Changes, told: Told) -> None:

@@ -128,8 +128,8 @@ def _interface(
     mac.set("address", fresh)
     told.changes.append(f"network card {name or '(no MAC)'} has MAC address {fresh}")
     backend = each.find("backend")
-    if backend is not None:
-        backend.attrib.pop("logFile", None)
+    if backend is not None and backend.attrib.pop("logFile", ""):
+        told.changes.append(f"network card {name}: its log file was removed")
     if remove(each, "portForward"):
         told.warnings.append(f"network card {name}: forwarded ports of the host were removed")
     _forget_tap(each)
@@ -231,8 +231,11 @@ def _private_chardev(devices: ET.Element, each: ET.Element, kind: str, told: Tol
     told.changes.append(f"{each.tag} {name}".rstrip() + f" is a pty, not of type {kind}")
 
 
-def host_devices(root: ET.Element, told: Told) -> None:
-    """What exists only once on a host: it stays with the original."""
+def host_devices(root: ET.Element, told: Told, *, trusted: bool = False) -> None:
+    """What exists only once on a host: it stays with the original.
+
+    ``trusted``: a directory of the host that is shared for reading stays.
+    """
     devices = devices_of(root)
     for each in devices.findall("hostdev"):
         devices.remove(each)
@@ -245,11 +248,11 @@ def host_devices(root: ET.Element, told: Told) -> None:
         told.warnings.append("leases were removed: they are the original's")
     for each in devices.findall("filesystem"):
         own = each.get("type", "mount") == "ram" or each.find("readonly") is not None
-        if not own or each.find("source[@socket]") is not None:
+        if not trusted or not own or each.find("source[@socket]") is not None:
             devices.remove(each)
             target = each.find("target")
             tag = target.get("dir", "") if target is not None else ""
-            told.warnings.append(f"shared directory {tag} was removed: the original writes to it")
+            told.warnings.append(f"shared directory {tag} was removed: it is the host's")
     _memory(root, devices, told)
     for each in devices.findall("rng"):
         backend = each.find("backend")

@@ -19,6 +19,12 @@ class Health(StrEnum):
         return list(Health).index(self)
 
 
+UNPROTECTED = (
+    "unprotected: no file of the configuration but the main one, no timer and no on_shutdown is "
+    "for it"
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
     """Ages of the newest point, in seconds, beyond which it is a warning, or critical."""
@@ -35,7 +41,8 @@ class Facts:
     why the sets can't be read, ``damage`` what in them is damaged, ``warnings`` what the newest
     point lacks, ``failure`` how the last run failed; each is empty if there is none.
 
-    ``is_covered``: the configuration or a timer is for it. ``is_wanted``: it is to be saved on
+    ``is_covered``: the configuration, a timer or the end of its guest is for it; ``unscheduled``
+    says why it is not saved all the same, or is empty. ``is_wanted``: it is to be saved on
     schedule, which the configuration can rule out. ``is_known``: libvirt knows it; None if libvirt
     was not asked.
     """
@@ -46,6 +53,7 @@ class Facts:
     warnings: tuple[str, ...] = ()
     failure: str = ""
     is_covered: bool = True
+    unscheduled: str = ""
     is_wanted: bool = True
     is_known: bool | None = None
 
@@ -71,7 +79,9 @@ def judge(facts: Facts, limits: Limits, now: datetime) -> Verdict:
     if facts.is_known is False and facts.is_covered:
         found.append((Health.WARNING, "libvirt knows no such domain"))
     if facts.is_known is not False and not facts.is_covered:
-        found.append((Health.WARNING, "unprotected: no configuration and no timer is for it"))
+        found.append((Health.WARNING, UNPROTECTED))
+    if facts.unscheduled:
+        found.append((Health.WARNING, facts.unscheduled))
     # a domain that is gone gets no new points, and one that is not wanted needs none
     if facts.is_wanted and facts.is_known is not False and not facts.problem:
         found += _of_age(facts, limits, now)

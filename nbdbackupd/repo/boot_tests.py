@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from nbdbackupd import documents, durable
-from nbdbackupd.errors import RepositoryError
+from nbdbackupd.errors import IntegrityError, RepositoryError
+from nbdbackupd.files import open_untrusted
 from nbdbackupd.repo import layout
 
 log = logging.getLogger(__name__)
@@ -97,15 +98,14 @@ def read(set_path: Path) -> dict[str, BootTest]:
 
 def _read(path: Path) -> BootTest | None:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
+        with os.fdopen(open_untrusted(path), "rb") as file:
             document = documents.parse_json(file.read(MAX_SIZE))
         if document.pop("version") != VERSION:
             return None
         kinds: dict[str, set[type]] = {"passed": {bool}, "seconds": {int, float}}
         sound = all(type(each) in kinds.get(name, {str}) for name, each in document.items())
         return BootTest(**document) if sound else None
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as err:
+    except (IntegrityError, OSError, ValueError, AttributeError, KeyError, TypeError) as err:
         log.info("boot test %s can't be read: %s", path, err)
         return None
 

@@ -15,6 +15,7 @@ from typing import BinaryIO, Final, Protocol
 
 from nbdbackupd import durable
 from nbdbackupd.errors import FormatError, IntegrityError
+from nbdbackupd.files import open_untrusted
 from nbdbackupd.format.stream import Window
 
 MAX_ENTRIES: Final = 1 << 14
@@ -248,12 +249,11 @@ def read_small(path: Path, maximum: int) -> bytes:
 
     Raises IntegrityError, RepositoryError.
     """
-    with durable.translate_os_errors("read", path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise IntegrityError("no regular file", file=path)
-            data = file.read(maximum + 1)
+    with (
+        durable.translate_os_errors("read", path),
+        os.fdopen(open_untrusted(path), "rb") as file,
+    ):
+        data = file.read(maximum + 1)
     if len(data) > maximum:
         raise IntegrityError(f"larger than {maximum} bytes", file=path)
     return data

@@ -22,6 +22,7 @@ from nbdbackupd.errors import (
     IntegrityError,
     RepositoryError,
 )
+from nbdbackupd.files import open_untrusted
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import BackupSet, Layout, RestorePoint
 from nbdbackupd.repo import draft, layout
@@ -422,12 +423,11 @@ def _all_names(point: RestorePoint) -> list[str]:
 
 def _read_small(path: Path, maximum: int) -> bytes:
     """Read a regular file of bounded size; a pipe or a link in its place is refused."""
-    with durable.translate_os_errors("read", path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise IntegrityError("no regular file", file=path)
-            data = file.read(maximum + 1)
+    with (
+        durable.translate_os_errors("read", path),
+        os.fdopen(open_untrusted(path), "rb") as file,
+    ):
+        data = file.read(maximum + 1)
     if len(data) > maximum:
         raise IntegrityError(f"larger than {maximum} bytes", file=path)
     return data

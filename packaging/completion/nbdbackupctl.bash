@@ -47,14 +47,14 @@ _nbdbackupctl_options() {
         ;;
     run)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet --shutdown -n --dry-run --wait'
+        --runtime-dir -v --verbose -q --quiet --shutdown -n --dry-run --retry --wait'
         ;;
     restore)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet -o --output --point --until --at --sequence --format
-        --preallocate --force -w --workers -d --disk --in-place --pool --yes --as-chain
-        --as-snapshots --since -j --jobs --bandwidth-limit --define --adjust-config --name --start
-        --keep-identity --media --network --other-disks'
+        --preallocate --force -w --workers --checkpoint-dir -d --disk --in-place --pool --yes
+        --as-chain --as-snapshots --since -j --jobs --bandwidth-limit --define --adjust-config
+        --name --start --keep-identity --media --network --other-disks --trust-definition'
         ;;
     map)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -69,8 +69,8 @@ _nbdbackupctl_options() {
     boot)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet --point --until --at --name --keep-identity --memory
-        --network --detach --live-restore --define --format --bandwidth-limit --list --stop
-        --resume --scratch-dir'
+        --network --trust-definition --checkpoint-dir --detach --live-restore --define --format
+        --bandwidth-limit --list --stop --resume --scratch-dir'
         ;;
     mount)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -96,8 +96,9 @@ _nbdbackupctl_options() {
         ;;
     verify)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet --point -w --workers --boot --boot-only --boot-wait
-        --boot-timeout --boot-memory --boot-name --scratch-dir'
+        --runtime-dir -v --verbose -q --quiet --point -w --workers --checkpoint-dir --boot
+        --boot-only --boot-wait --boot-timeout --boot-memory --boot-name --trust-definition
+        --scratch-dir'
         ;;
     import)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress

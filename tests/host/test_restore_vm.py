@@ -466,7 +466,7 @@ def test_libvirt_takes_every_change(host: Host, *, keep: bool) -> None:
                 CLONE, keep_identity=keep, network=network, nvram=nvram,
                 media="remove" if nvram else "keep", other_disks="keep" if nvram else "remove",
             )  # fmt: skip
-            variants.append(definition.adapt(original, changes, os.urandom).xml)
+            variants.append(definition.adapt(original, changes, os.urandom, lambda _: None).xml)
     for xml in variants:
         host.run("virsh", "define", "--validate", "/dev/stdin", stdin=xml.encode())
         host.run("virsh", "undefine", "--keep-nvram", ET.fromstring(xml).findtext("name", ""))

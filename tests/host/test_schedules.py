@@ -58,6 +58,11 @@ def host(
         yield host
 
 
+PATTERN_XML = """\
+<domain type='qemu'><name>pat 1</name><memory>65536</memory><os><type>hvm</type></os></domain>
+"""
+
+
 def timer(name: str) -> str:
     return unitname.unit("nbdbackup", name, "timer")
 
@@ -133,7 +138,9 @@ def test_a_timer_that_fires_and_a_failure_that_is_told(host: Host) -> None:
     done = host.call("nbdbackupctl", "status", "--json", HOSTILE)
     assert done.returncode == 3, done
     (domain,) = json.loads(done.stdout)["domains"]
-    assert domain["reasons"][0] == "the last run failed: exit status 20 (the domain or libvirt)"
+    assert domain["reasons"][0].startswith("the run of ")
+    assert "no domain " in domain["reasons"][0]
+    assert f"(by {service(HOSTILE)}, exit status 20)" in domain["reasons"][0]
     assert domain["health"] == "critical"
 
 
@@ -148,6 +155,23 @@ def test_one_bad_file_leaves_the_timers_of_others(host: Host) -> None:
     host.run("systemctl", "daemon-reload")
     assert datetime.fromisoformat(timers(host)["web1"]["next"]).weekday() in (6, 0)
     host.run("rm", "/etc/nbdbackup/domains.d/z.yaml")
+
+
+def test_a1_a_domain_that_a_pattern_fits_gets_its_timer(host: Host) -> None:
+    """A-1: as soon as libvirt has it, and as long."""
+    reload(host, p="match: {glob: 'pat*'}\nschedule: {calendar: '*-*-* 06:30 UTC', enable: yes}")
+    host.run("systemctl", "start", "nbdbackup-timers.path")
+    host.write("/root/pat.xml", PATTERN_XML)
+    host.run("virsh", "define", "/root/pat.xml")
+    wait_until(lambda: "pat 1" in timers(host), "its timer", 60)
+    assert datetime.fromisoformat(timers(host)["pat 1"]["next"]).minute == 30
+    wait_until(
+        lambda: show(host, "nbdbackup-timers.service", "ActiveState") == "inactive", "its end", 60
+    )
+    host.run("virsh", "undefine", "pat 1")
+    wait_until(lambda: "pat 1" not in timers(host), "its timer's end", 60)
+    host.run("rm", "/etc/nbdbackup/domains.d/p.yaml")
+    assert show(host, "nbdbackup-timers.service", "Result") == "success"
 
 
 def test_a_success_is_told_by_mail(host: Host) -> None:

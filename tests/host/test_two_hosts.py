@@ -167,6 +167,10 @@ def test_a_standby_leaves_a_live_device_alone(pair: Pair) -> None:
     said = moving.run(a)
     assert "runs on host lab-b" in said
     assert second["id"] in said
+    # nor is it started there for a backup
+    refused = a.host.call("nbdbackupctl", "backup", "-S", moving.name)
+    assert refused.returncode == 20, refused
+    assert "runs on host lab-b" in refused.stderr.decode()
     assert moving.image() == before
     assert len(moving.points()) == 2
     for mib in range(8, 16):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PYTHON = "/usr/bin/python3"
 SECONDS = 110.0
 WARNING = re.compile(r"^warning\b", re.MULTILINE)
-WITH_STATE = ("backup", "checkpoints")
+WITH_STATE = ("backup", "boot", "checkpoints", "restore", "verify")
 WITH_SCRATCH = ("backup", "boot")
 
 
@@ -45,7 +45,11 @@ class Ctl:
         self.runtime = directory / "run"
         self.scratch = directory / "scratch"
         self.state = directory / "state"
-        self.environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **(environment or {})}
+        self.environment = {
+            "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+            "NBDBACKUP_STATE_DIR": os.fspath(self.state),
+            **(environment or {}),
+        }
 
     def argv(self, verb: str, *arguments: str | os.PathLike[str]) -> list[str]:
         """The whole command line."""

@@ -19,7 +19,7 @@ PRODUCTION = """\
     <type arch='x86_64' machine='pc-q35-7.2'>hvm</type>
     <firmware><feature enabled='no' name='secure-boot'/></firmware>
     <loader readonly='yes' type='pflash'>/PROD/code.fd</loader>
-    <nvram template='/usr/share/vars.fd'>/PROD/vars.fd</nvram>
+    <nvram template='/usr/share/OVMF/vars.fd'>/PROD/vars.fd</nvram>
     <kernel>/PROD/kernel</kernel>
     <initrd>/PROD/initrd</initrd>
     <smbios mode='sysinfo'/>

@@ -24,8 +24,9 @@ from tests.lib.model_world import KIB, SetModel, World
 from tests.lib.odd_files import mounted
 
 PLACES = (
-    "nbdbackupd.nbdio.copy:_Reader.submit",
-    "nbdbackupd.nbdio.copy:_Reader.step",
+    "nbdbackupd.nbdio.requests:Requests.begin",
+    "nbdbackupd.nbdio.requests:Requests.step",
+    "nbdbackupd.nbdio.requests:Requests.check",
     "nbdbackupd.format.writer:StreamWriter.write",
     "nbdbackupd.format.writer:StreamWriter.finish",
 )

@@ -588,14 +588,15 @@ def verify(made: Scene, sign: str, *options: str, code: int) -> Result:
 def test_in_place_of_the_original(production: Scene, saved: Saved) -> None:
     """On a host that does not know it, the very domain; beside itself, refused."""
     original = ET.fromstring(production.lab.virsh("dumpxml", "vm1"))
-    refused = boot(production, "--keep-identity", code=20)
+    same = ("--keep-identity", "--trust-definition")
+    refused = boot(production, *same, code=20)
     assert "a domain vm1 exists" in refused.stderr
-    refused = boot(production, "--keep-identity", "--name", "other", code=20)
+    refused = boot(production, *same, "--name", "other", code=20)
     assert f"has UUID {original.findtext('uuid')}" in refused.stderr
     assert_nothing(production)
     with EmbeddedLab() as host:
         ctl = type(production.ctl)(host.uri, host.directory / "ctl")
-        words = ("--keep-identity", "--network", "keep", "--detach", "--json")
+        words = (*same, "--network", "keep", "--detach", "--json")
         report = ctl("boot", saved.set, *words, code=None).json
         assert (report["name"], report["uuid"]) == ("vm1", original.findtext("uuid"))
         again = ET.fromstring(host.virsh("dumpxml", "vm1"))
@@ -618,7 +619,10 @@ def test_a_set_of_the_peer(lab: DaemonLab, production: Scene, tmp_path: Path) ->
     )  # fmt: skip
     path = sets.run("copy", "copy", "-z")
     words = ("--boot", "--json", "--boot-wait", "console:W0000000[5-9a-f]", *scratch(production))
-    test = production.ctl("verify", path, *words, code=WARNED).json["boot"]
+    # the lab gives QEMU arguments of its own, and nobody vouches for a set of the peer
+    refused = production.ctl("verify", path, *words, code=20).stderr
+    assert "qemu:arg" in refused
+    test = production.ctl("verify", path, *words, "--trust-definition", code=WARNED).json["boot"]
     assert (test["passed"], test["reason"]) == (True, "")
     assert production.ctl.points(path)[0]["boot_test"]["passed"] is True
     assert_nothing(production)

@@ -119,9 +119,10 @@ def test_a_run_in_the_journal(lab: DaemonLab, tmp_path: Path) -> None:
             Step(ctl.argv("log", name)),
             Step(ctl.argv("log", "-n", "1")),
             Step(ctl.argv("log", "--since", "sometime")),
+            Step((*JSON, "-p", "err")),
         )
         point = here.ctl.points(here.set)[-1]
-    assert [code for code, _ in found] == [3, 20, 0, 0, 0, 0, 0, 0, 0, 2], found
+    assert [code for code, _ in found] == [3, 20, 0, 0, 0, 0, 0, 0, 0, 2, 0], found
     texts = [text for _, text in found]
 
     (demoted,) = records(texts[2])
@@ -151,6 +152,8 @@ def test_a_run_in_the_journal(lab: DaemonLab, tmp_path: Path) -> None:
 
     (failed,) = records(texts[4])
     assert (failed["PRIORITY"], failed["NBDBACKUP_DOMAIN"]) == ("3", "no such")
+    # W-9: a failure is told once
+    assert [each["MESSAGE"] for each in records(texts[10])] == [failed["MESSAGE"]]
 
     assert "Defined-By: nbdbackupd" in texts[5]
     explained = " ".join(texts[5].replace("\N{LIGHT SHADE}", "").split())

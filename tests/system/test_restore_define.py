@@ -5,21 +5,20 @@ import hashlib
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
 
-from nbdbackupd.format import manifest
 from tests.lab.base import Lab
 from tests.lab.command import LabError, run
 from tests.lab.disks import MIB, DiskSpec, create_image
 from tests.lab.embed import EmbeddedLab
 from tests.lab.guest import GuestOptions
 from tests.lab.process import wait_until
+from tests.lib.altered import altered
 from tests.lib.ctl import PYTHON, ROOT
 from tests.lib.scene import Saved, Scene, assert_same, scene
 
@@ -198,7 +197,7 @@ def test_start_of_one_disk(production: Scene, tmp_path: Path) -> None:
     """Disks that are not restored are not there; MAC and network as asked."""
     report = restore(
         production, tmp_path / "r", "--define", "--start", "--name", "other", "-d", "vda",
-        "--network", "none", "--media", "keep", "--format", "raw",
+        "--network", "none", "--media", "keep", "--trust-definition", "--format", "raw",
     )  # fmt: skip
     assert report["definition"]["started"]
     assert "other" in running(production.lab)
@@ -220,10 +219,11 @@ def test_start_of_one_disk(production: Scene, tmp_path: Path) -> None:
 def test_what_is_there_is_refused(production: Scene, tmp_path: Path) -> None:
     into = tmp_path / "r"
     assert "a domain vm1 exists" in refuse(production, into, "--name", "vm1", code=20)
-    same = refuse(production, into, "--keep-identity", "--name", "new", code=20)
+    trust = "--trust-definition"
+    same = refuse(production, into, "--keep-identity", "--name", "new", trust, code=20)
     assert f"domain vm1 at {production.lab.uri} has UUID {UUID}" in same
     assert "can't be the name" in refuse(production, into, "--name", "a/b", code=2)
-    shared = refuse(production, into, "-d", "vda", "--other-disks", "keep", code=20)
+    shared = refuse(production, into, "-d", "vda", "--other-disks", "keep", trust, code=20)
     assert f"disk vdb {production.guest.image('vdb')} is disk vdb of domain vm1" in shared
     alone = production.ctl("restore", production.set, "-o", into, "--start", code=2)
     assert "--define" in alone.stderr
@@ -329,22 +329,6 @@ def test_another_host(production: Scene, tmp_path: Path) -> None:
     undefine(production.lab, "restore_vm1")
 
 
-def altered(scene: Scene, into: Path, change: Callable[[str], str]) -> Path:
-    """A copy of the set in which the newest point was saved with another definition."""
-    shutil.copytree(scene.set, into)
-    (path,) = (into / "points").glob(f"*-{scene.history[-1].id}.json")
-    point = manifest.parse(path.read_bytes())
-    (old,) = [file for file in point.files if file.role == "domain-xml"]
-    text = (into / old.name).read_text()
-    data = change(text).encode()
-    assert data.decode() != text
-    (into / old.name).write_bytes(data)
-    new = replace(old, size=len(data), sha256=hashlib.sha256(data).hexdigest())
-    files = tuple(new if file is old else file for file in point.files)
-    path.write_bytes(manifest.pack(replace(point, files=files)))
-    return into
-
-
 def test_adjusted_without_libvirt(production: Scene, tmp_path: Path) -> None:
     """The same XML, and libvirt is not even imported."""
     into = tmp_path / "r"
@@ -382,7 +366,13 @@ def test_the_very_machine_again(lab: EmbeddedLab, tmp_path: Path) -> None:
         for name in lost.checkpoints():
             lab.virsh("checkpoint-delete", "lost", name, "--metadata")
         lab.virsh("undefine", "lost")
-        report = restore(lost, tmp_path / "r", "--define", "--keep-identity", code=0)
+        words = ("--define", "--keep-identity")
+        asked = lost.ctl("restore", lost.set, "-o", tmp_path / "r", *words, code=2).stderr
+        for each in ("hostdev", f"{tmp_path}/console", "qemu:env", "--trust-definition"):
+            assert each in asked
+        assert "lost" not in names(lab)
+        report = restore(lost, tmp_path / "r", *words, "--trust-definition", code=0)
+        assert [line for line in report["definition"]["changes"] if "kept: hostdev" in line]
         again = ET.fromstring(lab.virsh("dumpxml", "lost", "--inactive"))
         for path in ("name", "uuid"):
             assert again.findtext(path) == original.findtext(path)
@@ -416,8 +406,9 @@ def test_a_start_that_fails(production: Scene, tmp_path: Path) -> None:
 
     changed = altered(production, tmp_path / "set", change)
     result = production.ctl(
-        "restore", changed, "-o", tmp_path / "r", "--define", "--start", code=20
-    )
+        "restore", changed, "-o", tmp_path / "r", "--define", "--start", "--trust-definition",
+        code=20,
+    )  # fmt: skip
     assert "domain restore_vm1 is defined, and its images are complete" in result.stderr
     assert "restore_vm1" in names(production.lab)
     with pytest.raises(LabError):

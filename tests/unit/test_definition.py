@@ -10,7 +10,7 @@ import pytest
 
 from nbdbackupd.errors import DomainError, UsageError
 from nbdbackupd.model import definition, hostpaths
-from nbdbackupd.model.definition import Adapted, Changes, NewDisk
+from nbdbackupd.model.definition import Adapted, Changes, Consent, NewDisk
 from nbdbackupd.model.hostpaths import PathUse, VolumeUse
 from tests.lib.definitions import CLONE, DISKS, PRODUCTION
 
@@ -21,8 +21,13 @@ SINGULAR = (
 )  # fmt: skip
 
 
-def adapt(changes: Changes = CLONE, xml: str = PRODUCTION, seed: int = 1) -> Adapted:
-    return definition.adapt(xml, changes, random.Random(seed).randbytes)
+def adapt(
+    changes: Changes = CLONE,
+    xml: str = PRODUCTION,
+    seed: int = 1,
+    consent: Consent = definition.refuse,
+) -> Adapted:
+    return definition.adapt(xml, changes, random.Random(seed).randbytes, consent)
 
 
 def root_of(adapted: Adapted) -> ET.Element:
@@ -53,11 +58,7 @@ def test_what_the_guest_was_set_up_for_stays() -> None:
     channels = root.findall("./devices/channel")
     assert [each.get("type") for each in channels] == ["unix", "pty", "unix"]
     assert [each.find("source") for each in channels] == [None] * 3
-    assert root.findtext("./seclabel/baselabel") == "base"
     assert len(root.findall("./devices/tpm")) == 1
-    assert [each.find("target").get("dir") for each in root.findall("./devices/filesystem")] == [  # type: ignore[union-attr]
-        "ro"
-    ]
 
 
 def test_disks_have_the_restored_images() -> None:
@@ -81,13 +82,21 @@ def test_disks_have_the_restored_images() -> None:
     }
     assert set(adapt().paths) == {
         "/new/a.qcow2", "/new/b <&'\"> .raw", "/dev/new/lv", "/new/vars.fd", "/new/code.fd",
-        "/new/kernel", "/new/initrd", "/usr/share",
+        "/new/kernel", "/new/initrd",
     }  # fmt: skip
 
 
 def test_the_same_machine_keeps_what_is_its_own() -> None:
-    adapted = adapt(replace(CLONE, name="PROD", keep_identity=True, media="keep"))
+    kept: list[str] = []
+    same = replace(CLONE, name="PROD", keep_identity=True, media="keep")
+    adapted = adapt(same, consent=kept.extend)
     root = root_of(adapted)
+    for word in ("hostdev", "/PROD/share", "/PROD/own", "/PROD/medium.iso", "/dev/input/PROD"):
+        assert [line for line in kept if word in line], word
+    assert {f"kept: {line}" for line in kept} <= set(adapted.changes)
+    assert adapted.foreign == ()
+    with pytest.raises(UsageError, match="--trust-definition"):
+        adapt(same)
     assert adapted.uuid == "0f1e2d3c-4b5a-4978-8695-a4b3c2d1e0ff"
     # whoever it is: it is at an earlier time
     assert root.findtext("genid") not in (None, "0f1e2d3c-4b5a-4978-8695-a4b3c2d1e0aa")
@@ -123,10 +132,16 @@ def test_two_cards_never_get_one_address() -> None:
 
 
 def test_disks_that_are_kept() -> None:
-    adapted = adapt(replace(CLONE, other_disks="keep"))
+    kept: list[str] = []
+    adapted = adapt(replace(CLONE, other_disks="keep"), consent=kept.extend)
+    assert len(kept) == 1
+    assert "/PROD/excluded" in kept[0]
+    with pytest.raises(UsageError, match="/PROD/excluded"):
+        adapt(replace(CLONE, other_disks="keep"))
     assert PathUse(path="/PROD/excluded", what="disk vdd") in adapted.uses
     assert [text for text in adapted.warnings if "disk vdd is not restored" in text]
-    volume = adapt(replace(CLONE, other_disks="keep", disks={"vda": DISKS["vda"]}))
+    some = replace(CLONE, other_disks="keep", disks={"vda": DISKS["vda"]})
+    volume = adapt(some, consent=kept.extend)
     assert VolumeUse(pool="PROD", volume="PRODb", what="disk vdb") in volume.uses
 
 
@@ -136,7 +151,7 @@ def test_a_disk_that_the_xml_does_not_have() -> None:
 
 
 def test_firmware_that_the_point_does_not_hold() -> None:
-    """The original's NVRAM is never taken, a kernel is only read."""
+    """The original's NVRAM is never taken, nor a kernel or a loader of just any path."""
     adapted = adapt(replace(CLONE, nvram=None, loader=None, own_loader=False, kernel=None))
     system = root_of(adapted).find("os")
     assert system is not None
@@ -144,11 +159,14 @@ def test_firmware_that_the_point_does_not_hold() -> None:
     assert "/PROD/vars.fd" not in adapted.xml
     nvram = system.find("nvram")
     assert nvram is not None
-    assert (nvram.text, nvram.get("template")) == (None, "/usr/share/vars.fd")
-    assert PathUse(path="/PROD/kernel", what="kernel", readonly=True) in adapted.uses
+    assert (nvram.text, nvram.get("template")) == (None, "/usr/share/OVMF/vars.fd")
+    for word in ("/PROD/kernel", "/new/initrd", "/PROD/code.fd"):
+        assert word not in adapted.xml
+    trusted = adapt(replace(CLONE, kernel=None, trusted=True), consent=lambda _: None)
+    assert PathUse(path="/PROD/kernel", what="kernel", readonly=True) in trusted.uses
     assert [text for text in adapted.warnings if "does not hold the NVRAM" in text]
     nested = PRODUCTION.replace(
-        "<nvram template='/usr/share/vars.fd'>/PROD/vars.fd</nvram>",
+        "<nvram template='/usr/share/OVMF/vars.fd'>/PROD/vars.fd</nvram>",
         "<nvram type='file'><source file='/PROD/vars.fd'/></nvram>",
     )
     new = root_of(adapt(xml=nested)).find("./os/nvram")

@@ -1,6 +1,5 @@
 """Timers made from the configuration, judged by systemd's own programs."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdbackupd.app import ctl, generator
-from nbdbackupd.app.config import files, schema, timers
+from nbdbackupd.app import generator
+from nbdbackupd.app.config import schema, timers
 from nbdbackupd.model import unitname
 from tests.lib.pages import TOP
 
@@ -67,6 +66,7 @@ class Host:
         self.config = root / "config"
         self.units = root / "units"
         self.output = root / "normal"
+        self.definitions = root / "qemu"
         self.told: list[str] = []
         (self.config / "domains.d").mkdir(parents=True)
         self.output.mkdir()
@@ -85,8 +85,9 @@ class Host:
 
     def run(self) -> tuple[str, ...]:
         return generator.generate(
-            self.output, config=self.config, units=self.units, tell=self.told.append
-        )
+            self.output, config=self.config, units=self.units, definitions=self.definitions,
+            tell=self.told.append,
+        )  # fmt: skip
 
     def files(self) -> dict[str, list[str]]:
         """The settings of each drop-in, by unit."""
@@ -265,23 +266,101 @@ def test_the_unit_alone_runs_when_the_configuration_says() -> None:
     assert f"RandomizedDelaySec={delay / 60:.0f}min" in lines
 
 
-def test_remarks_on_what_has_no_effect(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+XML = """<!-- made by libvirt -->
+<domain type='kvm'><name>{name}</name><uuid>{uuid}</uuid>
+<metadata><b:backup xmlns:b="urn:nbdbackup:1" tier="{tier}"/></metadata></domain>"""
+UUID = "4a64cc71-19c4-2fd0-2323-3050941ea3c3"
+
+
+def define(host: Host, name: str, uuid: str = UUID, tier: str = "none") -> Path:
+    path = host.definitions / f"{name}.xml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(XML.format(name=name, uuid=uuid, tier=tier))
+    return path
+
+
+def test_a1_domains_that_a_file_fits_get_timers(host: Host) -> None:
+    """A-1: a pattern, labels or a UUID choose domains that libvirt has defined."""
     host.main("schedule: {enable: yes}")
-    host.file("a", "match: {name: vm1}\nschedule: {calendar: daily, enable: yes}")
-    host.file("b", "match: {glob: 'x*'}\nschedule: {calendar: daily, enable: yes}")
-    host.file("c", "match: {metadata: {x: y}}\nschedule:\n  calendar: daily\n")
-    host.file("d", "match: {name: 4a64cc71-19c4-2fd0-2323-3050941ea3c3}\nschedule:\n"
-              "  random_delay: 1\n")  # fmt: skip
-    host.file("e", "match: {glob: 'x*'}\nschedule: {enable: no}")
-    found = files.read_all(host.config).require_sound()
-    said = [(Path(each.file).stem, each.line, each.path) for each in timers.remarks(found)]
-    assert said == [
-        ("b", 2, "schedule.enable"), ("c", 3, "schedule.calendar"),
-        ("d", 3, "schedule.random_delay"),
+    host.file("a", "match: {glob: 'web-*'}\nschedule: {calendar: daily}")
+    host.file("b", "match: {metadata: {tier: gold}}\nschedule: {calendar: weekly}")
+    host.file("c", f"match: {{name: {UUID}}}\nschedule: {{calendar: hourly}}")
+    host.file("d", "match: {regex: 'db.*'}\nschedule: {calendar: monthly, enable: no}")
+    other = "00000000-0000-4000-8000-000000000000"
+    for name, uuid, tier in (
+        ("web-1", other, "none"), ("shop", other, "gold"), ("by-uuid", UUID, "none"),
+        ("db1", other, "none"), ("nobody", other, "none"),
+    ):  # fmt: skip
+        define(host, name, uuid, tier)
+    (host.definitions / "web-broken.xml").write_text("<domain>")
+    (host.definitions / "web-away.xml").symlink_to("/nonexistent")
+    host.run()
+    assert host.links() == [
+        r"nbdbackup@by\x2duuid.timer", "nbdbackup@shop.timer", r"nbdbackup@web\x2d1.timer",
     ]  # fmt: skip
-    assert ctl.main(["--config-dir", str(host.config), "config", "check", "--json"]) == 0
-    shown = capsys.readouterr()
-    document = json.loads(shown.out)
-    assert (document["result"], len(document["warnings"])) == ("sound", 3)
-    assert shown.err.splitlines() == [f"warning: {each}" for each in document["warnings"]]
-    assert "a pattern names no domain" in shown.err
+    events = {unit: lines[-1] for unit, lines in host.files().items()}
+    assert events == {
+        r"nbdbackup@by\x2duuid.timer": "OnCalendar=hourly",
+        "nbdbackup@shop.timer": "OnCalendar=weekly",
+        r"nbdbackup@web\x2d1.timer": "OnCalendar=daily",
+        "nbdbackup@db1.timer": "OnCalendar=monthly",
+    }
+    assert host.told == []
+
+
+def test_a1_a_timer_by_uuid_is_one(host: Host) -> None:
+    host.file("a", "match: {glob: '*'}\nschedule: {enable: yes}")
+    define(host, "vm1")
+    host.enable(UUID)
+    host.run()
+    assert host.links() == []
+
+
+def test_a1_domains_come_and_go(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nbdbackup-timers.path has done when libvirt's directory has changed."""
+    calls = host.config / "calls"
+    program = host.config / "bin/systemctl"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nshift; echo "$@" >>{calls}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    host.file("a", "match: {glob: 'web*'}\nschedule: {enable: yes}")
+
+    def refresh() -> list[str]:
+        calls.unlink(missing_ok=True)
+        assert generator.refresh(
+            generated=host.output, config=host.config, units=host.units,
+            definitions=host.definitions, tell=host.told.append,
+        )  # fmt: skip
+        shutil.rmtree(host.output)
+        host.output.mkdir()
+        host.run()
+        return calls.read_text().splitlines() if calls.exists() else []
+
+    assert refresh() == []
+    define(host, "web1")
+    define(host, "other")
+    assert refresh() == ["daemon-reload", "start -- nbdbackup@web1.timer"]
+    assert refresh() == []
+    define(host, "web2")
+    (host.definitions / "web1.xml").unlink()
+    assert refresh() == [
+        "daemon-reload", "start -- nbdbackup@web2.timer", "stop -- nbdbackup@web1.timer",
+    ]  # fmt: skip
+    # what the administrator has enabled is his
+    host.enable("web2")
+    (host.definitions / "web2.xml").unlink()
+    assert refresh() == ["daemon-reload"]
+    # a file in the making takes nobody's timer away
+    define(host, "web3")
+    refresh()
+    host.file("a", "match: {glob: 'web*'\nschedule: {")
+    assert refresh() == ["daemon-reload"]
+    assert "a.yaml" in host.told[-1]
+    program.write_text("#!/bin/sh\necho no bus >&2; exit 1\n")
+    host.file("a", "match: {glob: 'web*'}\nschedule: {enable: yes}")
+    assert not generator.refresh(
+        generated=host.output, config=host.config, units=host.units,
+        definitions=host.definitions, tell=host.told.append,
+    )  # fmt: skip
+    assert "no bus" in host.told[-1]

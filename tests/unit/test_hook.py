@@ -17,6 +17,7 @@ from xml.sax.saxutils import escape
 import pytest
 
 from nbdbackupd import events
+from nbdbackupd.repo import runs
 from nbdbackupd.source import kept, lease
 from nbdbackupd.source.hosts import Host as OtherHost
 from nbdbackupd.source.hosts import Hosts
@@ -657,6 +658,33 @@ def test_what_killed_hooks_have_begun_is_removed(dash: Host) -> None:
             alive.kill()
     assert dash.kept("vm1").exists()
     kept.sweep(dash.top / "none")
+
+
+def test_w7_what_the_hosts_end_cut_short_is_begun_again(host: Host) -> None:
+    """W-7: after boot, so often as is reasonable; then people are told."""
+    begun = host.top / "state/begun"
+    begun.mkdir(parents=True)
+    host.pending.mkdir()
+    (host.pending / "off").touch()
+    here = runs.boot_id()
+    for name, boot, tries in (
+        ("nbdbackup@old.service", "other", 0), (f"nbdbackup@{escaped('a-b c')}.service", "x", 2),
+        ("nbdbackup-offline@tired.service", "other", runs.MAX_TRIES),
+        ("nbdbackup@living.service", here, 0), ("hand-1", "other", 0),
+    ):  # fmt: skip
+        run = runs.Begun(ident=name, domain=name, host="h", boot=boot, begun="", tries=tries)
+        with runs.Runs(host.top / "state").living(run) as living:
+            living.is_unfinished = True
+    subprocess.run(
+        [host.shell, str(CATCH_UP)], env=host.environment(), check=True, timeout=60,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert sorted(words[-1] for words in host.calls()) == [
+        "nbdbackup-notify@nbdbackup-offline@tired.service.service",
+        "nbdbackup-offline@off.service",
+        rf"nbdbackup@{escaped('a-b c')}.service",
+        "nbdbackup@old.service",
+    ]
 
 
 def removal(pending: Path, instance: str) -> list[str]:

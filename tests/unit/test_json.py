@@ -75,7 +75,7 @@ REPORTS: Final = {
     ],
     "status": [("ops/reporting/status.py", "to_json"), ("ops/reporting/status.py", "describe")],
     "timers": [("app/verbs/timers.py", "_document"), ("app/verbs/timers.py", "_entry")],
-    "notify": [("app/verbs/notify.py", "run")],
+    "notify": [("app/verbs/notify.py", "_tell")],
     "log": [("ops/reporting/journal.py", "to_json"), ("ops/reporting/journal.py", "describe")],
 }
 

@@ -3,8 +3,10 @@
 import email
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from email.message import EmailMessage
 from email.policy import default
 from pathlib import Path
@@ -12,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from nbdbackupd import events
 from nbdbackupd.app import notification, systemd
 from nbdbackupd.app.notification import Notice
 from nbdbackupd.model import unitname
+from nbdbackupd.repo import runs
 from tests.lib.pages import TOP
 
 # what systemctl 252 prints for a service that failed
@@ -45,7 +49,8 @@ TELLER = """\
 #!/usr/bin/python3
 import json, os, sys
 said = dict(argv=sys.argv[1:], text=sys.stdin.buffer.read().decode(),
-            facts={{k: v for k, v in os.environ.items() if k.startswith("NBDBACKUP_")}})
+            facts={{k: v for k, v in os.environ.items()
+                   if k.startswith("NBDBACKUP_") and k != "NBDBACKUP_STATE_DIR"}})
 json.dump(said, open({said!r}, "w"))
 sys.exit({status})
 """
@@ -57,6 +62,7 @@ class Host:
     def __init__(self, root: Path) -> None:
         self.programs = root / "bin"
         self.config = root / "config"
+        self.own = root / "own"
         self.calls = root / "calls"
         self.state = root / "state"
         self.mail = root / "mail.json"
@@ -88,6 +94,7 @@ class Host:
         self, unit: str = "nbdbackup@vm1.service", *options: str, **environ: str
     ) -> subprocess.CompletedProcess[str]:
         plain = {k: v for k, v in os.environ.items() if not k.startswith("MONITOR_")}
+        plain["NBDBACKUP_STATE_DIR"] = str(self.own)
         return subprocess.run(
             [sys.executable, "-m", "nbdbackupd", "--config-dir", self.config, "notify",
              *options, "--", unit],
@@ -143,6 +150,7 @@ def test_a_failure_is_told_by_both_ways(host: Host) -> None:
         "NBDBACKUP_DOMAIN": "vm1",
         "NBDBACKUP_HOST": os.uname().nodename,
         "NBDBACKUP_RESULT": "exit status 20",
+        "NBDBACKUP_REASON": "",
         "NBDBACKUP_SUBJECT": message["Subject"],
     }
     calls = host.calls.read_text().split("\n")
@@ -210,6 +218,87 @@ def test_a_broken_configuration_is_told_to_those_who_can_be_read(host: Host) -> 
     host.main("notification: {mail: root}\ncompresion: 2")
     assert host.notify().returncode == 0
     assert "unknown key" in parsed(host.told(host.mail)).get_content()
+
+
+BROKEN = "notification: {mail: root\n  no: [yaml"
+
+
+def test_w3_a_file_that_is_no_yaml(host: Host) -> None:
+    """W-3: nobody was told of it, since the notifier reads the same file."""
+    secret = host.config / "password"
+    secret.write_text("s3cret\n")
+    host.main(f"notification: {{mail: me@here, command: '{host.command} -x', events: [failure]}}\n"
+              f"libvirt: {{password_file: {secret}}}")  # fmt: skip
+    unit = "nbdbackup@vm1.service"
+    # the configuration is read well, and nothing is to be told
+    assert host.notify(unit, **monitored(unit, "success", "0")).returncode == 0
+    assert host.told(host.mail) is None
+    host.main(BROKEN)
+    for name in (unit, "nbdbackup@vm2.service", "nbdbackup-pending.service"):
+        host.mail.unlink(missing_ok=True)
+        host.pager.unlink(missing_ok=True)
+        done = host.notify(name, **monitored(name, "exit-code", "10"))
+        assert (done.returncode, done.stderr) == (0, "")
+        mail = host.told(host.mail)
+        if name == unit:
+            assert mail["argv"] == ["-i", "--", "me@here"]
+            assert host.told(host.pager)["argv"] == ["-x"]
+        else:
+            # of these it was never read; root it is
+            assert mail["argv"] == ["-i", "--", "root"]
+        text = parsed(mail).get_content()
+        assert "exit status 10 (the configuration)" in text
+        assert f"The configuration has an error: {host.config}/nbdbackup.yaml:" in text
+        assert ("s3cret" in text) == (name != unit)
+    for path in (host.own / "notification").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o600
+    # what a file says that can be read comes first
+    (host.config / "domains.d/a.yaml").write_text(
+        "match: {name: vm1}\nnotification: {mail: you@here}"
+    )
+    assert host.notify(unit).returncode == 0
+    assert host.told(host.mail)["argv"] == ["-i", "--", "you@here"]
+
+
+def test_w3_nobody_can_be_told_and_that_is_seen(host: Host) -> None:
+    host.main(BROKEN)
+    host.teller("sendmail", host.mail, status=75)
+    done = host.notify("nbdbackup@vm1.service", "--verbose")
+    assert done.returncode == 30
+    assert "sendmail" in done.stderr
+    event = events.NOTIFY_FAILED.text.partition("{")[0]
+    assert f"{event}nbdbackup@vm1.service ended: " in done.stderr
+    # a note that is damaged is none
+    (host.own / "notification").mkdir(parents=True)
+    for name in ("vm1", "%"):
+        (host.own / f"notification/{name}.json").write_text('{"version": 1, "mail": 5}')
+    host.teller("sendmail", host.mail)
+    assert host.notify().returncode == 0
+    assert host.told(host.mail)["argv"] == ["-i", "--", "root"]
+
+
+def test_w6_the_mail_says_why(host: Host) -> None:
+    """W-6: "exit status 50" instead of "No space left on device"; also after a boot."""
+    host.main("notification: {mail: root}")
+    unit = "nbdbackup@vm1.service"
+    reason = "can't write /backup/x: No space left on device"
+    end = runs.End(
+        domain="vm1", unit=unit, host="here", begun="2026-02-01T02:00:00.000000Z",
+        ended="2026-02-01T02:01:00.000000Z", result=runs.FAILED, status=50, reason=reason,
+    )  # fmt: skip
+    known = runs.Runs(host.own)
+    known.record(end)
+    assert host.notify(unit, **monitored(unit, "exit-code", "50")).returncode == 0
+    assert f"reason:  {reason}\n" in parsed(host.told(host.mail)).get_content()
+    # this unit has failed since, before its run could say a word
+    other = "nbdbackup@vm2.service"
+    known.record(replace(end, domain="vm2", unit=other, begun="2026-01-01T02:00:00.000000Z"))
+    assert json.loads(host.notify(other, "--json").stdout)["reason"] == ""
+    host.unit(unit, active="inactive", result="")
+    host.state.write_text(re.sub("(ExecMain.*Timestamp)=.*", r"\1=", host.state.read_text()))
+    document = json.loads(host.notify(unit, "--json", "--print").stdout)
+    assert (document["event"], document["reason"]) == ("failure", reason)
+    assert "exit status 50" in document["body"]
 
 
 def test_one_way_that_fails_does_not_keep_the_other(host: Host) -> None:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import uuid as uuids
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,11 +17,11 @@ import pytest
 
 from nbdbackupd import durable
 from nbdbackupd.app import context as app_context
-from nbdbackupd.app import ctl, systemd, tables
+from nbdbackupd.app import ctl, run_record, systemd, tables
 from nbdbackupd.model import unitname
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.health import Facts, Health, Limits, age_text, judge
-from nbdbackupd.repo import boot_tests, layout
+from nbdbackupd.repo import boot_tests, layout, runs
 from nbdbackupd.repo.repository import Repository
 from tests.lib import chains
 from tests.lib.pages import TOP
@@ -124,6 +125,7 @@ def host(
     (programs / "systemctl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
     monkeypatch.setenv("TZ", "UTC")
+    monkeypatch.setenv("NBDBACKUP_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setattr(systemd, "BOOTED", tmp_path)
     monkeypatch.setattr(app_context, "now", lambda: NOW)
     return Host(tmp_path, capsys)
@@ -249,6 +251,7 @@ def test_domains_of_all_kinds(host: Host) -> None:
 def test_all_is_well(host: Host) -> None:
     host.libvirt("vm1")
     host.file("a", "match: {name: vm1}")
+    host.systemd(timer("vm1"))
     host.save("vm1", NOW)
     code, out = host.run("status", "vm1")
     assert (code, len(out.splitlines())) == (0, 2)
@@ -259,6 +262,125 @@ def test_all_is_well(host: Host) -> None:
     )
 
 
+def end(minutes: int, result: str = runs.FAILED, status: int = 50, **more: str) -> runs.End:
+    """Of a run that began so many minutes ago."""
+    began = NOW - timedelta(minutes=minutes)
+    facts = {"unit": "nbdbackup@vm1.service", "reason": "No space left on device", **more}
+    return runs.End(
+        domain="vm1", host="here", begun=run_record.stamp(began),
+        ended=run_record.stamp(began + timedelta(minutes=1)), result=result, status=status, **facts,
+    )  # fmt: skip
+
+
+def test_w6_how_the_last_run_ended_whoever_ran_it(host: Host) -> None:
+    """W-6: by its own words, over a boot, and no longer than until a newer good point."""
+    host.libvirt("vm1")
+    host.file("a", "match: {name: vm1}")
+    host.save("vm1", NOW - timedelta(hours=2))
+    # systemd knows nothing of it: it was before the boot
+    host.systemd(timer("vm1"))
+    known = runs.Runs(host.root / "state")
+    known.record(end(60))
+    found = host.status()["vm1"]
+    why = (
+        "the run of 2026-02-10 11:01 UTC failed: No space left on device "
+        "(by nbdbackup@vm1.service, exit status 50)"
+    )
+    assert (found["health"], found["reasons"]) == ("warning", [why])
+    assert found["last_run"]["status"] == 50
+    code, out = host.run("status", "--nagios")
+    assert (code, f"vm1: {why} |" in out) == (1, True)
+    (entry,) = json.loads(host.run("timers", "--json")[1])["timers"]
+    assert (entry["result"], entry["exit_status"]) == ("failed (exit status 50)", 50)
+    assert "vm1: No space left on device" in host.run("timers")[1].splitlines()
+    # systemd tells of the same failure, and not twice
+    host.systemd(timer("vm1"), services=service("vm1", active="failed", result="exit-code",
+                                                status=50))  # fmt: skip
+    assert host.status()["vm1"]["reasons"] == [why]
+    # one that had nothing to do, or gave way by hand, is no good end
+    known.record(end(50, runs.SKIPPED, 0))
+    known.record(end(40, runs.BUSY, 75, unit=""))
+    assert host.status()["vm1"]["reasons"] == [why]
+    # a newer point clears it, whatever made that: here nobody noted who
+    host.save("vm1", NOW - timedelta(minutes=30))
+    assert host.status()["vm1"]["health"] == "ok"
+    # and so does a run that found nothing new
+    known.record(end(20, unit=""))
+    assert "(by hand, exit status 50)" in host.status()["vm1"]["reasons"][0]
+    known.record(end(10, runs.CURRENT, 0))
+    assert host.status()["vm1"]["health"] == "ok"
+
+
+def test_a1_a_pattern_that_fits_is_no_schedule(host: Host) -> None:
+    """A-1: a domain that a pattern matches had no timer, HEALTH ok and unprotected=0."""
+    host.libvirt("web-1", "web 2")
+    host.file("a", "match: {glob: 'web*'}")
+    host.save("web 2", NOW)
+    never = {**timer("web-1"), "next": 0}
+    host.systemd(never)
+    found = host.status()
+    for name, unit in (
+        ("web-1", r"'nbdbackup@web\x2d1.timer'"),
+        ("web 2", r"'nbdbackup@web\x202.timer'"),
+    ):
+        assert (found[name]["protected"], found[name]["health"]) == (False, "warning")
+        why = found[name]["reasons"][0]
+        assert why.startswith("not scheduled, no timer is active: ")
+        assert f"systemctl enable --now {unit}'" in why
+    code, out = host.run("status", "--nagios")
+    assert (code, "unprotected=2;" in out) == (1, True)
+    host.main(f"monitoring: {{metrics_directory: {host.root}}}")
+    host.run("status", "--metrics")
+    assert "\nnbdbackup_unprotected_domains 2\n" in (host.root / "nbdbackup.prom").read_text()
+    # a timer that starts its service has no next time while that runs
+    host.systemd(never, timer("web 2"), services=service("web-1", active="activating"))
+    assert all(each["protected"] for each in host.status().values())
+    # other schedulers than timers, or none, are meant
+    host.systemd()
+    host.file("b", "match: {glob: 'web*'}\nschedule: {calendar: []}")
+    assert {each["health"] for each in host.status().values()} == {"ok"}
+
+
+def test_w14_what_its_end_saves_is_protected(host: Host) -> None:
+    """W-14: "unprotected" beside a point that the hook saved 3 s ago."""
+    host.libvirt("vm1")
+    host.main("on_shutdown: yes")
+    host.save("vm1", NOW - timedelta(seconds=3))
+    found = host.status()["vm1"]
+    assert (found["health"], found["protected"], found["reasons"]) == ("ok", True, [])
+
+
+def test_a3_runs_that_live(host: Host) -> None:
+    """A-3: how far a run is, and that it waits, whoever began it."""
+    host.libvirt("vm1")
+    host.file("a", "match: {name: vm1}")
+    host.systemd(timer("vm1"))
+    host.save("vm1", NOW)
+    known = runs.Runs(host.root / "state")
+    doing = host.root / "run/doing"
+    doing.mkdir(parents=True)
+    begun = run_record.stamp(NOW - timedelta(minutes=5))
+    with ExitStack() as stack:
+        for ident in ("nbdbackup@vm1.service", "hand-1"):
+            run = runs.Begun(
+                ident=ident, domain="vm1", host="here", boot=runs.boot_id(), begun=begun
+            )
+            stack.enter_context(known.living(run))
+        (doing / "nbdbackup@vm1.service").write_text("vda: 45 %")
+        (doing / "hand-1").write_text("waiting for a place among the concurrent runs\x1b")
+        code, out = host.run("status")
+        assert code == 0
+        assert out.splitlines()[-2:] == [
+            "vm1: running, waiting for a place among the concurrent runs? (by hand, since 11:55)",
+            "vm1: running, vda: 45 % (nbdbackup@vm1.service, since 11:55)",
+        ]
+        assert host.status()["vm1"]["runs"][1] == {
+            "unit": "nbdbackup@vm1.service", "begun": begun, "doing": "vda: 45 %",
+        }  # fmt: skip
+    # they left the block without a word of their end
+    assert host.status()["vm1"]["runs"] == []
+
+
 NAGIOS = re.compile(
     r"NBDBACKUP (OK|WARNING|CRITICAL|UNKNOWN) - [^|\n]+"
     r"(?: \|(?: (?:[a-z]+|'(?:[^'=|]|'')+')=\d+s?(?:;\d*){2};0)+)?\n"
@@ -267,6 +389,7 @@ NAGIOS = re.compile(
 
 def test_nagios_line(host: Host) -> None:
     host.libvirt("vm1")
+    host.systemd(timer("vm1"), timer(HOSTILE), timer("vm2"))
     host.main("monitoring: {warning_age: 1h, critical_age: 5h}")
     host.file("a", "match: {glob: '*'}\nmonitoring: {critical_age: 9h}")
     for name, hours in (("vm1", 0), (HOSTILE, 2)):
@@ -355,6 +478,7 @@ def test_a_damaged_set(host: Host) -> None:
 
 def test_what_the_newest_point_lacks(host: Host) -> None:
     host.libvirt("vm1")
+    host.systemd(timer("vm1"))
     host.file("a", "match: {name: vm1}")
     host.save("vm1", NOW, warning="vda was read whole: its bitmap is lost")
     assert host.status()["vm1"]["reasons"] == ["vda was read whole: its bitmap is lost"]
@@ -363,6 +487,7 @@ def test_what_the_newest_point_lacks(host: Host) -> None:
 def test_a_point_that_did_not_come_up(host: Host) -> None:
     """The last boot test counts; those of points that are gone do not."""
     host.libvirt("vm1")
+    host.systemd(timer("vm1"))
     host.file("a", "match: {name: vm1}")
     host.save("vm1", NOW)
     (folder,) = (host.repository / "vm1").iterdir()
@@ -408,6 +533,7 @@ def test_an_unknown_name(host: Host) -> None:
 
 def test_metrics_of_the_host(host: Host) -> None:
     host.libvirt("vm1", "vm2")
+    host.systemd(timer("vm1"))
     host.file("a", "match: {name: vm1}")
     assert host.run("status", "--metrics")[0] == 10
     host.main(f"monitoring: {{metrics_directory: {host.root}}}")
@@ -490,6 +616,7 @@ def test_a_repository_of_two_hosts(host: Host) -> None:
     """H-6: each host shows its own domain's points, and tells the other one from it."""
     host.libvirt("web")
     host.file("a", "match: {name: web}")
+    host.systemd(timer("web"))
     other = "aaaaaaaa-2222-4333-8444-555555555555"
     host.save("web", NOW - timedelta(days=9), uuid=other)
     assert host.status()["web"]["reasons"] == ["no restore point yet"]

@@ -12,7 +12,7 @@ from nbdbackupd.app import parser
 from tests.lab.command import LabError, run
 from tests.lib.pages import TOP
 
-UNITS = sorted((TOP / "units").iterdir())
+UNITS = sorted(path for path in (TOP / "units").iterdir() if path.is_file())
 SERVICES = [each for each in UNITS if each.suffix == ".service"]
 TIMERS = [each for each in UNITS if each.suffix == ".timer"]
 RUNNERS = ("nbdbackup@.service", "nbdbackup-offline@.service", "nbdbackup-checkpoints@.service")

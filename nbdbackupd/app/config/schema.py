@@ -137,9 +137,9 @@ _SCHEDULE: Final = (
     ),
     Setting(
         path="schedule.enable", kind=kinds.BOOL, default=False,
-        help="Also begin the timer with the host, without 'systemctl enable'; or now, by "
-        "'systemctl daemon-reload' and 'systemctl start timers.target'. Works for domains that a "
-        "file names letter for letter.",
+        help="Also begin the timer without 'systemctl enable': for each domain that a file of "
+        "domains.d names, and each that libvirt has defined and such a file fits, also later. "
+        "Changes of the files hold from the next boot, or 'systemctl start nbdbackup-timers'.",
     ),
     Setting(
         path="on_shutdown", kind=kinds.BOOL, default=False,

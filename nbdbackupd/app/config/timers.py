@@ -1,17 +1,17 @@
-"""What the configuration says about timers, as far as names alone tell; libvirt is not asked.
+"""What the configuration says about timers, as far as files tell; libvirt is not asked.
 
-Files that choose domains by labels or UUID do not count here. With a file that has an error, what
-stands elsewhere and what is sound in it still counts: a slip in one domain's file must not take
-the timers of all others away.
+Files that choose domains by labels or UUID count for domains that libvirt has defined. With a file
+that has an error, what stands elsewhere and what is sound in it still counts: a slip in one
+domain's file must not take the timers of all others away.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from nbdbackupd.app.config.files import ConfigFile, Configuration
+from nbdbackupd.app.config.inventory import Defined
 from nbdbackupd.app.config.matching import is_uuid
-from nbdbackupd.app.config.reading import Problem
 from nbdbackupd.app.config.schema import MATCH
 
 CALENDAR: Final = "schedule.calendar"
@@ -38,28 +38,51 @@ def exact_names(configuration: Configuration) -> tuple[str, ...]:
     found = [
         name
         for file in _usable(configuration)
-        if file.match is not None
+        if file.match is not None and not file.match.metadata
         for name in file.match.names
         if not is_uuid(name) and file.match.fits_name(name, "")
     ]
     return tuple(dict.fromkeys(found))
 
 
-def timer_for(name: str, configuration: Configuration) -> TimerSettings:
-    """What the files say about a domain's timer."""
-    values = sound_values(name, configuration, SCHEDULE)
+def matched_names(
+    configuration: Configuration, inventory: Mapping[str, Defined]
+) -> tuple[str, ...]:
+    """The names of domains that a file of ``domains.d`` is for, each once.
+
+    Those that files give letter for letter, defined or not, and of the defined ones those that fit.
+    """
+    files = [file for file in _usable(configuration) if file.match is not None]
+    fitting = (
+        name
+        for name, domain in inventory.items()
+        if any(_fits(each, name, domain) for each in files)
+    )
+    return tuple(dict.fromkeys((*exact_names(configuration), *fitting)))
+
+
+def timer_for(
+    name: str, configuration: Configuration, domain: Defined | None = None
+) -> TimerSettings:
+    """What the files say about a domain's timer; ``domain`` is what libvirt's file says of it."""
+    values = sound_values(name, configuration, SCHEDULE, domain)
     return TimerSettings(
         calendar=values.get(CALENDAR), random_delay=values.get(RANDOM_DELAY),
         enable=values.get(ENABLE, False),
     )  # fmt: skip
 
 
-def sound_values(name: str, configuration: Configuration, paths: Collection[str]) -> dict[str, Any]:
+def sound_values(
+    name: str,
+    configuration: Configuration,
+    paths: Collection[str],
+    domain: Defined | None = None,
+) -> dict[str, Any]:
     """What the files say of some settings for a domain, by path; without what has an error."""
     bad = {(each.file, each.path) for each in configuration.problems}
     values: dict[str, Any] = {}
     for file in _usable(configuration):
-        if file.match is None or file.match.fits_name(name, ""):
+        if _fits(file, name, domain):
             # a list may have lost the event that was wrong, so all of it is dropped
             values |= {
                 path: found.value
@@ -69,38 +92,16 @@ def sound_values(name: str, configuration: Configuration, paths: Collection[str]
     return values
 
 
-def remarks(configuration: Configuration) -> tuple[Problem, ...]:
-    """Settings that are sound and still have no effect on any timer, or not on all."""
-    found: list[Problem] = []
-    for file in configuration.files:
-        match = file.match
-        said = [path for path in SCHEDULE if path in file.values]
-        if match is None or not said:
-            continue
-        if match.metadata or match.names_uuid:
-            found += _remarks(
-                file, said,
-                "the generator of timers knows no labels and no UUIDs; choose domains by name, "
-                "glob or regex",
-            )  # fmt: skip
-        elif ENABLE in said and file.values[ENABLE].value and not match.names:
-            found += _remarks(
-                file, [ENABLE],
-                "a pattern names no domain; begin timers with 'systemctl enable', or give names",
-            )  # fmt: skip
-    return tuple(found)
-
-
-def _remarks(file: ConfigFile, paths: Collection[str], message: str) -> Iterable[Problem]:
-    for path in paths:
-        yield Problem(file.values[path].file, file.values[path].line, path, message)
-
-
 def _usable(configuration: Configuration) -> list[ConfigFile]:
     """The files of which it is known which names they are for."""
     unclear = {each.file for each in configuration.problems if each.path.partition(".")[0] == MATCH}
-    return [
-        file
-        for file in configuration.files
-        if str(file.path) not in unclear and not (file.match is not None and file.match.metadata)
-    ]
+    return [file for file in configuration.files if str(file.path) not in unclear]
+
+
+def _fits(file: ConfigFile, name: str, domain: Defined | None) -> bool:
+    """Whether a file is for a domain; one that wants labels is for none that is not defined."""
+    if file.match is None:
+        return True
+    if domain is None:
+        return not file.match.metadata and file.match.fits_name(name, "")
+    return file.match.fits(name, domain.uuid, domain.labels)

@@ -1,6 +1,7 @@
 """``nbdbackupctl abort``."""
 
 import argparse
+import os
 from typing import Any
 
 from nbdbackupd.app.arguments import Arguments
@@ -8,7 +9,8 @@ from nbdbackupd.app.context import Context
 from nbdbackupd.errors import DomainNotFoundError
 
 DESCRIPTION = """\
-End the backup job that a dead run of ours left behind, with its scratch files. A job of another
+End the backup job that a dead run of ours left behind, with its scratch files, and note how that
+run ended. A job of another
 program is named and left alone, unless --any is given.
 """
 
@@ -26,8 +28,12 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
+    from nbdbackupd.app import run_record
     from nbdbackupd.ops.saving import abort
 
+    # to a unit's ExecStopPost= systemd tells how the run ended
+    told = [os.environ.get(each, "") for each in ("SERVICE_RESULT", "EXIT_STATUS")]
+    run_record.settle(args.domain, run_record.why_killed(*told))
     quiet = getattr(args, "quiet", False)
     with context.connection() as connection:
         try:

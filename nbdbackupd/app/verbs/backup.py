@@ -1,9 +1,12 @@
 """``nbdbackupctl backup``."""
 
 import argparse
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbdbackupd import log as runlog
 from nbdbackupd.app import configured, making, signals
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app.arguments import (
@@ -159,27 +162,48 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 with warnings."""
-    from nbdbackupd.app import preload
+    from nbdbackupd.app import preload, pulse, run_record
+
+    with ExitStack() as stack:
+        record = run_record.RunRecord(context)
+        if args.output is None:
+            # into a directory of the user's own, status has nothing to say about it
+            record = stack.enter_context(run_record.begun(args.domain, context))
+        preload.preload()
+        beat = pulse.Pulse({}, tell=record.doing)
+        cancel = stack.enter_context(signals.listen())
+        progress = stack.enter_context(context.progress())
+
+        def moved(disk: str, position: int, size: int, data: int) -> None:
+            beat.progress(disk, position, size, data)
+            progress.disk(disk, position, size, data)
+
+        try:
+            request, report = _backup(args, context, moved, cancel.check)
+        except BaseException as err:
+            record.failed(err)
+            raise
+        code = 3 if report.warnings or runlog.warned() else 0
+        record.done(code, report, report.skipped, str(request.directory))
+    context.show(report.to_json(), render(report))
+    return code
+
+
+def _backup(
+    args: Arguments,
+    context: Context,
+    moved: Callable[[str, int, int, int], None],
+    cancelled: Callable[[], None],
+) -> "tuple[BackupRequest, BackupReport]":
     from nbdbackupd.ops.saving import backup
 
-    preload.preload()
     configuration = None
     if args.output is None:
         configuration = configured.read(context)
         context = configured.connected(configuration, context)
-    with (
-        signals.listen() as cancel,
-        context.connection() as connection,
-        context.progress() as progress,
-    ):
-        report = backup.run(
-            _request(args, context, connection, configuration),
-            connection,
-            progress=progress.disk,
-            cancelled=cancel.check,
-        )
-    context.show(report.to_json(), render(report))
-    return 3 if report.warnings else 0
+    with context.connection() as connection:
+        request = _request(args, context, connection, configuration)
+        return request, backup.run(request, connection, progress=moved, cancelled=cancelled)
 
 
 def _request(

@@ -7,9 +7,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from nbdbackupd.app import named, signals
-from nbdbackupd.app.arguments import Arguments, add_point, directory, rate, size
+from nbdbackupd.app import configured, named, signals
+from nbdbackupd.app.arguments import (
+    Arguments,
+    add_checkpoint_dir,
+    add_point,
+    directory,
+    rate,
+    size,
+)
 from nbdbackupd.app.context import Context, now
+from nbdbackupd.app.verbs import restore_define
 from nbdbackupd.errors import DomainError, Interrupted, UsageError
 from nbdbackupd.model.units import local_time
 
@@ -54,6 +62,8 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         help="network cards: none at all, with their link down, or as the original's with new MAC "
         "addresses (default: none)",
     )  # fmt: skip
+    restore_define.add_trust(parser)
+    add_checkpoint_dir(parser)
     parser.add_argument("--detach", action="store_true", help="return when it runs; --stop ends it")
     _add_live(parser)
     what = parser.add_mutually_exclusive_group()
@@ -105,15 +115,16 @@ def run(args: Arguments, context: Context) -> int:
     request = _request(args, context, source)
     with signals.listen() as cancel, context.connection() as connection:
         boots.sweep(request.runtime_dir, request.scratch_dir, connection)
+        agree = restore_define.consent(cancel.check)
         if request.output is not None:
-            up = boot.start(request, connection, cancelled=cancel.check)
+            up = boot.start(request, connection, cancelled=cancel.check, consent=agree)
             _tell(up, context, request)
             return _follow(up.places, args, context, connection, cancel) or _code(up)
         if args.detach:
-            up = boot.start(request, connection, cancelled=cancel.check)
+            up = boot.start(request, connection, cancelled=cancel.check, consent=agree)
             _tell(up, context, request)
             return _code(up)
-        with boot.booted(request, connection, cancelled=cancel.check) as up:
+        with boot.booted(request, connection, cancelled=cancel.check, consent=agree) as up:
             _tell(up, context, request)
             _wait(up, cancel)
     return _code(up)
@@ -160,6 +171,8 @@ def _request(args: Arguments, context: Context, source: Path) -> "BootRequest":
         define=args.define,
         attended=output is None and not args.detach,
         console=output is None,
+        trusted=args.trust_definition,
+        state_dirs=configured.state_directories(context),
     )
 
 

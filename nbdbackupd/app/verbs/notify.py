@@ -1,14 +1,15 @@
 """``nbdbackupctl notify``: tell people how a unit ended; systemd calls it, see OnFailure=."""
 
 import argparse
+import logging
 import os
 import platform
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from nbdbackupd import events
 from nbdbackupd.app import configured
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app.arguments import Arguments
@@ -18,12 +19,18 @@ from nbdbackupd.model.units import local_time
 
 if TYPE_CHECKING:
     from nbdbackupd.app.config.files import Configuration
+    from nbdbackupd.app.kept_notification import Wishes
     from nbdbackupd.app.notification import Notice, Text
     from nbdbackupd.app.systemd import Service
+    from nbdbackupd.repo.runs import End
+
+log = logging.getLogger(__name__)
 
 JSON_VERSION = 1
 LINES: Final = 40
-SETTINGS: Final = ("notification.events", "notification.mail", "notification.command")
+LAST_RESORT: Final = ("root",)
+"""Whom to mail to if no file says it that can be read, and none ever did."""
+
 KINDS: Final = {
     "nbdbackup": "backup of domain",
     "nbdbackup-offline": "backup after the end of domain",
@@ -34,17 +41,9 @@ KINDS: Final = {
 DESCRIPTION = """\
 Tell by mail or by a program how a unit ended, and what it said last, as the section notification
 of the configuration wants it. systemd calls this verb when a run has ended. Without systemd's
-variables the unit is asked how it ended last.
+variables the unit is asked how it ended last. Whom to tell is kept for the time when the
+configuration can't be read; if it never could, root is told by mail.
 """
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Wishes:
-    """Whom to tell of what."""
-
-    events: tuple[str, ...]
-    mail: tuple[str, ...]
-    command: tuple[str, ...] | None
 
 
 def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
@@ -63,6 +62,15 @@ def run(args: Arguments, context: Context) -> int:
 
     Raises ConfigError, or ProcessError if one of the ways failed; the other one is tried, too.
     """
+    try:
+        return _tell(args, context)
+    except NbdbackupError as err:
+        if not args.print:
+            events.emit(log, events.NOTIFY_FAILED, unit=args.unit, reason=err)
+        raise
+
+
+def _tell(args: Arguments, context: Context) -> int:
     from nbdbackupd.app import notification
     from nbdbackupd.app.config import schema
 
@@ -70,7 +78,7 @@ def run(args: Arguments, context: Context) -> int:
     notice = _notice(args.unit, configuration)
     wishes = _wishes(notice.domain, configuration, context)
     directory = context.config_dir or schema.DIRECTORY
-    text = _without_secrets(notification.render(notice, directory), configuration, context)
+    text = _without_secrets(notification.render(notice, directory), wishes, context)
     told: list[str] = []
     if not args.print and notice.event in wishes.events:
         told = _deliver(text, notice, wishes)
@@ -79,6 +87,7 @@ def run(args: Arguments, context: Context) -> int:
         "unit": notice.unit,
         "domain": notice.domain,
         "event": notice.event,
+        "reason": notice.reason,
         "subject": text.subject,
         "body": text.body,
         "told": told,
@@ -106,8 +115,12 @@ def _notice(unit: str, configuration: "Configuration") -> "Notice":
         remarks.append(f"The journal can't be read: {err}")
     if configuration.problems:
         remarks.append(f"The configuration has an error: {configuration.problems[0]}")
-    event, shown, meaning = notification.result_of(result, status)
     domain = unitname.domain_of(unit)
+    end = _record(unit, domain, service, (result, status))
+    if not result and end is not None:
+        # systemd has not seen it: it was before the host's last boot
+        result, status = "exit-code", "" if end.status is None else str(end.status)
+    event, shown, meaning = notification.result_of(result, status)
     kind = KINDS.get(unit.partition("@")[0], "") if domain else ""
     return Notice(
         event=event,
@@ -121,7 +134,26 @@ def _notice(unit: str, configuration: "Configuration") -> "Notice":
         ended=_time(service.ended if service else None),
         lines=lines,
         remark="\n".join(remarks),
+        reason=_printable(end.reason) if end is not None else "",
     )
+
+
+def _record(
+    unit: str, domain: str, service: "Service | None", told: tuple[str, str]
+) -> "End | None":
+    """What the run noted of its end itself, or what is noted now that it could not."""
+    from nbdbackupd.app import run_record
+
+    if not domain:
+        return None
+    run_record.settle(domain, run_record.why_killed(*told))
+    end = run_record.look(domain).end
+    if end is None or end.unit != unit:
+        return None
+    # the unit may have failed before the run began
+    started = service.started if service is not None else None
+    is_older = started is not None and datetime.fromisoformat(end.begun) < started
+    return None if is_older else end
 
 
 def _how_it_ended(unit: str, service: "Service | None") -> tuple[str, str, str]:
@@ -137,29 +169,35 @@ def _how_it_ended(unit: str, service: "Service | None") -> tuple[str, str, str]:
     return service.invocation, service.result, str(status)
 
 
-def _wishes(domain: str, configuration: "Configuration", context: Context) -> _Wishes:
-    """As the files say; as far as they can be read, for a broken one is what must be told, too."""
+def _wishes(domain: str, configuration: "Configuration", context: Context) -> "Wishes":
+    """As the files say. What can't be read of them is as it last could, or else root is told."""
+    from nbdbackupd.app import kept_notification
     from nbdbackupd.app.config import schema, timers
+    from nbdbackupd.app.config.settings import global_settings
+    from nbdbackupd.app.kept_notification import PATHS, Wishes
 
-    values: dict[str, Any] = {}
     with suppress(ConfigError, DomainError, ImportError):
+        configuration.require_sound()
+        found = global_settings(configuration)
         if domain:
-            _, _, found = configured.settings_of(domain, configuration.require_sound(), context)
-            values = {path: found.get(path) for path in SETTINGS}
-    if not values:
-        defaults = {path: schema.BY_PATH[path].default for path in SETTINGS}
-        values = defaults | timers.sound_values(domain, configuration, SETTINGS)
-    events, mail, command = (values[path] for path in SETTINGS)
-    return _Wishes(events=events, mail=mail, command=command)
+            _, _, found = configured.settings_of(domain, configuration, context)
+        kept_notification.keep(domain, found)
+        return Wishes.of({path: found.get(path) for path in PATHS})
+    known = kept_notification.kept(domain)
+    values = {path: schema.BY_PATH[path].default for path in PATHS}
+    if known is not None:
+        values |= dict(zip(PATHS, (known.events, known.mail, known.command), strict=False))
+        values["libvirt.password_file"] = known.password_file
+    elif configuration.problems:
+        values["notification.mail"] = LAST_RESORT
+    return Wishes.of(values | timers.sound_values(domain, configuration, PATHS))
 
 
-def _without_secrets(text: "Text", configuration: "Configuration", context: Context) -> "Text":
+def _without_secrets(text: "Text", wishes: "Wishes", context: Context) -> "Text":
     """The text without the password for libvirt, wherever that came from."""
-    from nbdbackupd.app.config import timers
     from nbdbackupd.app.notification import Text
 
-    path = timers.sound_values("", configuration, ["libvirt.password_file"])
-    files = [context.password_file, path.get("libvirt.password_file")]
+    files = [context.password_file, wishes.password_file]
     subject, body = text.subject, text.body
     for file in files:
         with suppress(OSError, UnicodeDecodeError):
@@ -170,7 +208,7 @@ def _without_secrets(text: "Text", configuration: "Configuration", context: Cont
     return Text(subject=subject, body=body)
 
 
-def _deliver(text: "Text", notice: "Notice", wishes: _Wishes) -> list[str]:
+def _deliver(text: "Text", notice: "Notice", wishes: "Wishes") -> list[str]:
     from nbdbackupd.app import notification
 
     told, failed = [], []

@@ -5,8 +5,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbdbackupd.app import named, signals
-from nbdbackupd.app.arguments import Arguments, add_point, directory, names, positive
+from nbdbackupd.app import configured, named, signals
+from nbdbackupd.app.arguments import (
+    Arguments,
+    add_checkpoint_dir,
+    add_point,
+    directory,
+    names,
+    positive,
+)
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size, human_time
 from nbdbackupd.app.verbs import restore_define, restore_targets
@@ -50,6 +57,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         "-w", "--workers", metavar="N", type=positive, default=min(8, os.cpu_count() or 2),
         help="threads that read and hash (default: one for each processor, at most 8)",
     )  # fmt: skip
+    add_checkpoint_dir(parser)
     restore_targets.add_arguments(parser)
     restore_define.add_arguments(parser)
     parser.set_defaults(run=run)
@@ -78,12 +86,13 @@ def run(args: Arguments, context: Context) -> int:
         preallocate=args.preallocate,
         force=args.force,
         workers=args.workers,
+        state_dirs=configured.state_directories(context),
         **restore_targets.wishes(args),
     )
     with (
         signals.listen() as cancel,
         restore_targets.placement(args, context, cancel.check) as placement,
-        restore_define.definer(args, context) as definer,
+        restore_define.definer(args, context, cancel.check) as definer,
         context.progress() as progress,
     ):
         report = restore.run(

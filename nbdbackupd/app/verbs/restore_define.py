@@ -2,15 +2,17 @@
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from nbdbackupd.app import asking
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import DomainError, UsageError
 
 if TYPE_CHECKING:
+    from nbdbackupd.model.definition import Consent
     from nbdbackupd.ops.defining.adjust import Adjuster
     from nbdbackupd.ops.restoring.definer import Definition
 
@@ -46,16 +48,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--other-disks", choices=("keep", "remove"), default="remove",
         help="disks that are not restored (default: remove)",
     )  # fmt: skip
+    add_trust(group)
+
+
+def add_trust(group: "argparse._ActionsContainer") -> None:
+    """Add the option that all verbs have that make a domain of a set."""
+    group.add_argument(
+        "--trust-definition", action="store_true",
+        help="whoever could write to the set is trusted: keep what its definition names of a host "
+        "(programs, devices, files, labels, words for QEMU)",
+    )  # fmt: skip
+
+
+def consent(cancelled: Callable[[], None]) -> "Consent":
+    """What asks before a definition keeps something of its host; it raises UsageError."""
+    from nbdbackupd.model import definition
+
+    def agree(kept: tuple[str, ...]) -> None:
+        if not asking.has_person():
+            definition.refuse(kept)
+        refused = "nothing was done: the answer was not 'yes'"
+        asking.ask("The definition names this of its host, and keeps it", kept, refused, cancelled)
+
+    return agree
 
 
 @contextmanager
-def definer(args: Arguments, context: Context) -> "Iterator[Adjuster | None]":
+def definer(
+    args: Arguments, context: Context, cancelled: Callable[[], None]
+) -> "Iterator[Adjuster | None]":
     """What defines the domain, with its connection; None if no domain is wanted.
 
     Raises UsageError, DomainError.
     """
     if not args.define and not args.adjust_config:
-        for name in ("name", "start", "keep_identity"):
+        for name in ("name", "start", "keep_identity", "trust_definition"):
             if getattr(args, name):
                 raise UsageError(f"--{name.replace('_', '-')} goes with --define")
         yield None
@@ -71,16 +98,17 @@ def definer(args: Arguments, context: Context) -> "Iterator[Adjuster | None]":
         network=args.network,
         other_disks=args.other_disks,
         start=args.start,
+        trusted=args.trust_definition,
     )
     if not args.define:
-        yield adjust.Adjuster(request, os.urandom)
+        yield adjust.Adjuster(request, os.urandom, consent(cancelled))
         return
     try:
         from nbdbackupd.ops.defining import define
     except ImportError as err:
         raise DomainError(f"a Python library can't be used: {err}; install it") from err
     with context.connection() as connection:
-        yield define.DomainDefiner(request, os.urandom, connection)
+        yield define.DomainDefiner(request, os.urandom, connection, consent(cancelled))
 
 
 def render(definition: "Definition") -> list[str]:

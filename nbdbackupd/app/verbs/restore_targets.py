@@ -1,23 +1,18 @@
 """``restore``: options that say where disks go and how, and the question before they overwrite."""
 
 import argparse
-import select
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from nbdbackupd.app import configured
+from nbdbackupd.app import asking, configured
 from nbdbackupd.app.arguments import Arguments, names, positive, rate
 from nbdbackupd.app.context import Context, new_run_id, now
 from nbdbackupd.errors import DomainError, UsageError
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.restoring.restore_plan import Placement
-
-POLL_SECONDS = 0.2
-YES = "yes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,22 +130,13 @@ def confirm(args: Arguments, cancelled: Callable[[], None]) -> Callable[[tuple[s
     """What asks before things are overwritten. It raises UsageError without a yes."""
 
     def ask(lost: tuple[str, ...]) -> None:
-        if not args.yes:
-            _ask(lost, sys.stdin, sys.stderr, cancelled)
+        if args.yes:
+            return
+        if not asking.has_person():
+            raise UsageError(
+                f"{' and '.join(lost)} would be overwritten: give --yes if that is meant"
+            )
+        refused = "nothing was overwritten: the answer was not 'yes'"
+        asking.ask("This will be overwritten", lost, refused, cancelled)
 
     return ask
-
-
-def _ask(
-    lost: tuple[str, ...], answers: TextIO, questions: TextIO, cancelled: Callable[[], None]
-) -> None:
-    if not answers.isatty():
-        raise UsageError(f"{' and '.join(lost)} would be overwritten: give --yes if that is meant")
-    lines = "".join(f"  {each}\n" for each in lost)
-    questions.write(f"This will be overwritten:\n{lines}Type '{YES}' to go on: ")
-    questions.flush()
-    # a signal is only noted, so a plain read would wait on
-    while not select.select([answers], [], [], POLL_SECONDS)[0]:
-        cancelled()
-    if answers.readline().strip().lower() != YES:
-        raise UsageError("nothing was overwritten: the answer was not 'yes'")

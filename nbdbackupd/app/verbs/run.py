@@ -2,8 +2,10 @@
 
 import argparse
 import os
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from nbdbackupd import log as runlog
 from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments, seconds
 from nbdbackupd.app.context import Context
@@ -31,6 +33,11 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("-n", "--dry-run", action="store_true", help="only say what would be done")
     parser.add_argument(
+        "--retry", action="store_true",
+        help="where another run or the start of the guest comes first, try again after 5, 15 and "
+        "45 minutes before giving up",
+    )  # fmt: skip
+    parser.add_argument(
         "--wait", metavar="SECONDS", type=seconds,
         help="wait so long for a place among the concurrent runs (default: a day), and for the "
         "lock of the set or domain (default: limits.wait)",
@@ -40,15 +47,20 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 with warnings."""
-    from nbdbackupd.app import preload, pulse, runner
+    from nbdbackupd.app import preload, pulse, run_record, runner
 
-    if not args.dry_run:
-        preload.preload()
-    beat = pulse.Pulse(os.environ)
     wish = runner.Wish(
-        domain=args.domain, shutdown=args.shutdown, dry_run=args.dry_run, wait=args.wait
-    )
-    with signals.listen() as cancel, context.progress() as progress:
+        domain=args.domain, shutdown=args.shutdown, dry_run=args.dry_run, wait=args.wait,
+        retry=args.retry,
+    )  # fmt: skip
+    with ExitStack() as stack:
+        record = run_record.RunRecord(context)
+        if not args.dry_run:
+            record = stack.enter_context(run_record.begun(args.domain, context))
+            preload.preload()
+        beat = pulse.Pulse(os.environ, tell=record.doing)
+        cancel = stack.enter_context(signals.listen())
+        progress = stack.enter_context(context.progress())
 
         def cancelled() -> None:
             beat.alive()
@@ -58,12 +70,16 @@ def run(args: Arguments, context: Context) -> int:
             beat.progress(disk, position, size, data)
             progress.disk(disk, position, size, data)
 
+        def anew() -> None:
+            cancel.try_again()
+            runlog.begin_anew()
+
         watch = runner.Watch(
-            progress=moved, cancelled=cancelled, doing=beat.status, alive=beat.alive
+            progress=moved, cancelled=cancelled, doing=beat.status, alive=beat.alive, anew=anew
         )
-        report = runner.run(wish, context, watch)
-    text = render(report)
-    beat.status(text.partition("\n")[0])
+        report = runner.run(wish, context, watch, record)
+        text = render(report)
+        beat.status(text.partition("\n")[0])
     context.show(report.to_json(), text)
     return report.exit_code
 

@@ -99,7 +99,8 @@ def render(report: "StatusReport") -> str:
     for each in report.domains:
         name = tables.printable(each.name)
         said += [f"{name}: {tables.printable(reason)}" for reason in each.verdict.reasons]
-        if each.busy:
+        said += [f"{name}: running, {tables.printable(run.text)}" for run in each.runs]
+        if each.busy and not each.runs:
             said.append(f"{name}: in progress, {tables.printable(each.busy)}")
     lines += ["", *said] if said else []
     lines += ["", *map(tables.printable, report.notes)] if report.notes else []

@@ -13,6 +13,7 @@ from nbdbackupd.errors import ConfigError
 
 if TYPE_CHECKING:
     from nbdbackupd.app.systemd import Service, Timer
+    from nbdbackupd.repo.runs import End
 
 JSON_VERSION = 1
 PATTERN = "nbdbackup*.timer"
@@ -24,10 +25,11 @@ and how that ended.
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """A timer and what it starts."""
+    """A timer and what it starts; ``end`` is what that noted itself of its last end."""
 
     timer: "Timer"
     service: "Service | None"
+    end: "End | None" = None
 
     @property
     def result(self) -> str:
@@ -35,14 +37,27 @@ class Line:
         from nbdbackupd.app import notification
 
         service = self.service
+        if service is not None and service.is_running:
+            return "running"
+        if self.end is not None and (service is None or service.started is None):
+            # before the host's last boot, of which systemd knows nothing
+            told = "" if self.end.status is None else f" (exit status {self.end.status})"
+            if self.end.result == "failed":
+                return f"failed{told}"
+            return f"warning{told}" if self.end.status else "done"
         if service is None or service.started is None:
             return "-"
-        if service.is_running:
-            return "running"
         status = service.exit_status if service.result in ("success", "exit-code") else ""
         event, result, _ = notification.result_of(service.result, str(status))
         words = {"success": "done", "warning": "warning", "failure": "failed"}
         return words[event] + (f" ({result})" if result != "success" else "")
+
+    @property
+    def exit_status(self) -> int | None:
+        """The last run's; None if nobody knows it, or while it goes on."""
+        if self.service is not None and self.service.started:
+            return self.service.exit_status if self.service.ended else None
+        return self.end.status if self.end is not None else None
 
 
 def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
@@ -72,9 +87,21 @@ def run(args: Arguments, context: Context) -> int:
         found = tuple(each for each in found if unitname.domain_of(each.unit) in args.domain)
     started = [each.activates for each in found if each.activates]
     services = {each.unit: each for each in systemd.services(*started)} if started else {}
-    lines = [Line(timer=each, service=services.get(each.activates)) for each in found]
+    lines = [
+        Line(timer=each, service=services.get(each.activates), end=_end(each)) for each in found
+    ]
     context.show(_document(lines), _render(lines))
     return 0
+
+
+def _end(timer: "Timer") -> "End | None":
+    """The newest end that a run noted, if it was one of this timer."""
+    from nbdbackupd.app import run_record
+    from nbdbackupd.model import unitname
+
+    domain = unitname.domain_of(timer.unit)
+    end = run_record.look(domain).end if domain else None
+    return end if end is not None and end.unit == timer.activates else None
 
 
 def _document(lines: list[Line]) -> dict[str, Any]:
@@ -98,7 +125,8 @@ def _entry(line: Line) -> dict[str, Any]:
         "ended": _utc(service.ended if service else None),
         "running": bool(service and service.is_running),
         "result": line.result,
-        "exit_status": service.exit_status if service and service.ended else None,
+        "reason": line.end.reason if line.end is not None else "",
+        "exit_status": line.exit_status,
     }
 
 
@@ -121,7 +149,13 @@ def _render(lines: list[Line]) -> str:
             unitname.domain_of(line.timer.unit) or "-", _kind(line.timer.unit),
             _local(line.timer.next), _local(line.timer.last), took, line.result,
         ))  # fmt: skip
-    return "\n".join(tables.render(rows, coloured=tables.wants_colour(sys.stdout, os.environ)))
+    told = [
+        f"{unitname.domain_of(line.timer.unit)}: {line.end.reason}"
+        for line in lines
+        if line.end is not None and line.end.reason and line.result not in ("done", "running")
+    ]
+    table = tables.render(rows, coloured=tables.wants_colour(sys.stdout, os.environ))
+    return "\n".join([*table, *([""] if told else []), *map(tables.printable, told)])
 
 
 def _kind(unit: str) -> str:

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbdbackupd.app import named, signals
-from nbdbackupd.app.arguments import Arguments, positive
+from nbdbackupd.app import configured, named, signals
+from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, positive
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size
 from nbdbackupd.app.verbs import verify_boot
@@ -36,6 +36,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         "-w", "--workers", metavar="N", type=positive, default=min(8, os.cpu_count() or 2),
         help="threads that hash (default: one for each processor, at most 8)",
     )  # fmt: skip
+    add_checkpoint_dir(parser)
     verify_boot.add_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -74,7 +75,10 @@ def _document(proof: dict[str, Any], booted: "BootTestReport | None") -> dict[st
 def _prove(args: Arguments, context: Context, path: Path, cancel: signals.Cancel) -> "VerifyReport":
     from nbdbackupd.ops.proving import verify
 
-    request = verify.VerifyRequest(path=path, point=args.point or "", workers=args.workers)
+    request = verify.VerifyRequest(
+        path=path, point=args.point or "", workers=args.workers,
+        state_dirs=configured.state_directories(context),
+    )  # fmt: skip
     with context.progress() as progress:
 
         def show(label: str, done: int, total: int) -> None:

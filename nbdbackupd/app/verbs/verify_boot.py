@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from nbdbackupd.app import signals
+from nbdbackupd.app import configured, signals
 from nbdbackupd.app.arguments import Arguments, duration, size
 from nbdbackupd.app.context import Context, now
 from nbdbackupd.app.sizes import human_time
+from nbdbackupd.app.verbs import restore_define
 from nbdbackupd.app.verbs.boot import require_libvirt
 from nbdbackupd.errors import UsageError
 
@@ -21,7 +22,14 @@ if TYPE_CHECKING:
 PREFIX: Final = "boottest_"
 DEFAULT_WAIT: Final = "agent"
 EXAMPLES: Final = "agent, 'console:login:', 'command:/usr/local/sbin/probe --quick'"
-ONLY_WITH: Final = ("boot_only", "boot_wait", "boot_timeout", "boot_memory", "boot_name")
+ONLY_WITH: Final = (
+    "boot_only",
+    "boot_wait",
+    "boot_timeout",
+    "boot_memory",
+    "boot_name",
+    "trust_definition",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--boot-name", metavar="NAME", default=None,
         help="name of the domain (default: boottest_ and the original's)",
     )  # fmt: skip
+    restore_define.add_trust(group)
     parser.add_argument(
         "--scratch-dir", metavar="DIR", type=Path,
         help="where overlays of a boot test go (default: /var/lib/nbdbackup/scratch)",
@@ -131,6 +140,9 @@ def _request(args: Arguments, context: Context, source: Path) -> "BootTestReques
             name=name,
             memory=args.boot_memory or 0,
             with_us=True,
+            trusted=args.trust_definition,
+            state_dirs=configured.state_directories(context),
+            unattended=True,
         ),
         sign=Sign(awaited.kind),
         pattern=awaited.pattern,

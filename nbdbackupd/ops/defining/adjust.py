@@ -4,18 +4,20 @@ libvirt is not needed. ``ops.define`` goes on from here and defines the domain.
 """
 
 import contextlib
-import hashlib
 import logging
 import os
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from nbdbackupd import documents, durable
 from nbdbackupd.errors import FormatError, IntegrityError, RepositoryError, UsageError
+from nbdbackupd.files import open_untrusted
 from nbdbackupd.model import definition as model
 from nbdbackupd.model import domain as domain_model
-from nbdbackupd.model.definition import Adapted, Changes, NewDisk
+from nbdbackupd.model import sifting
+from nbdbackupd.model.definition import Adapted, Changes, Consent, NewDisk
 from nbdbackupd.model.definition_devices import Entropy
 from nbdbackupd.model.hostpaths import PathUse
 from nbdbackupd.ops.defining import live, vtpm
@@ -35,6 +37,9 @@ NEEDED: Final = (
 )  # fmt: skip
 """What QEMU does not make itself."""
 SYSTEM_URI: Final = "qemu:///system"
+MAX_LOADER: Final = 64 << 20
+FIRST_PERSON: Final = 1000
+"""Smaller user ids are of programs (Debian's and Fedora's UID_MIN)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +48,8 @@ class DefineRequest:
 
     ``name`` empty: ``restore_`` and the original's, or the original's with ``keep_identity``.
     ``media`` (``keep``, ``remove``), ``network`` (``keep``, ``down``, ``none``) and
-    ``other_disks`` (``keep``, ``remove``) as in ``model.definition.Changes``. ``start``: start it
-    once it is defined.
+    ``other_disks`` (``keep``, ``remove``) as in ``model.definition.Changes``, and so is
+    ``trusted``. ``start``: start it once it is defined.
     """
 
     name: str = ""
@@ -53,6 +58,7 @@ class DefineRequest:
     network: str = model.KEEP
     other_disks: str = model.REMOVE
     start: bool = False
+    trusted: bool = False
 
 
 @dataclass(slots=True)
@@ -69,10 +75,16 @@ class State:
 class Adjuster:
     """Adapts the point's XML and writes it beside the images; see ``Definer``."""
 
-    def __init__(self, request: DefineRequest, entropy: Entropy) -> None:
-        """``entropy`` gives random bytes for UUIDs and MAC addresses."""
+    def __init__(
+        self, request: DefineRequest, entropy: Entropy, consent: Consent = model.refuse
+    ) -> None:
+        """``entropy`` gives random bytes for UUIDs and MAC addresses.
+
+        ``consent`` is asked before anything of the host is kept; not at all if ``trusted``.
+        """
         self.request = request
         self._entropy = entropy
+        self._consent = consent
         self._state: State | None = None
 
     def prepare(self, planned: Planned) -> None:
@@ -83,7 +95,12 @@ class Adjuster:
         """
         xml, added = live.completed(planned, _read_xml(planned))
         changes = _changes(planned, xml, self.request)
-        adapted = model.adapt(xml, self.fit(xml, changes), self._entropy)
+        # nothing of it gets to libvirt before it is sifted: that runs an emulator to look at it
+        adapted = model.adapt(xml, changes, self._entropy, self._agree)
+        fitting = self.fit(adapted.xml, changes)
+        if fitting != changes:
+            adapted = model.adapt(xml, fitting, self._entropy, lambda _: None)
+        self.judge(adapted)
         config = planned.output / output_names.clean(f"{adapted.name}.adjusted.xml", ".xml")
         if os.path.lexists(config) and not planned.force:
             raise RepositoryError(f"{config} exists: use --force to replace it, or another -o")
@@ -93,10 +110,17 @@ class Adjuster:
             log.warning("%s", warning)
         _make_passable(planned)
 
+    def _agree(self, kept: tuple[str, ...]) -> None:
+        if not self.request.trusted:
+            self._consent(kept)
+
     def fit(self, xml: str, changes: Changes) -> Changes:
         """Add what the host demands. Raises DomainError or NotSupportedError."""
         del xml
         return changes
+
+    def judge(self, adapted: Adapted) -> None:
+        """Refuse a definition for what was in it. Raises DomainError."""
 
     def look(self, state: State) -> None:
         """See whether the definition will do. Raises NbdbackupError."""
@@ -182,14 +206,8 @@ def _read_xml(planned: Planned) -> str:
     found = [each for each in planned.files if each.stored.role == restore_files.XML_ROLE]
     if not found:
         raise RepositoryError(f"restore point {planned.point} holds no domain XML")
-    stored, path = found[0].stored, found[0].source
-    layers.check_size(path, min(stored.size, documents.MAX_XML), point=planned.point)
-    with durable.translate_os_errors("read", path):
-        data = path.read_bytes()
-    if stored.sha256 and hashlib.sha256(data).hexdigest() != stored.sha256:
-        raise IntegrityError(
-            "file is damaged: its SHA-256 does not match", file=path, point=planned.point
-        )
+    path = found[0].source
+    data = layers.read_file(path, found[0].stored, documents.MAX_XML, point=planned.point)
     try:
         text = data.decode()
     except UnicodeDecodeError as err:
@@ -224,23 +242,39 @@ def _changes(planned: Planned, xml: str, request: DefineRequest) -> Changes:
         kernel=finals.get("kernel"),
         initrd=finals.get("initrd"),
         tpm=_tpm_path(planned, xml),
+        trusted=request.trusted,
     )
 
 
 def _loader(copy: FileCopy | None, path: str) -> tuple[str | None, bool]:
     """The loader's path, None to leave it, and whether it is the point's own copy.
 
-    The host's is as good if it is the same: libvirt knows it, with all that goes with it.
+    The host's is as good if it is the same: libvirt knows it, with all that goes with it. Which
+    file that could be is the set's word: nothing is read but a regular file that lies where
+    systems have their firmware, and only if it may be the same.
     """
     if copy is None:
         return None, False
-    original = Path(copy.stored.origin or path)
-    try:
-        if original.read_bytes() == copy.source.read_bytes():
-            return str(original), False
-    except OSError:
-        log.info("loader %s is not on this host", original)
+    original = copy.stored.origin or path
+    if sifting.is_firmware(original) and _is_same(Path(original), copy):
+        return original, False
     return str(copy.final), True
+
+
+def _is_same(path: Path, copy: FileCopy) -> bool:
+    """Whether a file of this host is the same as one of the set, byte for byte."""
+    if copy.stored.size > MAX_LOADER:
+        return False
+    try:
+        fd = open_untrusted(path.resolve())
+        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
+            if os.fstat(fd).st_size != copy.stored.size:
+                return False
+            found = file.read(copy.stored.size + 1)
+    except (OSError, IntegrityError):
+        log.info("loader %s is not on this host", path)
+        return False
+    return found == layers.read_file(copy.source, copy.stored, MAX_LOADER)
 
 
 def _tpm_directory(planned: Planned) -> Path:
@@ -278,11 +312,13 @@ def _make_passable(planned: Planned) -> None:
 
 
 def _own_like(path: Path, original: str) -> None:
-    """Give a file to the owner of the original, if that is here and we may.
+    """Give a file to the owner of the original, if that is here, a system's account, and we may.
 
     libvirt gives swtpm the directory of a TPM's state; of a state in a single file, which it has
-    known since 10.10, it leaves the owner to the administrator (measured with 11.3.0).
+    known since 10.10, it leaves the owner to the administrator (measured with 11.3.0). The path is
+    the set's word, so a person's file says nothing.
     """
-    with contextlib.suppress(OSError):
-        found = Path(original).stat()
-        os.chown(path, found.st_uid, found.st_gid)
+    with contextlib.suppress(OSError, ValueError):
+        found = Path(original).lstat()
+        if stat.S_ISREG(found.st_mode) and found.st_uid < FIRST_PERSON:
+            os.chown(path, found.st_uid, found.st_gid)

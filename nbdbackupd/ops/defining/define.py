@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from nbdbackupd.errors import DomainError, NbdbackupError
 from nbdbackupd.model import definition as model
-from nbdbackupd.model.definition import Adapted, Changes
+from nbdbackupd.model.definition import Adapted, Changes, Consent
 from nbdbackupd.model.definition_devices import Entropy
 from nbdbackupd.ops.defining import adjust, vtpm
 from nbdbackupd.ops.defining.adjust import Adjuster, DefineRequest, State
@@ -26,9 +26,15 @@ log = logging.getLogger(__name__)
 class DomainDefiner(Adjuster):
     """Defines the domain, and starts it if that is asked for."""
 
-    def __init__(self, request: DefineRequest, entropy: Entropy, connection: Connection) -> None:
-        """The connection stays the caller's."""
-        super().__init__(request, entropy)
+    def __init__(
+        self,
+        request: DefineRequest,
+        entropy: Entropy,
+        connection: Connection,
+        consent: Consent = model.refuse,
+    ) -> None:
+        """The connection stays the caller's; ``consent`` as in ``Adjuster``."""
+        super().__init__(request, entropy, consent)
         self._connection = connection
 
     def fit(self, xml: str, changes: Changes) -> Changes:

@@ -126,6 +126,21 @@ def prove(domain: Domain, sharing: Sharing) -> Standing:
     return found
 
 
+def prove_start(domain: Domain, sharing: Sharing) -> None:
+    """Prove that a domain that is off may be started here: also paused it writes to its images.
+
+    Raises DomainError if another host may have one of them, and as ``prove``.
+    """
+    doubt = _Doubts(sharing, prove(domain, sharing), "")
+    for disk in domain.definition().disks:
+        why = doubt(disk.layers[0].path) if disk.device == "disk" and disk.layers else ""
+        if why:
+            raise DomainError(
+                f"domain {domain.name} is not started, disk {disk.target}: {why}",
+                domain=domain.name,
+            )
+
+
 def why_elsewhere(domain: Domain, sharing: Sharing) -> str:
     """Why a domain is not this host's to look into now; empty if it is, or runs here.
 
@@ -199,6 +214,7 @@ def _tell_hosts(
     """
     hosts = sharing.hosts(domain)
     if hosts is None:
+        log.info("no host is told that this one reads the images of domain %s", domain.name)
         return ""
 
     def wanted(note: Note) -> None:

@@ -17,6 +17,7 @@ from nbdbackupd import durable
 from nbdbackupd.errors import BusyError, ConfigError, RepositoryError, UsageError
 from nbdbackupd.model import definition as definition_model
 from nbdbackupd.model.chain import RestorePoint
+from nbdbackupd.model.definition import Consent
 from nbdbackupd.ops.defining import vtpm
 from nbdbackupd.ops.instant import boot_images, booting
 from nbdbackupd.ops.instant.boot_images import FinalImage
@@ -39,7 +40,11 @@ SPACE: Final = 64 << 20
 
 @contextmanager
 def booted(
-    request: BootRequest, connection: Connection, *, cancelled: Callable[[], None]
+    request: BootRequest,
+    connection: Connection,
+    *,
+    cancelled: Callable[[], None],
+    consent: Consent = definition_model.refuse,
 ) -> Iterator[Booted]:
     """Boot for the block: afterwards domain, overlays and servers are gone.
 
@@ -47,14 +52,22 @@ def booted(
     """
     places = places_of(request)
     with places.attended():
-        up = _start(request, places, connection, cancelled)
+        up = _start(request, places, connection, cancelled, consent)
         with ExitStack() as stack:
             stack.callback(end, places, up.record, connection)
             yield up
 
 
-def start(request: BootRequest, connection: Connection, *, cancelled: Callable[[], None]) -> Booted:
+def start(
+    request: BootRequest,
+    connection: Connection,
+    *,
+    cancelled: Callable[[], None],
+    consent: Consent = definition_model.refuse,
+) -> Booted:
     """Boot, and leave it running; ``stop`` ends it.
+
+    ``consent`` is asked before the definition keeps anything of its host.
 
     Raises UsageError, RepositoryError, ChainBrokenError, FormatError, IntegrityError (the point),
     DomainError (libvirt, or the name is taken), ConfigError, ProcessError, NoSpaceError, BusyError
@@ -62,7 +75,7 @@ def start(request: BootRequest, connection: Connection, *, cancelled: Callable[[
     """
     places = places_of(request)
     with places.attended():
-        return _start(request, places, connection, cancelled)
+        return _start(request, places, connection, cancelled, consent)
 
 
 def places_of(request: BootRequest) -> Places:
@@ -108,7 +121,11 @@ def _choose(request: BootRequest) -> tuple[OpenedSet, RestorePoint]:
 
 
 def _start(
-    request: BootRequest, places: Places, connection: Connection, cancelled: Callable[[], None]
+    request: BootRequest,
+    places: Places,
+    connection: Connection,
+    cancelled: Callable[[], None],
+    consent: Consent,
 ) -> Booted:
     if places.read() is not None:
         raise BusyError(
@@ -126,7 +143,7 @@ def _start(
         attended=request.attended, phase=Phase.STARTING,
         output=os.fspath(request.output or ""), define=request.define,
     )  # fmt: skip
-    making = Making(request, places, connection, cancelled, record)
+    making = Making(request, places, connection, cancelled, record, consent=consent)
     places.make()
     try:
         places.write(record)

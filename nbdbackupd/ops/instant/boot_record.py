@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from nbdbackupd import documents, durable
 from nbdbackupd.errors import BusyError, FormatError, RepositoryError, UnsupportedVersionError
+from nbdbackupd.files import open_untrusted
 from nbdbackupd.ops.domain import locks
 from nbdbackupd.repo import layout
 
@@ -221,7 +222,7 @@ def all_of(scratch_dir: Path, runtime_dir: Path) -> list[tuple[Places, BootRecor
 def _read(path: Path) -> BootRecord | None:
     with durable.translate_os_errors("read", path):
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            fd = open_untrusted(path)
         except FileNotFoundError:
             return None
         with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from nbdbackupd import durable
-from nbdbackupd.errors import RepositoryError
+from nbdbackupd.errors import DomainError, IntegrityError, RepositoryError
 from nbdbackupd.model import bootxml
 from nbdbackupd.model.bootxml import MappedDisk
 from nbdbackupd.model.chain import RestorePoint
+from nbdbackupd.model.definition import Adapted, Consent
 from nbdbackupd.ops.defining import adjust, vtpm
 from nbdbackupd.ops.defining.adjust import DefineRequest, State
 from nbdbackupd.ops.defining.define import DomainDefiner
@@ -29,6 +30,8 @@ from nbdbackupd.ops.serving.map import MapRequest
 from nbdbackupd.ops.serving.mapped import ServedDisk
 from nbdbackupd.ops.sets.opened import OpenedSet
 from nbdbackupd.qemu import overlay
+from nbdbackupd.repo import written
+from nbdbackupd.repo.written import Verdict
 from nbdbackupd.virt import transient
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
@@ -48,7 +51,8 @@ class BootRequest:
 
     ``attended``: the boot ends with its process. ``with_us``: libvirt itself ends the domain when
     the connection closes. ``console``: what the guest says on its first serial port is kept.
-    ``started`` is the time now.
+    ``started`` is the time now. ``trusted`` as in ``DefineRequest``; ``state_dirs`` are where this
+    host has noted which manifests it wrote. ``unattended``: a set that was changed is not booted.
     """
 
     source: Path
@@ -68,6 +72,9 @@ class BootRequest:
     attended: bool = True
     with_us: bool = False
     console: bool = True
+    trusted: bool = False
+    state_dirs: tuple[Path, ...] = ()
+    unattended: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,8 +106,11 @@ class Making:
         connection: Connection,
         cancelled: Callable[[], None],
         record: BootRecord,
+        *,
+        consent: Consent,
     ) -> None:
         self.record = record
+        self._consent = consent
         self._request = request
         self._places = places
         self._connection = connection
@@ -109,6 +119,7 @@ class Making:
 
     def run(self, given: OpenedSet, point: RestorePoint, images: tuple[FinalImage, ...]) -> Booted:
         """Make everything, in an order in which each step finds what it needs."""
+        changed = self._judge(given, point)
         served = serve(self.record, self._places, self._connection, self._cancelled)
         disks = self._disks(served, images)
         files = self._files(point)
@@ -141,7 +152,7 @@ class Making:
         self._note(phase=Phase.RUNNING)
         log.info("domain %s runs on point %s of %s", domain.name, point.id, given.path)
         told = (text for each in images for text in each.warnings)
-        warnings = (*given.warnings, *definition.warnings, *told)
+        warnings = (*given.warnings, *changed, *definition.warnings, *told)
         return Booted(
             places=self._places, record=self.record, domain=domain, warnings=warnings,
             seconds=time.monotonic() - self._begun,
@@ -150,6 +161,17 @@ class Making:
     def _note(self, **changes: Any) -> None:
         self.record = replace(self.record, **changes)
         self._places.write(self.record)
+
+    def _judge(self, given: OpenedSet, point: RestorePoint) -> tuple[str, ...]:
+        """Tell of points that this host wrote otherwise. Raises IntegrityError."""
+        changed = written.warnings(self._request.state_dirs, given.known.needed(point))
+        if changed and self._request.unattended and not self._request.trusted:
+            raise IntegrityError(
+                f"{changed[0]}; its guest is not run: see who can write to the set, or give "
+                f"--trust-definition",
+                file=given.path,
+            )
+        return changed
 
     def _disks(
         self, served: tuple[ServedDisk, ...], images: tuple[FinalImage, ...]
@@ -186,8 +208,10 @@ class Making:
             name=self.record.name,
             keep_identity=self._request.keep_identity,
             network=self._request.network,
+            trusted=self._request.trusted,
         )
-        definer = BootDefiner(wanted, secrets.token_bytes, self._connection)
+        definer = BootDefiner(wanted, secrets.token_bytes, self._connection, self._consent)
+        definer.proven = written.verdict(self._request.state_dirs, point) is Verdict.OURS
         definer.prepare(
             Planned(
                 point=point.id,
@@ -217,6 +241,17 @@ class BootDefiner(DomainDefiner):
     """Looks at all that a definition needs, and puts the TPM's state into place; no more."""
 
     state: State
+    proven = False
+    """Whether this host wrote the definition."""
+
+    def judge(self, adapted: Adapted) -> None:
+        """A guest that wants the host's programs is not run, unless it is this host's own."""
+        if adapted.foreign and not self.proven:
+            raise DomainError(
+                f"the definition of the point names what is not its own: "
+                f"{'; '.join(adapted.foreign)}; it is not run: give --trust-definition if you know "
+                f"who wrote the set"
+            )
 
     def look(self, state: State) -> None:
         """Keep what was found out."""

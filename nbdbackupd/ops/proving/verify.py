@@ -6,6 +6,7 @@ What is found is returned, not raised: one damaged file must not hide the next.
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from nbdbackupd.errors import (
     RepositoryError,
     UsageError,
 )
+from nbdbackupd.files import open_regular
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import BackupSet, RestorePoint, StoredFile
 from nbdbackupd.ops.proving.findings import Findings, Problem
@@ -29,7 +31,7 @@ from nbdbackupd.ops.proving.verify_peer import PeerCheck
 from nbdbackupd.ops.proving.verify_request import VerifyReport, VerifyRequest
 from nbdbackupd.ops.reporting import telling
 from nbdbackupd.ops.sets import layers, opened, originals, points
-from nbdbackupd.repo import layout, peer
+from nbdbackupd.repo import layout, peer, written
 from nbdbackupd.repo.repository import refuse_links
 
 __all__ = ["Progress", "VerifyReport", "VerifyRequest", "run"]
@@ -94,7 +96,10 @@ def _verify(
     return VerifyReport(
         points=len(chosen), files=files, checked_bytes=size, problems=problems,
         seconds=time.monotonic() - begun,
-        warnings=() if problems else _useless(request.path, chosen),
+        warnings=(
+            *written.warnings(request.state_dirs, [point for point, _ in chosen]),
+            *(() if problems else _useless(request.path, chosen)),
+        ),
     )  # fmt: skip
 
 
@@ -175,8 +180,7 @@ def _check_strays(
 
 
 def _read_manifest(path: Path) -> bytes:
-    layers.check_is_file(path)
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         return file.read(manifest.MAX_SIZE + 1)
 
 

@@ -1,12 +1,14 @@
 """Proving the files of one disk in one point: index, stream or raw image, checksum file."""
 
 import mmap
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from nbdbackupd.errors import FormatError, IntegrityError
+from nbdbackupd.files import open_sized
 from nbdbackupd.format import stream
 from nbdbackupd.format.index import MAX_BLOCK, Kind
 from nbdbackupd.format.stream import HEADER_LENGTH, META, TERMINATOR, StreamMeta, StreamReader
@@ -205,8 +207,9 @@ class DiskCheck:
         name = layout.checksum(self.disk.file)
         text = str(self.disk.adler32).encode()
         try:
-            layers.check_size(self.directory / name, len(text))
-            if (self.directory / name).read_bytes() != text:
+            with os.fdopen(open_sized(self.directory / name, len(text)), "rb") as file:
+                found = file.read(len(text))
+            if found != text:
                 self._problem("Adler-32 in the checksum file is not the manifest's", name)
         except (FormatError, OSError) as err:
             self._error(err, name)

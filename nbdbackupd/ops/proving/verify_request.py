@@ -9,18 +9,23 @@ from nbdbackupd.ops.proving.findings import Problem
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyRequest:
-    """Which set; ``point`` (an id) restricts to that point and what its disks are made of."""
+    """Which set; ``point`` (an id) restricts to that point and what its disks are made of.
+
+    ``state_dirs`` are where this host has noted which manifests it wrote.
+    """
 
     path: Path
     point: str = ""
     workers: int = 2
+    state_dirs: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyReport:
     """What was looked at, and what is wrong; ``checked_bytes`` of files.
 
-    ``warnings`` tell of a peer's set what nothing vouches for, and what is of no use.
+    ``warnings`` tell of a peer's set what nothing vouches for, of points that this host wrote
+    otherwise, and what is of no use.
     """
 
     points: int

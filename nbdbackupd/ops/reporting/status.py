@@ -1,7 +1,7 @@
 """``status``: the newest point of each domain, and how well the domain is protected."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +15,7 @@ from nbdbackupd.ops.sets.catalog import stored_bytes
 from nbdbackupd.ops.sets.sets import DomainSet, sets_of
 from nbdbackupd.repo import boot_tests, layout
 from nbdbackupd.repo.boot_tests import BootTest
+from nbdbackupd.repo.runs import End
 
 JSON_VERSION: Final = 1
 NAGIOS: Final = {Health.OK: 0, Health.WARNING: 1, Health.CRITICAL: 2, Health.UNKNOWN: 3}
@@ -53,8 +54,27 @@ class Stored:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LiveRun:
+    """A run that lives: its unit, or nothing; since when; and what it does now, in words."""
+
+    unit: str
+    begun: str
+    doing: str
+
+    @property
+    def text(self) -> str:
+        """In one line."""
+        since = datetime.fromisoformat(self.begun).astimezone()
+        return f"{self.doing} ({self.unit or 'by hand'}, since {since:%H:%M})"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DomainStatus:
-    """One domain. ``busy`` names who works on it now; ``next`` is its next run on schedule."""
+    """One domain.
+
+    ``busy`` names who works on it now, ``runs`` are those that live; ``next`` is its next run on
+    schedule, ``is_covered``: it is saved by itself, and ``last_run`` how the newest one ended.
+    """
 
     name: str
     stored: Stored
@@ -63,6 +83,8 @@ class DomainStatus:
     limits: Limits
     next: datetime | None = None
     busy: str = ""
+    last_run: End | None = None
+    runs: tuple[LiveRun, ...] = ()
 
     def describe(self, now: datetime) -> dict[str, Any]:
         """As a JSON object."""
@@ -82,6 +104,8 @@ class DomainStatus:
             "boot_test": self.stored.test.to_json() if self.stored.test is not None else None,
             "next_run": _time(self.next),
             "busy": self.busy,
+            "last_run": self.last_run.to_json() if self.last_run is not None else None,
+            "runs": [asdict(each) for each in self.runs],
         }
 
 
@@ -175,10 +199,10 @@ def busy(runtime_dir: Path, uuid: str) -> str:
 def status_of(
     name: str, found: Stored, facts: Facts, limits: Limits, now: datetime, **more: Any
 ) -> DomainStatus:
-    """Judge a domain; ``more`` are ``next`` and ``busy``."""
+    """Judge a domain; ``more`` are ``next``, ``busy``, ``last_run`` and ``runs``."""
     return DomainStatus(
         name=name, stored=found, verdict=judge(facts, limits, now),
-        is_covered=facts.is_covered, limits=limits, **more,
+        is_covered=facts.is_covered and not facts.unscheduled, limits=limits, **more,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from nbdbackupd import events
 from nbdbackupd.errors import BusyError, GaveWayError
@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from nbdbackupd.ops.proving.verify_request import VerifyReport
     from nbdbackupd.ops.restoring.restore_request import RestoreReport
     from nbdbackupd.ops.saving.backup_request import BackupReport
-
-
-_TOLD: Final = "told_as_event"
-"""An attribute of exceptions."""
 
 
 class Ending:
@@ -41,8 +37,8 @@ class Ending:
         try:
             yield
         except BaseException as err:
-            if _TOLD not in vars(err):
-                vars(err)[_TOLD] = True
+            if not events.is_told(err):
+                events.mark_told(err)
                 reason = " ".join(str(err).split()) or type(err).__name__
                 event = self._event_of(err)
                 emit(self._log, event, reason=reason, duration_usec=usec(self.seconds))

@@ -86,13 +86,13 @@ def copy(each: FileCopy, check: Callable[[], None], **where: object) -> None:
 
     Raises IntegrityError, OSError.
     """
-    reading = files.open_regular(each.source, **where)
+    reading = files.open_sized(each.source, each.stored.size, **where)
     try:
         durable.make_directory(each.incomplete.parent)
         each.incomplete.unlink(missing_ok=True)
         writing = durable.create_exclusive(each.incomplete)
         try:
-            size, found = _pour(reading, writing, check)
+            size, found = _pour(reading, writing, each.stored.size, check)
             durable.fsync_file(writing)
         finally:
             os.close(writing)
@@ -105,9 +105,10 @@ def copy(each: FileCopy, check: Callable[[], None], **where: object) -> None:
         )
 
 
-def _pour(reading: int, writing: int, check: Callable[[], None]) -> tuple[int, str]:
+def _pour(reading: int, writing: int, most: int, check: Callable[[], None]) -> tuple[int, str]:
     size, total = 0, hashlib.sha256()
-    while part := os.read(reading, CHUNK):
+    # one that grows meanwhile is seen by a byte too many
+    while part := os.read(reading, min(CHUNK, most + 1 - size)):
         check()
         durable.write_all(writing, part)
         total.update(part)

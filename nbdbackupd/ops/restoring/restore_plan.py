@@ -24,6 +24,7 @@ from nbdbackupd.ops.sets import opened, points, sequence
 from nbdbackupd.ops.sets.layers import Layer
 from nbdbackupd.ops.sets.opened import OpenedSet
 from nbdbackupd.qemu.image import CreateOptions
+from nbdbackupd.repo import written
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +149,7 @@ def of_set(
         live=restore_files.live_xml(source.path, point),
         warnings=(
             *source.warnings,
+            *written.warnings(request.state_dirs, source.known.needed(point)),
             *(placement.warnings if placement is not None else ()),
             *(text for each in made.values() for text in each.warnings),
             *(text for job in jobs for text in _sizes(job)),

@@ -46,7 +46,8 @@ class RestoreRequest:
     other than plain, which else begins with the full.
 
     ``jobs`` disks are written at a time, each by ``workers`` threads of 6 MiB; ``bandwidth`` is
-    the most bytes per second that all write together, 0 for no limit.
+    the most bytes per second that all write together, 0 for no limit. ``state_dirs`` are where
+    this host has noted which manifests it wrote.
     """
 
     output: Path | None = None
@@ -65,6 +66,7 @@ class RestoreRequest:
     workers: int = 2
     jobs: int = 1
     bandwidth: int = 0
+    state_dirs: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,13 +21,14 @@ from nbdbackupd.ops.chains import foreign, leftovers, reconciling
 from nbdbackupd.ops.chains.checkpoints import OWNER as CHECKPOINTS
 from nbdbackupd.ops.chains.others import OtherChain, other_chains
 from nbdbackupd.ops.domain import domains
-from nbdbackupd.ops.domain.images import images_of, note_saved
+from nbdbackupd.ops.domain.images import images_of, note_saved, prove_start
 from nbdbackupd.ops.domain.survey import Looked, Survey, Wish, look, survey_domain
 from nbdbackupd.ops.reporting import telling
 from nbdbackupd.ops.saving import recording
 from nbdbackupd.ops.saving.backup_job import Job
 from nbdbackupd.ops.saving.backup_request import BackupReport, BackupRequest
 from nbdbackupd.ops.saving.sources import changed_bytes
+from nbdbackupd.repo import written
 from nbdbackupd.repo.repository import Repository
 from nbdbackupd.repo.state import Record, State
 from nbdbackupd.source.lease import Lease
@@ -98,13 +99,15 @@ def run(
 
 
 def _find(request: BackupRequest, connection: Connection) -> Domain:
-    """The domain, unless a migration is under way: it has no backup, and must not be ended."""
+    """The domain, unless a migration is under way, or it is to be started and may run elsewhere."""
     domain = domains.find(connection, request.domain, request.runtime_dir)
     if jobs.is_migrating(domain):
         raise BusyError(
             f"domain {domain.name} is being migrated: try again when that has ended",
             domain=domain.name,
         )
+    if request.start_paused and not domain.is_active():
+        prove_start(domain, request.sharing)
     return domain
 
 
@@ -161,7 +164,7 @@ def _run_locked(run: _Run) -> BackupReport:
     beside = _others(run, looked, records, known, dead)
     small = _below_threshold(run, survey, parent)
     if small:
-        return BackupReport(point=None, skipped=small)
+        return BackupReport(point=None, skipped=small, is_current=True)
     point, seconds = recording.record(
         Job(
             request=request, domain=domain, repository=repository, survey=survey, level=level,
@@ -172,6 +175,8 @@ def _run_locked(run: _Run) -> BackupReport:
     )  # fmt: skip
     if run.lease is not None:
         note_saved(domain, request.sharing, point.id)
+    if state is not None:
+        written.note(state.directory, point)
     reconciling.advance(domain, repository, point, parent, looked, state=state, erase=erase)
     encrypted = [each.target for each in point.disks if each.target in looked.encrypted]
     notes = [ENCRYPTED.format(disk=target) for target in encrypted]

@@ -60,6 +60,7 @@ class BackupReport:
     """The published point, or why none was made (``skipped``); seconds in all and by disk.
 
     ``notes`` are what its user should know though nothing went wrong.
+    ``is_current``: none was made because the newest one holds what there is to hold.
     """
 
     point: RestorePoint | None
@@ -67,6 +68,7 @@ class BackupReport:
     seconds: float = 0.0
     disk_seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    is_current: bool = False
 
     @property
     def warnings(self) -> tuple[str, ...]:

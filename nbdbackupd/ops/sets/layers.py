@@ -15,11 +15,11 @@ from types import TracebackType
 from typing import Final, Self
 
 from nbdbackupd.errors import IntegrityError
-from nbdbackupd.files import File, open_regular
+from nbdbackupd.files import File, open_regular, open_sized
 from nbdbackupd.format import adler, blocks, stream
 from nbdbackupd.format.index import MAX_BLOCK, NO_DIGEST, Index, Kind, Record
 from nbdbackupd.format.stream import StreamMeta, StreamReader, Window
-from nbdbackupd.model.chain import DiskPoint, Layout, RestorePoint
+from nbdbackupd.model.chain import DiskPoint, Layout, RestorePoint, StoredFile
 from nbdbackupd.ops.sets import frames
 from nbdbackupd.ops.sets.frames import FrameCache, max_stored
 
@@ -243,15 +243,23 @@ def check_size(path: Path, size: int, **where: object) -> None:
 
     Raises IntegrityError.
     """
-    fd = open_regular(path, **where)
-    try:
-        found = os.fstat(fd).st_size
-    finally:
-        os.close(fd)
-    if found != size:
+    os.close(open_sized(path, size, **where))
+
+
+def read_file(path: Path, stored: StoredFile, most: int, **where: object) -> bytes:
+    """A small file of a set as its manifest tells it: of its size, at most ``most``, its SHA-256.
+
+    The files of a peer's set have no digest. Raises IntegrityError.
+    """
+    if stored.size > most:
         raise IntegrityError(
-            "file of the set has the wrong size", file=path, expected=size, found=found, **where
+            f"file is larger than {most} bytes", file=path, size=stored.size, **where
         )
+    with os.fdopen(open_sized(path, stored.size, **where), "rb") as file:
+        data = file.read(stored.size + 1)
+    if len(data) != stored.size or stored.sha256 not in ("", hashlib.sha256(data).hexdigest()):
+        raise IntegrityError("file is damaged: its SHA-256 does not match", file=path, **where)
+    return data
 
 
 def sha256_file(path: Path, check: Callable[[], None], **where: object) -> str:
