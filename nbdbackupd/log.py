@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, TextIO
 
-from nbdbackupd import durable
+from nbdbackupd import durable, plain
 
 ROOT: Final = "nbdbackupd"
 
@@ -129,8 +129,13 @@ def _priority(record: logging.LogRecord) -> int:
 
 
 class _Formatter(logging.Formatter):
+    """A message is a line, whatever names are in it; only a traceback has more."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's
+        return plain.line(super().formatMessage(record))
+
     def format(self, record: logging.LogRecord) -> str:
-        return _redacted(super().format(record))
+        return _redacted(plain.lines(super().format(record)))
 
 
 class _PriorityFormatter(_Formatter):

@@ -22,6 +22,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, Final
 
+from nbdbackupd import plain
 from nbdbackupd.errors import ProcessError
 
 log = logging.getLogger(__name__)
@@ -90,8 +91,7 @@ class _Tail:
 
     def last_line(self) -> str:
         lines = self.text().split("\n")
-        printable = ("".join(c if c.isprintable() else " " for c in line).strip() for line in lines)
-        words = next((line for line in reversed(list(printable)) if line), "")
+        words = next((plain.line(each) for each in map(str.strip, reversed(lines)) if each), "")
         return words if len(words) <= MAX_WORDS else f"{words[:MAX_WORDS]}…"
 
 

@@ -4,6 +4,7 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 
+from nbdbackupd import plain
 from nbdbackupd.errors import UsageError
 
 POLL_SECONDS = 0.2
@@ -20,7 +21,7 @@ def ask(what: str, lines: Sequence[str], refused: str, cancelled: Callable[[], N
 
     ``cancelled`` is polled and raises to end the run.
     """
-    told = "".join(f"  {each}\n" for each in lines)
+    told = "".join(f"  {plain.line(each)}\n" for each in lines)
     sys.stderr.write(f"{what}:\n{told}Type '{YES}' to go on: ")
     sys.stderr.flush()
     # a signal is only noted, so a plain read would wait on

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbdbackupd import plain
 from nbdbackupd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -86,12 +87,15 @@ class Context:
             style = progress.choose_style(self.progress_style, sys.stderr)
             yield stack.enter_context(progress.Progress(sys.stderr, style))
 
-    def show(self, document: Mapping[str, Any], text: str) -> None:
-        """Print a report: JSON if that was asked for, else text."""
+    def show(self, document: Mapping[str, Any], text: str, *, painted: bool = False) -> None:
+        """Print a report: JSON if that was asked for, else text.
+
+        ``painted``: it has colours, and its parts are fit for a terminal already.
+        """
         if self.json:
             print(json.dumps(document, indent=2))
         elif text:
-            print(text)
+            print(text if painted else plain.lines(text))
 
     def _password(self) -> str:
         if self.password_file is None:

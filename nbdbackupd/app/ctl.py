@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from nbdbackupd import events, files, log
+from nbdbackupd import events, files, log, plain
 from nbdbackupd.app import parser, streams
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
@@ -54,7 +54,7 @@ def _run(args: Arguments, context: Context) -> int:
     except OSError as err:
         return _report(context, err, 50)
     except Exception as err:  # noqa: BLE001 - the one place where bugs end
-        traceback.print_exc()
+        print(plain.lines(traceback.format_exc()), end="", file=sys.stderr)
         return _report(context, err, 1)
     # a monitoring plugin's statuses mean something else
     if log.warned() and not getattr(args, "nagios", False):

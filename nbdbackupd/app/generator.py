@@ -21,6 +21,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from nbdbackupd import plain
 from nbdbackupd.model import unitname
 
 if TYPE_CHECKING:
@@ -255,4 +256,4 @@ def _teller(environ: Mapping[str, str]) -> Tell:
 
 
 def _one_line(text: str) -> str:
-    return "".join(char if char.isprintable() else "?" for char in text)[:900]
+    return plain.line(text)[:900]

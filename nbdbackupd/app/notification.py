@@ -10,7 +10,7 @@ from email.utils import format_datetime, make_msgid
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd import proc
+from nbdbackupd import plain, proc
 from nbdbackupd.errors import ConfigError, ProcessError
 
 TEMPLATE: Final = "notify.txt.j2"
@@ -219,5 +219,5 @@ def _fill(source: str, notice: Notice) -> Text:
     subject, _, body = text.lstrip("\n").partition("\n")
     if not subject.strip():
         raise ValueError("its first line, which is the subject, is empty")
-    shown = "".join(char if char.isprintable() else " " for char in subject).strip()
-    return Text(subject=shown[:200], body=body.strip("\n").encode(errors="replace").decode() + "\n")
+    shown = plain.line(" ".join(subject.split()))
+    return Text(subject=shown[:200], body=plain.lines(body.strip("\n")) + "\n")

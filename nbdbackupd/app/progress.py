@@ -4,6 +4,7 @@ import threading
 import time
 from typing import Self, TextIO
 
+from nbdbackupd import plain
 from nbdbackupd.app.sizes import human_size, human_time
 
 EVERY_SECONDS = 0.2
@@ -65,7 +66,7 @@ class Progress:
 
     def _text(self, position: int, size: int, data: int, seconds: float) -> str:
         share = position / size if size else 1.0
-        parts = [f"{self._disk}", f"{share:4.0%}", human_size(data)]
+        parts = [plain.line(self._disk), f"{share:4.0%}", human_size(data)]
         if seconds > 0:
             parts.append(f"{human_size(int(data / seconds))}/s")
         if 0 < share < 1 and seconds > 1:

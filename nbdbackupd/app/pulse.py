@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from nbdbackupd import plain
+
 EVERY_SECONDS: Final = 1.0
 FINISHING_SECONDS: Final = 1800.0
 """So long a disk that was copied may take to reach the target: fsync shows no progress."""
@@ -44,7 +46,7 @@ class Pulse:
         """Tell in one line what is being done; no disk is copied any more."""
         with self._lock:
             self._is_copying = False
-        self._tell(text := " ".join(text.split()))
+        self._tell(text := plain.line(" ".join(text.split())))
         self._send(f"STATUS={text}")
 
     def alive(self) -> None:
@@ -61,7 +63,7 @@ class Pulse:
             changed, self._is_copying = is_copying != self._is_copying, is_copying
             if not changed and not self._is_due():
                 return
-        text = f"{disk}: {position * 100 // size if size else 100} %"
+        text = f"{plain.line(disk)}: {position * 100 // size if size else 100} %"
         self._tell(text)
         lines = [f"STATUS={text}", "WATCHDOG=1"]
         if changed and self._watchdog:

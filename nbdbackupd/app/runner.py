@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from nbdbackupd import events
+from nbdbackupd import events, plain
 from nbdbackupd import log as runlog
 from nbdbackupd.app import configured, inhibit, kept_notification, making
 from nbdbackupd.app import context as app_context
@@ -348,7 +348,7 @@ class _Run:
             why_not = self.why_not() if self.wish.shutdown else ""
             if why_not:
                 return self.report("skipped", why_not)
-            with inhibit.shutdown_delayed(f"backup of {_printable(self.domain.name)}"):
+            with inhibit.shutdown_delayed(f"backup of {plain.line(self.domain.name)}"):
                 return self.with_programs()
 
     def with_programs(self) -> RunReport:
@@ -490,10 +490,6 @@ def _about(report: RunReport) -> dict[str, str]:
         "NBDBACKUP_LEVEL": report.level,
         "NBDBACKUP_POINT": point.id if point is not None else "",
     }
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def _one_line(err: BaseException) -> str:

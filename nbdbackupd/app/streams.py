@@ -40,11 +40,12 @@ def complain(text: str, *, is_told: bool = False, priority: int = 3) -> None:
     Where that is the journal the line has ``priority``, and what ``is_told`` already, as an event,
     is not said again.
     """
-    from nbdbackupd import log
+    from nbdbackupd import log, plain
 
     is_journal = log.is_journal(sys.stderr, os.environ.get("JOURNAL_STREAM", ""))
     if not (is_journal and is_told):
-        print(f"{f'<{priority}>' if is_journal else ''}nbdbackupctl: {text}", file=sys.stderr)
+        mark = f"<{priority}>" if is_journal else ""
+        print(f"{mark}nbdbackupctl: {plain.line(text)}", file=sys.stderr)
 
 
 def let_go() -> None:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd import documents, proc
+from nbdbackupd import documents, plain, proc
 from nbdbackupd.errors import ProcessError
 
 BOOTED: Final = Path("/run/systemd/system")
@@ -165,5 +165,5 @@ def _from_unix(text: str) -> datetime | None:
 
 
 def _clean(line: str) -> str:
-    plain = "".join(char if char.isprintable() or char == "\t" else "?" for char in line)
-    return plain if len(plain) <= MAX_LINE else f"{plain[:MAX_LINE]}…"
+    clean = plain.line(line.expandtabs())
+    return clean if len(clean) <= MAX_LINE else f"{clean[:MAX_LINE]}…"

@@ -4,13 +4,15 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Final, TextIO
 
+from nbdbackupd import plain
+
 GAP: Final = "  "
 COLOURS: Final = {"ok": "32", "warning": "33", "critical": "31", "unknown": "35", "failed": "31"}
 
 
 def render(rows: Sequence[Sequence[str]], *, coloured: bool = False) -> list[str]:
     """Lines with aligned columns; ``coloured``: words of the last column that have a colour."""
-    clean = [[printable(cell) for cell in row] for row in rows]
+    clean = [[plain.line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*clean, strict=True)]
     lines = []
     for row in clean:
@@ -32,8 +34,3 @@ def wants_colour(stream: TextIO, environ: Mapping[str, str]) -> bool:
     except (OSError, ValueError):
         return False
     return terminal and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
-
-
-def printable(text: str) -> str:
-    """A text that can't move the cursor, nor break its line."""
-    return "".join(char if char.isprintable() else "?" for char in text)

@@ -18,7 +18,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
-from nbdbackupd import documents
+from nbdbackupd import documents, plain
 from nbdbackupd.errors import FormatError, IntegrityError, UnsupportedVersionError
 from nbdbackupd.model.chain import (
     Consistency,
@@ -182,16 +182,23 @@ class _Node:
         if _UNSOUND.search(value):
             raise self.wrong(key, "holds characters that stand for nothing")
 
+    def word(self, key: str, *, empty: bool = True) -> str:
+        """Text without control characters: it goes to terminals, and into names."""
+        value = self.text(key, empty=empty)
+        if plain.CONTROL.search(value):
+            raise self.wrong(key, f"{_short(value)} holds control characters")
+        return value
+
     def name(self, key: str, *, empty: bool = False) -> str:
         """Text that may become one component of a file name."""
-        value = self.text(key, empty=empty)
+        value = self.word(key, empty=empty)
         if "/" in value or value in (".", ".."):
             raise self.wrong(key, f"{_short(value)} is no name")
         return value
 
     def file(self, key: str) -> str:
         """A file of the set: one component, not hidden, or such a one in ``checkpoints/``."""
-        value = self.text(key, empty=False)
+        value = self.word(key, empty=False)
         base = value.removeprefix(CHECKPOINTS)
         size = len(base.encode(errors="surrogateescape"))
         if not base or "/" in base or base.startswith(".") or size > MAX_NAME:
@@ -305,7 +312,7 @@ def _parse_disk(node: _Node) -> DiskPoint:
         target=node.name("target"),
         mode=node.choice("mode", DiskMode),
         size=node.number("size"),
-        format=node.text("format"),
+        format=node.word("format"),
         source=node.text("source"),
         file=node.file("file"),
         file_size=node.number("file_size"),
@@ -329,7 +336,7 @@ def _parse_disk(node: _Node) -> DiskPoint:
 def _parse_layer(node: _Node) -> ImageLayer:
     layer = ImageLayer(
         path=node.text("path"),
-        format=node.text("format"),
+        format=node.word("format"),
         device=node.number("device", maximum=(1 << 64) - 1),
         inode=node.number("inode", maximum=(1 << 64) - 1),
     )
@@ -338,7 +345,7 @@ def _parse_layer(node: _Node) -> ImageLayer:
 
 
 def _parse_skipped(node: _Node) -> SkippedDisk:
-    skipped = SkippedDisk(target=node.text("target", empty=False), reason=node.text("reason"))
+    skipped = SkippedDisk(target=node.word("target", empty=False), reason=node.text("reason"))
     node.done()
     return skipped
 
@@ -346,11 +353,11 @@ def _parse_skipped(node: _Node) -> SkippedDisk:
 def _parse_file(node: _Node) -> StoredFile:
     stored = StoredFile(
         name=node.file("name"),
-        role=node.text("role", empty=False),
+        role=node.word("role", empty=False),
         size=node.number("size"),
         sha256=node.digest("sha256"),
         origin=node.text("origin"),
-        disk=node.text("disk"),
+        disk=node.word("disk"),
     )
     node.done()
     return stored

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeVar
 
-from nbdbackupd import documents
+from nbdbackupd import documents, plain
 from nbdbackupd.errors import FormatError, IntegrityError, UnsupportedVersionError
 from nbdbackupd.files import File, open_untrusted
 from nbdbackupd.format.sizes import Size, Sizes
@@ -159,6 +159,9 @@ def parse_meta(payload: bytes) -> StreamMeta:
     )
     if not 0 <= known.virtual_size <= MAX_NUMBER or not 0 <= known.data_size <= MAX_NUMBER:
         raise FormatError("meta frame: a size is out of range")
+    words = (known.disk_name, known.disk_format, known.checkpoint, known.parent_checkpoint)
+    if any(map(plain.CONTROL.search, words)):
+        raise FormatError("meta frame: a name holds control characters")
     if not 0 <= known.compressed <= MAX_LEVEL:
         raise FormatError("meta frame: 'compressed' is out of range")
     return known

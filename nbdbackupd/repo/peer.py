@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd import documents, durable
+from nbdbackupd import documents, durable, plain
 from nbdbackupd.errors import CheckpointError, DomainError, FormatError, IntegrityError
 from nbdbackupd.format import stream
 from nbdbackupd.format.stream import StreamMeta
@@ -192,9 +192,13 @@ def parse_config(data: bytes) -> Domain:
     Raises FormatError.
     """
     try:
-        return parse_domain(data.decode())
+        found = parse_domain(data.decode())
     except (DomainError, ValueError) as err:
         raise FormatError(f"not a domain XML: {err}") from err
+    disks = (text for disk in found.disks for text in (disk.target, disk.format))
+    if any(map(plain.CONTROL.search, (found.name, found.uuid, *disks))):
+        raise FormatError("domain XML: a name holds control characters")
+    return found
 
 
 def _parse_name(name: str) -> tuple[str, Level, str] | None:

@@ -11,11 +11,12 @@ import struct
 import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from nbdbackupd.model.chain import DiskMode, Level
+from nbdbackupd.model.chain import DiskMode, Level, SkippedDisk
 from nbdbackupd.repo import layout
 from tests.lib import sets
 from tests.lib.ctl import ROOT, Ctl
@@ -278,3 +279,36 @@ def test_archives(victim: Victim, kind: str) -> None:
         victim.run(verb, *words, codes=ENDS | {0})
     for each in victim.out.rglob("*") if victim.out.exists() else ():
         assert not each.is_symlink()
+
+
+EVIL = "a\x1b[2J\nnbdbackupctl: all is well\r\u202ec\u200b\u2028"
+
+
+def test_texts_that_are_no_names(victim: Victim) -> None:
+    """S-5: free texts of a manifest, names of files and of its directory, an XML's."""
+    builder = make_set(victim.path)
+    for number, point in enumerate(builder.points):
+        disks = tuple(
+            replace(disk, source=f"/images/{EVIL}", reason=EVIL, serial=EVIL)
+            for disk in point.disks
+        )
+        builder.points[number] = replace(
+            point, disks=disks, warnings=(EVIL,), program=EVIL,
+            skipped=(SkippedDisk(target="vdz", reason=EVIL),),
+            files=tuple(replace(each, origin=f"/n/{EVIL}") for each in point.files),
+        )  # fmt: skip
+    builder.rewrite()
+    for verb, *words in (
+        ("list", victim.path), ("show", victim.path), ("verify", victim.path),
+        ("restore", victim.path, "-o", victim.out),
+        ("map", victim.path, "--detach"), ("map", "--list"), ("unmap", "--all"),
+    ):  # fmt: skip
+        victim.run(verb, *words, codes={0, 3})
+    for path in victim.out.rglob("*"):
+        assert path.name.isprintable()
+    data = victim.path / builder.points[0].disks[0].file
+    data.write_bytes(data.read_bytes()[:-100])
+    victim.run("verify", victim.path, codes={40})
+    (victim.path / f"{EVIL}.full.data").write_bytes(b"stray")
+    victim.run("verify", victim.path, codes={40})
+    victim.run("verify", victim.path / EVIL, codes={50})

@@ -134,7 +134,7 @@ def test_what_cant_be_sent_is_a_line_on_the_stream() -> None:
         logger.warning("again")
         # a stream socket, and all has been written: one receive gets it
         got = there.recv(1000).decode()
-    assert got == "<4>one\n<4>two\n<3>scratch space is filling up, the job is ended: full\n"
+    assert got == "<4>one\\ntwo\n<3>scratch space is filling up, the job is ended: full\n"
     assert [each["MESSAGE"] for each in fake.records] == ["again"]
 
 

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from nbdbackupd import plain
 from nbdbackupd.errors import FormatError
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import Layout, Level, StoredFile
@@ -135,6 +136,6 @@ def test_path_in_tree() -> None:
 def test_manifest_accepts_what_layout_makes() -> None:
     for text in HOSTILE:
         name = layout.stream(text, Level.FULL)
-        target = text.replace("/", "").replace("\0", "").replace("..", "dots")
+        target = plain.CONTROL.sub("", text.replace("/", "").replace("..", "dots"))
         disk = points.disk_point(target if target != "." else "dot", name, b"", b"")
         assert manifest.parse(manifest.pack(points.full_point(disks=(disk,)))).disks == (disk,)

@@ -89,7 +89,7 @@ def test_text_is_harmless_to_a_terminal() -> None:
     )  # fmt: skip
     local = entry.time.astimezone()
     head = f"{local:%Y-%m-%d %H:%M:%S %Z}"
-    assert verb.render(entry) == f"{head}  warning   v?m  one ?[2J\n    two"
+    assert verb.render(entry) == f"{head}  warning   v\\x07m  one \\x1b[2J\n    two"
 
 
 # -- journalctl stood for by a program that does what is to be provoked

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nbdbackupd import plain
 from nbdbackupd.errors import FormatError, IntegrityError, UnsupportedVersionError
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import (
@@ -26,9 +27,8 @@ from tests.lib import points
 
 texts = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=20)
 paths = texts.map(lambda text: f"/ä\udcff{text}")
-names = st.text(st.characters(exclude_characters="/\0", codec="utf-8"), max_size=20).map(
-    lambda text: f"n{text}"
-)
+words = texts.map(lambda text: plain.CONTROL.sub("", text))
+names = words.map(lambda text: f"n{text.replace('/', '')}")
 numbers = st.integers(0, (1 << 63) - 1)
 digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
 
@@ -41,7 +41,7 @@ def stored_files(number: int) -> st.SearchStrategy[StoredFile]:
         size=numbers,
         sha256=digests,
         origin=paths,
-        disk=texts,
+        disk=words,
     )
 
 
@@ -51,7 +51,7 @@ def disk_points(number: int) -> st.SearchStrategy[DiskPoint]:
         target=names.map(lambda name: f"{number}{name}"),
         mode=st.sampled_from(DiskMode),
         size=st.just(1 << 62),
-        format=texts,
+        format=words,
         source=paths,
         file=names.map(lambda name: f"{number}f{name}"),
         file_size=numbers,
@@ -63,7 +63,7 @@ def disk_points(number: int) -> st.SearchStrategy[DiskPoint]:
         layout=st.sampled_from(Layout),
         reason=texts,
         serial=texts,
-        layers=st.lists(st.builds(ImageLayer, paths, texts, numbers, numbers)).map(tuple),
+        layers=st.lists(st.builds(ImageLayer, paths, words, numbers, numbers)).map(tuple),
         bitmap=texts,
     )
 

@@ -139,7 +139,7 @@ def test_a_failure_is_told_by_both_ways(host: Host) -> None:
     assert message["To"] == "root, ü@example.org"
     body = message.get_content()
     assert "exit status 20 (the domain or libvirt)" in body
-    assert "  backup of vm1 started\n  can't reach libvirt?[31m: ü ********\n" in body
+    assert "  backup of vm1 started\n  can't reach libvirt\\x1b[31m: ü ********\n" in body
     assert "s3cret" not in mail["text"]
     pager = host.told(host.pager)
     assert pager["argv"] == ["-x", "a b"]

@@ -74,7 +74,7 @@ def test_output_and_input(monkeypatch: pytest.MonkeyPatch) -> None:
         (["sh", "-c", "kill -SEGV $$"], "killed by SIGSEGV$"),
         (["no-such-program"], "no-such-program was not found: is it installed"),
         (["/"], "program .* was not found"),
-        (["sh", "-c", "printf 'a\\033[31mb' >&2; exit 1"], r"status 1: a \[31mb$"),
+        (["sh", "-c", "printf 'a\\033[31mb' >&2; exit 1"], r"status 1: a\\x1b\[31mb$"),
         (["sh", "-c", "yes error >&2 | head -c 9000000; exit 1"], "did not end|error"),
     ],
 )

@@ -1,12 +1,11 @@
 """``nbdbackupctl list`` and ``nbdbackupctl show``."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbdbackupd.app import named
+from nbdbackupd.app import named, streams
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 
@@ -47,7 +46,7 @@ def run_list(args: Arguments, context: Context) -> int:
     context.show(document, "\n\n".join(map(catalog.render_list, reports)))
     problems = [problem for report in reports for problem in report.problems]
     for problem in problems:
-        print(f"nbdbackupctl: {problem}", file=sys.stderr)
+        streams.complain(problem)
     return DAMAGED if problems else 0
 
 

@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
+from nbdbackupd import plain
 from nbdbackupd.app import configured
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, directory, size
 from nbdbackupd.app.context import Context
@@ -73,7 +74,8 @@ def run(args: Arguments, context: Context) -> int:
     )
     with context.connection() as connection:
         report = check.run(request, connection)
-    context.show(report.to_json(), render(report, colour=wants_colour(sys.stdout, os.environ)))
+    coloured = wants_colour(sys.stdout, os.environ)
+    context.show(report.to_json(), render(report, colour=coloured), painted=True)
     return EXIT[report.severity.value]
 
 
@@ -113,7 +115,7 @@ def _summary(report: "CheckReport", *, colour: bool) -> str:
 
 def _fold(text: str) -> list[str]:
     """Lines of a width that can be read; paths stay whole, to be copied."""
-    clean = "".join(char if char.isprintable() else "?" for char in text)
+    clean = plain.line(text)
     width = WIDTH - len(GAP)
     return textwrap.wrap(clean, width, break_long_words=False, break_on_hyphens=False) or [""]
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbdbackupd import plain
 from nbdbackupd.app import configured
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
@@ -73,9 +74,9 @@ def _check(configuration: "Configuration", context: Context) -> int:
         "warnings": [str(each) for each in remarks],
     }
     for problem in problems:
-        print(problem, file=sys.stderr)
+        print(plain.line(str(problem)), file=sys.stderr)
     for remark in remarks:
-        print(f"warning: {remark}", file=sys.stderr)
+        print(f"warning: {plain.line(str(remark))}", file=sys.stderr)
     number = len(configuration.files)
     text = f"sound: {number} file{'s' * (number != 1)}" if number else "sound: no files, defaults"
     context.show(document, "" if problems else text)

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from nbdbackupd.app import named, signals, tables, tree_options
+from nbdbackupd.app import named, signals, streams, tables, tree_options
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size
@@ -64,7 +64,7 @@ def run(args: Arguments, context: Context) -> int:
     if args.action != "tar" or args.file:
         context.show(report.to_json(), _render(report))
     for line in report.problems.failed:
-        print(f"nbdbackupctl: can't read {tables.printable(line)}", file=sys.stderr)
+        streams.complain(f"can't read {line}")
     if damaged:
         return FormatError.exit_code
     if not report.is_complete:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from nbdbackupd import plain
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments, directory
@@ -61,5 +62,8 @@ def run(args: Arguments, context: Context) -> int:
         report = import_set.run(request, progress=show, cancelled=cancel.check)
     count = f"{len(report.points)} restore point{'s' * (len(report.points) != 1)}"
     text = f"imported {count}: {report.path}" if report.done else f"{report.path}: imported already"
-    context.show(report.to_json(), "\n".join([text, *(f"  ! {each}" for each in report.warnings)]))
+    context.show(
+        report.to_json(),
+        "\n".join([text, *(f"  ! {plain.line(each)}" for each in report.warnings)]),
+    )
     return WARNED if report.warnings else 0

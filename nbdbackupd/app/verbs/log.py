@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
+from nbdbackupd import plain
 from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments, directory
 from nbdbackupd.app.context import Context
@@ -71,7 +72,7 @@ def run(args: Arguments, context: Context) -> int:
             if args.follow:
                 for entry in entries:
                     shown = json.dumps(entry.describe()) if context.json else render(entry)
-                    print(shown, flush=True)
+                    print(plain.lines(shown), flush=True)
                 return 0
             found = list(entries)
         except Interrupted:
@@ -107,12 +108,7 @@ def _moment(text: str) -> datetime | None:
 def render(entry: "Entry") -> str:
     """One record for people; further lines of its text are indented."""
     priority = PRIORITIES[entry.priority] if 0 <= entry.priority < len(PRIORITIES) else "info"
-    domain = _printable(entry.fields.get("domain", ""))
+    domain = plain.line(entry.fields.get("domain", ""))
     head = f"{local_time(entry.time)}  {priority:<8}  {domain + '  ' if domain else ''}"
     first, *more = entry.message.split("\n")
-    return "\n".join([head + _printable(first), *(f"    {_printable(each)}" for each in more)])
-
-
-def _printable(text: str) -> str:
-    """What a guest's or a file's name may hold must not command the terminal."""
-    return "".join(char if char.isprintable() else "?" for char in text)
+    return "\n".join([head + plain.line(first), *(f"    {plain.line(each)}" for each in more)])

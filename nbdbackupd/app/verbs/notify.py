@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from nbdbackupd import events
+from nbdbackupd import events, plain
 from nbdbackupd.app import configured
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app.arguments import Arguments
@@ -125,16 +125,16 @@ def _notice(unit: str, configuration: "Configuration") -> "Notice":
     return Notice(
         event=event,
         unit=unit,
-        domain=_printable(domain),
+        domain=plain.line(domain),
         host=platform.node() or "this host",
-        what=f"{kind} {_printable(domain)}" if kind else f"unit {unit}",
+        what=f"{kind} {plain.line(domain)}" if kind else f"unit {unit}",
         result=shown,
         meaning=meaning,
         started=_time(service.started if service else None),
         ended=_time(service.ended if service else None),
         lines=lines,
         remark="\n".join(remarks),
-        reason=_printable(end.reason) if end is not None else "",
+        reason=plain.line(end.reason) if end is not None else "",
     )
 
 
@@ -234,7 +234,3 @@ def _deliver(text: "Text", notice: "Notice", wishes: "Wishes") -> list[str]:
 def _time(moment: datetime | None) -> str:
     """In the host's own time, with its zone."""
     return local_time(moment) if moment is not None else ""
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else "?" for char in text)

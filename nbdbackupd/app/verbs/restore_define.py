@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from nbdbackupd import plain
 from nbdbackupd.app import asking
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
@@ -118,4 +119,4 @@ def render(definition: "Definition") -> list[str]:
         state = "is not defined, its XML is written"
     lines = [f"domain {definition.name} {state} (UUID {definition.uuid})"]
     lines.append(f"  config {definition.config}")
-    return lines + [f"  {change}" for change in definition.changes]
+    return lines + [f"  {plain.line(change)}" for change in definition.changes]

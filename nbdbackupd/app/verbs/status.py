@@ -5,6 +5,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from nbdbackupd import plain
 from nbdbackupd.app.arguments import Arguments, duration
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError, NbdbackupError, UsageError
@@ -61,7 +62,7 @@ def run(args: Arguments, context: Context) -> int:
             _write_metrics(report, args, context)
     except NbdbackupError as err:
         message = " ".join(str(err).split()).replace("|", "?")
-        print(f"NBDBACKUP UNKNOWN - {message}")
+        print(f"NBDBACKUP UNKNOWN - {plain.line(message)}")
         return UNKNOWN
     line, code = status.nagios(report)
     print(line)
@@ -80,7 +81,7 @@ def _show(args: Arguments, context: Context) -> int:
     report = _gather(args, context)
     if args.metrics:
         _write_metrics(report, args, context)
-    context.show(report.to_json(), render(report))
+    context.show(report.to_json(), render(report), painted=True)
     return 0 if report.health is Health.OK else WARNED
 
 
@@ -97,13 +98,13 @@ def render(report: "StatusReport") -> str:
         lines.append("no domains: libvirt, configuration and repository know none")
     said = []
     for each in report.domains:
-        name = tables.printable(each.name)
-        said += [f"{name}: {tables.printable(reason)}" for reason in each.verdict.reasons]
-        said += [f"{name}: running, {tables.printable(run.text)}" for run in each.runs]
+        name = plain.line(each.name)
+        said += [f"{name}: {plain.line(reason)}" for reason in each.verdict.reasons]
+        said += [f"{name}: running, {plain.line(run.text)}" for run in each.runs]
         if each.busy and not each.runs:
-            said.append(f"{name}: in progress, {tables.printable(each.busy)}")
+            said.append(f"{name}: in progress, {plain.line(each.busy)}")
     lines += ["", *said] if said else []
-    lines += ["", *map(tables.printable, report.notes)] if report.notes else []
+    lines += ["", *map(plain.line, report.notes)] if report.notes else []
     return "\n".join(lines)
 
 

@@ -90,7 +90,7 @@ def run(args: Arguments, context: Context) -> int:
     lines = [
         Line(timer=each, service=services.get(each.activates), end=_end(each)) for each in found
     ]
-    context.show(_document(lines), _render(lines))
+    context.show(_document(lines), _render(lines), painted=True)
     return 0
 
 
@@ -155,7 +155,7 @@ def _render(lines: list[Line]) -> str:
         if line.end is not None and line.end.reason and line.result not in ("done", "running")
     ]
     table = tables.render(rows, coloured=tables.wants_colour(sys.stdout, os.environ))
-    return "\n".join([*table, *([""] if told else []), *map(tables.printable, told)])
+    return "\n".join([*table, *([""] if told else []), *map(plain.line, told)])
 
 
 def _kind(unit: str) -> str:

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbdbackupd.app import configured, named, signals
+from nbdbackupd import plain
+from nbdbackupd.app import configured, named, signals, streams
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, positive
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size
@@ -86,17 +87,14 @@ def _prove(args: Arguments, context: Context, path: Path, cancel: signals.Cancel
 
         report = verify.run(request, progress=show, cancelled=cancel.check)
     for warning in report.warnings:
-        print(f"nbdbackupctl: warning: {warning}", file=sys.stderr)
+        print(f"nbdbackupctl: warning: {plain.line(warning)}", file=sys.stderr)
     return report
 
 
 def _tell_damage(
     report: "VerifyReport", context: Context, document: dict[str, Any], path: Path
 ) -> int:
-    context.show(document, "\n".join(problem.text for problem in report.problems))
+    context.show(document, "\n".join(plain.line(problem.text) for problem in report.problems))
     count = len(report.problems)
-    print(
-        f"nbdbackupctl: {path} is damaged: {count} problem{'s' * (count > 1)} found",
-        file=sys.stderr,
-    )
+    streams.complain(f"{path} is damaged: {count} problem{'s' * (count > 1)} found")
     return DAMAGED

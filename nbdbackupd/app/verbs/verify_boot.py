@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from nbdbackupd.app import configured, signals
+from nbdbackupd import plain
+from nbdbackupd.app import configured, signals, streams
 from nbdbackupd.app.arguments import Arguments, duration, size
 from nbdbackupd.app.context import Context, now
 from nbdbackupd.app.sizes import human_time
@@ -111,12 +112,9 @@ def run(
         boots.sweep(request.boot.runtime_dir, request.boot.scratch_dir, connection)
         report = boot_test.run(request, connection, cancelled=cancel.check)
     for warning in report.warnings:
-        print(f"nbdbackupctl: warning: {warning}", file=sys.stderr)
+        print(f"nbdbackupctl: warning: {plain.line(warning)}", file=sys.stderr)
     if not report.test.passed:
-        print(
-            f"nbdbackupctl: point {report.test.point} did not come up: {report.test.reason}",
-            file=sys.stderr,
-        )
+        streams.complain(f"point {report.test.point} did not come up: {report.test.reason}")
     return report
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd import proc
+from nbdbackupd import plain, proc
 from nbdbackupd.errors import BusyError, ConfigError, ProcessError
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def _check(program: proc.Process) -> None:
         told = [line for line in program.complaints.split("\n") if "error:" in line]
         if not told:
             raise
-        words = "".join(char if char.isprintable() else " " for char in told[0]).strip()
+        words = plain.line(told[0].strip())
         raise ProcessError(f"{program.name} failed: {words[:MAX_WORDS]}") from err
 
 

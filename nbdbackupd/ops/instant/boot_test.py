@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd import events, proc
+from nbdbackupd import events, plain, proc
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import NbdbackupError, ProcessError, UsageError
 from nbdbackupd.model.domain import Agent, parse_domain
@@ -201,8 +201,8 @@ class _Waiting:
         if self._said:
             return self._said
         text = _tail(self._up.console).decode(errors="replace")
-        lines = ["".join(c if c.isprintable() else " " for c in line) for line in text.split("\n")]
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        lines = (plain.line(each.strip()) for each in reversed(text.split("\n")))
+        last = next(filter(None, lines), "")
         return f"; its console ends with: {last[-200:]}" if last else ""
 
 

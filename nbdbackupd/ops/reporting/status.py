@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from nbdbackupd import plain
 from nbdbackupd.errors import FormatError, NbdbackupError
 from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.model.health import Facts, Health, Limits, Verdict, age_text, judge
@@ -265,4 +266,4 @@ def _time(moment: datetime | None) -> str:
 
 def _plain(text: str) -> str:
     """Without what would end the text of a plugin."""
-    return "".join(char if char.isprintable() and char != "|" else "?" for char in text)
+    return plain.line(text).replace("|", "?")

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd import durable
+from nbdbackupd import durable, plain
 from nbdbackupd.errors import RepositoryError
 from nbdbackupd.format import stream
 from nbdbackupd.format.stream import StreamMeta
@@ -41,7 +41,7 @@ class ListReport:
         """The report as a JSON document, schema version 1; sizes in bytes."""
         return {
             "version": JSON_VERSION,
-            "set": _printable(str(self.path)),
+            "set": str(self.path),
             "stored_bytes": sum(stored_bytes(point) for point in self.points),
             "points": [describe(point, self.tests.get(point.id)) for point in self.points],
             "problems": list(self.problems),
@@ -66,7 +66,7 @@ class ShowReport:
         """The report as a JSON document, schema version 1; sizes in bytes."""
         return {
             "version": JSON_VERSION,
-            "set": _printable(str(self.path)),
+            "set": str(self.path),
             "points": [self._point(point) for point in self.points],
         }
 
@@ -174,12 +174,12 @@ def _check_is_set(path: Path) -> None:
 def render_list(report: ListReport) -> str:
     """A table: a line for each point, below it one for each disk, then its warnings."""
     if not report.points:
-        return f"{_printable(str(report.path))}: no restore points yet"
+        return f"{plain.line(str(report.path))}: no restore points yet"
     names = sorted({point.domain for point in report.points})
     total = human_size(sum(stored_bytes(point) for point in report.points))
     count = len(report.points)
     points = "1 restore point" if count == 1 else f"{count} restore points"
-    head = f"{_printable(str(report.path))}: {', '.join(names)}, {points}, {total} stored"
+    head = f"{plain.line(str(report.path))}: {', '.join(names)}, {points}, {total} stored"
     head += f", written by {report.written_by}" if report.written_by else ""
     rows: list[tuple[str, ...]] = [
         ("#", "POINT", "LEVEL", "CREATED", "STATE", "STORED", "CHECKPOINT")
@@ -188,16 +188,16 @@ def render_list(report: ListReport) -> str:
     disks = [_disk_row(disk) for point in report.points for disk in point.disks]
     point_lines = _table(rows, right={0, 5})
     disk_lines = iter(_table(disks, right={1, 3, 4, 5}))
-    lines = [_printable(head), "", point_lines[0]]
+    lines = [plain.line(head), "", point_lines[0]]
     for point, line in zip(report.points, point_lines[1:], strict=True):
         lines.append(line)
         indent = " " * (len(rows[-1][0]) + len(GAP))
         lines += [f"{indent}{next(disk_lines)}" for _ in point.disks]
-        lines += [f"{indent}! {_printable(warning)}" for warning in point.warnings]
+        lines += [f"{indent}! {plain.line(warning)}" for warning in point.warnings]
         if test := report.tests.get(point.id):
             how = "came up" if test.passed else f"did not come up: {test.reason}"
-            lines.append(f"{indent}booted {local_time(test.tested)}: {_printable(how)}")
-    lines += [f"! {_printable(warning)}" for warning in report.warnings]
+            lines.append(f"{indent}booted {local_time(test.tested)}: {plain.line(how)}")
+    lines += [f"! {plain.line(warning)}" for warning in report.warnings]
     return "\n".join(lines)
 
 
@@ -229,7 +229,7 @@ def _disk_row(disk: DiskPoint) -> tuple[str, ...]:
 
 def _table(rows: list[tuple[str, ...]], right: set[int]) -> list[str]:
     """Lines with aligned columns, those of ``right`` to the right; the last is not padded."""
-    clean = [[_printable(cell) for cell in row] for row in rows]
+    clean = [[plain.line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*clean, strict=True)]
     lines = []
     for row in clean:
@@ -244,10 +244,10 @@ def _table(rows: list[tuple[str, ...]], right: set[int]) -> list[str]:
 def render_show(report: ShowReport) -> str:
     """Every member, one a line, what lies within indented."""
     if not report.points:
-        return f"{_printable(str(report.path))}: no restore points yet"
+        return f"{plain.line(str(report.path))}: no restore points yet"
     lines: list[str] = []
     for document in report.to_json()["points"]:
-        lines += [f"restore point {_printable(document['id'])}", *_tree(document, GAP), ""]
+        lines += [f"restore point {plain.line(document['id'])}", *_tree(document, GAP), ""]
     return "\n".join(lines[:-1])
 
 
@@ -261,7 +261,7 @@ def _tree(value: Any, indent: str) -> list[str]:
             continue
         if not nested:
             name = "-" if key is None else f"{key}:"
-            lines.append(f"{indent}{name} {_printable(_scalar(each))}")
+            lines.append(f"{indent}{name} {plain.line(_scalar(each))}")
         elif key is None:
             first, *rest = _tree(each, indent + GAP)
             lines += [f"{indent}- {first.lstrip()}", *rest]
@@ -274,9 +274,3 @@ def _scalar(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return str(value)
-
-
-def _printable(text: str) -> str:
-    """Text that no terminal takes for a command and no encoding refuses."""
-    safe = "".join(char if char.isprintable() else "?" for char in text)
-    return safe.encode(errors="backslashreplace").decode()

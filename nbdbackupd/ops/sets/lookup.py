@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
+from nbdbackupd import plain
 from nbdbackupd.errors import FormatError, RepositoryError, UsageError
 from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.model.units import local_time
@@ -164,4 +165,4 @@ def _name(home: Path) -> str:
         text = layout.unescape(home.name)
     except FormatError:
         return home.name
-    return "".join(char if char.isprintable() else "?" for char in text)
+    return plain.line(text)
