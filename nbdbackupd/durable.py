@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import stat
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from nbdbackupd import plain
 from nbdbackupd.errors import BusyError, NoSpaceError, RepositoryError
 
 log = logging.getLogger(__name__)
@@ -158,6 +160,25 @@ def _private_directory(path: Path) -> Path | None:
         if not found.st_mode & 0o011 and found.st_uid in (0, os.geteuid()):
             return above
     return None
+
+
+def admit(directory: Path, uid: int, gid: int) -> None:
+    """Let one more account into a private directory of ours, to make files there.
+
+    By an access control list (linux/posix_acl_xattr.h): so the directory stays ours, and a unit
+    need not be able to give files away. Where there are none it is given to that account.
+    Raises OSError.
+    """
+    directory.chmod(0o700)
+    nobody = 0xFFFFFFFF
+    entries = ((1, 7, nobody), (2, 7, uid), (4, 0, nobody), (16, 7, nobody), (32, 0, nobody))
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *each) for each in entries)
+    try:
+        os.setxattr(directory, "system.posix_acl_access", acl)
+    except OSError as err:
+        if err.errno not in (errno.ENOTSUP, errno.EINVAL):
+            raise
+        os.chown(directory, uid, gid)
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
@@ -417,11 +438,7 @@ def _holder(path: Path) -> tuple[str, str, str]:
         text = ""
     line, _, host = text.partition("\n")
     pid, _, what = line.partition(" ")
-    return pid, _printable(what), _printable(host)
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else "?" for char in text)
+    return pid, plain.line(what), plain.line(host)
 
 
 def _host() -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from nbdbackupd import events
+from nbdbackupd import durable, events
 from nbdbackupd.errors import (
     BusyError,
     CheckpointError,
@@ -166,7 +166,7 @@ def _prepare_runtime_dir(request: RunningRequest) -> None:
             raise ConfigError(f"runtime directory {directory} is writable for everybody")
         directory.chmod(RUNTIME_MODE)
         if owner is not None and os.geteuid() == 0:
-            os.chown(directory, *owner)
+            durable.admit(directory, *owner)
         # QEMU replaces a dead socket, but a file of another kind would stop it
         request.socket.unlink(missing_ok=True)
     except OSError as err:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from nbdbackupd import durable
 from nbdbackupd.model import naming
 from nbdbackupd.ops.chains import checkpoints
 from nbdbackupd.virt.connection import open_connection
@@ -816,3 +817,13 @@ def test_a_thousand_checkpoints(here: Scene, monkeypatch: pytest.MonkeyPatch) ->
     assert time.monotonic() - begun < 60
     assert set(here.checkpoints()) == {base(here), *others, *unknown}
     here.prove_all()
+
+
+@pytest.mark.parametrize(("owner", "code"), [("backup of vm", 0), ("restore of vm", BUSY)])
+def test_after_a_start_only_a_backup_reconciles_instead(here: Scene, owner: str, code: int) -> None:
+    """S-8: 75 was a success of the unit, so whoever held the lock kept checkpoints away."""
+    lock = here.ctl.runtime / here.guest.uuid / "lock"
+    with durable.Lock(lock, owner=owner):
+        done = here.ctl("checkpoints", here.guest.name, "--repair", "--started", code=code)
+        here.ctl("checkpoints", here.guest.name, "--repair", code=BUSY)
+    assert (done.stdout == "nothing to do\n") == (code == 0)

@@ -14,7 +14,7 @@ import pytest
 
 from nbdbackupd import durable
 from nbdbackupd.errors import BusyError, NoSpaceError, RepositoryError
-from tests.lib.accounts import flock_as_nobody
+from tests.lib.accounts import NOBODY, flock_as_nobody, open_to_others, run_as
 
 HOLD = """
 import sys, time
@@ -61,6 +61,8 @@ def test_nobody_else_can_take_a_lock(tmp_path: Path, umask: int, before: int | N
     finally:
         os.umask(old)
     assert flock_as_nobody(path) != 0
+    path.chmod(0o644)
+    assert flock_as_nobody(path) == 0
 
 
 def test_a_lock_is_closed_from_its_creation(
@@ -84,6 +86,21 @@ def test_a_lock_is_closed_from_its_creation(
         os.umask(old)
     assert seen
     assert set(seen) == {0o600}
+
+
+def test_one_more_account_gets_into_a_directory(tmp_path: Path) -> None:
+    """S-12: by an access control list, so that no unit need give files away."""
+    tmp_path.chmod(0o711)
+    directory = tmp_path / "nbd"
+    directory.mkdir()
+    for _ in range(2):
+        durable.admit(directory, NOBODY, NOBODY)
+    assert directory.stat().st_uid == os.geteuid()
+    assert directory.stat().st_mode & 0o007 == 0
+    if os.geteuid() == 0:
+        for uid, code in ((NOBODY, 0), (NOBODY - 1, 1)):
+            assert run_as(uid, ["touch", str(uid)], directory) == code
+    assert open_to_others(tmp_path) == []
 
 
 def test_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ UNITS = sorted(path for path in (TOP / "units").iterdir() if path.is_file())
 SERVICES = [each for each in UNITS if each.suffix == ".service"]
 TIMERS = [each for each in UNITS if each.suffix == ".timer"]
 RUNNERS = ("nbdbackup@.service", "nbdbackup-offline@.service", "nbdbackup-checkpoints@.service")
-MOST = {**dict.fromkeys(RUNNERS, 4.0), "nbdbackup-boot-test@.service": 4.0}
-"""How open a unit may be, of 10; others: 2.5."""
+MOST = 2.5
+"""How open a unit may be, of 10 (S-12)."""
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -78,7 +78,7 @@ def test_exposure(unit: str) -> None:
     told = run(["systemd-analyze", "security", "--offline=yes", "--no-pager", TOP / "units" / unit])
     level = re.search(r"exposure level for \S+: ([\d.]+)", told)
     assert level is not None
-    assert float(level[1]) <= MOST.get(unit, 2.5)
+    assert float(level[1]) <= MOST
 
 
 @pytest.mark.parametrize("unit", names(SERVICES))
@@ -91,6 +91,16 @@ def test_what_is_left_open_has_its_reason(unit: str) -> None:
         # ProtectSystem=full, DeviceAllow= and the like are lines of their own
         if found and not re.search(rf"^{found[1]}=", text, re.MULTILINE):
             assert re.search(rf"^# .*\b{found[1]}=", text, re.MULTILINE), line
+
+
+@pytest.mark.parametrize("unit", names(SERVICES))
+def test_what_a_unit_may_take_is_bounded(unit: str) -> None:
+    """S-12: memory and tasks, and files that are nobody else's (S-9)."""
+    text = (TOP / "units" / unit).read_text()
+    for setting in (r"MemoryMax=\d+[MG]", r"TasksMax=\d+", "SystemCallFilter=~.*@resources"):
+        assert re.search(rf"^{setting}$", text, re.MULTILINE), setting
+    if "DynamicUser=yes" not in text:
+        assert "\nUMask=0077\n" in text
 
 
 def test_runners_are_hardened_alike() -> None:

@@ -22,7 +22,7 @@ from nbdbackupd.model.naming import point_of, tag_of, tag_of_chain
 from nbdbackupd.model.reconcile import WHY, Entry, KnownChain, Plan, drop, reconcile
 from nbdbackupd.ops.chains import leftovers, reconciling
 from nbdbackupd.ops.chains.reconciling import Done, Known
-from nbdbackupd.ops.domain import domains
+from nbdbackupd.ops.domain import domains, locks
 from nbdbackupd.ops.domain.images import ALONE, Sharing, images_of, why_elsewhere
 from nbdbackupd.ops.domain.survey import Looked, look
 from nbdbackupd.repo.repository import Repository
@@ -164,7 +164,8 @@ def run(
 ) -> CheckpointsReport:
     """Look at the chains of the given set and of the state directory; change what was asked for.
 
-    Of a domain that was ``started`` and is gone again there is nothing to be reported.
+    Of a domain that was ``started`` and is gone again, or that is being saved, there is nothing to
+    be reported: a backup reconciles by itself.
 
     Raises BusyError if something is to be changed and a run holds the domain, or if it does not
     arrive, RepositoryError or FormatError if the given set can't be read or is another domain's,
@@ -217,6 +218,9 @@ def _run(
         if request.changes:
             leftovers.prepare_domain_dir(request.runtime_dir, domain.uuid)
             wait = durable.Wait(seconds=request.wait_seconds, cancelled=cancelled)
+            if request.started and f"({locks.BACKUP}" in (who := locks.holder(lock)):
+                log.info("nothing to be done, %s does it by itself", who)
+                return _nothing(request)
             stack.enter_context(durable.Lock(lock, owner=f"{OWNER}{domain.name}", wait=wait))
         sets = _Sets(domain, stack if request.changes else None)
         known = sets.all(request.directory, State(request.state_dir).records(domain.uuid))

@@ -11,6 +11,9 @@ LOCKS: Final = Path("/proc/locks")
 DOMAIN_LOCK: Final = "lock"
 """The lock of a domain, in its own directory below the runtime directory."""
 
+BACKUP: Final = "backup of "
+"""What a backup says that it holds the lock for, before the domain's name."""
+
 
 def holder(path: Path) -> str:
     """Who holds the lock on a file, or nothing.

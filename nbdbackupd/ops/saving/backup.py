@@ -20,7 +20,7 @@ from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint, 
 from nbdbackupd.ops.chains import foreign, leftovers, reconciling
 from nbdbackupd.ops.chains.checkpoints import OWNER as CHECKPOINTS
 from nbdbackupd.ops.chains.others import OtherChain, other_chains
-from nbdbackupd.ops.domain import domains
+from nbdbackupd.ops.domain import domains, locks
 from nbdbackupd.ops.domain.images import images_of, note_saved, prove_start
 from nbdbackupd.ops.domain.survey import Looked, Survey, Wish, look, survey_domain
 from nbdbackupd.ops.reporting import telling
@@ -67,7 +67,7 @@ def run(
         domain = _find(request, connection)
         stack.enter_context(runlog.context(DOMAIN=domain.name, UUID=domain.uuid))
         directory = leftovers.prepare_domain_dir(request.runtime_dir, domain.uuid)
-        who = f"backup of {domain.name}, run {request.run_id}"
+        who = f"{locks.BACKUP}{domain.name}, run {request.run_id}"
         # the check of the bitmaps after a start is ours, and short
         wait = durable.Wait(
             seconds=request.wait_seconds, cancelled=cancelled, brief=CHECKPOINTS, told=notice
