@@ -127,11 +127,11 @@ def settings_of_domain(domain: "Domain", configuration: "Configuration") -> "Dom
     """The settings of a domain that libvirt knows. Raises ConfigError, DomainError."""
     from nbdbackupd.app.config.settings import settings_for
 
-    return settings_for(domain.name, domain.uuid, _labels(domain), configuration)
+    return settings_for(domain.name, domain.uuid, labels(domain), configuration)
 
 
-def _labels(domain: "Domain") -> Mapping[str, str]:
-    """Those of the running domain win over those of its definition."""
+def labels(domain: "Domain") -> Mapping[str, str]:
+    """The labels of a domain; those of the running one win over those of its definition."""
     from nbdbackupd.app.config.matching import labels_of
 
     # a transient domain has no definition: libvirt then tells what it would be

@@ -136,18 +136,38 @@ def render(notice: Notice, directory: Path) -> Text:
     A template that is broken does not keep the notice back: ours takes its place and tells.
     Raises ConfigError if jinja2 is not installed.
     """
-    path = directory / TEMPLATE
+    found = _by_template(notice, directory / TEMPLATE)
+    if isinstance(found, Text):
+        return found
+    if found:
+        remarks = [notice.remark, f"The template {directory / TEMPLATE} can't be used: {found}"]
+        notice = replace(notice, remark="\n".join(filter(None, remarks)))
+    return _fill(DEFAULT, notice)
+
+
+def template_fault(directory: Path) -> str:
+    """Why the template in the directory can't be used; empty if it can, or there is none.
+
+    It is tried with a failure of no domain of this host. Raises ConfigError without jinja2.
+    """
+    notice = Notice(
+        event="failure", unit="nbdbackup@example.service", domain="example", host="host",
+        what="backup of domain example", result="exit status 20", meaning=MEANINGS[20],
+        started="", ended="", lines=("a line",), reason="a reason",
+    )  # fmt: skip
+    found = _by_template(notice, directory / TEMPLATE)
+    return found if isinstance(found, str) else ""
+
+
+def _by_template(notice: Notice, path: Path) -> Text | str:
+    """The text, or why it can't be made by this template, or nothing if there is none."""
     try:
         source = _read(path)
-        if source is not None:
-            return _fill(source, notice)
+        return "" if source is None else _fill(source, notice)
     except ConfigError:
         raise
     except Exception as err:  # noqa: BLE001 - a template can fail in any way there is
-        reason = " ".join(str(err).split()) or type(err).__name__
-        remarks = [notice.remark, f"The template {path} can't be used: {reason}"]
-        notice = replace(notice, remark="\n".join(filter(None, remarks)))
-    return _fill(DEFAULT, notice)
+        return " ".join(str(err).split()) or type(err).__name__
 
 
 def send_mail(text: Text, addresses: tuple[str, ...], moment: datetime) -> None:

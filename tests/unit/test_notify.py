@@ -318,9 +318,10 @@ def test_one_way_that_fails_does_not_keep_the_other(host: Host) -> None:
 
 def test_addresses_are_no_options(host: Host) -> None:
     host.main("notification: {mail: '-oQ/tmp/x'}")
-    done = host.notify()
-    assert done.returncode == 10
-    assert host.told(host.mail) is None
+    assert host.notify().returncode == 0
+    mail = host.told(host.mail)
+    assert mail["argv"] == ["-i", "--", "root"]
+    assert "not a mail address" in parsed(mail).get_content()
 
 
 def test_without_systemd_it_still_tells(host: Host) -> None:

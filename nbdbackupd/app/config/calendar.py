@@ -13,6 +13,7 @@ from nbdbackupd.errors import ProcessError
 
 PROGRAM: Final = "systemd-analyze"
 TIMEOUT_SECONDS: Final = 10.0
+NEVER: Final = re.compile(r"^\s*Next elapse: never$", re.MULTILINE)
 EXAMPLES: Final = "(examples: daily, 'Mon..Fri 22:30', '*-*-01 02:00')"
 
 WORDS: Final = (
@@ -41,6 +42,17 @@ def plain_fault(event: str) -> str:
     if _EVENT.fullmatch(event.strip()):
         return ""
     return f"not a calendar event: {event!r} {EXAMPLES}; see systemd.time(7)"
+
+
+def is_over(event: str) -> bool:
+    """Whether systemd says that an event never comes again; no if it can't be asked."""
+    if shutil.which(PROGRAM) is None:
+        return False
+    try:
+        said = proc.output([PROGRAM, "calendar", "--", event], timeout=TIMEOUT_SECONDS)
+    except ProcessError:
+        return False
+    return NEVER.search(said) is not None
 
 
 def systemd_fault(event: str) -> str:

@@ -15,11 +15,15 @@ from nbdbackupd.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConfigFile:
-    """What one file says. ``match`` is None for the main file, whose values are for all."""
+    """What one file says. ``match`` is None for the main file, whose values are for all.
+
+    ``places`` tells the line of each text of the match, by the path of its condition and the text.
+    """
 
     path: Path
     match: Match | None
     values: Mapping[str, Value]
+    places: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +65,7 @@ def read_all(
             reader.problems.append(Problem(str(path), err.line, "", err.message))
             match, values = None, {}
         else:
-            files.append(ConfigFile(path=path, match=match, values=values))
+            files.append(ConfigFile(path=path, match=match, values=values, places=reader.places))
         problems += sorted(set(reader.problems))
     problems += _together(files, problems)
     return Configuration(files=tuple(files), problems=tuple(sorted(problems)))
@@ -135,6 +139,11 @@ def contradictions(files: Sequence[ConfigFile]) -> list[Problem]:
     if get("libvirt.password_file") and get("libvirt.password_credential"):
         message = "password_file and password_credential exclude one another; keep one of them"
         complain("libvirt.password_file", "libvirt.password_credential", message)
+    if get("monitoring.warning_age") > get("monitoring.critical_age"):
+        message = (
+            "warning_age is longer than critical_age, and would never be reached; mend one of them"
+        )
+        complain("monitoring.warning_age", "monitoring.critical_age", message)
     last = files[-1].values if files else {}
     if {"freeze.policy", "freeze.mountpoints"} <= last.keys() and get("freeze.mountpoints"):
         policy = get("freeze.policy")

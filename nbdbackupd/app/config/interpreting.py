@@ -28,7 +28,7 @@ class Value:
 
 
 class Interpreter:
-    """Reads one file's tree; ``problems`` grow meanwhile."""
+    """Reads one file's tree; ``problems`` and ``places``, as of ConfigFile, grow meanwhile."""
 
     def __init__(
         self, path: Path, *, is_main: bool, event_fault: Callable[[str], str] | None = None
@@ -36,6 +36,7 @@ class Interpreter:
         self.file = str(path)
         self.is_main = is_main
         self.problems: list[Problem] = []
+        self.places: dict[tuple[str, str], int] = {}
         self._event_fault = event_fault
         self._values: dict[str, Value] = {}
 
@@ -138,7 +139,9 @@ class Interpreter:
         )
 
     def _patterns(self, node: Node, path: str) -> tuple[str, ...]:
-        texts = tuple(text for text, _ in self._texts(node, path))
+        found = self._texts(node, path)
+        self.places |= {(path, text): line for text, line in found}
+        texts = tuple(text for text, _ in found)
         if not texts and isinstance(node, SequenceNode):
             self._complain(_line(node), path, "an empty list fits no domain; give a text")
         return texts

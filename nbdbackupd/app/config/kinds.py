@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
+from nbdbackupd.app.arguments import LEAST_RATE
 from nbdbackupd.app.config import calendar
 from nbdbackupd.app.sizes import parse_duration, parse_size
 
@@ -130,6 +131,20 @@ def _uri(text: str) -> str:
     return text
 
 
+def _rate(text: str) -> int:
+    rate = parse_size(text)
+    if rate < LEAST_RATE:
+        raise ValueError(f"{text!r} is too slow for a run to end; give 64K or more")
+    return rate
+
+
+def _mail(text: str) -> str:
+    # as sendmail takes it on its command line: an account of this host, or one elsewhere
+    if re.fullmatch(r"[^\s@<>,;:\"()\\-][^\s@<>,;:\"()\\]*(?:@[\w.\[\]:-]+)?", _text(text)) is None:
+        raise ValueError(f"not a mail address: {text!r} (examples: root, admin@example.org)")
+    return text
+
+
 def _calendar(text: str) -> str:
     fault = calendar.plain_fault(_text(text))
     if fault:
@@ -141,6 +156,8 @@ TEXT: Final = Kind(name="text", parse=_text, render=quoted)
 PATH: Final = Kind(name="path", parse=_path, render=lambda path: quoted(str(path)))
 FILE_NAME: Final = Kind(name="file name", parse=_file_name, render=quoted)
 BOOL: Final = Kind(name="yes or no", parse=_bool, render=lambda value: "yes" if value else "no")
+RATE: Final = Kind(name="size", parse=_rate, render=_size_text)
+MAIL: Final = Kind(name="mail address", parse=_mail, render=quoted)
 SIZE: Final = Kind(name="size", parse=parse_size, render=_size_text)
 DURATION: Final = Kind(name="duration", parse=parse_duration, render=_duration_text)
 DAYS: Final = Kind(name="days", parse=_days, render=lambda days: f"{days}d")

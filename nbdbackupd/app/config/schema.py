@@ -233,7 +233,7 @@ _RUN: Final = (
         help="Fail, and keep no point, where a warning would do.", option="--strict",
     ),
     Setting(
-        path="limits.bandwidth", kind=optional(kinds.SIZE, "unlimited"), default=None,
+        path="limits.bandwidth", kind=optional(kinds.RATE, "unlimited"), default=None,
         example="200M",
         help="Read no more than so many bytes of the disks per second, 64K or more.",
         option="--limit-rate",
@@ -288,7 +288,7 @@ _AROUND: Final = (
         default=("failure", "warning"), help="Ends of a run that are told.",
     ),
     Setting(
-        path="notification.mail", kind=listed(kinds.TEXT), default=(), example="[root]",
+        path="notification.mail", kind=listed(kinds.MAIL), default=(), example="[root]",
         help="Mail addresses to tell, through the host's sendmail.",
     ),
     Setting(

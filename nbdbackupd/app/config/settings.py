@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdbackupd import events
-from nbdbackupd.app.arguments import LEAST_RATE
 from nbdbackupd.app.config import files as config_files
 from nbdbackupd.app.config.files import ConfigFile, Configuration
 from nbdbackupd.app.config.matching import is_uuid
@@ -171,8 +170,6 @@ def request_fields(settings: DomainSettings) -> dict[str, Any]:
 
     Left out is what the command computes from the host or the user where no file says anything:
     the directories for scratch files and checkpoints, and the number of workers.
-
-    Raises ConfigError for a bandwidth with which a run would never end.
     """
     from nbdbackupd.source.quiesce import FreezePolicy
 
@@ -192,7 +189,7 @@ def request_fields(settings: DomainSettings) -> dict[str, Any]:
         "strict": settings.strict,
         "wait_seconds": settings.limits_wait,
         "timeout_seconds": settings.limits_timeout,
-        "limit_rate": _rate(settings),
+        "limit_rate": settings.limits_bandwidth,
         "sharing": sharing(settings),
     }
     if not settings.is_default("scratch.directory"):
@@ -212,16 +209,6 @@ def sharing(settings: DomainSettings) -> "Sharing":
     return Sharing(
         state_dir=None if is_own else settings.checkpoint_directory, devices=settings.block_devices
     )
-
-
-def _rate(settings: DomainSettings) -> int | None:
-    rate = settings.limits_bandwidth
-    if rate is not None and rate < LEAST_RATE:
-        raise ConfigError(
-            f"{settings.origins['limits.bandwidth']}: limits.bandwidth is {rate} bytes per second, "
-            f"at least {LEAST_RATE} are needed"
-        )
-    return rate
 
 
 def level_policy(settings: DomainSettings) -> LevelPolicy:

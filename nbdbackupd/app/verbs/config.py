@@ -1,6 +1,8 @@
 """``nbdbackupctl config``: prove, explain and begin the configuration."""
 
 import argparse
+import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,18 +11,21 @@ from nbdbackupd import plain
 from nbdbackupd.app import configured
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
-from nbdbackupd.errors import ConfigError, UsageError
+from nbdbackupd.errors import ConfigError, DomainNotFoundError, NbdbackupError, UsageError
 
 if TYPE_CHECKING:
     from nbdbackupd.app.config.files import Configuration
     from nbdbackupd.app.config.reading import Problem
+    from nbdbackupd.app.config.remarks import Known
     from nbdbackupd.app.config.settings import DomainSettings
 
 JSON_VERSION = 1
+WARNED = 3
 ACTIONS = ("check", "show", "sample")
 DESCRIPTION = """\
-check: show all errors of the configuration files, each with its file and line. show: print each
-setting for a domain, and where it comes from. sample: print a commented main file with all
+check: show all errors of the configuration files, each with its file and line, and what in them
+can't work on this host: domains, disks, programs and directories that are not there. show: print
+each setting for a domain, and where it comes from. sample: print a commented main file with all
 settings and their defaults. The files are described in nbdbackup.yaml(5).
 """
 
@@ -39,7 +44,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 
 def run(args: Arguments, context: Context) -> int:
-    """Carry the verb out; 10 if ``check`` finds something."""
+    """Carry the verb out; 10 if ``check`` finds an error, 3 if it warns."""
     if (args.action == "show") != (args.domain is not None):
         wants = "wants a DOMAIN" if args.action == "show" else "takes no DOMAIN"
         raise UsageError(f"config {args.action} {wants}")
@@ -62,7 +67,7 @@ def _sample(context: Context) -> int:
 
 def _check(configuration: "Configuration", context: Context) -> int:
     problems = tuple(sorted({*configuration.problems, *_foreign_hosts(configuration)}))
-    remarks: list[Problem] = []
+    remarks = _remarks(configuration, context)
     document = {
         "version": JSON_VERSION,
         "result": "bad" if problems else "sound",
@@ -80,7 +85,54 @@ def _check(configuration: "Configuration", context: Context) -> int:
     number = len(configuration.files)
     text = f"sound: {number} file{'s' * (number != 1)}" if number else "sound: no files, defaults"
     context.show(document, "" if problems else text)
-    return ConfigError.exit_code if problems else 0
+    if problems:
+        return ConfigError.exit_code
+    return WARNED if remarks else 0
+
+
+def _remarks(configuration: "Configuration", context: Context) -> "tuple[Problem, ...]":
+    """What is sound and still can't work, as far as libvirt, or else its files, tell."""
+    from nbdbackupd.app import notification
+    from nbdbackupd.app.config import calendar, remarks, schema
+    from nbdbackupd.app.config.reading import Problem
+
+    found = remarks.remarks(configuration, _domains(configuration, context), calendar.is_over)
+    directory = context.config_dir or schema.DIRECTORY
+    try:
+        fault = notification.template_fault(directory)
+    except ConfigError as err:
+        fault = err.message
+    if fault:
+        template = str(directory / notification.TEMPLATE)
+        found = (*found, Problem(template, 0, "", f"can't be used: {fault}"))
+    return found
+
+
+def _domains(configuration: "Configuration", context: Context) -> "list[Known] | None":
+    """The domains that libvirt knows; if it can't be asked, those of its files; None without."""
+    from nbdbackupd.app.config import inventory
+    from nbdbackupd.app.config.remarks import Known
+
+    try:
+        from nbdbackupd.model.domain import parse_domain
+        from nbdbackupd.virt.domain import Domain
+
+        found = []
+        with configured.connected(configuration, context).connection() as connection:
+            for name, uuid in connection.domains():
+                with contextlib.suppress(DomainNotFoundError):
+                    domain = Domain(connection, name, uuid)
+                    targets = tuple(disk.target for disk in parse_domain(domain.xml()).disks)
+                    labels = configured.labels(domain)
+                    found.append(Known(name=name, uuid=uuid, labels=labels, targets=targets))
+    except (ImportError, NbdbackupError):
+        if not os.access(inventory.DEFINITIONS, os.R_OK | os.X_OK):
+            return None
+        defined = inventory.read(inventory.DEFINITIONS)
+        return [
+            Known(name=name, uuid=each.uuid, labels=each.labels) for name, each in defined.items()
+        ]
+    return found
 
 
 def _foreign_hosts(configuration: "Configuration") -> "list[Problem]":
