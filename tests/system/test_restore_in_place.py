@@ -1,6 +1,7 @@
 """Restores onto the images of the very domain, under a real libvirt."""
 
 import html
+import json
 import os
 import random
 import shutil
@@ -478,17 +479,40 @@ def test_an_external_snapshot_collapses(here: Scene) -> None:
     guest.stop()
 
 
-def test_a_data_file_is_refused(here: Scene) -> None:
-    """D-2: a restored image would come back without the file that the header names."""
-    image = here.guest.image("vda")
-    data = image.with_name("data.raw")
+def test_a_data_file_comes_back(here: Scene) -> None:
+    """D-2: the file that the header names gets the point's data, and owner and layout stay."""
+    guest, last = here.guest, here.history[-1]
+    image = guest.image("vda")
+    data = image.with_name("data, of vda.raw")
     image.unlink()
-    run(["qemu-img", "create", "-q", "-f", "qcow2", "-o",
-         f"data_file={data},data_file_raw=on", image, str(SIZE)])  # fmt: skip
-    run(["qemu-io", "-f", "qcow2", "-c", "write -P 77 0 1M", image])
-    before, bytes_before = state(here), data.read_bytes()
-    told = restore(here, "--yes", "--force", code=DOMAIN).stderr
-    assert f"has its data in a file beside the image, {data}" in told
-    assert (state(here), data.read_bytes()) == (before, bytes_before)
+    layout = f"data_file={str(data).replace(',', ',,')},data_file_raw=on"
+    run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", layout, image, str(SIZE)])
+    run(["qemu-io", "-f", "qcow2", "-c", f"write -P 77 0 {SIZE}", image])
+    for path in (image, data):
+        shutil.chown(path, 1234, 1235)
+    done = restore(here, "--yes", "--json")
+    assert done.json["warnings"] == []
+    (info,) = json.loads(run(["qemu-img", "info", "--output=json", "--backing-chain", image]))
+    told = info["format-specific"]["data"]
+    assert (told["data-file"], told["data-file-raw"]) == (str(data), True)
+    assert data.read_bytes() == last.references["vda"].read_bytes()
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in (image, data)} == {(1234, 1235)}
+    assert_as_of(here, last)
+    assert leftovers(here) == []
+    shutil.chown(data, here.lab.qemu_user)
+    guest.start()
+    assert here.references()["vda"].read_bytes() == last.references["vda"].read_bytes()
+    guest.stop()
+    # elsewhere it is one image, and that is said
+    into = here.directory / "elsewhere"
+    here.save("--raw", code=WARNED)
+    done = here.ctl("restore", here.set, "-o", into, "-d", "vda", code=WARNED)
+    assert "disk vda had its data in a file beside the image" in done.stderr
+    # one that is no file is not touched
     image.unlink()
-    data.unlink()
+    layout = f"data_file={guest.image('vdb')},data_file_raw=on"
+    run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", layout, image, str(SIZE)])
+    before = state(here)
+    refused = restore(here, "--yes", "--force", code=DOMAIN).stderr
+    assert "beside the image (data_file), and can't be restored in place: it is no file" in refused
+    assert state(here) == before

@@ -57,7 +57,7 @@ def plan(
     found = tuple(
         FinalImage(
             target=disk.target, path=output / names[disk.target], size=disk.size,
-            format=each.format, options=each.options, warnings=each.warnings,
+            format=each.format, options=each.options, warnings=each.told(disk.target),
         )
         for disk, each in zip(point.disks, made, strict=True)
     )  # fmt: skip

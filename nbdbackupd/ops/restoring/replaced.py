@@ -19,7 +19,7 @@ from nbdbackupd.errors import RepositoryError
 from nbdbackupd.ops.restoring.devices import lock_like_qemu
 from nbdbackupd.ops.restoring.output_names import INCOMPLETE
 from nbdbackupd.ops.restoring.outputs import Output
-from nbdbackupd.ops.restoring.sites import Site, Work, image_at
+from nbdbackupd.ops.restoring.sites import DataFile, Site, Work, image_at, image_with_data
 
 log = logging.getLogger(__name__)
 SET_ASIDE: Final = ".replaced"
@@ -28,31 +28,87 @@ OURS: Final = ("user.", "system.", "security.")
 
 
 class ReplacedImage(Site):
-    """An image file that is replaced."""
+    """An image file that is replaced, with the file that holds its data, if it has one."""
 
-    def __init__(self, path: Path, target: str, stack: ExitStack) -> None:
-        """``stack`` keeps every QEMU away from the old image."""
-        self.final = path.resolve()
+    def __init__(
+        self, path: Path, target: str, stack: ExitStack, data: DataFile | None = None
+    ) -> None:
+        """``stack`` keeps every QEMU away from the old files."""
+        self._image = _Replaced(path.resolve(), stack)
+        self._data = data
+        # an image without its data is worse than none
+        self._files = [_Replaced(data.final, stack)] if data is not None else []
+        self._files.append(self._image)
+        self.final = self._image.final
+        self.has_data_file = data is not None
         self.overwrites = f"disk {target}, image {self.final}"
+        if data is not None:
+            self.overwrites += f" and its data file {data.final}"
+
+    @property
+    def incomplete(self) -> Path:
+        """The new image until it is complete."""
+        return self._image.incomplete
+
+    def check(self, *, force: bool) -> None:  # noqa: ARG002 - being there is no reason to refuse
+        """Keep QEMU away from the old files; they may be gone, their directories not.
+
+        Raises BusyError if one is in use, RepositoryError if it is no file.
+        """
+        for each in self._files:
+            each.check()
+
+    @contextmanager
+    def open(self, work: Work) -> Iterator[Output]:
+        """The new image and its data file, which get owner, mode and labels of the old ones."""
+        if self._data is None:
+            made = image_at(self.incomplete, work)
+        else:
+            made = image_with_data(self.incomplete, self._data, work)
+        with made as output:
+            yield output
+        for each in self._files:
+            each.resemble_old()
+
+    def set_aside(self) -> None:
+        """Rename the old files, durably."""
+        for each in self._files:
+            each.set_aside()
+
+    def name(self) -> None:
+        """Give the new files their names."""
+        for each in self._files:
+            each.name()
+
+    def finish(self) -> None:
+        """Remove the old files."""
+        for each in self._files:
+            each.finish()
+
+    def state(self) -> str:
+        """Whether the domain has no image there now."""
+        return "; ".join(filter(None, (each.state() for each in self._files)))
+
+
+class _Replaced:
+    """One file that is replaced."""
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        self.final = path
         self._stack = stack
         self._is_locked = False
         self._is_aside = False
 
     @property
     def incomplete(self) -> Path:
-        """The new image until it is complete."""
         return self.final.with_name(f"{self.final.name}{INCOMPLETE}")
 
     @property
     def aside(self) -> Path:
-        """The old image once it is set aside."""
+        """The old file once it is set aside."""
         return self.final.with_name(f"{self.final.name}{SET_ASIDE}")
 
-    def check(self, *, force: bool) -> None:  # noqa: ARG002 - being there is no reason to refuse
-        """Keep QEMU away from the old image; it may be gone, its directory not.
-
-        Raises BusyError if it is in use, RepositoryError if it is no file.
-        """
+    def check(self) -> None:
         if self._is_locked or self._is_aside:
             return
         with durable.translate_os_errors("open", self.final):
@@ -65,18 +121,13 @@ class ReplacedImage(Site):
             lock_like_qemu(fd, self.final)
         self._is_locked = True
 
-    @contextmanager
-    def open(self, work: Work) -> Iterator[Output]:
-        """The new image, which gets owner, mode and labels of the old one."""
-        with image_at(self.incomplete, work) as output:
-            yield output
+    def resemble_old(self) -> None:
         like = next((each for each in (self.final, self.aside) if each.exists()), None)
         if like is not None:
             resemble(self.incomplete, like)
             durable.fsync_file(self.incomplete)
 
     def set_aside(self) -> None:
-        """Rename the old image, durably."""
         if self._is_aside:
             return
         if self.final.exists():
@@ -85,20 +136,18 @@ class ReplacedImage(Site):
         self._is_aside = True
 
     def name(self) -> None:
-        """Give the new image its name."""
         os.rename(self.incomplete, self.final)  # noqa: PTH104 - as in durable
+        durable.fsync_directory(self.final.parent)
         self._is_aside = False
 
     def finish(self) -> None:
-        """Remove the old image."""
         self.aside.unlink(missing_ok=True)
         durable.fsync_directory(self.final.parent)
 
     def state(self) -> str:
-        """Whether the domain has no image there now."""
         if not self._is_aside:
             return ""
-        return f"{self.final} is missing now (the old image is {self.aside}): restore once more"
+        return f"{self.final} is missing now (the old one is {self.aside}): restore once more"
 
 
 def resemble(path: Path, like: Path) -> None:

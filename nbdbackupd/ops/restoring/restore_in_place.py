@@ -25,7 +25,7 @@ from nbdbackupd.ops.restoring.replaced import ReplacedImage
 from nbdbackupd.ops.restoring.restore_files import FileCopy
 from nbdbackupd.ops.restoring.restore_options import Choice
 from nbdbackupd.ops.restoring.restore_plan import Placement, about_disk
-from nbdbackupd.ops.restoring.sites import BlockDevice, Site, room
+from nbdbackupd.ops.restoring.sites import BlockDevice, DataFile, Site, room
 from nbdbackupd.source import untouched
 from nbdbackupd.source.lease import Lease
 from nbdbackupd.virt import definition
@@ -63,6 +63,7 @@ class InPlace(Placement):
         self._disks: Mapping[str, Disk] = {}
         self._domain: Domain | None = None
         self._below: Mapping[str, str] = {}
+        self._data: dict[str, DataFile] = {}
         self._trouble: list[NbdbackupError] = []
         self.warnings: tuple[str, ...] = ()
 
@@ -91,6 +92,11 @@ class InPlace(Placement):
         looked = look(domain)
         self._disks = {
             disk.target: _usable(domain, disk.target, looked, force=self._force) for disk in disks
+        }
+        self._data = {
+            target: _data_file(domain, disk, looked)
+            for target, disk in self._disks.items()
+            if _data_path(disk, looked)
         }
         self._refuse_shared(domain)
         self._refuse_doubts(domain, held)
@@ -131,7 +137,8 @@ class InPlace(Placement):
                 least = room(disk.size, made[disk].format)
                 found[disk.target] = BlockDevice(path, least, about, stack)
             else:
-                found[disk.target] = ReplacedImage(path, disk.target, stack)
+                data = self._data.get(disk.target)
+                found[disk.target] = ReplacedImage(path, disk.target, stack, data)
         return found
 
     def files(self, directory: Path, point: RestorePoint) -> tuple[FileCopy, ...]:
@@ -225,9 +232,9 @@ class InPlace(Placement):
                 )
 
     def _refuse_shared(self, domain: Domain) -> None:
-        uses = tuple(
-            PathUse(path=disk.source, what=f"disk {target}") for target, disk in self._disks.items()
-        )
+        paths = [(target, disk.source) for target, disk in self._disks.items()]
+        paths += [(target, str(data.final)) for target, data in self._data.items()]
+        uses = tuple(PathUse(path=path, what=f"disk {target}") for target, path in paths)
         others = definition.paths_in_use(self._connection)
         others.pop(domain.name, None)
         found = define_paths.shared(uses, others)
@@ -248,6 +255,38 @@ def _below(disk: Disk, looked: Looked) -> str:
     return disk.layers[1].path if len(disk.layers) > 1 else ""
 
 
+def _data_path(disk: Disk, looked: Looked) -> str:
+    """The file that holds the data of a disk's image, as the image or the definition says."""
+    chain = looked.chains.get(disk.target, ())
+    return (chain[0].data_file if chain else "") or disk.data_file
+
+
+def _data_file(domain: Domain, disk: Disk, looked: Looked) -> DataFile:
+    """The data file of a disk that has one, to be replaced with the image.
+
+    Only what this host says counts: a path from a set would be anybody's. Raises NotSupportedError.
+    """
+    chain = looked.chains.get(disk.target, ())
+    name = _data_path(disk, looked)
+    path = Path(name)
+    if not chain:
+        why = "its image is gone, which would tell what it is"
+    elif not path.is_absolute():
+        why = "it has no absolute path"
+    elif disk.data_file and Path(disk.data_file).resolve() != path.resolve():
+        why = f"the domain's definition names another one, {disk.data_file}"
+    elif not path.is_file():
+        why = "it is no file"
+    else:
+        return DataFile(final=path.resolve(), name=name, raw=chain[0].data_file_raw)
+    raise NotSupportedError(
+        f"disk {disk.target} of domain {domain.name} has its data in {name} beside the image "
+        f"(data_file), and can't be restored in place: {why}; restore it to another place",
+        domain=domain.name,
+        disk=disk.target,
+    )
+
+
 def _usable(domain: Domain, target: str, looked: Looked, *, force: bool) -> Disk:
     """The domain's disk of that name, if its image can be replaced.
 
@@ -260,8 +299,6 @@ def _usable(domain: Domain, target: str, looked: Looked, *, force: bool) -> Disk
         why = "has no image on this host"
     elif disk.format not in FORMATS:
         why = f"has format {disk.format}"
-    elif data := disk.data_file or (chain[0].data_file if chain else ""):
-        why = f"has its data in a file beside the image, {data}, which would keep the old data"
     elif chain and chain[0].encrypted:
         why = "is encrypted, and would come back in plain"
     elif (below := _below(disk, looked)) and not force:

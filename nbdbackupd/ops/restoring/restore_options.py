@@ -13,11 +13,25 @@ PREALLOCATION: Final = "falloc"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """Format and options of one image, and what the user should know about them."""
+    """Format and options of one image, and what the user should know about them.
+
+    ``data_file``: the original had its data in a file beside it, which a ``Site`` may bring back.
+    """
 
     format: str
     options: CreateOptions
     warnings: tuple[str, ...] = ()
+    data_file: bool = False
+
+    def told(self, target: str, *, data_file: bool = False) -> tuple[str, ...]:
+        """The warnings; ``data_file``: the disk gets such a file again."""
+        if not self.data_file or data_file:
+            return self.warnings
+        return (
+            *self.warnings,
+            f"disk {target} had its data in a file beside the image (data_file): it comes back as "
+            f"one image that holds all",
+        )
 
 
 def choose_format(original: str, wanted: str | None, disk: str) -> tuple[str, tuple[str, ...]]:
@@ -47,6 +61,7 @@ def choose(
     ``directory`` is the set's. What it says of the image may be missing or damaged.
     """
     format_, warnings = choose_format(disk.format, wanted, disk.target)
+    data_file = False
     options = plain(format_, preallocate=preallocate)
     if format_ == "qcow2" and disk.format == "qcow2":
         original, problem = originals.original(directory, point, disk)
@@ -54,11 +69,7 @@ def choose(
             warnings += (f"disk {disk.target}: {problem}: it gets qemu-img's own options",)
         else:
             options = CreateOptions.like(original, preallocation=options.preallocation)
-            if original.data_file:
-                warnings += (
-                    f"disk {disk.target} had its data in a file beside the image (data_file): "
-                    f"it comes back as one image",
-                )
+            data_file = bool(original.data_file)
             if original.encrypted:
                 warnings += (f"disk {disk.target} was encrypted, it comes back in plain",)
-    return Choice(format=format_, options=options, warnings=warnings)
+    return Choice(format=format_, options=options, warnings=warnings, data_file=data_file)

@@ -151,7 +151,11 @@ def of_set(
             *source.warnings,
             *written.warnings(request.state_dirs, source.known.needed(point)),
             *(placement.warnings if placement is not None else ()),
-            *(text for each in made.values() for text in each.warnings),
+            *(
+                text
+                for disk, each in made.items()
+                for text in each.told(disk.target, data_file=found[disk.target].has_data_file)
+            ),
             *(text for job in jobs for text in _sizes(job)),
         ),
         source=source,
@@ -222,6 +226,7 @@ def _choose(
         format=chosen.format,
         options=sites.with_plain_options(chosen.options),
         warnings=chosen.warnings,
+        data_file=chosen.data_file,
     )
 
 

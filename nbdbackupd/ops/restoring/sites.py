@@ -47,6 +47,9 @@ class Site:
 
     is_device = False
 
+    has_data_file = False
+    """Whether the image gets its data in a file beside it."""
+
     @property
     def incomplete(self) -> Path:
         """What is filled, before it has its name."""
@@ -202,6 +205,45 @@ def image_at(path: Path, work: Work) -> Iterator[Output]:
         workers=work.workers, cancelled=work.cancelled, check=work.check,
     ) as output:  # fmt: skip
         yield output
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataFile:
+    """The file beside a qcow2 image that holds the guest's bytes, as they are if ``raw``.
+
+    ``name`` is how the image is to name it. A relative name would be looked for in the directory
+    that QEMU happens to run in (7.2, measured).
+    """
+
+    final: Path
+    name: str
+    raw: bool
+
+    @property
+    def incomplete(self) -> Path:
+        """The file until it is complete."""
+        return self.final.with_name(f"{self.final.name}{INCOMPLETE}")
+
+
+@contextmanager
+def image_with_data(path: Path, data: DataFile, work: Work) -> Iterator[Output]:
+    """A fresh qcow2 image at ``path`` with its data in ``data.incomplete``, as ``Site.open``.
+
+    When the context ends well, the image names the file as it will be called.
+    """
+    os.close(outputs.create_private(data.incomplete))
+    options = replace(
+        work.options,
+        # images of version 2 have no such file
+        compat="" if work.options.compat == "0.10" else work.options.compat,
+        data_file=os.fspath(data.incomplete.absolute()),
+        data_file_raw=data.raw,
+    )
+    with image_at(path, replace(work, options=options)) as output:
+        yield output
+    image.name_data_file(path, data.name)
+    durable.fsync_file(path)
+    durable.fsync_file(data.incomplete)
 
 
 def refuse_existing(final: Path, *, force: bool) -> None:
