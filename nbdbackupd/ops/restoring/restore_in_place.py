@@ -105,21 +105,27 @@ class InPlace(Placement):
             for disk in disks
             if (below := _below(self._disks[disk.target], looked))
         }
+        self.warnings = self._told(domain, point, looked)
+        stack.enter_context(untouched.watch(domain, self._trouble.append))
+
+    def _told(self, domain: Domain, point: RestorePoint, looked: Looked) -> tuple[str, ...]:
+        """What stays as it is, and what will not."""
         left = [
             each.target
             for each in looked.definition.disks
             if each.device == "disk" and all(disk.target != each.target for disk in point.disks)
         ]
+        warnings = [
+            f"disk {target} stood on {below}, and will not any more: the restored image holds all"
+            for target, below in self._below.items()
+        ]
         if left:
-            self.warnings = (
+            warnings.insert(
+                0,
                 f"restore point {point.id} does not hold all disks of domain {domain.name}: "
                 f"{', '.join(left)} stay as they are",
             )
-        self.warnings += tuple(
-            f"disk {target} stood on {below}, and will not any more: the restored image holds all"
-            for target, below in self._below.items()
-        )
-        stack.enter_context(untouched.watch(domain, self._trouble.append))
+        return tuple(warnings)
 
     def format(self, disk: DiskPoint) -> str:
         """As the domain's definition says."""

@@ -151,14 +151,18 @@ def of_set(
             *source.warnings,
             *written.warnings(request.state_dirs, source.known.needed(point)),
             *(placement.warnings if placement is not None else ()),
-            *(
-                text
-                for disk, each in made.items()
-                for text in each.told(disk.target, data_file=found[disk.target].has_data_file)
-            ),
+            *_told(made, found),
             *(text for job in jobs for text in _sizes(job)),
         ),
         source=source,
+    )
+
+
+def _told(made: Mapping[DiskPoint, Choice], found: Mapping[str, Site]) -> tuple[str, ...]:
+    return tuple(
+        text
+        for disk, each in made.items()
+        for text in each.told(disk.target, data_file=found[disk.target].has_data_file)
     )
 
 
