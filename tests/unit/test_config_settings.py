@@ -23,6 +23,7 @@ from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError, DomainError, RepositoryError, UsageError
 from nbdbackupd.model.policy import LevelPolicy, Rotate
 from nbdbackupd.ops.domain.images import Sharing
+from nbdbackupd.ops.domain.survey import Wish
 from nbdbackupd.ops.saving.backup_request import BackupRequest
 from nbdbackupd.source.quiesce import FreezePolicy
 from scripts import gen_config, generated
@@ -150,7 +151,11 @@ limits: {workers: 3, wait: 5m, timeout: 10, bandwidth: 64K}
         "wait_seconds": 300.0,
         "timeout_seconds": 10.0,
         "limit_rate": 64 << 10,
-        "sharing": Sharing(state_dir=Path("/c"), devices="local"),
+        "sharing": Sharing(
+            state_dir=Path("/c"),
+            devices="local",
+            wish=Wish(include=("vda", "vdb"), exclude=("vdc",)),
+        ),
     }
     # what a run is, and what a configuration has no business with
     others = {"domain", "directory", "run_id", "now", "runtime_dir", "program"}

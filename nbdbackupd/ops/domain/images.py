@@ -22,6 +22,7 @@ from nbdbackupd.errors import (
 )
 from nbdbackupd.model import domain as domain_model
 from nbdbackupd.model.whereabouts import Note, Phase, Standing, standing
+from nbdbackupd.ops.domain.survey import Wish
 from nbdbackupd.qemu import image, storage_daemon
 from nbdbackupd.source import kept, lease, reach
 from nbdbackupd.source.hosts import Hosts
@@ -39,6 +40,10 @@ CURE = (
 )
 
 
+ALL: Final = Wish()
+"""All disks."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sharing:
     """What the configuration says of other hosts.
@@ -46,10 +51,12 @@ class Sharing:
     ``state_dir`` is one that was set, so that others may share it; None: the host's own default.
     ``devices``: whether other hosts may open the domain's block devices, ``local``, ``shared``, or
     ``auto``: they may if there is a ``state_dir``, or unless the kernel shows that they can't.
+    ``wish``: the disks that matter.
     """
 
     state_dir: Path | None = None
     devices: str = AUTO
+    wish: Wish = ALL
 
     def hosts(self, domain: Domain) -> Hosts | None:
         """The hosts that share the state of a domain; None: nobody tells of another one."""
@@ -109,7 +116,9 @@ def images_of(
 def prove(domain: Domain, sharing: Sharing) -> Standing:
     """What the hosts have noted of a domain that is off, if none of them has its images.
 
-    Changes nothing. Raises ElsewhereError, BusyError, RepositoryError, and DomainError if libvirt
+    Of disks that are not wished for, of shareable ones and of those that are only read another
+    domain may have the image, which is no sign of this one. Changes nothing. Raises ElsewhereError,
+    BusyError, RepositoryError, and DomainError if libvirt
     can't be asked.
     """
     found = sharing.standing(domain)
@@ -121,7 +130,8 @@ def prove(domain: Domain, sharing: Sharing) -> Standing:
             domain=domain.name,
         )
     for disk in domain.definition().disks:
-        if disk.device == "disk" and disk.layers:
+        is_own = not (disk.shareable or disk.readonly)
+        if disk.device == "disk" and disk.layers and is_own and sharing.wish.wants(disk.target):
             _prove_unlocked(disk)
     return found
 

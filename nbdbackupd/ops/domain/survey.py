@@ -28,6 +28,10 @@ class Wish:
     exclude: tuple[str, ...] = ()
     raw: bool = False
 
+    def wants(self, target: str) -> bool:
+        """Whether a disk may be among those."""
+        return target not in self.exclude and (not self.include or target in self.include)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Survey:

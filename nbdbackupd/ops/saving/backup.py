@@ -114,7 +114,12 @@ def _find(request: BackupRequest, connection: Connection) -> Domain:
 def _images(
     request: BackupRequest, domain: Domain, cancelled: Cancelled
 ) -> AbstractContextManager[Lease | None]:
-    return images_of(domain, request.runtime_dir, request.run_id, cancelled, request.sharing)
+    sharing = replace(request.sharing, wish=_wish(request))
+    return images_of(domain, request.runtime_dir, request.run_id, cancelled, sharing)
+
+
+def _wish(request: BackupRequest) -> Wish:
+    return Wish(include=request.include, exclude=request.exclude, raw=request.raw)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +158,7 @@ def _run_locked(run: _Run) -> BackupReport:
     parent = known.head if level in (Level.INC, Level.DIFF) else None
     if parent is not None:
         repository.check_present(known.points)
-    wish = Wish(include=request.include, exclude=request.exclude, raw=request.raw)
+    wish = _wish(request)
     survey = survey_domain(domain, wish, level, parent, looked)
     doubts = _doubts(run.lease, survey)
     if doubts:
