@@ -39,32 +39,32 @@ class PausedStart:
     left: str = ""
 
 
-def marker(runtime_dir: Path) -> Path:
-    """Where the marker is: beside the directory that QEMU gets for its socket, not in it."""
-    return runtime_dir.parent / MARKER_NAME
+def marker(directory: Path) -> Path:
+    """Where the marker is in the domain's directory, which QEMU can't write to."""
+    return directory / MARKER_NAME
 
 
 @contextlib.contextmanager
 def started_paused(
-    domain: Domain, runtime_dir: Path, *, wanted: bool = True
+    domain: Domain, directory: Path, *, wanted: bool = True
 ) -> Iterator[PausedStart]:
     """Have the domain there for the body, paused if it was off; then end it if still untouched.
 
-    ``runtime_dir`` as in ``RunningRequest``; the domain's lock is held. What a killed run left is
+    ``directory`` is the domain's own; its lock is held. What a killed run left is
     ended first, also if nothing is ``wanted``. A domain that runs is left as it is. Raises
     NotSupportedError (a saved state would be restored), DomainError, RepositoryError (the marker
     can't be written). An instance that can't be ended on leaving is told in ``left`` and left to
     the next run; that is no reason to lose a point.
     """
     started = PausedStart()
-    old = release(domain, runtime_dir)
+    old = release(domain, directory)
     if old:
         LOG.info("removed what a dead run left: %s", old)
     if not wanted or domain.is_active():
         yield started
         return
     at_rest = _at_rest(domain)
-    file = marker(runtime_dir)
+    file = marker(directory)
     with durable.translate_os_errors("write", file):
         durable.make_directory(file.parent, 0o711)
         # before the start, so that no kill can come between
@@ -84,13 +84,13 @@ def started_paused(
         started.left = _leave(domain, file)
 
 
-def release(domain: Domain, runtime_dir: Path) -> str:
+def release(domain: Domain, directory: Path) -> str:
     """End an instance that a killed run has left paused; say what was done, or nothing.
 
     One that somebody has resumed, or that is another one by now, is left alone. Raises
     DomainError if it can't be ended.
     """
-    match _settle(domain, marker(runtime_dir)):
+    match _settle(domain, marker(directory)):
         case _End.ENDED:
             return "the domain, started paused by a killed run, was ended"
         case _End.TAKEN:

@@ -358,7 +358,10 @@ class _JobEnd:
 
 def is_own_job(job: jobs.ActiveJob, runtime_dir: Path) -> bool:
     """Tell whether a job is one of ours: its NBD socket is the one in our runtime directory."""
-    return job.backup is not None and job.backup.socket == os.fspath(runtime_dir / SOCKET_NAME)
+    # a job may outlive an upgrade from a version that had another place
+    older = runtime_dir.parent / runtime_dir.name.removeprefix("libvirt-") / "nbd"
+    own = {os.fspath(each / SOCKET_NAME) for each in (runtime_dir, older)}
+    return job.backup is not None and job.backup.socket in own
 
 
 def _remove_files(request: RunningRequest) -> None:

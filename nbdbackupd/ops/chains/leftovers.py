@@ -28,7 +28,9 @@ from nbdbackupd.virt.domain import Domain
 log = logging.getLogger(__name__)
 NOTE: Final = "run.json"
 LOCK: Final = locks.DOMAIN_LOCK
-SOCKET_DIR: Final = "nbd"
+PROFILE: Final = "libvirt-"
+"""How libvirt names a domain's AppArmor profile, before its UUID (``@{profile_name}``)."""
+
 OFFLINE_SOCKET: Final = "offline.sock"
 
 
@@ -41,8 +43,12 @@ def domain_dir(runtime_dir: Path, uuid: str) -> Path:
 
 
 def socket_dir(runtime_dir: Path, uuid: str) -> Path:
-    """The directory that QEMU gets for its socket, apart from what only we may touch."""
-    return domain_dir(runtime_dir, uuid) / SOCKET_DIR
+    """The directory that QEMU gets for its socket, apart from what only we may touch.
+
+    It has the name of the domain's AppArmor profile: a rule for all domains lets each one's QEMU
+    into its own alone (packaging/common/libvirt-qemu.apparmor).
+    """
+    return runtime_dir / f"{PROFILE}{uuid}"
 
 
 def offline_socket(runtime_dir: Path, uuid: str) -> Path:

@@ -164,7 +164,7 @@ def confinement(patient: Patient, notes: Notes) -> None:
         return
     runtime = patient.request.runtime_dir
     if "apparmor" in found.host:
-        rule = f"{runtime}/** rwk,"
+        rule = f"{runtime}/@{{profile_name}}/* rwk,"
         if _is_allowed(runtime):
             notes.ok(f"AppArmor's rules for QEMU name {runtime}")
         else:

@@ -91,7 +91,7 @@ def run(request: AbortRequest, connection: Connection) -> AbortReport:
         swept = sweep.sweep(domain, own, request.scratch_dir)
         if swept:
             events.emit(log, events.DEAD_RUN_SWEPT, reason=swept)
-        ended_guest = paused_start.release(domain, own)
+        ended_guest = paused_start.release(domain, directory)
         ended = [swept.job] if swept.job else []
         left = swept.foreign
         if left and request.any:

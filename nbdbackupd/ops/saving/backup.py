@@ -82,7 +82,7 @@ def run(
         with (
             started_paused(
                 domain,
-                leftovers.socket_dir(request.runtime_dir, domain.uuid),
+                directory,
                 wanted=request.start_paused,
             ) as started,
             _images(request, domain, cancelled) as lease,
