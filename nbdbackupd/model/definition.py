@@ -33,6 +33,7 @@ SINGLE: Final = (
 MEDIA: Final = ("cdrom", "floppy")
 MACHINE_VERSION: Final = re.compile(r"-(?:rhel)?\d[\d.]*$")
 NAME_BAD: Final = re.compile(r"[/\n\0]")
+UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 MOST_TOLD: Final = 100
 """Things of a host that are told one by one."""
 
@@ -89,12 +90,12 @@ class Changes:
 
     @property
     def ours(self) -> frozenset[str]:
-        """The paths of what is restored, and of the emulator that the host has."""
+        """The paths of what is restored."""
         disks = self.disks.values()
         found = {path for disk in disks for path in (disk.path, disk.socket)}
         found |= {
             self.nvram or "", self.loader or "", self.kernel or "", self.initrd or "",
-            self.tpm or "", self.emulator or "",
+            self.tpm or "",
         }  # fmt: skip
         return frozenset(found - {""})
 
@@ -177,7 +178,9 @@ def _sift(root: ET.Element, changes: Changes, consent: Consent, told: Told) -> t
     sifting.forget(root)
     keeps = changes.keep_identity or changes.trusted
     spared = [] if keeps else _spared(root, changes)
-    sieve = sifting.Sieve(ours=changes.ours, name=changes.name, spared=spared)
+    sieve = sifting.Sieve(
+        ours=changes.ours, name=changes.name, emulator=changes.emulator or "", spared=spared
+    )
     # what the user wants to keep is only looked at
     sieve.sift(copy.deepcopy(root) if keeps else root)
     kept = _lines((*sieve.kept, *(sieve.removed if keeps else ())))
@@ -235,6 +238,9 @@ def new_uuid(entropy: Entropy) -> str:
 def _identity(root: ET.Element, changes: Changes, entropy: Entropy, told: Told) -> str:
     old = root.findtext("uuid", "")
     found = changes.uuid or (old if changes.keep_identity else "") or new_uuid(entropy)
+    if not UUID.fullmatch(found):
+        # it becomes the name of a directory, too
+        raise DomainError(f"domain XML is damaged: {found[:80]!r} is no UUID")
     _set_text(root, "name", changes.name)
     _set_text(root, "uuid", found)
     for entry in root.findall("./sysinfo/system/entry[@name='uuid']"):

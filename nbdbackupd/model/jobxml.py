@@ -133,28 +133,32 @@ def sound_sizes(xml: str) -> dict[str, int]:
 
 
 def redefinable(xml: str, targets: Collection[str]) -> str:
-    """Turn a stored checkpoint XML into one that libvirt takes for a redefinition.
+    """Make a checkpoint XML that libvirt takes for a redefinition of a stored one.
 
-    The old domain definition goes: its UUID and disks must match otherwise. So do the parent,
-    which libvirt may not know any more (bitmaps need none), and the disks beyond ``targets``.
-    Raises CheckpointError if the text is none, or nothing would be left.
+    It is built anew of the few words that are needed: the stored one comes out of a set. The old
+    domain definition goes, since its UUID and disks must match otherwise, and libvirt would run its
+    emulator. So do the parent, which libvirt may not know any more (bitmaps need none), and the
+    disks beyond ``targets``. Raises CheckpointError if the text is none, or nothing would be left.
     """
     root = documents.parse_xml(xml, "domaincheckpoint", CheckpointError)
-    for tag in ("domain", "parent"):
-        for element in root.findall(tag):
-            root.remove(element)
-    if root.find("creationTime") is None:
+    name = root.findtext("name", "")
+    made = ET.Element("domaincheckpoint")
+    for tag, text in (
+        ("name", name),
+        ("description", root.findtext("description", "")),
         # required, and any number will do (measured)
-        ET.SubElement(root, "creationTime").text = "1"
-    disks = root.find("disks")
-    for disk in list(disks) if disks is not None else []:
-        if disks is not None and disk.get("name") not in targets:
-            disks.remove(disk)
-        disk.attrib.pop("size", None)
-    if disks is None or not any(disk.get("checkpoint") == TRACKED for disk in disks):
-        name = root.findtext("name", "")
+        ("creationTime", root.findtext("creationTime", "1")),
+    ):
+        if text:
+            ET.SubElement(made, tag).text = text
+    disks = ET.SubElement(made, "disks")
+    for disk in root.findall("./disks/disk"):
+        if disk.get("name") in targets:
+            words = {key: disk.get(key, "") for key in ("name", "checkpoint", "bitmap")}
+            ET.SubElement(disks, "disk", {key: text for key, text in words.items() if text})
+    if not any(disk.get("checkpoint") == TRACKED for disk in disks):
         raise CheckpointError(f"checkpoint {name} tracks none of the disks: {', '.join(targets)}")
-    return ET.tostring(root, encoding="unicode")
+    return ET.tostring(made, encoding="unicode")
 
 
 def tracked(xml: str) -> dict[str, str]:

@@ -93,13 +93,15 @@ class Foreign:
 class Sieve:
     """Takes away what is foreign.
 
-    ``ours`` are the paths of what is restored, ``name`` is the new domain's. Disks whose targets
+    ``ours`` are the paths of what is restored, ``name`` is the new domain's, ``emulator`` the one
+    that libvirt has chosen for it, if there is one. Disks whose targets
     are in ``spared`` stay as they are; what they name is in ``kept`` afterwards, the rest in
     ``removed``.
     """
 
     ours: Collection[str]
     name: str
+    emulator: str = ""
     spared: Collection[str] = ()
     removed: list[Foreign] = field(default_factory=list)
     kept: list[Foreign] = field(default_factory=list)
@@ -156,7 +158,7 @@ class Sieve:
 
     def _fits(self, kind: str, where: str, name: str, value: str) -> bool:
         if kind == RULE:
-            return value in self.ours or _VALUES.get(f"{where} {name}", _never)(self, value)
+            return _VALUES[f"{where} {name}"](self, value)
         pattern = {PLAIN: _WORD, NAME: _NAME, TEXT: _TEXT}[kind]
         most = MAX_VALUE if kind != TEXT else 16 * MAX_VALUE
         return len(value) <= most and pattern.fullmatch(value) is not None
@@ -371,8 +373,8 @@ _ELEMENTS: Final[Mapping[str, Callable[[Sieve, ET.Element], str]]] = {
 }
 
 
-def _never(_sieve: Sieve, _value: str) -> bool:
-    return False
+def _restored(sieve: Sieve, value: str) -> bool:
+    return value in sieve.ours
 
 
 def _fixed(*values: str) -> Callable[[Sieve, str], bool]:
@@ -380,8 +382,15 @@ def _fixed(*values: str) -> Callable[[Sieve, str], bool]:
 
 
 _VALUES: Final[Mapping[str, Callable[[Sieve, str], bool]]] = {
-    "devices/emulator #": lambda _sieve, value: is_of_a_system(value),
-    "os/loader #": lambda _sieve, value: is_firmware(value),
+    "devices/disk/source file": _restored,
+    "devices/disk/source dev": _restored,
+    "devices/disk/source/host socket": _restored,
+    "devices/tpm/backend/source path": _restored,
+    "os/kernel #": _restored,
+    "os/initrd #": _restored,
+    "os/nvram #": _restored,
+    "os/loader #": lambda sieve, value: value in sieve.ours or is_firmware(value),
+    "devices/emulator #": lambda sieve, value: value == sieve.emulator or is_of_a_system(value),
     "os/nvram template": lambda _sieve, value: is_firmware(value),
     "devices/interface/backend tap": _fixed("/dev/net/tun"),
     "devices/interface/backend vhost": _fixed("/dev/vhost-net"),

@@ -128,3 +128,21 @@ def test_redefinable_adds_the_time_that_libvirt_wants() -> None:
 def test_not_redefinable(text: str, targets: list[str]) -> None:
     with pytest.raises(CheckpointError):
         jobxml.redefinable(text, targets)
+
+
+def test_a_stored_checkpoint_is_built_anew() -> None:
+    """S-3: libvirt would run the emulator of a definition in it."""
+    stored = (
+        "<domaincheckpoint><name>cp</name><description>d</description>"
+        "<creationTime>7</creationTime><state>x</state><parent><name>p</name></parent>"
+        "<domain><devices><emulator>/tmp/x</emulator></devices></domain>"
+        "<inactiveDomain><devices><emulator>/tmp/x</emulator></devices></inactiveDomain>"
+        "<disks><disk name='vda' checkpoint='bitmap' bitmap='b' size='1' file='/tmp/x'>"
+        "<source file='/tmp/x'/></disk><disk name='vdb' checkpoint='no'/></disks>"
+        "</domaincheckpoint>"
+    )
+    assert jobxml.redefinable(stored, ["vda"]) == (
+        "<domaincheckpoint><name>cp</name><description>d</description>"
+        "<creationTime>7</creationTime>"
+        '<disks><disk name="vda" checkpoint="bitmap" bitmap="b" /></disks></domaincheckpoint>'
+    )

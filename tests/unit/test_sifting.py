@@ -6,7 +6,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from nbdbackupd.errors import DomainError, UsageError
-from nbdbackupd.model import definition
+from nbdbackupd.model import allowed, definition, sifting
 from nbdbackupd.model.definition import Adapted, Changes, NewDisk
 from tests.lib.ordinary import CLOUD, WINDOWS
 
@@ -192,3 +192,48 @@ def test_many_things_are_told_shortly() -> None:
     assert adapted.foreign[-1] == "and 901 more"
     long = bare(rest=f"<b c='&#x202e;&#10;{'x' * 5000}'/>").foreign
     assert all(line.isprintable() and len(line) < 200 for line in long)
+
+
+def test_a_path_of_ours_is_of_one_use() -> None:
+    """What is restored is content of the set: it is no program, whatever mode it has."""
+    own = NewDisk(path="/usr/new/a.raw", format="raw")
+    xml = BARE.format(
+        devices="<emulator>/usr/new/a.raw</emulator><disk type='file'><target dev='vda'/></disk>"
+        "<rng model='virtio'><backend model='random'>/usr/new/a.raw</backend></rng>",
+        rest="",
+    )
+    adapted = adapt(xml, Changes(name="x", disks={"vda": own}))
+    assert adapted.xml.count("/usr/new/a.raw") == 1
+    assert len(adapted.foreign) == 2
+
+
+def test_every_rule_has_its_place() -> None:
+    """The list and the rules name the same places."""
+    marked = {
+        f"{path} {name}"
+        for path, kinds in allowed.ALLOWED.items()
+        for name, kind in kinds.items()
+        if kind == allowed.RULE
+    }
+    assert marked == set(sifting._VALUES)
+    assert set(sifting._ELEMENTS) <= set(allowed.ALLOWED)
+    assert all(reason for path, reason in allowed.REASONS.items() if has_mark(path))
+
+
+def has_mark(path: str) -> bool:
+    return any(kind for kind in allowed.ALLOWED[path].values())
+
+
+@pytest.mark.parametrize(
+    "word", ["../../../etc/cron.d", "x", "", "7A1F0B8E3A7A4B8E9D570F6F2F1B7C11"]
+)
+def test_an_identity_that_is_none(word: str) -> None:
+    """A UUID names a directory: that of the TPM's state, which root writes."""
+    xml = BARE.format(devices="", rest="").replace("<name>", f"<uuid>{word}</uuid><name>")
+    same = Changes(name="x", keep_identity=True)
+    if word:
+        with pytest.raises(DomainError, match="is no UUID"):
+            adapt(xml, same)
+    else:
+        assert definition.UUID.fullmatch(adapt(xml, same).uuid)
+    assert definition.UUID.fullmatch(adapt(xml, Changes(name="x")).uuid)
