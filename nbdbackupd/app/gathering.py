@@ -311,7 +311,8 @@ def _look(name: str, known: _Known, context: Context, notes: list[str]) -> "Doma
         unscheduled=(
             _unscheduled(name, settings, known.units, timer) if is_covered and is_known else ""
         ),
-        is_wanted=settings.schedule_calendar != (),
+        # what a standby has not saved another host has
+        is_wanted=settings.schedule_calendar != () and not settings.standby,
         is_known=is_known,
     )
     return status.status_of(

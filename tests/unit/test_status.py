@@ -206,7 +206,6 @@ def test_ages(seconds: float, text: str) -> None:
 
 
 def test_domains_of_all_kinds(host: Host) -> None:
-    host.libvirt("vm1", "vm2", "vm3", "off")
     host.file("a", "match: {name: [vm1, vm4]}")
     host.file("b", "match: {name: 'off'}\nschedule: {calendar: []}")
     host.file("c", "match: {glob: 'gone*'}")
@@ -215,13 +214,17 @@ def test_domains_of_all_kinds(host: Host) -> None:
     host.save("vm1", NOW - timedelta(hours=2))
     host.save("vm2", NOW - timedelta(days=4))
     host.save("former", NOW - timedelta(days=90))
-    host.systemd(timer("vm1"), timer("vm2"), services=service("vm1") + service(
+    host.libvirt("vm1", "vm2", "vm3", "off", "standby")
+    # H-4: with a repository of its own this host may have no point, or an old one
+    host.file("d", "match: {name: standby}\nstandby: yes")
+    host.save("standby", NOW - timedelta(days=90))
+    host.systemd(timer("vm1"), timer("vm2"), timer("standby"), services=service("vm1") + service(
         "vm2", active="failed", result="exit-code", status=20))  # fmt: skip
     found = host.status()
     healths = {name: each["health"] for name, each in found.items()}
     assert healths == {
-        "former": "ok", "off": "ok", "vm1": "ok", "vm2": "critical", "vm3": "warning",
-        "vm4": "warning",
+        "former": "ok", "off": "ok", "standby": "ok", "vm1": "ok", "vm2": "critical",
+        "vm3": "warning", "vm4": "warning",
     }  # fmt: skip
     assert {name for name, each in found.items() if not each["protected"]} == {"former", "vm3"}
     one = found["vm1"]

@@ -212,7 +212,7 @@ _GUEST: Final = (
     Setting(
         path="standby", kind=kinds.BOOL, default=False,
         help="Save the domain on this host only while it runs here: while it is off another host "
-        "does.",
+        "does. 'status' here does not judge the age of its points.",
     ),
 )  # fmt: skip
 
