@@ -425,6 +425,11 @@ class TestStart:
             here.guest.start()
             os.kill(process.pid, signal.SIGCONT)
             assert process.wait(30) == BUSY
+        # W-8: what is said to be removed is gone, though libvirt never knew of it
+        said = "".join(log.read_text() for log in (here.set / "logs").iterdir())
+        left = [each for target in here.guest.disks for each in here.guest.bitmaps(target)]
+        assert (" removed, the run that made it failed" in said) != bool(left)
+        assert not left
         here.save()
         here.prove_all()
 

@@ -150,14 +150,15 @@ def apply(
         cancelled()
         problem = ""
         try:
-            _carry_out(domain, step, xml, erase, cancelled)
+            is_done = _carry_out(domain, step, xml, erase, cancelled)
         except GaveWayError:
             raise
         except NbdbackupError as err:
             problem = err.message
             events.emit(log, events.CHECKPOINT_LEFT, checkpoint=step.name, reason=problem)
         else:
-            events.emit(log, _EVENTS[step.action], checkpoint=step.name, reason=step.why)
+            if is_done:
+                events.emit(log, _EVENTS[step.action], checkpoint=step.name, reason=step.why)
         results.append(Done(step, problem))
     return tuple(results)
 
@@ -174,16 +175,18 @@ def _carry_out(
     xml: Mapping[str, str],
     erase: Erase | None,
     cancelled: Callable[[], None],
-) -> None:
+) -> bool:
+    """Do a step; False if there was nothing to be removed."""
     if step.action is Action.REDEFINE:
         _redefine(domain, step, xml.get(step.name, ""))
     elif domain.is_active():
-        if not step.metadata and step.targets:
+        if step.targets and not (step.metadata and checkpoints.is_known(domain, step.name)):
             # libvirt removes only bitmaps that it knows of
             _redefine(domain, step, "")
-        checkpoints.delete(domain, step.name)
+        return checkpoints.delete(domain, step.name) is not checkpoints.Deleted.ABSENT
     else:
         _remove_off(domain, step, erase, cancelled)
+    return True
 
 
 def _redefine(domain: Domain, step: Step, stored: str) -> None:
@@ -229,8 +232,8 @@ def drop_failed(
 ) -> bool:
     """Remove the checkpoint of a run that made no point; False if it stays for the next run.
 
-    Of a domain that is off its bitmap is looked for in the top image of every disk, where
-    alone a run adds it.
+    Of a domain that was off (``erase``) its bitmap is looked for in the top image of every disk,
+    where alone a run adds it; also in the QEMU that has them open by now (W-8).
     """
     tops = {
         target: state.layers[0].path
@@ -241,6 +244,7 @@ def drop_failed(
         action=Action.REMOVE,
         name=name,
         why="the run that made it failed",
+        targets=tuple(tops) if erase is not None else (),
         images=tuple(dict.fromkeys(tops.values())),
         metadata=True,
     )
