@@ -195,7 +195,7 @@ def _redefine(domain: Domain, step: Step, stored: str) -> None:
         try:
             checkpoints.redefine(domain, stored, step.targets)
         except CheckpointError as err:
-            log.warning("the stored XML of checkpoint %s can't be used: %s", step.name, err)
+            log.info("the stored XML of checkpoint %s can't be used: %s", step.name, err)
         else:
             return
     checkpoints.redefine(domain, jobxml.checkpoint_xml(step.name, step.targets, ()), step.targets)
