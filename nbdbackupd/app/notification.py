@@ -170,6 +170,11 @@ def _by_template(notice: Notice, path: Path) -> Text | str:
         return " ".join(str(err).split()) or type(err).__name__
 
 
+def sendmail() -> str | None:
+    """The program that takes mail on this host; it need not be in the PATH."""
+    return next(filter(None, map(shutil.which, ("sendmail", *SENDMAIL))), None)
+
+
 def send_mail(text: Text, addresses: tuple[str, ...], moment: datetime) -> None:
     """Give a mail to the host's sendmail. Raises ConfigError, ProcessError."""
     for address in addresses:
@@ -182,11 +187,8 @@ def send_mail(text: Text, addresses: tuple[str, ...], moment: datetime) -> None:
     message["Message-ID"] = make_msgid(domain="nbdbackup.invalid")
     message["Auto-Submitted"] = "auto-generated"
     message.set_content(text.body)
-    program = shutil.which("sendmail") or next(
-        (each for each in SENDMAIL if shutil.which(each)), "sendmail"
-    )
     proc.output(
-        [program, "-i", "--", *addresses],
+        [sendmail() or "sendmail", "-i", "--", *addresses],
         input=message.as_bytes(), timeout=DELIVERY_SECONDS, max_output=MAX_TEXT,
     )  # fmt: skip
 

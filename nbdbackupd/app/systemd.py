@@ -107,6 +107,16 @@ def services(*names: str) -> tuple[Service, ...]:
     return tuple(_service(block) for block in blocks)
 
 
+def properties(unit: str, *names: str) -> dict[str, str]:
+    """Some properties of a unit; empty texts for what it has not.
+
+    Raises ProcessError if systemd can't be asked.
+    """
+    text = _systemctl("show", f"--property={','.join(names)}", "--", unit)
+    found = dict(line.partition("=")[::2] for line in text.strip().split("\n"))
+    return {name: found.get(name, "") for name in names}
+
+
 def journal(unit: str, invocation: str, number: int) -> tuple[str, ...]:
     """The last lines that a unit wrote, in one invocation if that is known.
 

@@ -17,6 +17,7 @@ class Severity(StrEnum):
 class Area(StrEnum):
     """What a finding is about; in the order in which they are told."""
 
+    CONFIGURATION = "configuration"
     HOST = "host"
     LIBVIRT = "libvirt"
     DISKS = "disks"
@@ -36,6 +37,11 @@ class Finding:
     area: Area
     text: str
     advice: str = ""
+
+    @classmethod
+    def fail(cls, area: Area, text: str, advice: str) -> "Finding":
+        """What no backup gets along with."""
+        return cls(Severity.FAIL, area, text, advice)
 
     def to_json(self) -> dict[str, Any]:
         """The finding as a JSON object."""

@@ -173,7 +173,7 @@ def _no_way(disk: Disk, *, raw: bool) -> str:
 
 def _chosen(disk: Disk, images: Mapping[str, ImageFacts], level: Level) -> ChosenDisk:
     """How the disk is saved; nothing is said of one that is to be copied whole anyway."""
-    why, is_fault = _why_whole(disk, images.get(disk.target, ImageFacts()))
+    why, is_fault = why_whole(disk, images.get(disk.target, ImageFacts()))
     if not why and disk.format == "qcow2":
         return ChosenDisk(disk.target, How.BITMAP)
     if level is Level.COPY:
@@ -181,7 +181,7 @@ def _chosen(disk: Disk, images: Mapping[str, ImageFacts], level: Level) -> Chose
     return ChosenDisk(disk.target, How.FULL_ONLY, why, is_fault)
 
 
-def _why_whole(disk: Disk, facts: ImageFacts) -> tuple[str, bool]:
+def why_whole(disk: Disk, facts: ImageFacts) -> tuple[str, bool]:
     """Why changes of the disk can't be tracked, and whether that can be mended."""
     if disk.format == "raw":
         return "", False

@@ -64,7 +64,10 @@ class Appliance:
         path = f"{CONFIGURATION}/domains.d/{unitname.escape(name)}.yaml"
         # JSON is YAML
         self.host.write(path, json.dumps(document, indent=1) + "\n")
-        assert "sound" in self.ctl("config", "check")
+        done = self.host.call("nbdbackupctl", "config", "check")
+        # files of other tests name domains that are gone
+        assert done.returncode in (0, 3), done
+        assert "sound" in done.stdout
 
     def ctl(self, *words: str) -> str:
         """Run the command as an administrator does; raises ``LabError`` if it fails."""

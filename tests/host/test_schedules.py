@@ -83,7 +83,8 @@ def timers(host: Host) -> dict[str, dict[str, Any]]:
 def reload(host: Host, **texts: str) -> None:
     for name, text in texts.items():
         host.write(f"/etc/nbdbackup/domains.d/{name}.yaml", text)
-    host.run("nbdbackupctl", "config", "check")
+    # that most of these domains are not there is a warning
+    assert host.call("nbdbackupctl", "config", "check").returncode in (0, 3)
     host.run("systemctl", "daemon-reload")
 
 

@@ -71,8 +71,19 @@ class Found(list[dict[str, str]]):
         )
 
 
+def configure(here: Scene, **settings: Any) -> Path:
+    """Write the main file of a configuration, which is JSON; returns its directory."""
+    directory = here.directory.parent / "etc"
+    directory.mkdir(exist_ok=True)
+    document = {"repository": {"path": str(here.directory / "repository")}, **settings}
+    (directory / "nbdbackup.yaml").write_text(json.dumps(document))
+    return directory
+
+
 def words(here: Scene, *options: str | Path) -> list[str | Path]:
     found: list[str | Path] = [here.guest.name, "--scratch-reserve", "16M"]
+    if not {"-o", "--config-dir"} & set(options):
+        found += ["--config-dir", configure(here)]
     found += ["--checkpoint-dir", here.ctl.state]
     if "--scratch-dir" not in options:
         found += ["--scratch-dir", here.ctl.scratch]
@@ -87,6 +98,40 @@ def check(here: Scene, *options: str | Path, code: int, ctl: Ctl | None = None) 
     # whatever is not right comes with a reason
     assert all(each["text"] for each in found)
     return found
+
+
+def test_w4_all_that_a_run_needs(here: Scene) -> None:
+    """W-4: "all is well" while 'run --dry-run' says 50."""
+    directory = configure(here)
+    config = ("--config-dir", directory)
+    found = check(here, *config, code=WARNED)
+    assert found.bad() <= AGENT
+    planned = here.ctl("run", here.guest.name, *config, "--dry-run", "--json").json
+    assert f"will save into {planned['set']}, full: " in found.text("configuration", "ok")
+    assert str(planned["set"]) in found.text("target", "ok")
+    repository = {"path": str(here.directory / "repository"), "marker": "here"}
+    configure(here, repository=repository)
+    refused = here.ctl("run", here.guest.name, *config, "--dry-run", code=50).stderr
+    found = check(here, *config, code=DOMAIN)
+    (line,) = found.text("configuration", "fail").splitlines()
+    assert line.strip() in refused
+    # it may be mounted by a program before the run
+    missing, there = here.directory / "no-such", "/bin/true"
+    configure(here, repository=repository, commands={"pre": there, "post": str(missing)})
+    found = check(here, *config, code=WARNED)
+    assert "marker" in found.text("configuration", "warn")
+    assert f"commands.post: {missing} is not there" in found.text("configuration", "warn")
+    configure(here, commands={"pre": str(missing)}, notification={"command": str(missing)},
+              monitoring={"metrics_directory": str(missing)})  # fmt: skip
+    found = check(here, *config, code=DOMAIN)
+    assert "commands.pre" in found.text("configuration", "fail")
+    said = found.text("configuration", "warn")
+    assert ("notification.command" in said, "metrics_directory" in said) == (True, True)
+    (directory / "nbdbackup.yaml").write_text("x: [")
+    found = check(here, *config, code=DOMAIN)
+    assert "no run begins: " in found.text("configuration", "fail")
+    # a set that is named needs none of it
+    assert check(here, *config, "-o", here.set, code=WARNED).bad() <= AGENT
 
 
 def everything(here: Scene) -> dict[str, str]:
@@ -161,15 +206,18 @@ def test_a_sound_domain(here: Scene) -> None:
 def test_an_agent_that_answers(lab: DaemonLab, tmp_path: Path) -> None:
     linux = agent_guest(lab, "check-linux", [DiskSpec(size=8 * MIB)])
     linux.start()
-    here = scene_of(lab, tmp_path, linux.guest)
-    found = check(here, code=0)
+    with mounted(tmp_path / "target", "size=64M") as target:
+        found = check(scene_of(lab, target, linux.guest), code=0)
     assert "the guest agent answers" in found.text("guest", "ok")
     linux.guest.close()
 
 
 def test_an_agent_that_is_away(lab: DaemonLab, tmp_path: Path) -> None:
     options = GuestOptions(has_agent=True, uuid=str(uuid.uuid4()))
-    with scene(lab, tmp_path, "check-away", (DiskSpec(size=8 * MIB),), options) as here:
+    with (
+        mounted(tmp_path / "target", "size=64M") as target,
+        scene(lab, target, "check-away", (DiskSpec(size=8 * MIB),), options) as here,
+    ):
         found = check(here, code=WARNED)
         assert found.bad() == AGENT
         assert "not connected" in found.text("guest", "warn")
@@ -250,6 +298,11 @@ def test_images(lab: DaemonLab, tmp_path: Path) -> None:
         DiskSpec(target="vdf", size=8 * MIB),
         DiskSpec(target="vdg", size=8 * MIB, options=(f"data_file={data}",)),
         DiskSpec(target="vdh", path=locked),
+        DiskSpec(
+            target="vdi",
+            size=8 * MIB,
+            options=(f"data_file={lab.images / 'raw.data'}", "data_file_raw=on"),
+        ),
     )
     guest = lab.guest("check-images", disks, GuestOptions(uuid=str(uuid.uuid4())))
     here = scene_of(lab, tmp_path, guest)
@@ -274,6 +327,10 @@ def test_images(lab: DaemonLab, tmp_path: Path) -> None:
     assert f"vdf: image {guest.image('vdf')} was not closed cleanly" in warned
     assert f"vdh: image {locked} is encrypted" in warned
     assert "vde: " in found.text("disks", "ok")
+    # W-14: its changes can't be tracked
+    assert "vdi: qcow2, 8.0 MiB; saved whole each time: its data lies in a raw file" in found.text(
+        "disks", "ok"
+    )
 
 
 def test_a_raw_disk_that_is_left_out_knowingly(lab: DaemonLab, tmp_path: Path) -> None:

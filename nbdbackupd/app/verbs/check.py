@@ -6,6 +6,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
@@ -14,14 +15,18 @@ from nbdbackupd import plain
 from nbdbackupd.app import configured
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, directory, size
 from nbdbackupd.app.context import Context
-from nbdbackupd.errors import DomainError
+from nbdbackupd.errors import ConfigError, DomainError
 
 if TYPE_CHECKING:
+    from nbdbackupd.model.finding import Finding
     from nbdbackupd.ops.checking.check import CheckReport
+    from nbdbackupd.ops.checking.check_request import CheckRequest
+    from nbdbackupd.virt.domain import Domain
 
 DESCRIPTION = """\
 Find out whether the next backup of a domain will work: programs, libvirt, images, checkpoints,
-guest agent, space, access, locks, leftovers of dead runs. Nothing is changed. Exit status: 0 if all
+guest agent, space, access, locks, leftovers of dead runs; without -o also all that the next run by
+the configuration needs. Nothing is changed. Exit status: 0 if all
 is well, 3 with warnings, 20 with a failure.
 """
 DEFAULT_RESERVE = 512 << 20
@@ -47,7 +52,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         help="directory for QEMU's scratch files (default: /var/lib/nbdbackup/scratch)",
     )  # fmt: skip
     parser.add_argument(
-        "--scratch-reserve", metavar="SIZE", type=size, default=DEFAULT_RESERVE,
+        "--scratch-reserve", metavar="SIZE", type=size,
         help="what is to stay free of it (default: 512M)",
     )  # fmt: skip
     add_checkpoint_dir(parser)
@@ -60,23 +65,63 @@ def run(args: Arguments, context: Context) -> int:
     logging.getLogger(SURVEY_LOGGER).setLevel(logging.ERROR)
     try:
         from nbdbackupd.ops.checking import check
-        from nbdbackupd.ops.checking.check_request import CheckRequest
+        from nbdbackupd.virt.domain import Domain
     except ImportError as err:
         raise DomainError(f"a Python library can't be used: {err}; install it") from err
-    request = CheckRequest(
-        domain=args.domain,
-        directory=args.output.absolute() if args.output is not None else None,
-        runtime_dir=context.runtime_dir.absolute(),
-        scratch_dir=context.scratch_dir.absolute(),
-        scratch_reserve=args.scratch_reserve,
-        state_dir=configured.state_directory(args.domain, context).absolute(),
-        sharing=configured.sharing_of(args.domain, context),
-    )
-    with context.connection() as connection:
+    with _connected(args, context).connection() as connection:
+        domain = Domain.find(connection, args.domain)
+        request, findings = _request(args, context, domain)
         report = check.run(request, connection)
+    report = replace(report, findings=(*findings, *report.findings))
     coloured = wants_colour(sys.stdout, os.environ)
     context.show(report.to_json(), render(report, colour=coloured), painted=True)
     return EXIT[report.severity.value]
+
+
+def _connected(args: Arguments, context: Context) -> Context:
+    """As ``run`` connects, unless a set was named: then no configuration counts."""
+    if args.output is not None:
+        return context
+    try:
+        return configured.connected(configured.read(context), context)
+    except ConfigError:
+        # that becomes a finding
+        return context
+
+
+def _request(
+    args: Arguments, context: Context, domain: "Domain"
+) -> "tuple[CheckRequest, tuple[Finding, ...]]":
+    """What is to be looked at: a set that was named, or what ``run`` will do."""
+    from nbdbackupd.app import check_run
+    from nbdbackupd.model.finding import Finding
+    from nbdbackupd.ops.checking.check_request import CheckRequest
+
+    facts: dict[str, Any] = {
+        "directory": args.output.absolute() if args.output is not None else None,
+        "scratch_dir": context.scratch_dir.absolute(),
+        "scratch_reserve": DEFAULT_RESERVE,
+        "state_dir": context.state_dir.absolute(),
+    }
+    findings: tuple[Finding, ...] = ()
+    settings = check_run.settings_of(domain, context)
+    if isinstance(settings, Finding):
+        if args.output is None:
+            findings = (settings,)
+    else:
+        facts |= {
+            "state_dir": configured.state_directory(args.domain, context).absolute(),
+            "sharing": configured.sharing_of(args.domain, context),
+        }
+        if args.output is None:
+            facts["directory"], findings = check_run.look(domain, settings)
+            if args.scratch_dir is None and not settings.is_default("scratch.directory"):
+                facts["scratch_dir"] = settings.scratch_directory
+            facts["scratch_reserve"] = settings.scratch_reserve
+    if args.scratch_reserve is not None:
+        facts["scratch_reserve"] = args.scratch_reserve
+    runtime_dir = context.runtime_dir.absolute()
+    return CheckRequest(domain=domain.uuid, runtime_dir=runtime_dir, **facts), findings
 
 
 def wants_colour(stream: TextIO, environ: Mapping[str, str]) -> bool:

@@ -170,7 +170,8 @@ def confinement(patient: Patient, notes: Notes) -> None:
         else:
             notes.warn(
                 f"AppArmor may keep QEMU from its socket: no rule for QEMU names {runtime}",
-                f"add '{rule}' to {APPARMOR_RULES[0]}, and power the guest off and on once",
+                f"add '{rule}' to {APPARMOR_RULES[0]}; libvirt 11.3 loads it with the next "
+                "backup, others when the guest is powered off and on",
             )
     if "selinux" in found.host and _is_enforcing():
         _selinux(runtime, notes)

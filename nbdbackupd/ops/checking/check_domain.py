@@ -7,7 +7,7 @@ from nbdbackupd.model import domain as domain_model
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.domain import Agent
 from nbdbackupd.model.finding import Notes
-from nbdbackupd.model.selection import BY_REQUEST, ImageFacts, select_disks
+from nbdbackupd.model.selection import BY_REQUEST, ImageFacts, select_disks, why_whole
 from nbdbackupd.model.units import human_size
 from nbdbackupd.ops.checking import check_set
 from nbdbackupd.ops.checking.check_request import Patient
@@ -48,12 +48,7 @@ def features_of(patient: Patient, notes: Notes) -> None:
 def disks(patient: Patient, notes: Notes) -> None:
     """Which disks a backup takes, and what is wrong with their images."""
     looked = patient.looked
-    facts = {
-        target: ImageFacts(
-            format=chain[0].format, compat=chain[0].compat, size=chain[0].virtual_size
-        )
-        for target, chain in looked.chains.items()
-    }
+    facts = looked.facts
     head = check_set.head(patient)
     before = head.disks if head is not None else ()
     skipped_before = head.skipped if head is not None else ()
@@ -76,10 +71,12 @@ def disks(patient: Patient, notes: Notes) -> None:
     for chosen in found.chosen:
         if chosen.target in left_out:
             notes.ok(f"{chosen.target} was left out of the last point")
-        _disk(patient, looked.definition.disk(chosen.target), notes)
+        disk = looked.definition.disk(chosen.target)
+        why, _ = why_whole(disk, facts.get(disk.target, ImageFacts()))
+        _disk(patient, disk, why, notes)
 
 
-def _disk(patient: Patient, disk: domain_model.Disk, notes: Notes) -> None:
+def _disk(patient: Patient, disk: domain_model.Disk, why: str, notes: Notes) -> None:
     chain = patient.looked.chains.get(disk.target)
     if chain is None:
         _unseen(disk, notes)
@@ -98,8 +95,8 @@ def _disk(patient: Patient, disk: domain_model.Disk, notes: Notes) -> None:
         notes.warn(f"{text}; saved whole each time: it records no changes", "convert it to qcow2")
     elif not top.can_hold_bitmaps:
         notes.warn(f"{text}; saved whole each time: version 2 records no changes", old)
-    elif disk.readonly:
-        notes.ok(f"{text}; read-only: saved whole each time")
+    elif why:
+        notes.ok(f"{text}; saved whole each time: {why}")
     else:
         notes.ok(f"{text}; its changes can be tracked")
     if disk.shareable:

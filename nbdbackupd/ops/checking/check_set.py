@@ -127,7 +127,7 @@ def target(patient: Patient, notes: Notes) -> None:
     """The directory, the soundness of what it holds, and its space."""
     path = patient.request.directory
     if path is None:
-        notes.ok("no set was named with '-o DIR'")
+        notes.ok("not looked at: which set is next is not known")
         return
     repository = Repository.open(path)
     _place(path, notes)

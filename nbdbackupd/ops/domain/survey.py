@@ -75,6 +75,19 @@ class Looked:
             target for target, chain in self.chains.items() if any(each.encrypted for each in chain)
         )
 
+    @property
+    def facts(self) -> dict[str, ImageFacts]:
+        """What a selection of disks needs of the images, by target."""
+        return {
+            target: ImageFacts(
+                format=chain[0].format,
+                compat=chain[0].compat,
+                size=chain[0].virtual_size,
+                has_raw_data=chain[0].data_file_raw,
+            )
+            for target, chain in self.chains.items()
+        }
+
 
 def look(domain: Domain) -> Looked:
     """Look at the definition and the images of a domain that runs or is off; changes nothing.
@@ -143,17 +156,8 @@ def survey_domain(
     Raises UsageError or NotSupportedError if its disks can't be saved as asked, DomainError.
     """
     looked = looked or look(domain)
-    facts = {
-        target: ImageFacts(
-            format=chain[0].format,
-            compat=chain[0].compat,
-            size=chain[0].virtual_size,
-            has_raw_data=chain[0].data_file_raw,
-        )
-        for target, chain in looked.chains.items()
-    }
     selection = select_disks(
-        looked.definition, facts,
+        looked.definition, looked.facts,
         level=level, include=wish.include, exclude=wish.exclude, raw=wish.raw,
         missing={} if looked.is_active else _missing(looked),
     )  # fmt: skip
