@@ -263,11 +263,23 @@ SCRATCH_LOW: Final = Event(
     level=logging.INFO,
     text="scratch space is filling up, the job is ended: {REASON}",
     fields=("REASON", "BYTES"),
-    meaning="QEMU keeps blocks in scratch files that the guest overwrites during a job. Had they "
-    "filled the file system, the guest would have seen an error; so the run was ended before. "
-    "{BYTES} is what was free.",
+    meaning="QEMU keeps blocks in scratch files that the guest overwrites during a job. When they "
+    "fill the file system, the guest sees an error, or is held; so the job was ended. {REASON} "
+    "says what is known of the guest, {BYTES} is what was free.",
     cure="Give more space (--scratch-dir, or 'scratch' in the configuration), or back the domain "
     "up when it writes less.",
+)
+GUEST_WAITS: Final = Event(
+    name="guest-waits",
+    id="93594b05d2764ae0b7cf730988e288e1",
+    priority=NOTICE,
+    level=logging.INFO,
+    text="the guest of {DOMAIN} has shut down and waits, paused, for the end of its backup",
+    fields=(),
+    meaning="libvirt 11.10 and later keep QEMU until the backup job has ended, so that the run can "
+    "finish its point. The domain is off afterwards. 'virsh start' is refused until then.",
+    cure="Nothing is to be done. To have the guest boot at once: 'virsh resume {DOMAIN}'; the "
+    "backup goes on.",
 )
 FREEZE_FAILED: Final = Event(
     name="freeze-failed",
@@ -300,10 +312,23 @@ THAW_FAILED: Final = Event(
     level=logging.ERROR,
     text="domain {DOMAIN}: {REASON}",
     fields=("REASON",),
-    meaning="The guest agent did not confirm the thaw. The guest may still be frozen, and then "
-    "everything that writes in it hangs.",
-    cure="Run 'virsh domfsthaw {DOMAIN}' at once, or restart the agent in the guest. The next run "
-    "tries again, too.",
+    meaning="The guest agent did not confirm the thaw. The guest may be frozen, or will be when "
+    "the agent comes to an earlier freeze; then all that writes in it hangs. The run's guard asks "
+    "for the thaw every second, for two hours, and tells when it has come (guest-released). The "
+    "next runs do not freeze this guest for a while.",
+    cure="Look into the guest: a hook of the agent that hangs, file systems that hang. 'virsh "
+    "domfsthaw {DOMAIN}' thaws, too; an agent that does not answer has to be restarted.",
+)
+GUEST_RELEASED: Final = Event(
+    name="guest-released",
+    id="ea64b1ec6e654baaa042d3833528358a",
+    priority=NOTICE,
+    level=logging.INFO,
+    text="domain {DOMAIN}: {REASON}",
+    fields=("REASON",),
+    meaning="A run that was killed, or whose freeze the agent answered too late, may have left the "
+    "guest frozen or paused. Its guard has let it go.",
+    cure="Nothing is to be done. If the agent answers late again and again, look at its hooks.",
 )
 IMAGES_RELEASED: Final = Event(
     name="images-released",

@@ -3,8 +3,9 @@
 Arguments are lists, never a shell's text. Standard input is /dev/null, the locale is C, and every
 child leads a session of its own: Ctrl-C in a terminal reaches us alone, and we end the children
 when their work is undone. If we are killed, the kernel kills them; only a program that must never
-be stopped half-way is left to end by itself (``output`` with ``must_finish``). What a child makes
-(images, sockets, logs) is its account's alone, whatever our own umask is.
+be stopped half-way is left to end by itself (``output`` with ``must_finish``), and one that is to
+outlive us (``detach``). What a child makes (images, sockets, logs) is its account's alone,
+whatever our own umask is.
 """
 
 import contextlib
@@ -72,6 +73,8 @@ DIE_WITH_US: Final = ("setpriv", "--pdeathsig", "KILL", "--")
 """util-linux's way to prctl(2), PR_SET_PDEATHSIG: code of ours between fork and exec would have to
 run beside other threads' locks. The signal comes when the thread that started the child ends."""
 
+ASKING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that ask a program to end."""
 
 _LEFT: list["subprocess.Popen[bytes]"] = []
 """Programs that ran on when we stopped waiting; Popen objects of such must not be dropped."""
@@ -271,6 +274,59 @@ def spawn(
         process.stop(grace_seconds)
 
 
+class Detached:
+    """A program that outlives us, whatever ends us; made by ``detach``."""
+
+    def __init__(self, child: "subprocess.Popen[bytes]") -> None:
+        self._child = child
+        _LEFT.append(child)
+
+    @property
+    def pid(self) -> int:
+        """The process id; ours to signal while ``is_running``."""
+        return self._child.pid
+
+    def is_running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._child.poll() is None
+
+    def kill(self) -> None:
+        """Kill it and its children, and reap it; fine if it has ended."""
+        _kill(self._child)
+        if self._child in _LEFT:
+            _LEFT.remove(self._child)
+
+
+def detach(
+    argv: Sequence[str | os.PathLike[str]],
+    *,
+    pass_fds: Collection[int] = (),
+    env: Mapping[str, str] | None = None,
+) -> Detached:
+    """Start a program that nothing ends but itself and ``Detached.kill``.
+
+    It has no terminal and no output, and is born with the signals blocked that ask to end: it
+    can't be asked before it has decided what it does of them.
+
+    Raises ProcessError if the program can't be started.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    try:
+        return Detached(
+            _start(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=pass_fds,
+                env=env,
+                die_with_us=False,
+            )
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 @contextmanager
 def _stdin(data: str | bytes | None) -> Iterator[int]:
     """A descriptor that holds the input: a file in memory can't block the program or us."""
@@ -292,6 +348,7 @@ def _start(
     env: Mapping[str, str] | None,
     die_with_us: bool = True,
     umask: int = PRIVATE,
+    stderr: int = subprocess.PIPE,
 ) -> subprocess.Popen[bytes]:
     name = program(argv)
     words = [os.fspath(each) for each in argv]
@@ -303,7 +360,7 @@ def _start(
             words,
             stdin=stdin,
             stdout=stdout,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             pass_fds=tuple(pass_fds),
             env={**os.environ, **(env or {}), "LC_ALL": "C"},
             start_new_session=True,

@@ -13,6 +13,8 @@ VIR_CRED_REALM: int
 VIR_DOMAIN_RUNNING: int
 VIR_DOMAIN_PAUSED: int
 VIR_DOMAIN_PAUSED_IOERROR: int
+VIR_DOMAIN_PAUSED_SHUTTING_DOWN: int
+VIR_DOMAIN_SHUTDOWN: int
 VIR_DOMAIN_PAUSED_MIGRATION: int
 VIR_DOMAIN_PAUSED_POSTCOPY: int
 VIR_DOMAIN_RUNNING_POSTCOPY: int
@@ -115,6 +117,7 @@ class virDomain:
     def setAutostart(self, autostart: int) -> int: ...
     def XMLDesc(self, flags: int = 0) -> str: ...
     def blockInfo(self, path: str | None, flags: int = 0) -> list[int]: ...
+    def diskErrors(self, flags: int = 0) -> dict[str, int]: ...
     def blockJobInfo(self, path: str, flags: int = 0) -> dict[str, int]: ...
     def blockCopy(
         self, disk: str, destxml: str, params: dict[str, int] | None = None, flags: int = 0

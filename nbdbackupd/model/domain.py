@@ -53,7 +53,8 @@ class Disk:
 class Domain:
     """The parts of a domain's definition that a backup reads. Paths are as in the XML.
 
-    ``firmware`` (``efi``) tells that libvirt chooses loader and NVRAM by itself.
+    ``has_iothreads``: a disk may be served by a thread of its own in QEMU. ``firmware`` (``efi``)
+    tells that libvirt chooses loader and NVRAM by itself.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Domain:
     tpm_source: str = ""
     agent: Agent = Agent.ABSENT
     owner: tuple[int, int] | None = None
+    has_iothreads: bool = False
 
     def disk(self, target: str) -> Disk:
         """Return the disk of that target name.
@@ -105,6 +107,7 @@ def parse_domain(xml: str) -> Domain:
         tpm_source=_attribute(backend, "source", "path") if backend is not None else "",
         agent=_agent(root),
         owner=_owner(root),
+        has_iothreads=_has_iothreads(root),
     )
 
 
@@ -177,6 +180,13 @@ def _agent(root: ET.Element) -> Agent:
             connected = channel.get("state") == "connected"
             return Agent.CONNECTED if connected else Agent.DISCONNECTED
     return Agent.ABSENT
+
+
+def _has_iothreads(root: ET.Element) -> bool:
+    """Tell whether there are any, whoever uses them now: a disk or its controller may be next."""
+    words = ("./iothreads", "./iothreadids/iothread", "./devices/*/driver[@iothread]")
+    found = [element for word in words for element in root.findall(word)]
+    return any(element.tag != "iothreads" or element.text != "0" for element in found)
 
 
 def _owner(root: ET.Element) -> tuple[int, int] | None:

@@ -3,17 +3,22 @@
 libnbd's synchronous calls wait for ever; a server that stops answering (a stopped QEMU, a dead
 disk) would hang the run. So everything here is asynchronous underneath, and each wait has a
 deadline and looks at the cancel callback.
+
+Where a server must be the first to close (``Keeper.is_holding``), we neither say goodbye nor
+close: another descriptor of the same connection is kept from before the handshake on, and what was
+opened once is used again.
 """
 
 import contextlib
 import errno
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 import nbd
 
@@ -25,6 +30,36 @@ POLL_MS: Final = 200
 """Longest sleep between two looks at the cancel callback, in milliseconds."""
 
 
+class Keeper(Protocol):
+    """Knows the connections of a server that minds how they end; for any thread.
+
+    It is told of a connection before each step that changes how it may end.
+    """
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether a connection that was used is the server's to close."""
+
+    @property
+    def is_thrifty(self) -> bool:
+        """Whether as few connections as possible are to be used, since they all stay open."""
+
+    def keep(self, descriptor: int) -> int:
+        """Duplicate a connected socket before anything is said on it; returns its number."""
+
+    def going(self, number: int) -> None:
+        """Note that a connection is about to enter its transmission phase."""
+
+    def ready(self, number: int) -> None:
+        """Note that it has entered it."""
+
+    def take(self, key: object) -> object | None:
+        """A handle that was given back under this key, or None."""
+
+    def give(self, key: object, handle: object) -> None:
+        """Store an idle handle for the next one who wants such a connection."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Endpoint:
     """An export on a Unix socket; ``bitmap`` is the dirty bitmap to ask for, or empty."""
@@ -32,6 +67,7 @@ class Endpoint:
     socket: Path
     export: str
     bitmap: str = ""
+    keeper: Keeper | None = None
 
     @property
     def contexts(self) -> tuple[str, ...]:
@@ -39,6 +75,11 @@ class Endpoint:
         if self.bitmap:
             return (ALLOCATION, DIRTY_PREFIX + self.bitmap)
         return (ALLOCATION,)
+
+    @property
+    def is_thrifty(self) -> bool:
+        """Whether to use as few connections as possible."""
+        return self.keeper is not None and self.keeper.is_thrifty
 
 
 def _never() -> None:
@@ -73,14 +114,13 @@ class Connection:
         """
         self.endpoint = endpoint
         self.patience = patience or Patience()
-        self.handle = nbd.NBD()
-        self.handle.set_handle_name(f"{endpoint.export}")
-        self.handle.set_export_name(endpoint.export)
-        self.handle.set_pread_initialize(False)
-        for context in contexts:
-            self.handle.add_meta_context(context)
+        self._key = (endpoint.socket, endpoint.export, tuple(contexts))
+        self._number = -1
+        found = endpoint.keeper.take(self._key) if endpoint.keeper is not None else None
+        self.handle = found if isinstance(found, nbd.NBD) else nbd.NBD()
         try:
-            self._connect()
+            if found is None:
+                self._connect(contexts)
             self._learn(contexts)
         except BaseException:
             self.close()
@@ -91,19 +131,27 @@ class Connection:
         """Fields for errors."""
         return {"export": self.endpoint.export, "socket": self.endpoint.socket}
 
-    def _connect(self) -> None:
+    def _connect(self, contexts: Sequence[str]) -> None:
+        self.handle.set_handle_name(f"{self.endpoint.export}")
+        self.handle.set_export_name(self.endpoint.export)
+        self.handle.set_pread_initialize(False)
+        for context in contexts:
+            self.handle.add_meta_context(context)
+        self.handle.set_opt_mode(True)
         try:
-            self.handle.aio_connect_unix(os.fspath(self.endpoint.socket))
-            self._wait_connected()
+            self.handle.aio_connect_socket(self._socket())
+            self._wait_connected(lambda: not self.handle.aio_is_connecting())
+            if self.handle.aio_is_negotiating():
+                self._go()
         except nbd.Error as err:
             raise self.translate("can't connect", err) from err
         if not self.handle.aio_is_ready():
             raise NbdError("the NBD server closed the connection", **self.where)
 
-    def _wait_connected(self) -> None:
+    def _wait_connected(self, done: Callable[[], bool]) -> None:
         """Each sign of life moves the deadline."""
         deadline = time.monotonic() + self.patience.seconds
-        while self.handle.aio_is_connecting():
+        while not done() and not self.is_gone():
             self.patience.cancelled()
             if self.poll():
                 deadline = time.monotonic() + self.patience.seconds
@@ -126,6 +174,47 @@ class Connection:
         for context in missing:
             raise NbdError(f"the server does not grant meta context {context}", **self.where)
 
+    def _go(self) -> None:
+        """Enter the transmission phase."""
+        keeper = self.endpoint.keeper
+        failures: list[int] = []
+
+        def completed(error: "nbd.CInt") -> int:
+            failures.append(error.value)
+            return 1
+
+        if keeper is not None:
+            keeper.going(self._number)
+        self.handle.aio_opt_go(completed)
+        self._wait_connected(lambda: bool(failures))
+        if failures and failures[0] and not self.is_gone():
+            raise NbdError(
+                f"the NBD server does not offer the export: {errno_name(failures[0])}", **self.where
+            )
+        if keeper is not None and self.handle.aio_is_ready():
+            keeper.ready(self._number)
+
+    def _socket(self) -> int:
+        """The descriptor of a connected socket, which libnbd will own."""
+        deadline = time.monotonic() + self.patience.seconds
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as found:
+            found.setblocking(False)
+            while True:
+                self.patience.cancelled()
+                try:
+                    found.connect(os.fspath(self.endpoint.socket))
+                    break
+                except BlockingIOError as err:
+                    # unix(7): so many wait to be accepted that no more may
+                    if time.monotonic() > deadline:
+                        raise NbdError("the NBD server accepts nobody", **self.where) from err
+                    time.sleep(POLL_MS / 1000)
+                except OSError as err:
+                    raise NbdError(f"can't connect: {err.strerror}", **self.where) from err
+            if self.endpoint.keeper is not None:
+                self._number = self.endpoint.keeper.keep(found.fileno())
+            return found.detach()
+
     def __enter__(self) -> Self:
         return self
 
@@ -138,11 +227,17 @@ class Connection:
         self.close()
 
     def close(self) -> None:
-        """Say goodbye if the server listens, and close. Safe to call twice."""
-        handle = self.__dict__.pop("handle", None)
-        with contextlib.suppress(nbd.Error):  # a dead connection needs no goodbye
-            if handle is not None and handle.aio_is_ready():
-                handle.aio_disconnect()
+        """Say goodbye if the server listens, and close; or give it back. Safe to call twice."""
+        handle: nbd.NBD | None = self.__dict__.pop("handle", None)
+        if handle is None or not handle.aio_is_ready():
+            return  # a dead connection needs no goodbye
+        keeper = self.endpoint.keeper
+        if keeper is not None and keeper.is_holding:
+            if not handle.aio_in_flight():
+                keeper.give(self._key, handle)
+            return
+        with contextlib.suppress(nbd.Error):
+            handle.aio_disconnect()
         # libnbd 1.14 has no close(): the last reference, ours, closes the socket
 
     def poll(self, timeout_ms: int = POLL_MS) -> bool:

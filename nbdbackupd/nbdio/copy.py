@@ -113,12 +113,16 @@ def copy(
                 Connection(endpoint, contexts=contexts, patience=pipeline.patience)
             )
 
-        control = connect(ALLOCATION)
+        thrifty = endpoint.is_thrifty
+        control = connect(*(endpoint.contexts if thrifty else (ALLOCATION,)))
         if plan is None:
-            changes = connect(DIRTY_PREFIX + endpoint.bitmap) if endpoint.bitmap else None
+            separate = endpoint.bitmap and not thrifty
+            changes = connect(DIRTY_PREFIX + endpoint.bitmap) if separate else None
             plan = ExtentReader(control, bitmap=endpoint.bitmap, changes=changes).plan()
         plan = model.proven(plan, control.size, whole=not endpoint.bitmap)
-        pipeline.run(endpoint, plan, tuning.connections if control.multi_conn else 1)
+        pipeline.run(
+            endpoint, plan, tuning.connections if control.multi_conn and not thrifty else 1
+        )
         control.patience = patience
         extents.prove_alive(control)
 

@@ -28,13 +28,13 @@ class Probe:
         Raises NbdError.
         """
         self._stack = ExitStack()
+        separate = (ALLOCATION,), (DIRTY_PREFIX + endpoint.bitmap,)
         try:
-            self._connection, changes = (
-                self._stack.enter_context(
-                    Connection(endpoint, contexts=[context], patience=patience)
-                )
-                for context in (ALLOCATION, DIRTY_PREFIX + endpoint.bitmap)
-            )
+            found = [
+                self._stack.enter_context(Connection(endpoint, contexts=each, patience=patience))
+                for each in ((endpoint.contexts,) if endpoint.is_thrifty else separate)
+            ]
+            self._connection, changes = found[0], found[-1]
         except BaseException:
             self._stack.close()
             raise

@@ -11,12 +11,14 @@ import json
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from nbdbackupd import documents, durable
 from nbdbackupd.errors import FormatError, UnsupportedVersionError
 from nbdbackupd.model.chain import ImageLayer
+from nbdbackupd.model.freeze_memory import FreezeMemory
 from nbdbackupd.model.plan import BaseDisk
 from nbdbackupd.repo import layout
 
@@ -175,6 +177,38 @@ class State:
         except (OSError, ValueError, FormatError, AttributeError):
             return ""
         return ""
+
+    def freeze_memory(self, uuid: str) -> FreezeMemory | None:
+        """What is remembered of freezes that were not answered; None if nothing, or unreadable."""
+        try:
+            document = documents.parse_json(self._freeze(uuid).read_bytes())
+            last = datetime.fromisoformat(_get(document, "last", str))
+            if last.tzinfo is None:
+                raise FormatError("it has no time zone")
+            return FreezeMemory(_get(document, "count", int), last)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, AttributeError, FormatError) as err:
+            log.info("%s is ignored: %s", self._freeze(uuid), err)
+            return None
+
+    def remember_freeze(self, uuid: str, memory: FreezeMemory | None) -> None:
+        """Note it, or forget it.
+
+        Raises RepositoryError or NoSpaceError.
+        """
+        path = self._freeze(uuid)
+        with durable.translate_os_errors("write", path):
+            if memory is None:
+                path.unlink(missing_ok=True)
+                return
+            document = {"version": VERSION, "count": memory.count, "last": memory.last.isoformat()}
+            durable.make_directory(path.parent)
+            durable.write_atomic(path, json.dumps(document).encode() + b"\n", MODE)
+
+    def _freeze(self, uuid: str) -> Path:
+        # without the suffix of a chain's record
+        return self._folder(uuid) / "freeze"
 
     def _folder(self, uuid: str) -> Path:
         return self.directory / layout.escape(uuid, layout.MAX_IDENT)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nbdbackupd.model.chain import Consistency
+from nbdbackupd.source.guard import Guard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -12,7 +13,8 @@ class Export:
     """One disk as an NBD export, all exports of a snapshot at one instant.
 
     ``bitmap`` names the export's dirty bitmap context (``qemu:dirty-bitmap:<bitmap>``), empty if
-    the disk is to be read in full. ``size`` is the virtual size in bytes at that instant.
+    the disk is to be read in full. ``size`` is the virtual size in bytes at that instant. With a
+    ``keeper`` connections are the server's to close.
     """
 
     target: str
@@ -20,6 +22,7 @@ class Export:
     name: str
     size: int
     bitmap: str = ""
+    keeper: Guard | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

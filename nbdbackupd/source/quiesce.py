@@ -1,14 +1,17 @@
 """Hold the guest still for the instant at which a job begins, and never longer.
 
-A marker file says, for the next run, that this one has frozen or paused the guest: a run that is
-killed in between leaves the guest so, and ``release`` of the next one lets it go.
+A marker file says which run has frozen or paused the guest. It stays as long as the guest may be
+held: that run may be killed in between, or its agent may answer neither the freeze nor the thaw,
+and then freeze late. The run's guard (source/guarding.py) lets the guest go, or else the next run.
+
+An agent does one thing after the other: once it has answered a thaw, no earlier freeze is to come.
 """
 
 import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +27,9 @@ from nbdbackupd.virt.domain import Domain, State
 
 LOG = logging.getLogger(__name__)
 THAW_ATTEMPTS: Final = 2
+ANSWER_SECONDS: Final = 5.0
+"""For an agent that has just let a deadline pass."""
+
 EMBEDDED_SECONDS: Final = 2.0
 POLL_SECONDS: Final = 0.05
 FROZEN: Final = "frozen"
@@ -43,21 +49,32 @@ class Quiet:
     """How the guest is held still. ``pause`` stops its CPUs instead of freezing.
 
     ``seconds`` bounds the wait for the agent's answer and the time that the guest stays frozen,
-    each; ``marker`` is the file for the next run.
+    each; ``marker`` is the file that tells of it, ``run_id`` what it says. ``on_held`` is called
+    if the agent has not confirmed the thaw, from any thread: somebody has to go on thawing.
+    ``on_freeze`` is called after a freeze was tried: whether the agent has let a deadline pass.
+    ``obstacle`` is why the guest had better not be frozen now, or empty.
     """
 
     marker: Path
+    run_id: str = ""
+    on_held: Callable[[], None] = lambda: None
+    on_freeze: Callable[[bool], None] = lambda _is_unanswered: None
     freeze: FreezePolicy = FreezePolicy.AUTO
     mountpoints: tuple[str, ...] = ()
     pause: bool = False
     seconds: float = 30.0
+    obstacle: str = ""
 
 
 @dataclass(slots=True)
 class Moment:
-    """What came of it; complete when the context has been left."""
+    """What came of it; complete when the context has been left.
+
+    ``is_unanswered``: the agent was given up; it is not to be asked again soon (F-45).
+    """
 
     consistency: Consistency = Consistency.CRASH
+    is_unanswered: bool = False
     warnings: list[str] = field(default_factory=list)
 
 
@@ -76,28 +93,58 @@ def quiet(domain: Domain, wish: Quiet) -> Iterator[Moment]:
         yield moment
 
 
-def release(domain: Domain, marker: Path, *, seconds: float = 30.0) -> str:
-    """Let a guest go that a killed run has left frozen or paused; say what was done, or nothing.
+def release(domain: Domain, marker: Path, *, seconds: float = ANSWER_SECONDS) -> str:
+    """Let a guest go that an earlier run has left frozen or paused; say what was done, or nothing.
 
-    A guest whose agent does not answer is said so, too: that must not hinder a backup, and the
-    guest may have been started anew since then. Raises DomainError if it can't be resumed.
+    A guest whose agent does not answer is said so, too, and the marker stays: that must not hinder
+    a backup, and its guard goes on. Raises DomainError if it can't be resumed.
     """
-    try:
-        held = marker.read_text("ascii")
-    except FileNotFoundError:
-        return ""
+    held, _ = _held(marker)
     done = ""
     if held == FROZEN and domain.is_active():
         try:
             count = guest.thaw(domain, seconds=seconds)
-            done = f"{count} file systems of the guest, frozen by a killed run, were thawed"
+            done = "the guest's agent, which an earlier run had asked to freeze, answers: "
+            done += f"{count} file systems were thawed" if count else "nothing is frozen"
         except FreezeError as err:
-            done = f"a killed run had frozen the guest: {err.message}"
+            return f"an earlier run had frozen the guest, or tried to: {err.message}"
     elif held == PAUSED and domain.state() is State.PAUSED:
         domain.resume()
         done = "the guest, paused by a killed run, was resumed"
     marker.unlink(missing_ok=True)
     return done
+
+
+def settle(domain: Domain, marker: Path, run_id: str, *, seconds: float) -> bool:
+    """Let a guest go that the run has left frozen or paused; whether it holds it no more.
+
+    What another run holds is not touched. Raises DomainError.
+    """
+    if _held(marker)[1] != run_id:
+        return True
+    done = release(domain, marker, seconds=seconds)
+    is_settled = not marker.exists()
+    if is_settled and done:
+        events.emit(LOG, events.GUEST_RELEASED, reason=done)
+    return is_settled
+
+
+def is_held(marker: Path) -> bool:
+    """Tell whether a run has frozen or paused the guest, and nobody knows that it was let go."""
+    return marker.exists()
+
+
+def _held(marker: Path) -> tuple[str, str]:
+    """What a marker says: how the guest is held, and by which run."""
+    try:
+        how, _, run_id = marker.read_text("utf-8").partition(" ")
+    except FileNotFoundError:
+        return "", ""
+    return how, run_id
+
+
+def _mark(wish: Quiet, how: str) -> None:
+    wish.marker.write_text(f"{how} {wish.run_id}", "utf-8")
 
 
 @contextlib.contextmanager
@@ -107,7 +154,7 @@ def _paused(domain: Domain, wish: Quiet, moment: Moment) -> Iterator[None]:
         # somebody else's pause: not ours to end
         yield
         return
-    wish.marker.write_text(PAUSED, "ascii")
+    _mark(wish, PAUSED)
     try:
         domain.suspend()
         yield
@@ -120,6 +167,13 @@ def _paused(domain: Domain, wish: Quiet, moment: Moment) -> Iterator[None]:
 @contextlib.contextmanager
 def _frozen(domain: Domain, wish: Quiet, moment: Moment) -> Iterator[None]:
     obstacle = _obstacle(domain)
+    if not obstacle and wish.freeze is not FreezePolicy.REQUIRE:
+        obstacle = wish.obstacle
+        if is_held(wish.marker):
+            # what the agent does next is what it was asked before
+            obstacle = "its agent has not yet answered an earlier freeze"
+        if obstacle:
+            moment.warnings.append(f"not frozen: {obstacle}")
     if obstacle:
         if wish.freeze is FreezePolicy.REQUIRE:
             raise FreezeError(
@@ -136,6 +190,7 @@ def _frozen(domain: Domain, wish: Quiet, moment: Moment) -> Iterator[None]:
         yield
     finally:
         ice.thaw()
+        wish.on_freeze(moment.is_unanswered)
 
 
 def _agent(domain: Domain) -> Agent:
@@ -177,8 +232,9 @@ class _Ice:
 
     def freeze(self) -> None:
         """Freeze; what fails is thawed at once, and raised if freezing is required."""
-        self._wish.marker.write_text(FROZEN, "ascii")
+        _mark(self._wish, FROZEN)
         self._is_attempted = True
+        begun = time.monotonic()
         try:
             self._count = guest.freeze(
                 self._domain, self._wish.mountpoints, seconds=self._wish.seconds
@@ -186,6 +242,7 @@ class _Ice:
             failure = "" if self._count else "no file system in the guest could be frozen"
         except FreezeError as err:
             failure = err.message
+            self._moment.is_unanswered = time.monotonic() - begun >= self._wish.seconds
         if not failure:
             self._moment.consistency = Consistency.FILESYSTEM
             self._watchdog.start()
@@ -220,9 +277,11 @@ class _Ice:
 
     def _thaw(self) -> None:
         problem = ""
-        for _ in range(THAW_ATTEMPTS):
+        is_late = self._moment.is_unanswered
+        seconds = min(ANSWER_SECONDS, self._wish.seconds) if is_late else self._wish.seconds
+        for _ in range(1 if is_late else THAW_ATTEMPTS):
             try:
-                thawed = guest.thaw(self._domain, seconds=self._wish.seconds)
+                thawed = guest.thaw(self._domain, seconds=seconds)
             except NbdbackupError as err:
                 problem = err.message
                 continue
@@ -234,13 +293,13 @@ class _Ice:
                     f"only {thawed} of {self._count} file systems were still frozen",
                 )
             return
-        if self._count:
-            self._warn(
-                events.THAW_FAILED,
-                f"THE GUEST MAY STILL BE FROZEN: {problem}; try 'virsh domfsthaw'",
-            )
-        else:
-            self._moment.warnings.append(f"thawing after the failed freeze failed, too: {problem}")
+        self._moment.is_unanswered = True
+        self._warn(
+            events.THAW_FAILED,
+            f"THE GUEST MAY BE FROZEN, OR FREEZE LATE: {problem}; it is thawed as soon as its "
+            f"agent answers, and 'virsh domfsthaw' does it, too",
+        )
+        self._wish.on_held()
 
     def _warn(self, event: events.Event, text: str) -> None:
         self._moment.consistency = Consistency.CRASH

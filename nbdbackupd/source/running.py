@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import stat
+import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +19,22 @@ from nbdbackupd.errors import (
     DomainError,
     FreezeError,
     NbdbackupError,
+    NotSupportedError,
     SourceError,
 )
 from nbdbackupd.model import jobxml
 from nbdbackupd.model.chain import Consistency
 from nbdbackupd.model.jobxml import JobDisk
 from nbdbackupd.source import Export, Snapshot, quiesce, scratch
+from nbdbackupd.source.guard import (
+    BEGUN,
+    MOST_DISKS,
+    THAW,
+    Charge,
+    Guard,
+    domain_directory,
+    guarded,
+)
 from nbdbackupd.source.quiesce import FreezePolicy, Moment, Quiet
 from nbdbackupd.virt import checkpoints, instance, jobs
 from nbdbackupd.virt.domain import Domain
@@ -34,6 +45,10 @@ MARKER_NAME: Final = "guest-held"
 # sun_path holds 108 bytes, the last of which is zero
 SOCKET_PATH_MAX: Final = 107
 RUNTIME_MODE: Final = 0o700
+NOTICE_SECONDS: Final = 2.0
+NOTICE_POLL_SECONDS: Final = 0.1
+CLOSE_SECONDS: Final = 30.0
+"""How long QEMU may take to close the connections after the job's end; 10 ms were measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +70,8 @@ class RunningRequest:
     it is given to the user that QEMU runs as. ``on_trouble`` is called from another thread.
     ``at_rest``: the domain was started paused for this run (source/paused_start.py), and this is
     what its disks are as long as the guest has not run; nothing is frozen then.
+    ``freeze_obstacle`` is why it had better not be frozen; ``on_freeze`` is called after a freeze
+    was tried: whether the agent has let a deadline pass.
     """
 
     domain: Domain
@@ -70,8 +87,10 @@ class RunningRequest:
     freeze: FreezePolicy = FreezePolicy.AUTO
     freeze_mountpoints: tuple[str, ...] = ()
     freeze_seconds: float = 30.0
+    freeze_obstacle: str = ""
     pause: bool = False
     at_rest: Consistency | None = None
+    on_freeze: Callable[[bool], None] = lambda _is_unanswered: None
 
     @property
     def socket(self) -> Path:
@@ -83,6 +102,7 @@ class RunningRequest:
 def open_running(request: RunningRequest) -> Iterator[Snapshot]:
     """Begin a job and yield its exports; end the job and remove its files on every path out.
 
+    A guard (source/guard.py) does that if we are killed, and goes on with what we can't end.
     A disk whose bitmap is lost or broken is read in full in the same job (``demoted``). The
     new checkpoint exists when the body runs; deleting it when the run fails is the caller's.
     Raises BusyError if the domain has a job, ConfigError, ScratchSpaceError, FreezeError,
@@ -92,16 +112,26 @@ def open_running(request: RunningRequest) -> Iterator[Snapshot]:
     _check(request)
     scratch.prepare(request.scratch_dir, request.scratch_reserve)
     _prepare_runtime_dir(request)
-    plan, demoted = _plan(request)
     with contextlib.ExitStack() as stack:
+        has_iothreads = _has_iothreads(request)
+        # it starts beside what comes next
+        guard = stack.enter_context(guarded(_charge(request), is_holding=has_iothreads))
         # before the job begins, so that no interruption can come between
         stack.callback(_remove_files, request)
-        stack.push(_JobEnd(request))
-        moment, plan, lost = _begin(request, plan)
-        snapshot = _snapshot(request, plan, {**demoted, **lost}, moment)
+        stack.push(_JobEnd(request, guard))
+        plan, demoted = _plan(request)
+        moment, plan, lost = _begin(request, plan, guard)
+        guard.note(BEGUN)
+        snapshot = _snapshot(request, plan, {**demoted, **lost}, moment, guard)
         stack.enter_context(
             scratch.watch(
-                request.domain, request.scratch_dir, request.scratch_reserve, request.on_trouble
+                scratch.Watched(
+                    domain=request.domain,
+                    directory=request.scratch_dir,
+                    reserve=request.scratch_reserve,
+                    on_trouble=request.on_trouble,
+                    end_job=lambda: _end_job(request.domain, guard),
+                )
             )
         )
         yield snapshot
@@ -117,12 +147,39 @@ def _check_job(request: RunningRequest) -> None:
     domain = request.domain
     job = jobs.active_job(domain)
     if job is None or not is_own_job(job, request.runtime_dir):
-        ended = "its backup job was ended" if domain.is_active() else "the domain ended"
-        raise SourceError(
-            f"domain {domain.name}: {ended} before the copy was complete; nothing was saved, "
-            f"run again",
-            domain=domain.name,
+        raise scratch.why_gone(domain)
+
+
+def _has_iothreads(request: RunningRequest) -> bool:
+    """Whether connections must stay open. Raises NotSupportedError if these would be too many."""
+    has_any = request.domain.definition().has_iothreads
+    if has_any and len(request.disks) > MOST_DISKS:
+        raise NotSupportedError(
+            f"domain {request.domain.name} has iothreads, and {len(request.disks)} disks to save: "
+            f"no more than {MOST_DISKS} at a time; save them in two sets, with --include",
+            domain=request.domain.name,
         )
+    return has_any
+
+
+def _charge(request: RunningRequest) -> Charge:
+    connection = request.domain.connection
+    address = connection.address
+    return Charge(
+        uri=address.uri,
+        user=address.user,
+        password=address.password,
+        domain=request.domain.name,
+        uuid=request.domain.uuid,
+        run_id=request.run_id,
+        runtime_dir=os.fspath(request.runtime_dir.absolute()),
+        scratch=tuple(os.fspath(_scratch_file(request, disk.target)) for disk in request.disks),
+        is_reachable=not connection.is_embedded,
+    )
+
+
+def _scratch_file(request: RunningRequest, target: str) -> Path:
+    return scratch.path(request.scratch_dir, request.domain.uuid, request.run_id, target)
 
 
 def _check(request: RunningRequest) -> None:
@@ -180,9 +237,7 @@ def _plan(request: RunningRequest) -> tuple[tuple[JobDisk, ...], dict[str, str]]
     plan = tuple(
         JobDisk(
             target=disk.target,
-            scratch=os.fspath(
-                scratch.path(request.scratch_dir, request.domain.uuid, request.run_id, disk.target)
-            ),
+            scratch=os.fspath(_scratch_file(request, disk.target)),
             base=request.base_checkpoint if disk.delta and disk.target not in reasons else "",
             bitmap=f"changes-{disk.target}",
         )
@@ -233,11 +288,11 @@ def unsound(base: str) -> str:
 
 
 def _begin(
-    request: RunningRequest, plan: tuple[JobDisk, ...]
+    request: RunningRequest, plan: tuple[JobDisk, ...], guard: Guard
 ) -> tuple[Moment, tuple[JobDisk, ...], dict[str, str]]:
     """Begin at a quiet moment; once more in full if libvirt takes offence at the base."""
     lost: dict[str, str] = {}
-    with _still(request) as moment:
+    with _still(request, guard) as moment:
         try:
             _begin_job(request, plan)
         except CheckpointError as err:
@@ -250,12 +305,16 @@ def _begin(
 
 
 @contextlib.contextmanager
-def _still(request: RunningRequest) -> Iterator[Moment]:
+def _still(request: RunningRequest, guard: Guard) -> Iterator[Moment]:
     """Hold the guest still; one that has never run is stiller than any freeze makes it."""
     domain = request.domain
     if request.at_rest is None or not instance.never_ran(domain):
         wish = Quiet(
             marker=request.runtime_dir / MARKER_NAME,
+            run_id=request.run_id,
+            on_held=lambda: guard.note(THAW),
+            on_freeze=request.on_freeze,
+            obstacle=request.freeze_obstacle,
             freeze=request.freeze,
             mountpoints=request.freeze_mountpoints,
             pause=request.pause,
@@ -311,7 +370,11 @@ def _begin_job(request: RunningRequest, plan: tuple[JobDisk, ...]) -> None:
 
 
 def _snapshot(
-    request: RunningRequest, plan: tuple[JobDisk, ...], demoted: dict[str, str], moment: Moment
+    request: RunningRequest,
+    plan: tuple[JobDisk, ...],
+    demoted: dict[str, str],
+    moment: Moment,
+    guard: Guard,
 ) -> Snapshot:
     domain = request.domain
     has_checkpoint = request.new_checkpoint and any(disk.tracked for disk in request.disks)
@@ -323,6 +386,7 @@ def _snapshot(
                 name=disk.target,
                 size=domain.disk_size(disk.target),
                 bitmap=disk.bitmap if disk.base else "",
+                keeper=guard,
             )
             for disk in plan
         },
@@ -334,10 +398,14 @@ def _snapshot(
 
 
 class _JobEnd:
-    """An exit callback: ends our job, and fails for it only if nothing else has failed."""
+    """An exit callback: ends our job, and fails for it only if nothing else has failed.
 
-    def __init__(self, request: RunningRequest) -> None:
+    Then the server closes the connections; what of that is not seen is left to the guard.
+    """
+
+    def __init__(self, request: RunningRequest, guard: Guard) -> None:
         self._request = request
+        self._guard = guard
 
     def __call__(
         self,
@@ -345,27 +413,57 @@ class _JobEnd:
         error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        domain = self._request.domain
+        request = self._request
+        domain = request.domain
         try:
             job = jobs.active_job(domain)
-            if job is not None and is_own_job(job, self._request.runtime_dir):
-                jobs.abort(domain)
+            if isinstance(error, SourceError) and (job is None or _is_ending(domain)):
+                # what was seen of it is only the consequence
+                request.on_trouble(scratch.why_gone(domain))
+            if job is not None and is_own_job(job, request.runtime_dir):
+                _end_job(domain, self._guard)
         except NbdbackupError as err:
             if error is None:
                 raise
             LOG.warning("domain %s: %s", domain.name, err)
+            return
+        if domain.connection.is_embedded:
+            # the guard can't reach the guest
+            quiesce.release(domain, request.runtime_dir / MARKER_NAME)
+        is_held = quiesce.is_held(request.runtime_dir / MARKER_NAME)
+        self._guard.is_settled = self._guard.kept.wait_closed(CLOSE_SECONDS) and not is_held
+
+
+def _is_ending(domain: Domain) -> bool:
+    """Tell whether the domain is off; libvirt needs 1.5 s to notice that QEMU was killed."""
+    deadline = time.monotonic() + NOTICE_SECONDS
+    while domain.is_active():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(NOTICE_POLL_SECONDS)
+    return True
+
+
+def _end_job(domain: Domain, guard: Guard) -> None:
+    """End our job in such a way that QEMU survives it. Raises SourceError, DomainError."""
+    if not guard.settle():
+        raise SourceError(
+            f"domain {domain.name}: QEMU does not answer, so that the job can't be ended now: a "
+            f"process of this run ends it as soon as QEMU answers",
+            domain=domain.name,
+        )
+    jobs.abort(domain)
 
 
 def is_own_job(job: jobs.ActiveJob, runtime_dir: Path) -> bool:
     """Tell whether a job is one of ours: its NBD socket is the one in our runtime directory."""
     # a job may outlive an upgrade from a version that had another place
-    older = runtime_dir.parent / runtime_dir.name.removeprefix("libvirt-") / "nbd"
+    older = domain_directory(runtime_dir) / "nbd"
     own = {os.fspath(each / SOCKET_NAME) for each in (runtime_dir, older)}
     return job.backup is not None and job.backup.socket in own
 
 
 def _remove_files(request: RunningRequest) -> None:
     for disk in request.disks:
-        file = scratch.path(request.scratch_dir, request.domain.uuid, request.run_id, disk.target)
-        file.unlink(missing_ok=True)
+        _scratch_file(request, disk.target).unlink(missing_ok=True)
     request.socket.unlink(missing_ok=True)

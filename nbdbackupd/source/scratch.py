@@ -1,14 +1,16 @@
 """Scratch space: QEMU keeps there what the guest overwrites while a pull job runs.
 
 A full scratch stops the guest with an I/O error (libvirt 9.0, QEMU 7.2: measured), so its free
-space is checked before and watched during the job.
+space is checked before and watched during the job: the more often, the less is above the reserve.
 """
 
 import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +27,17 @@ from nbdbackupd.virt.domain import Domain
 
 LOG = logging.getLogger(__name__)
 SPACE_POLL_SECONDS: Final = 0.1
+SHORTEST_SECONDS: Final = 0.005
+FASTEST: Final = 4 << 30
+"""Bytes per second: no guest was seen to overwrite more."""
+
+REACTION_SECONDS: Final = 0.5
+"""From the look at the space to the end of the job; 0.1 s were measured."""
+
+FADING: Final = 0.95
+ENOUGH: Final = 1 << 20
+"""Bytes; with less, a cluster of a scratch file may not have found its place."""
+
 JOB_POLL_SECONDS: Final = 0.5
 JOIN_TIMEOUT_SECONDS: Final = 5.0
 PREFIX: Final = "nbdbackup-"
@@ -81,30 +94,32 @@ def prepare(directory: Path, reserve: int) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Watched:
+    """A running job; ``on_trouble`` and ``end_job`` are called from other threads.
+
+    ``on_trouble`` gets an error whose message may yet say more, until the watch is over.
+    """
+
+    domain: Domain
+    directory: Path
+    reserve: int
+    on_trouble: Callable[[NbdbackupError], None]
+    end_job: Callable[[], None]
+
+
 @contextlib.contextmanager
-def watch(
-    domain: Domain, directory: Path, reserve: int, on_trouble: Callable[[NbdbackupError], None]
-) -> Iterator[None]:
+def watch(job: Watched) -> Iterator[None]:
     """Watch the running job during the body.
 
-    If free space falls below ``reserve`` bytes, or the job ends (with the guest, or by somebody
-    else), ``on_trouble`` is called once or twice, from another thread, and the job is ended.
+    If free space is about to fall below the reserve, or the job ends (with the guest, or by
+    somebody else), ``on_trouble`` is called once or twice, and the job is ended.
     """
     stop = threading.Event()
     # two threads, since a libvirt that hangs must not keep the other from looking
     threads = [
-        threading.Thread(
-            target=runlog.carried(_watch_space),
-            args=(stop, domain, directory, reserve, on_trouble),
-            name="scratch-space",
-            daemon=True,
-        ),
-        threading.Thread(
-            target=runlog.carried(_watch_job),
-            args=(stop, domain, on_trouble),
-            name="backup-job",
-            daemon=True,
-        ),
+        threading.Thread(target=runlog.carried(body), args=(stop, job), name=name, daemon=True)
+        for name, body in (("scratch-space", _watch_space), ("backup-job", _watch_job))
     ]
     for thread in threads:
         thread.start()
@@ -116,58 +131,103 @@ def watch(
             thread.join(JOIN_TIMEOUT_SECONDS)
 
 
-def _watch_space(
-    stop: threading.Event,
-    domain: Domain,
-    directory: Path,
-    reserve: int,
-    on_trouble: Callable[[NbdbackupError], None],
-) -> None:
-    while not stop.wait(SPACE_POLL_SECONDS):
+class _Space:
+    """Free space, and how fast it goes."""
+
+    def __init__(self, job: Watched) -> None:
+        self._job = job
+        self._seen = time.monotonic()
+        self._rate = 0.0
+        self.free = self.lowest = self._look()
+
+    def is_low(self) -> bool:
+        """Look; whether less than the reserve is left by the time that a job has ended."""
+        before, self.free = self.free, self._look()
+        now = time.monotonic()
+        self._rate = max((before - self.free) / max(now - self._seen, SHORTEST_SECONDS),
+                         self._rate * FADING)  # fmt: skip
+        self._seen = now
+        self.lowest = min(self.lowest, self.free)
+        return self.free - self._rate * REACTION_SECONDS < self._job.reserve
+
+    def pause(self) -> float:
+        """How long nobody can eat what is above the reserve, were it at a rate never seen yet."""
+        above = self.free - self._job.reserve
+        seconds = above / (2 * max(self._rate, FASTEST))
+        return min(max(seconds, SHORTEST_SECONDS), SPACE_POLL_SECONDS)
+
+    def _look(self) -> int:
         try:
-            free = free_bytes(directory)
+            return free_bytes(self._job.directory)
         except OSError as err:
-            free = 0
-            LOG.warning("scratch directory %s: %s", directory, err)
-        if free >= reserve:
-            continue
-        error = ScratchSpaceError(
-            f"scratch directory {directory} is filling up: the job was ended before the "
-            f"guest could see an error; give more space with --scratch-dir",
-            free=free,
-            reserve=reserve,
-        )
-        on_trouble(error)
-        try:
-            jobs.abort(domain)
-        except NbdbackupError as err:
-            LOG.warning("domain %s: %s", domain.name, err)
-        # only now: the job's end must not wait for a log
-        events.emit(LOG, events.SCRATCH_LOW, reason=error, bytes=free)
-        return
+            LOG.warning("scratch directory %s: %s", self._job.directory, err)
+            return 0
 
 
-def _watch_job(
-    stop: threading.Event, domain: Domain, on_trouble: Callable[[NbdbackupError], None]
-) -> None:
+def _watch_space(stop: threading.Event, job: Watched) -> None:
+    space = _Space(job)
+    while not space.is_low():
+        if stop.wait(space.pause()):
+            return
+    what = f"scratch directory {job.directory} is filling up, {space.free} bytes are left"
+    cure = "give more space with --scratch-dir"
+    error = ScratchSpaceError(
+        f"{what}: the job is being ended; {cure}", free=space.free, reserve=job.reserve
+    )
+    job.on_trouble(error)
+    try:
+        job.end_job()
+        space.is_low()
+        seen = _seen_by_guest(job.domain, space.lowest)
+        error.message = f"{what}: the job was ended; {seen}; {cure}"
+    except NbdbackupError as err:
+        error.message = f"{what}, and the job can't be ended: {err.message}; {cure}"
+    # only now: the job's end must not wait for a log
+    events.emit(LOG, events.SCRATCH_LOW, reason=error, bytes=space.free)
+
+
+def _seen_by_guest(domain: Domain, lowest: int) -> str:
+    """What is known of errors that the guest has seen; one that is held by them is let go.
+
+    Without the job its writes need no scratch space: QEMU does again what had failed.
+    """
+    found = domain.disk_errors()
+    if domain.is_held_by_error():
+        domain.resume()
+        names = ", ".join(found) or "a disk"
+        return f"the guest was held by an error of {names} meanwhile, and goes on"
+    if found:
+        return f"the guest may have seen errors of {', '.join(found)}"
+    if lowest < ENOUGH:
+        return "the guest may have seen write errors"
+    return "no disk of the guest shows an error"
+
+
+def why_gone(domain: Domain) -> SourceError:
+    """Say why a job of ours is no longer there, as far as that can be seen."""
+    what = f"domain {domain.name} ended during the backup"
+    if domain.is_active():
+        what = f"domain {domain.name}: its backup job was ended before the copy was complete"
+    return SourceError(f"{what}; nothing was saved, run again", domain=domain.name)
+
+
+def _watch_job(stop: threading.Event, job: Watched) -> None:
+    domain = job.domain
     peak = 0
+    is_told = False
     while not stop.wait(JOB_POLL_SECONDS):
         # without libvirtd the job goes on; who ends it opens the connection anew
         if not domain.connection.is_alive():
             continue
         try:
             found = jobs.stats(domain)
+            peak = max(peak, found.temp_used)
+            if not found.is_active and not stop.is_set():
+                job.on_trouble(why_gone(domain))
+                break
+            if not is_told and domain.is_kept():
+                is_told = True
+                events.emit(LOG, events.GUEST_WAITS)
         except NbdbackupError as err:
             LOG.debug("domain %s: %s", domain.name, err)
-            continue
-        peak = max(peak, found.temp_used)
-        if not found.is_active and not stop.is_set():
-            on_trouble(
-                SourceError(
-                    f"domain {domain.name}: the backup job ended in the middle: "
-                    f"the guest was shut down, or somebody aborted the job",
-                    domain=domain.name,
-                )
-            )
-            break
     LOG.debug("domain %s: at most %d bytes of scratch space were seen in use", domain.name, peak)

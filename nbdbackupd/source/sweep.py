@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdbackupd.source import quiesce, running, scratch
+from nbdbackupd.source import guard, quiesce, running, scratch
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.domain import Domain
 
@@ -29,11 +29,17 @@ class Swept:
 def sweep(domain: Domain, runtime_dir: Path, scratch_dir: Path) -> Swept:
     """End our own orphaned job and remove its files; other people's jobs are left alone.
 
-    The caller holds the domain's lock: otherwise the job may be that of a run that lives.
-    Raises DomainError if the job can't be ended or the guest can't be released. A domain that a
+    The caller holds the domain's lock: otherwise the job may be that of a run that lives. The dead
+    run's guard is waited for, if it is at it. Raises DomainError if the job can't be ended or the
+    guest can't be released. A domain that a
     killed run has started paused is not ended here (source/paused_start.py): it may be the
     caller's own by now.
     """
+    with guard.turn(runtime_dir):
+        return _sweep(domain, runtime_dir, scratch_dir)
+
+
+def _sweep(domain: Domain, runtime_dir: Path, scratch_dir: Path) -> Swept:
     guest = quiesce.release(domain, runtime_dir / running.MARKER_NAME)
     job = jobs.active_job(domain)
     is_own = job is not None and running.is_own_job(job, runtime_dir)

@@ -105,6 +105,33 @@ class Domain:
         """Tell whether there is a QEMU process (also when paused)."""
         return bool(self.call("can't read its state", lambda handle: handle.isActive()))
 
+    def is_shut_down(self) -> bool:
+        """Tell whether the guest has shut down, and libvirt has not yet seen QEMU end, or keeps it.
+
+        libvirt 11.3 takes 30 s to see it if a backup job ran.
+        """
+        state, _ = self.call("can't read its state", lambda handle: handle.state())
+        return state == libvirt.VIR_DOMAIN_SHUTDOWN or self.is_kept()
+
+    def is_kept(self) -> bool:
+        """Tell whether the guest has shut down and QEMU is kept until a backup job ends.
+
+        libvirt 11.10 and later, for a job that asked for it.
+        """
+        found = self.call("can't read its state", lambda handle: handle.state())
+        return found == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_SHUTTING_DOWN]
+
+    def is_held_by_error(self) -> bool:
+        """Tell whether QEMU has stopped the guest because of an I/O error."""
+        state, reason = self.call("can't read its state", lambda handle: handle.state())
+        return (state, reason) == (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR)
+
+    def disk_errors(self) -> tuple[str, ...]:
+        """Return the targets of disks that QEMU has seen an error of since the guest ran on."""
+        return tuple(
+            sorted(self.call("can't read errors of disks", lambda each: each.diskErrors()))
+        )
+
     def ending(self) -> Ending:
         """Return how the guest of an inactive domain ended; a managed save counts as SAVED."""
         state, reason = self.call("can't read its state", lambda handle: handle.state())

@@ -24,7 +24,7 @@ from nbdbackupd.virt.domain import Domain
 Result = TypeVar("Result")
 ABORT_TIMEOUT_SECONDS: Final = 30.0
 POLL_SECONDS: Final = 0.01
-LOST_JOB_SECONDS: Final = 5.0
+LOST_JOB_SECONDS: Final = 35.0
 # a flag of virDomainBackupBegin, 0 where the Python module is older than libvirt 11.10
 PRESERVE_GUEST: Final[int] = getattr(libvirt, "VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN", 0)
 BLOCK_JOBS: Final = {
@@ -78,8 +78,16 @@ class JobStats:
 
 def active_job(domain: Domain) -> ActiveJob | None:
     """Return the job that runs on the domain, whoever began it, or None."""
-    if not domain.is_active():
+    try:
+        return _active_job(domain) if domain.is_active() else None
+    except DomainError:
+        if domain.is_active():
+            raise
+        # it has ended between two questions
         return None
+
+
+def _active_job(domain: Domain) -> ActiveJob | None:
     if _ask(domain, lambda each: each.jobInfo())[0] == _NONE:
         return None
     found = _ask(domain, lambda each: each.jobStats())
@@ -126,8 +134,9 @@ def _ask(domain: Domain, question: Callable[[libvirt.virDomain], Result]) -> Res
     """Ask about the job that libvirt says is there.
 
     A libvirtd that was killed while a backup job began may come back with a job of which it knows
-    nothing ("backup job data missing", seen with 9.0): for a moment, or until the guest ends.
-    Raises BusyError in the second case.
+    nothing ("backup job data missing", seen with 9.0): for a moment, or until the guest ends. One
+    of 11.3 fails to read the job of a guest that has shut down during it, for 30 s, until it sees
+    that QEMU is gone (W-12). Raises BusyError if that does not pass.
     """
     deadline = time.monotonic() + LOST_JOB_SECONDS
     while True:

@@ -158,7 +158,9 @@ class Protected:
     made while the guest ran, and a mounted file system, which is frozen and thawed, can't.
     """
 
-    def __init__(self, appliance: Appliance, name: str, directory: str = IMAGES) -> None:
+    def __init__(
+        self, appliance: Appliance, name: str, directory: str = IMAGES, *, iothreads: int = 0
+    ) -> None:
         """Define it (not started); raises ``LabError``."""
         self.appliance = appliance
         self.name = name
@@ -171,7 +173,7 @@ class Protected:
             host.copy_in(file_system, directory)
             file_system.unlink()
         host.run("qemu-img", "create", "-q", "-f", "qcow2", self.images["vdb"], f"{DATA_MIB}M")
-        self.guest = HostGuest(host, name, self.images)
+        self.guest = HostGuest(host, name, self.images, iothreads=iothreads)
         self.references: dict[str, dict[str, str]] = {}
         self._writes = 0
 

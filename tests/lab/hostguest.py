@@ -23,10 +23,12 @@ def guest_binds() -> Mapping[str, Path]:
 class HostGuest(AgentGuestBase):
     """A domain in a host; the host's end is its end."""
 
-    def __init__(self, host: Host, name: str, disks: Mapping[str, str]) -> None:
+    def __init__(
+        self, host: Host, name: str, disks: Mapping[str, str], *, iothreads: int = 0
+    ) -> None:
         """Define it (not started): target -> path of a qcow2 image in the host.
 
-        Raises ``LabError``.
+        The disks share ``iothreads`` threads. Raises ``LabError``.
         """
         self.host = host
         self.name = name
@@ -36,6 +38,7 @@ class HostGuest(AgentGuestBase):
             name=name,
             disks=[(DiskSpec(target=target), Path(path)) for target, path in disks.items()],
             memory_mib=MEMORY_MIB,
+            iothreads=iothreads,
             boot=BootFiles(
                 kernel=inside / files.kernel.name,
                 initrd=inside / files.initrd.name,

@@ -2,7 +2,8 @@
 
 A fault is ``WHAT@MODULE:FUNCTION#NUMBER`` and happens at that call of that function of the
 product (or of ``os``): a signal's name, such as ``KILL``, sends it to ourselves before the call;
-with a ``+`` (``KILL+``) after it; ``SLOW0.1`` makes each call from that one on take so much
+with a ``+`` (``KILL+``) after it; ``SLAY`` kills our guard and then ourselves; ``UNGUARD`` kills
+the guard alone; ``SLOW0.1`` makes each call from that one on take so much
 longer; ``LATER40`` has a clock return a time so many days later; ``NOSPACE`` and ``EIO`` raise
 that OSError instead of calling. ``DEFAULT2@MODULE:CLASS.FIELD#1`` gives the field of a dataclass
 (by keyword only) another default.
@@ -18,13 +19,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from tests.lib.ctl import Ctl
 
 FORM = re.compile(r"([A-Z]+)([\d.]*)(\+?)@([\w.]+):([\w.]+)#(\d+)")
+GUARD = b"nbdbackupd.app.guard"
 ERRORS = {"NOSPACE": errno.ENOSPC, "EIO": errno.EIO, "EROFS": errno.EROFS}
 
 
@@ -82,10 +85,28 @@ def rig(fault: str) -> None:
         if what in ERRORS:
             raise OSError(ERRORS[what], os.strerror(ERRORS[what]))
         result = before(*args, **kwargs) if after else None
-        os.kill(os.getpid(), signal.Signals[f"SIG{what}"])
+        if what in {"SLAY", "UNGUARD"}:
+            for guard in guards_of(os.getpid()):
+                os.kill(guard, signal.SIGKILL)
+        if what != "UNGUARD":
+            os.kill(os.getpid(), signal.Signals[f"SIG{what.replace('SLAY', 'KILL')}"])
         return result if after else before(*args, **kwargs)
 
     setattr(owner, name, replacement)
+
+
+def guards_of(pid: int) -> list[int]:
+    """The guards that a run has now, by its process id; a run that is gone has none."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            children = [int(child) for child in task.read_text().split()]
+            found += [child for child in children if GUARD in _command_line(child)]
+    return found
+
+
+def _command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def main() -> int:

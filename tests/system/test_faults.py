@@ -1,5 +1,6 @@
 """Everything around a run fails once: space, QEMU, libvirtd, the target."""
 
+import os
 import shutil
 import signal
 import tempfile
@@ -12,7 +13,7 @@ import pytest
 from tests.lab.command import run
 from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec
-from tests.lab.guest import Guest
+from tests.lab.guest import Guest, GuestOptions
 from tests.lab.process import wait_until
 from tests.lib.rigged import RiggedCtl
 from tests.lib.told import told
@@ -197,7 +198,9 @@ def test_scratch_fills_up(
             time.sleep(0.02)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 30
+    # G-4: only what is known
     assert "is filling up" in one_line(stderr)
+    assert "the job was ended; no disk of the guest shows an error" in stderr
     logs = [path.read_text() for path in witness.path.glob("logs/*")]
     assert any("scratch-low" in told(log) for log in logs), logs
     assert str(scratch) in stderr
@@ -215,6 +218,49 @@ def test_scratch_fills_up(
     witness.check_all()
 
 
+def fill(path: Path) -> None:
+    """Use up all space of a file system at once."""
+    free = os.statvfs(path)
+    with (path / "ballast").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize)
+
+
+def test_a_guest_that_writes_as_fast_as_it_can(
+    lab: DaemonLab, ctl: RiggedCtl, scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G-4: the job ends before the guest sees an error; where it can't, it says so and lets go."""
+    monkeypatch.setattr(ctl, "scratch", scratch)
+    run(["mount", "-o", "remount,size=160M", scratch])
+    quick = lab.guest("quick", [DiskSpec(target="vda", size=192 * MIB)], GuestOptions(iothreads=1))
+    quick.start()
+    witness = Witness(ctl, quick, tmp_path, "quick")
+    for number in range(12):
+        quick.write("vda", number * 16 * MIB, 16 * MIB, 1)
+    options = ("-o", witness.path, "--scratch-reserve", "32M", "--limit-rate", "4M")
+    with ctl.start("backup", quick.name, *options) as process:
+        wait_for_job(quick)
+        for number in range(12):
+            quick.write("vda", number * 16 * MIB, 16 * MIB, 2)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 30, stderr
+    assert "no disk of the guest shows an error" in one_line(stderr)
+    assert not quick.is_paused()
+
+    # a watch that looks too late
+    slow = ctl.rigged("SLOW4@nbdbackupd.source.scratch:free_bytes#3")
+    with slow, ctl.start("backup", quick.name, *options) as process:
+        wait_for_job(quick)
+        time.sleep(0.5)
+        fill(scratch)
+        quick.write("vda", 128 * MIB, 16 * MIB, 3)  # ends when the guest goes on
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 30, stderr
+    assert "the guest was held by an error of vda meanwhile, and goes on" in one_line(stderr)
+    assert not quick.is_paused()
+    (scratch / "ballast").unlink()
+    quick.destroy()
+
+
 # -- QEMU
 
 
@@ -230,6 +276,8 @@ def test_qemu_is_killed(witness: Witness, guest: Guest, ctl: RiggedCtl) -> None:
         _, stderr = process.communicate(timeout=60)
         assert time.monotonic() - begun < 20
     assert process.returncode == 30, stderr
+    # W-13
+    assert f"domain {guest.name} ended during the backup" in one_line(stderr)
     assert len(witness.points()) == 1
     guest.wait_shut_off()
     witness.assert_no_files(allow={"run.json"})
@@ -253,6 +301,8 @@ def test_guest_shuts_down(witness: Witness, guest: Guest, ctl: RiggedCtl) -> Non
         guest.stop()
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 30, stderr
+    # W-13
+    assert f"domain {guest.name} ended during the backup" in one_line(stderr)
     witness.assert_no_files(allow={"run.json"})
     # the next run needs no guest, and what the failed one left is gone after it
     point = witness.run("-l", "inc").json["point"]

@@ -1,15 +1,20 @@
 """Freezing a real guest's file systems: in time, for a short time, and never for ever."""
 
 import json
+import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from nbdbackupd.errors import FreezeError
 from nbdbackupd.model.chain import Consistency
+from nbdbackupd.model.freeze_memory import FreezeMemory
 from nbdbackupd.ops.saving import metadata
+from nbdbackupd.repo.state import State
 from nbdbackupd.source import quiesce
 from nbdbackupd.source.quiesce import FreezePolicy, Quiet
 from nbdbackupd.source.running import RunningDisk, RunningRequest, open_running
@@ -22,6 +27,7 @@ from tests.lab.agent_guest import AgentGuest, agent_guest, make_ext4
 from tests.lab.daemon import DaemonLab
 from tests.lab.disks import DiskSpec
 from tests.lab.process import wait_until
+from tests.lib.rigged import RiggedCtl
 from tests.lib.told import heard
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -51,7 +57,7 @@ def domain(lab: DaemonLab, linux: AgentGuest) -> Iterator[Domain]:
 
 @pytest.fixture
 def wish(tmp_path: Path) -> Quiet:
-    return Quiet(marker=tmp_path / "held", seconds=15)
+    return Quiet(marker=tmp_path / "held", run_id="r1", seconds=15)
 
 
 def request_for(lab: DaemonLab, domain: Domain, policy: FreezePolicy) -> RunningRequest:
@@ -86,7 +92,7 @@ def test_job_begins_frozen_and_copies_thawed(
 def test_frozen_while_the_body_runs(linux: AgentGuest, domain: Domain, wish: Quiet) -> None:
     with quiesce.quiet(domain, wish) as moment:
         assert linux.is_frozen()
-        assert wish.marker.read_text() == "frozen"
+        assert wish.marker.read_text() == "frozen r1"
     assert moment.consistency is Consistency.FILESYSTEM
     assert moment.warnings == []
     assert_thawed(linux, wish)
@@ -175,6 +181,79 @@ def test_a_killed_run_is_thawed_by_the_next(
     assert "2 file systems" in swept.guest
     assert not linux.is_frozen()
     assert not sweep(domain, runtime_dir, lab.directory / "scratch")
+
+
+LATE = '[ "$1" = thaw ] || sleep 13'
+
+
+def test_a_guest_that_freezes_late_is_thawed(
+    lab: DaemonLab, linux: AgentGuest, domain: Domain
+) -> None:
+    """G-2: nobody waits for the agent; when it has frozen after all, the guard thaws."""
+    linux.set_freeze_hook(LATE)
+    told: list[bool] = []
+    request = replace(
+        request_for(lab, domain, FreezePolicy.AUTO), freeze_seconds=2, on_freeze=told.append
+    )
+    marker = request.runtime_dir / "guest-held"
+    begun = time.monotonic()
+    with heard() as events, open_running(request) as snapshot:
+        assert time.monotonic() - begun < 12
+        assert "FREEZE LATE" in snapshot.warnings[0]
+        assert snapshot.consistency is Consistency.CRASH
+    assert events == ["thaw-failed", "freeze-failed"]
+    assert told == [True]
+    assert marker.exists()
+    # the next run does not ask again while nobody has answered
+    with open_running(replace(request, run_id="r2")) as snapshot:
+        assert "has not yet answered" in snapshot.warnings[0]
+    wait_until(lambda: not marker.exists(), "the agent's answer", 60)
+    assert_thawed(linux, Quiet(marker=marker))
+    assert linux.freeze_log() == ["freeze", "thaw"]
+
+
+def test_a_run_that_is_killed_while_the_guest_is_frozen(
+    lab: DaemonLab, linux: AgentGuest, domain: Domain, tmp_path: Path
+) -> None:
+    """G-2: its guard thaws at once, and no next run is needed."""
+    ctl = RiggedCtl(lab.uri, lab.directory / "ctl")
+    with ctl.rigged("KILL@nbdbackupd.virt.jobs:begin#1"):
+        ctl("backup", linux.guest.name, "-o", tmp_path / "set", code=-signal.SIGKILL)
+    wait_until(lambda: not list(ctl.runtime.rglob("guest-held")), "thaw", 20)
+    assert not linux.is_frozen()
+    assert linux.freeze_log() == ["freeze", "thaw"]
+    assert jobs.active_job(domain) is None
+
+
+def test_an_agent_that_let_a_deadline_pass_is_left_alone(
+    lab: DaemonLab, linux: AgentGuest, domain: Domain, tmp_path: Path
+) -> None:
+    """G-2, F-45: for a while; 'require' asks it all the same, and an answer ends that."""
+    ctl = RiggedCtl(lab.uri, lab.directory / "ctl")
+    state = State(ctl.state)
+    state.remember_freeze(domain.uuid, FreezeMemory(1, datetime.now(UTC) - timedelta(hours=1)))
+    point = ctl.backup(linux.guest.name, tmp_path / "set", code=3)["point"]
+    assert "has let a freeze's deadline pass" in point["warnings"][0]
+    assert linux.freeze_log() == []
+    ctl.backup(linux.guest.name, tmp_path / "set", "--freeze", "require")
+    assert linux.freeze_log() == ["freeze", "thaw"]
+    assert state.freeze_memory(domain.uuid) is None
+    assert ctl.backup(linux.guest.name, tmp_path / "set")["point"]["consistency"] == "filesystem"
+
+
+def test_a_guard_tells_what_it_has_let_go(
+    linux: AgentGuest, domain: Domain, tmp_path: Path
+) -> None:
+    """G-2: and touches nothing that another run holds."""
+    marker = tmp_path / "held"
+    marker.write_text("frozen r1")
+    guest_agent.freeze(domain, [], seconds=15)
+    assert quiesce.settle(domain, marker, "r2", seconds=5)
+    assert linux.is_frozen()
+    with heard() as told:
+        assert quiesce.settle(domain, marker, "r1", seconds=5)
+    assert told == ["guest-released"]
+    assert_thawed(linux, Quiet(marker=marker))
 
 
 def test_guest_info_is_saved(domain: Domain) -> None:

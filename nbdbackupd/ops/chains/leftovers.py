@@ -21,15 +21,13 @@ from nbdbackupd.ops.domain import locks
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Intent
 from nbdbackupd.repo.repository import Repository
-from nbdbackupd.source import kept, lease
+from nbdbackupd.source import guard, kept, lease
 from nbdbackupd.source import sweep as source_sweep
 from nbdbackupd.virt.domain import Domain
 
 log = logging.getLogger(__name__)
 NOTE: Final = "run.json"
 LOCK: Final = locks.DOMAIN_LOCK
-PROFILE: Final = "libvirt-"
-"""How libvirt names a domain's AppArmor profile, before its UUID (``@{profile_name}``)."""
 
 OFFLINE_SOCKET: Final = "offline.sock"
 
@@ -48,7 +46,7 @@ def socket_dir(runtime_dir: Path, uuid: str) -> Path:
     It has the name of the domain's AppArmor profile: a rule for all domains lets each one's QEMU
     into its own alone (packaging/common/libvirt-qemu.apparmor).
     """
-    return runtime_dir / f"{PROFILE}{uuid}"
+    return runtime_dir / f"{guard.PROFILE}{uuid}"
 
 
 def offline_socket(runtime_dir: Path, uuid: str) -> Path:
@@ -70,7 +68,9 @@ def sweep(
 ) -> frozenset[str]:
     """End the job of a dead run, remove its files and let its guest go; both locks are held.
 
-    Returns the checkpoints of dead runs: remove them before ``finish`` forgets their names.
+    To be done before the domain is asked whether it runs: a job may keep the QEMU of a guest that
+    has shut down (libvirt 11.10). Returns the checkpoints of dead runs: remove them before
+    ``finish`` forgets their names.
     Raises the errors of libvirt and of the set: a run that can't clean up must not go on.
     """
     kept.sweep(runtime_dir)

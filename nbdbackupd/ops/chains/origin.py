@@ -72,7 +72,9 @@ def _candidates(parent: RestorePoint, target: str) -> tuple[DiskPoint, ...]:
 
 def _compare(export: Export, own: "Content", other: "Content", patience: Patience) -> str:
     """Why the image may be that of the other disk, or nothing."""
-    endpoint = Endpoint(socket=export.socket, export=export.name, bitmap=export.bitmap)
+    endpoint = Endpoint(
+        socket=export.socket, export=export.name, bitmap=export.bitmap, keeper=export.keeper
+    )
     looks = 0
     with Probe(endpoint, patience) as probe:
         clean = _Clean(probe.changes())

@@ -6,6 +6,7 @@ a state directory that they share are the proof, or that no other host can reach
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -27,9 +28,12 @@ from nbdbackupd.qemu import image, storage_daemon
 from nbdbackupd.source import kept, lease, reach
 from nbdbackupd.source.hosts import Hosts
 from nbdbackupd.source.lease import Lease
+from nbdbackupd.virt import jobs
 from nbdbackupd.virt.domain import Domain, Ending
 
 log = logging.getLogger(__name__)
+END_SECONDS: Final = 35.0
+END_POLL_SECONDS: Final = 0.1
 AUTO = "auto"
 LOCAL = "local"
 SHARED = "shared"
@@ -72,6 +76,24 @@ ALONE: Final = Sharing()
 """No other host is known of."""
 
 
+def await_end(domain: Domain, cancelled: Callable[[], None]) -> None:
+    """Wait until a domain is off whose guest has shut down, unless a job keeps it.
+
+    libvirt 11.3 takes 30 s to see it if a backup job ran (W-12). Raises BusyError if it takes
+    longer.
+    """
+    deadline = time.monotonic() + END_SECONDS
+    while domain.is_active() and domain.is_shut_down() and jobs.active_job(domain) is None:
+        if time.monotonic() > deadline:
+            raise BusyError(
+                f"the guest of domain {domain.name} has shut down, and libvirt has not seen its "
+                f"QEMU end within {END_SECONDS:g} s: try later",
+                domain=domain.name,
+            )
+        cancelled()
+        time.sleep(END_POLL_SECONDS)
+
+
 @contextmanager
 def images_of(
     domain: Domain,
@@ -89,6 +111,7 @@ def images_of(
     images of a domain that libvirt no longer knows. Of images that are not proven to be closed
     the lease has a ``doubt``.
     """
+    await_end(domain, cancelled)
     if domain.is_active():
         note_running(domain, sharing)
         yield None

@@ -79,18 +79,15 @@ def run(
         stack.enter_context(runlog.run_log(repository.log_path(request.run_id)))
         stack.enter_context(ending.told())
         events.emit(log, events.BACKUP_STARTED, level=request.level)
+        dead = leftovers.sweep(domain, repository, request.runtime_dir, request.scratch_dir)
         with (
-            started_paused(
-                domain,
-                directory,
-                wanted=request.start_paused,
-            ) as started,
+            started_paused(domain, directory, wanted=request.start_paused) as started,
             _images(request, domain, cancelled) as lease,
         ):
             report = _run_locked(
                 _Run(
                     request=request, domain=domain, repository=repository, lease=lease,
-                    at_rest=started.at_rest, progress=progress, cancelled=cancelled,
+                    at_rest=started.at_rest, dead=dead, progress=progress, cancelled=cancelled,
                 )
             )  # fmt: skip
         report = replace(report, seconds=ending.seconds)
@@ -127,6 +124,7 @@ class _Run:
     """One run with its locks held; ``lease``: the domain is off.
 
     ``at_rest``: it was started paused for this run; what its disks are while nobody resumes it.
+    ``dead`` are the checkpoints of dead runs.
     """
 
     request: BackupRequest
@@ -134,6 +132,7 @@ class _Run:
     repository: Repository
     lease: Lease | None
     at_rest: Consistency | None
+    dead: frozenset[str]
     progress: Progress
     cancelled: Cancelled
 
@@ -145,12 +144,12 @@ def _run_locked(run: _Run) -> BackupReport:
         return BackupReport(point=None, skipped="the domain runs")
     erase = reconciling.eraser(run.lease) if run.lease is not None else None
     state = State(request.state_dir) if request.state_dir is not None else None
-    dead = leftovers.sweep(domain, repository, request.runtime_dir, request.scratch_dir)
     known = repository.load()
     _check_binding(domain, known)
     looked = look(domain)
     records = state.records(domain.uuid) if state is not None else ()
     chain = reconciling.of_set(repository, known, records)
+    dead = run.dead
     left = reconciling.prepare(domain, chain, looked, dead, erase=erase, cancelled=run.cancelled)
     if not left & dead:
         leftovers.finish(domain, repository, request.runtime_dir)

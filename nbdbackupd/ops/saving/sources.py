@@ -5,12 +5,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from nbdbackupd.errors import NbdbackupError
+from nbdbackupd.errors import NbdbackupError, NotSupportedError, RepositoryError
 from nbdbackupd.model.chain import RestorePoint
+from nbdbackupd.model.freeze_memory import FreezeMemory, after
 from nbdbackupd.ops.chains import foreign, leftovers
 from nbdbackupd.ops.domain.survey import Survey
 from nbdbackupd.ops.saving.backup_job import Job
 from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.state import State
 from nbdbackupd.source import Snapshot, kept, offline, running
 from nbdbackupd.source.lease import Lease
 from nbdbackupd.source.offline import OfflineDisk, OfflineRequest
@@ -28,6 +30,12 @@ def open_source(
     errors of the source when it is entered.
     """
     if job.lease is None:
+        if job.request.by_nbdinfo and job.survey.definition.has_iothreads:
+            raise NotSupportedError(
+                f"domain {job.domain.name} has iothreads, and nbdinfo closes its connection first: "
+                f"its QEMU might end by that; use '--extents own'",
+                domain=job.domain.name,
+            )
         return running.open_running(_running_request(job, on_trouble))
     return offline.open_offline(
         OfflineRequest(
@@ -105,6 +113,8 @@ def _running_request(
     job: Job, on_trouble: Callable[[NbdbackupError], None]
 ) -> running.RunningRequest:
     request = job.request
+    state = State(request.state_dir) if request.state_dir is not None else None
+    memory = state.freeze_memory(job.domain.uuid) if state is not None else None
     return running.RunningRequest(
         domain=job.domain,
         disks=tuple(
@@ -120,7 +130,20 @@ def _running_request(
         base_xml=foreign.stored_xml(job.repository, job.parent),
         new_checkpoint=job.checkpoint,
         freeze=request.freeze,
+        freeze_obstacle=memory.obstacle(request.now) if memory is not None else "",
+        on_freeze=lambda is_unanswered: _remember(job, memory, is_unanswered=is_unanswered),
         freeze_mountpoints=request.mountpoints,
         pause=request.pause,
         at_rest=job.at_rest,
     )
+
+
+def _remember(job: Job, known: FreezeMemory | None, *, is_unanswered: bool) -> None:
+    """Note how the agent has answered a freeze; to be told again is better than no backup."""
+    memory = after(known, job.request.now, is_unanswered=is_unanswered)
+    if job.request.state_dir is None or memory == known:
+        return
+    try:
+        State(job.request.state_dir).remember_freeze(job.domain.uuid, memory)
+    except RepositoryError as err:
+        log.info("domain %s: its freeze is not remembered: %s", job.domain.name, err)

@@ -53,7 +53,9 @@ def copy_disk(
     RepositoryError of the target, and what ``transfer.patience.cancelled`` raises.
     """
     begun = time.monotonic()
-    endpoint = Endpoint(socket=export.socket, export=export.name, bitmap=export.bitmap)
+    endpoint = Endpoint(
+        socket=export.socket, export=export.name, bitmap=export.bitmap, keeper=export.keeper
+    )
     with Connection(endpoint, patience=transfer.patience) as connection:
         size = connection.size
     if size != export.size:

@@ -1,0 +1,43 @@
+"""When to leave a guest alone whose agent let a freeze's deadline pass (F-45).
+
+Such an agent may freeze its guest late, or hang; a run each night that asks again does harm each
+night. The first time it is left alone for a day and a half, then twice as long, and so on.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final
+
+FIRST_HOURS: Final = 36
+MOST_HOURS: Final = 12 * 24
+
+
+@dataclass(frozen=True, slots=True)
+class FreezeMemory:
+    """How often in a row the agent has let a deadline pass, and when it did last."""
+
+    count: int
+    last: datetime
+
+    @property
+    def until(self) -> datetime:
+        """When it is asked again."""
+        hours = FIRST_HOURS << min(max(self.count, 1) - 1, 16)
+        return self.last + timedelta(hours=min(hours, MOST_HOURS))
+
+    def obstacle(self, now: datetime) -> str:
+        """Why the guest is not frozen now, or nothing."""
+        # a clock that was put back is no reason to wait for years
+        if not self.last <= now < self.until:
+            return ""
+        return (
+            f"its agent has let a freeze's deadline pass, at {self.last:%Y-%m-%d %H:%M} UTC; "
+            f"it is asked again from {self.until:%Y-%m-%d %H:%M} UTC on, or with '--freeze require'"
+        )
+
+
+def after(known: FreezeMemory | None, now: datetime, *, is_unanswered: bool) -> FreezeMemory | None:
+    """What is to be remembered after a freeze was tried."""
+    if not is_unanswered:
+        return None
+    return FreezeMemory((known.count if known is not None else 0) + 1, now)

@@ -1,0 +1,150 @@
+"""What a guard does when its run has ended: see source/guard.py.
+
+It works through the same list again and again until nothing of it is left: thaw a guest that the
+run has frozen, end the run's job, remove its scratch files, see the server close the connections.
+A libvirtd that is away is waited for.
+
+Two guards, or a guard and the next run's sweep, never do this at one time (``turn``). What belongs
+to another run is not touched: a job is told by its scratch files, a held guest by its marker.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from nbdbackupd import events
+from nbdbackupd import log as runlog
+from nbdbackupd.errors import DomainNotFoundError, NbdbackupError
+from nbdbackupd.source import quiesce, running
+from nbdbackupd.source.guard import BEGUN, THAW, Charge, Post, turn
+from nbdbackupd.virt import jobs
+from nbdbackupd.virt.connection import open_connection
+from nbdbackupd.virt.domain import Domain
+
+LOG = logging.getLogger(__name__)
+PAUSE_SECONDS: Final = 0.2
+LONGEST_PAUSE_SECONDS: Final = 15.0
+BEGINNING_SECONDS: Final = 40.0
+"""libvirt begins a job to the end though its client has died, and waits 30 s for its own locks."""
+
+JOB_SECONDS: Final = 600.0
+"""How long a libvirt is waited for that is away, if no connection is held; the next run sweeps."""
+
+THAW_SECONDS: Final = 2 * 3600.0
+"""How long an agent is asked to thaw that does not answer."""
+
+THAW_PAUSE_SECONDS: Final = 1.0
+ANSWER_SECONDS: Final = 5
+
+
+class Watch:
+    """The work on one charge; ``post`` holds what the run has said."""
+
+    def __init__(self, post: Post, charge: Charge) -> None:
+        self._post = post
+        self._charge = charge
+        self._begun = time.monotonic()
+        self._is_job_gone = False
+        self._is_thawed = False
+        self._pause = PAUSE_SECONDS
+
+    def finish(self) -> None:
+        """Work until nothing is left to do, or nothing more can be done."""
+        self._begun = time.monotonic()
+        while True:
+            is_done = self._try() if self._charge.is_reachable else True
+            self._is_job_gone = self._is_job_gone or self._post.kept.has_ended()
+            is_done = is_done or (self._is_job_gone and self._is_thawed)
+            is_closed = self._post.kept.wait_closed()
+            if is_done and is_closed:
+                return
+            if is_closed and self._is_late():
+                LOG.error("domain %s: given up, see what is left with 'nbdbackupctl abort %s'",
+                          self._charge.domain, self._charge.domain)  # fmt: skip
+                return
+            self._wait()
+
+    def thaw(self) -> bool:
+        """Thaw while the run lives, which has not seen its freeze answered; whether it is done."""
+        with contextlib.suppress(NbdbackupError), self._domain() as domain:
+            return self._thaw(domain)
+        return False
+
+    def _try(self) -> bool:
+        """One attempt at all that is left at libvirt; whether it is done."""
+        try:
+            with self._domain() as domain, turn(Path(self._charge.runtime_dir)):
+                # first: a guest that is frozen hangs, and this is quick
+                self._is_thawed = self._is_thawed or self._thaw(domain)
+                self._is_job_gone = self._is_job_gone or self._end_job(domain)
+        except DomainNotFoundError:
+            return True
+        except NbdbackupError as err:
+            LOG.info("domain %s: %s", self._charge.domain, err)
+            return False
+        return self._is_thawed and self._is_job_gone
+
+    @contextmanager
+    def _domain(self) -> Iterator[Domain]:
+        charge = self._charge
+        with open_connection(charge.uri, user=charge.user, password=charge.password) as connection:
+            yield Domain.find(connection, charge.uuid)
+
+    def _thaw(self, domain: Domain) -> bool:
+        marker = Path(self._charge.runtime_dir) / running.MARKER_NAME
+        return quiesce.settle(domain, marker, self._charge.run_id, seconds=ANSWER_SECONDS)
+
+    def _end_job(self, domain: Domain) -> bool:
+        """End the run's job; False if it may yet begin."""
+        job = jobs.active_job(domain)
+        backup = job.backup if job is not None else None
+        own = set(self._charge.scratch)
+        if job is not None and backup is not None and own & set(backup.scratch.values()):
+            if not self._post.kept.settle():
+                return False
+            jobs.abort(domain)
+            events.emit(LOG, events.DEAD_RUN_SWEPT, reason=job)
+        elif BEGUN not in self._post.words:
+            return time.monotonic() - self._begun > BEGINNING_SECONDS
+        for file in own:
+            with contextlib.suppress(OSError):
+                Path(file).unlink(missing_ok=True)
+        return True
+
+    def _is_late(self) -> bool:
+        limit = THAW_SECONDS if self._is_job_gone else JOB_SECONDS
+        return time.monotonic() - self._begun > limit
+
+    def _wait(self) -> None:
+        """Wait a while; the server's end of its connections cuts it short."""
+        if self._is_job_gone and not self._is_thawed:
+            time.sleep(THAW_PAUSE_SECONDS)
+        elif self._post.kept.wait_closed(self._pause):
+            time.sleep(PAUSE_SECONDS)
+        self._pause = min(self._pause * 2, LONGEST_PAUSE_SECONDS)
+
+
+def stand(post: Post) -> None:
+    """Watch until the run's end, then do what it has left."""
+    watch: Watch | None = None
+    is_thawed = False
+
+    def idle() -> float:
+        nonlocal watch, is_thawed
+        if watch is None and post.charge is not None:
+            watch = Watch(post, post.charge)
+        if watch is None or THAW not in post.words or is_thawed:
+            return -1
+        is_thawed = watch.thaw()
+        return THAW_PAUSE_SECONDS
+
+    post.read(idle)
+    if post.charge is not None:
+        with runlog.context(
+            DOMAIN=post.charge.domain, UUID=post.charge.uuid, RUN=post.charge.run_id
+        ):
+            Watch(post, post.charge).finish()

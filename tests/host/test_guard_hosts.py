@@ -1,0 +1,65 @@
+"""G-1: a run that is killed in its unit, of a guest with iothreads."""
+
+import pytest
+
+from tests.host.appliance import RUN_SECONDS, Appliance, Protected, service
+from tests.lab.process import wait_until
+
+pytestmark = [
+    pytest.mark.host,
+    pytest.mark.system,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),  # a root file system may have to be made first
+]
+NAME = "vm22"
+SOON = 20.0
+
+
+def main_pid(appliance: Appliance) -> str:
+    """The process of the run; it is the main one of the unit."""
+    told = appliance.host.run("systemctl", "show", "--property=MainPID", "--value", service(NAME))
+    assert told.strip() != "0"
+    return told.strip()
+
+
+def guards(appliance: Appliance) -> list[str]:
+    """All guards of the host."""
+    return appliance.host.call("pgrep", "-f", "nbdbackupd.app.guard").stdout.decode().split()
+
+
+def assert_unharmed(appliance: Appliance, protected: Protected) -> None:
+    """The guest runs and works; job and guard are gone soon."""
+    job = ("virsh", "domjobinfo", "--", NAME)
+    wait_until(lambda: "None" in appliance.host.run(*job), "the job's end", SOON)
+    wait_until(lambda: not guards(appliance), "the guard's end", SOON)
+    appliance.assert_nothing_is_left(NAME)
+    assert protected.guest.exec("echo lives") == "lives\n"
+    assert not protected.guest.is_frozen()
+
+
+def test_a_run_that_is_killed_in_its_unit_leaves_the_guest_alone(appliance: Appliance) -> None:
+    """Nothing that systemd does at the end of the main process takes the guard away."""
+    host = appliance.host
+    protected = Protected(appliance, NAME, iothreads=2)
+    appliance.configure(NAME)
+    protected.guest.start()
+    assert appliance.save(NAME)["level"] == "full"
+    for end in ("kill", "stop", "abort"):
+        appliance.begin(protected)
+        assert len(guards(appliance)) == 1
+        if end == "kill":
+            host.run("kill", "-KILL", main_pid(appliance))
+        elif end == "stop":
+            host.run("systemctl", "stop", service(NAME), timeout_seconds=RUN_SECONDS)
+        else:
+            # as a watchdog does
+            host.run("systemctl", "kill", "--signal=ABRT", "--kill-whom=main", service(NAME))
+        assert_unharmed(appliance, protected)
+        wait_until(appliance.is_idle, "the unit's end", RUN_SECONDS)
+        host.run("systemctl", "reset-failed")
+        assert appliance.save(NAME)["level"] == "inc"
+    told = appliance.events(NAME, "MESSAGE_ID=1d5c019f747742428631fb432ad489fd")
+    assert any("nbd.sock" in each["MESSAGE"] for each in told)
+    protected.note(appliance.points(NAME)[-1])
+    protected.prove()
+    protected.guest.destroy()

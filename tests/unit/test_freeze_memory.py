@@ -1,0 +1,57 @@
+"""F-45: how long an agent is left alone that let a freeze's deadline pass (G-2)."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from nbdbackupd.model.freeze_memory import FreezeMemory, after
+from nbdbackupd.repo.state import State
+
+NOW = datetime(2026, 1, 31, 2, 0, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("count", "hours"), [(1, 36), (2, 72), (3, 144), (4, 288), (5, 288), (10**9, 288), (0, 36)]
+)
+def test_longer_each_time_up_to_a_limit(count: int, hours: int) -> None:
+    memory = FreezeMemory(count, NOW)
+    assert memory.until - NOW == timedelta(hours=hours)
+    assert "2026-01-31 02:00" in memory.obstacle(NOW)
+    assert memory.obstacle(memory.until - timedelta(seconds=1))
+    assert not memory.obstacle(memory.until)
+
+
+def test_a_clock_that_was_put_back_does_not_lengthen_it() -> None:
+    assert not FreezeMemory(1, NOW).obstacle(NOW - timedelta(days=400))
+
+
+def test_an_answer_ends_it() -> None:
+    once = after(None, NOW, is_unanswered=True)
+    assert once == FreezeMemory(1, NOW)
+    assert after(once, NOW, is_unanswered=True) == FreezeMemory(2, NOW)
+    assert after(once, NOW, is_unanswered=False) is None
+
+
+def test_kept_in_the_state_directory(tmp_path: Path) -> None:
+    state = State(tmp_path)
+    assert state.freeze_memory("u") is None
+    state.remember_freeze("u", FreezeMemory(3, NOW))
+    assert State(tmp_path).freeze_memory("u") == FreezeMemory(3, NOW)
+    assert state.freeze_memory("other") is None
+    # it is no record of a chain
+    assert state.records("u") == ()
+    state.remember_freeze("u", None)
+    state.remember_freeze("u", None)
+    assert state.freeze_memory("u") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"count": "1", "last": "x"}', '{"count": 1, "last": "2026-01-31T02:00:00"}'],
+)
+def test_what_cant_be_read_is_no_obstacle(tmp_path: Path, text: str) -> None:
+    state = State(tmp_path)
+    state.remember_freeze("u", FreezeMemory(1, NOW))
+    (tmp_path / "u" / "freeze").write_text(text)
+    assert state.freeze_memory("u") is None
