@@ -103,6 +103,16 @@ def test_what_a_unit_may_take_is_bounded(unit: str) -> None:
         assert "\nUMask=0077\n" in text
 
 
+@pytest.mark.parametrize("unit", names(SERVICES))
+def test_programs_can_be_started(unit: str) -> None:
+    """``proc`` starts them by setpriv, which ends if it can't set the capabilities that it has."""
+    text = (TOP / "units" / unit).read_text()
+    if "~@privileged" in text and "catch-up" not in text:  # a shell, which starts by itself
+        denied, allowed = text.index("~@privileged"), text.rindex("\nSystemCallFilter=")
+        assert allowed > denied
+        assert "capset" in text[allowed:]
+
+
 def test_runners_are_hardened_alike() -> None:
     texts = [(TOP / "units" / each).read_text().partition("# Hardening.")[2] for each in RUNNERS]
     assert texts[0]
