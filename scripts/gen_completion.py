@@ -23,7 +23,19 @@ _nbdbackupctl_domains() {
     done
 }
 
-# kind of the value: directory, file, domain, or words to choose from; $2: what was typed
+# names of boots that run, or are to be gone on with
+_nbdbackupctl_boots() {
+    local file name
+    for file in /run/nbdbackup/boot/*.lock; do
+        [[ -e $file ]] || continue
+        name=${file##*/}
+        name=${name%.lock}
+        [[ $name == "$1"* ]] && COMPREPLY+=("$(printf %q "$name")")
+    done
+}
+
+# kind of the value: directory, file, domain, source (a set or a domain), boot, or words to choose
+# from; $2: what was typed
 _nbdbackupctl_value() {
     case $1 in
     directory)
@@ -34,7 +46,13 @@ _nbdbackupctl_value() {
         compopt -o filenames 2>/dev/null
         mapfile -t COMPREPLY < <(compgen -f -- "$2")
         ;;
+    source)
+        compopt -o filenames 2>/dev/null
+        mapfile -t COMPREPLY < <(compgen -d -- "$2")
+        _nbdbackupctl_domains "$2"
+        ;;
     domain) _nbdbackupctl_domains "$2" ;;
+    boot) _nbdbackupctl_boots "$2" ;;
     words*) mapfile -t COMPREPLY < <(compgen -W "${1#words}" -- "$2") ;;
     esac
 }
@@ -76,15 +94,16 @@ _nbdbackupctl() {
         _nbdbackupctl_value "words$(_nbdbackupctl_options "$verb")" "$cur"
     elif [[ -z $verb ]]; then
         _nbdbackupctl_value "words$(_nbdbackupctl_verbs)" "$cur"
-    elif ((positional == 0)); then
-        _nbdbackupctl_value "$(_nbdbackupctl_positional "$verb")" "$cur"
+    else
+        _nbdbackupctl_value "$(_nbdbackupctl_positional "$verb" "$positional")" "$cur"
     fi
 }
 
 complete -F _nbdbackupctl nbdbackupctl
 """
 
-POSITIONALS = {"DOMAIN": "domain", "SOURCE": "directory"}
+POSITIONALS = {"DOMAIN": "domain", "SOURCE": "source", "SET": "directory"}
+BOOTS = ("--stop", "--resume")
 PATHS = {"DIR": "directory", "FILE": "file", "FILES": "file"}
 
 
@@ -107,6 +126,8 @@ class Option:
             return ""
         if self.choices:
             return f"words{' '.join(self.choices)}"
+        if set(self.names) & set(BOOTS):
+            return "boot"
         return PATHS.get(self.metavar, "other")
 
 
@@ -114,19 +135,12 @@ class Option:
 class Command:
     """The options and positional arguments of the program itself or of one verb.
 
-    ``words`` are what the first positional argument may be, if that is one of a few.
+    ``kinds`` are what completes each positional argument, in the script's words.
     """
 
     options: tuple[Option, ...]
     positionals: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()
-
-    @property
-    def kind(self) -> str:
-        """What completes its first positional argument, in the script's words."""
-        if self.words:
-            return f"words{' '.join(self.words)}"
-        return POSITIONALS.get(self.positionals[0], "other") if self.positionals else "other"
+    kinds: tuple[str, ...] = ()
 
 
 def read_parser() -> tuple[Command, Mapping[str, Command]]:
@@ -153,8 +167,14 @@ def _command(parser: argparse.ArgumentParser) -> Command:
     return Command(
         options=tuple(_option(each) for each in actions if each.option_strings),
         positionals=tuple(str(each.metavar) for each in places),
-        words=tuple(places[0].choices or ()) if places else (),
+        kinds=tuple(map(_kind, places)),
     )
+
+
+def _kind(place: argparse.Action) -> str:
+    if place.choices:
+        return f"words{' '.join(map(str, place.choices))}"
+    return POSITIONALS.get(str(place.metavar), "other")
 
 
 def _option(action: Any) -> Option:
@@ -178,12 +198,23 @@ def generate() -> str:
             _function(
                 "options", _cases("$1", {v or "''": _spellings(c) for v, c in commands.items()})
             ),
-            _function("positional", _cases("$1", {v: c.kind for v, c in verbs.items()})),
+            "# $1: the verb, $2: how many arguments stand before this one",
+            _function("positional", _cases("$1:$2", _places(verbs))),
             "# $1: the verb, $2: an option; what its value is, nothing if it takes none",
             _function("kind", _cases("$1:$2", _kinds(commands))),
             BODY,
         ]
     )
+
+
+def _places(verbs: Mapping[str, Command]) -> dict[str, str]:
+    """Patterns for "VERB:PLACE"."""
+    return {
+        f"{verb}:{place}": kind
+        for verb, command in verbs.items()
+        for place, kind in enumerate(command.kinds)
+        if kind != "other"
+    }
 
 
 def _function(name: str, lines: list[str]) -> str:

@@ -11,7 +11,19 @@ _nbdbackupctl_domains() {
     done
 }
 
-# kind of the value: directory, file, domain, or words to choose from; $2: what was typed
+# names of boots that run, or are to be gone on with
+_nbdbackupctl_boots() {
+    local file name
+    for file in /run/nbdbackup/boot/*.lock; do
+        [[ -e $file ]] || continue
+        name=${file##*/}
+        name=${name%.lock}
+        [[ $name == "$1"* ]] && COMPREPLY+=("$(printf %q "$name")")
+    done
+}
+
+# kind of the value: directory, file, domain, source (a set or a domain), boot, or words to choose
+# from; $2: what was typed
 _nbdbackupctl_value() {
     case $1 in
     directory)
@@ -22,7 +34,13 @@ _nbdbackupctl_value() {
         compopt -o filenames 2>/dev/null
         mapfile -t COMPREPLY < <(compgen -f -- "$2")
         ;;
+    source)
+        compopt -o filenames 2>/dev/null
+        mapfile -t COMPREPLY < <(compgen -d -- "$2")
+        _nbdbackupctl_domains "$2"
+        ;;
     domain) _nbdbackupctl_domains "$2" ;;
+    boot) _nbdbackupctl_boots "$2" ;;
     words*) mapfile -t COMPREPLY < <(compgen -W "${1#words}" -- "$2") ;;
     esac
 }
@@ -115,8 +133,8 @@ _nbdbackupctl_options() {
         ;;
     checkpoints)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet -o --output -n --dry-run --repair --drop --release
-        --started --checkpoint-dir --wait'
+        --runtime-dir -v --verbose -q --quiet --all -o --output -n --dry-run --repair --drop
+        --release --started --checkpoint-dir --wait'
         ;;
     abort)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -141,18 +159,23 @@ _nbdbackupctl_options() {
     esac
 }
 
+# $1: the verb, $2: how many arguments stand before this one
 _nbdbackupctl_positional() {
-    case "$1" in
-    backup | run | estimate | check | checkpoints | abort | yield | status | timers | log)
+    case "$1:$2" in
+    backup:0 | run:0 | estimate:0 | check:0 | checkpoints:0 | abort:0 | yield:0 | config:1 | \
+    status:0 | timers:0 | log:0)
         echo 'domain'
         ;;
-    restore | map | boot | mount | files | list | show | verify)
+    restore:0 | map:0 | boot:0 | mount:0 | files:0 | list:0 | show:0 | verify:0)
+        echo 'source'
+        ;;
+    files:1)
+        echo 'wordsfs ls cp tar'
+        ;;
+    import:0)
         echo 'directory'
         ;;
-    unmap | unmount | import | notify)
-        echo 'other'
-        ;;
-    config)
+    config:0)
         echo 'wordscheck show sample'
         ;;
     esac
@@ -166,9 +189,8 @@ _nbdbackupctl_kind() {
     *:--limit-rate | *:-w | *:--workers | *:--wait | *:--timeout | log:-n | *:--point | \
     *:--until | *:--at | *:-d | *:--disk | *:--pool | *:--since | *:-j | *:--jobs | \
     *:--bandwidth-limit | *:--name | *:--socket | *:--tcp | *:--device | *:--cache | \
-    *:--memory | *:--stop | *:--resume | *:-p | *:--partition | *:--boot-wait | \
-    *:--boot-timeout | *:--boot-memory | *:--boot-name | *:--drop | *:--reason | *:--warning | \
-    *:--critical | *:--lines | *:--run)
+    *:--memory | *:-p | *:--partition | *:--boot-wait | *:--boot-timeout | *:--boot-memory | \
+    *:--boot-name | *:--drop | *:--reason | *:--warning | *:--critical | *:--lines | *:--run)
         echo 'other'
         ;;
     *:--password-file | *:--sequence | *:--tls-psk | files:-f | *:--file)
@@ -204,6 +226,9 @@ _nbdbackupctl_kind() {
         ;;
     boot:--network)
         echo 'wordsnone down keep'
+        ;;
+    *:--stop | *:--resume)
+        echo 'boot'
         ;;
     *:--tool)
         echo 'wordsfuse2fs grub-mount guestmount'
@@ -249,8 +274,8 @@ _nbdbackupctl() {
         _nbdbackupctl_value "words$(_nbdbackupctl_options "$verb")" "$cur"
     elif [[ -z $verb ]]; then
         _nbdbackupctl_value "words$(_nbdbackupctl_verbs)" "$cur"
-    elif ((positional == 0)); then
-        _nbdbackupctl_value "$(_nbdbackupctl_positional "$verb")" "$cur"
+    else
+        _nbdbackupctl_value "$(_nbdbackupctl_positional "$verb" "$positional")" "$cur"
     fi
 }
 

@@ -27,7 +27,7 @@ from tests.lib.scene import WARNED, Saved, Scene, scene, tree
 
 pytestmark = pytest.mark.system
 KIB = 1024
-DOMAIN, REPOSITORY, BUSY = 20, 50, 75
+USAGE, DOMAIN, REPOSITORY, BUSY = 2, 20, 50, 75
 TWO = (DiskSpec(target="vda", size=8 * MIB), DiskSpec(target="vdb", size=8 * MIB))
 FOREIGN = ("bitmap0", "nbdbackup", "nbdbackup.x", "nbdbackup2.x.y")
 
@@ -435,6 +435,30 @@ def test_two_chains_and_one_that_is_dropped(here: Scene, power: str, tmp_path: P
     saved = here.save(into=other, code=WARNED)
     assert set(saved.modes.values()) == {"full"}
     here.prove_all()
+
+
+def test_all_domains_are_released(lab: DaemonLab, here: Scene, tmp_path: Path) -> None:
+    """L-4: before this program is removed: libvirt and the images know nothing of it after."""
+    with scene(lab, tmp_path / "more", "released", TWO, GuestOptions()) as more:
+        more.directory.mkdir(exist_ok=True)
+        more.ctl.state, more.ctl.runtime = here.ctl.state, here.ctl.runtime
+        more.save()
+        more.guest.stop()
+        here.ctl("checkpoints", "--all", code=USAGE)
+        here.ctl("checkpoints", here.guest.name, "--all", "--release", code=USAGE)
+        here.ctl("checkpoints", code=USAGE)
+        planned = here.ctl("checkpoints", "--all", "--release", "--dry-run").stdout
+        assert f"{here.guest.name}:" in planned
+        assert more.checkpoints()
+        done = here.ctl("checkpoints", "--all", "--release", "--json").json
+        assert {each["problem"] for each in done["domains"]} == {""}
+        for each in (here, more):
+            assert each.checkpoints() == []
+            assert not any(names_of(each, target) for target in each.guest.disks)
+        lab.virsh("undefine", "--domain", more.guest.name)
+        more.guest.define()
+        said = here.ctl("checkpoints", "--all", "--release").stdout
+        assert said == "no domain carries checkpoints or bitmaps of ours\n"
 
 
 @both

@@ -184,5 +184,10 @@ def test_completion_offers_what_fits(tmp_path: Path) -> None:
         (["restore", "--sequence", "a f"], ["a file"]),
         (["verify", "--point", ""], []),
         (["config", "s"], ["show", "sample"]),
+        # domains for SOURCE, and what comes second
+        (["restore", "vm-of"], ["vm-of-test"]),
+        (["config", "show", "vm-of"], ["vm-of-test"]),
+        (["files", "a set", "c"], ["cp"]),
+        (["boot", "--stop", "no-such"], []),
     ):
         assert complete(tmp_path, *words) == wanted, words

@@ -7,13 +7,14 @@ from nbdbackupd.app import configured, signals
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, directory, seconds
 from nbdbackupd.app.context import Context
-from nbdbackupd.errors import DomainNotFoundError
+from nbdbackupd.errors import DomainNotFoundError, NbdbackupError, UsageError
 
 if TYPE_CHECKING:
     from nbdbackupd.model.reconcile import Entry, KnownChain, Step
-    from nbdbackupd.ops.chains.checkpoints import CheckpointsReport
+    from nbdbackupd.ops.chains.checkpoints import CheckpointsReport, CheckpointsRequest
 
 WARNED = 3
+JSON_VERSION = 1
 DESCRIPTION = """\
 Show the checkpoints and bitmaps that backups of a domain have left in libvirt and in its images,
 whether they agree with the restore points, and what is to be done where they do not. Nothing is
@@ -28,7 +29,13 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         "checkpoints", help="show checkpoints and bitmaps, put them in order",
         description=DESCRIPTION, parents=[shared], allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
+    parser.add_argument(
+        "domain", metavar="DOMAIN", nargs="?", default="", help="name or UUID of the domain"
+    )
+    parser.add_argument(
+        "--all", action="store_true",
+        help="with --release: of all domains that libvirt knows, before this program is removed",
+    )  # fmt: skip
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=directory, help="directory of a set of the domain"
     )
@@ -64,19 +71,61 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 
 def run(args: Arguments, context: Context) -> int:
-    """Carry the verb out; 3 if something could not be done."""
+    """Carry the verb out; 3 if something could not be done.
+
+    Raises UsageError unless there is one domain, or all are to be released.
+    """
+    if bool(args.domain) == args.all or (args.all and not args.release):
+        raise UsageError("give a DOMAIN, or --all with --release")
+    if args.all:
+        return _release_all(args, context)
+    from nbdbackupd.ops.chains import checkpoints
+
+    request = _request(args, context, args.domain)
+    with signals.listen() as cancel, context.connection() as connection:
+        report = checkpoints.run(request, connection, cancelled=cancel.check)
+    context.show(report.to_json(), render(report, dropping=request.removes))
+    return WARNED if report.problems else 0
+
+
+def _release_all(args: Arguments, context: Context) -> int:
+    """Each domain in its turn; what one of them is in the way of does not keep the others."""
+    from nbdbackupd.ops.chains import checkpoints
+
+    documents, lines, failed = [], [], 0
+    with signals.listen() as cancel, context.connection() as connection:
+        for name, uuid in connection.domains():
+            try:
+                request = _request(args, context, uuid)
+                report = checkpoints.run(request, connection, cancelled=cancel.check)
+            except NbdbackupError as err:
+                failed += 1
+                documents.append({"domain": name, "uuid": uuid, "problem": err.message})
+                lines.append(f"{name}: NOT released: {err.message}")
+                continue
+            failed += bool(report.problems)
+            documents.append({**report.to_json(), "problem": ""})
+            if report.steps:
+                said = _done_lines(report) if report.changed else _todo_lines(report, dropping=True)
+                lines += [f"{name}:", *(f"  {line}" for line in said)]
+    document = {"version": JSON_VERSION, "domains": documents}
+    context.show(document, "\n".join(lines) or "no domain carries checkpoints or bitmaps of ours")
+    return WARNED if failed else 0
+
+
+def _request(args: Arguments, context: Context, domain: str) -> "CheckpointsRequest":
     from nbdbackupd.ops.chains import checkpoints
 
     try:
-        state_dir = configured.state_directory(args.domain, context).absolute()
+        state_dir = configured.state_directory(domain, context).absolute()
     except DomainNotFoundError:
         if not args.started:
             raise
         # whether there is one matters no more
         state_dir = context.state_dir.absolute()
     now = app_context.now()
-    request = checkpoints.CheckpointsRequest(
-        domain=args.domain,
+    return checkpoints.CheckpointsRequest(
+        domain=domain,
         runtime_dir=context.runtime_dir.absolute(),
         state_dir=state_dir,
         run_id=app_context.new_run_id(now),
@@ -88,12 +137,8 @@ def run(args: Arguments, context: Context) -> int:
         dry_run=args.dry_run,
         wait_seconds=args.wait,
         started=args.started,
-        sharing=configured.sharing_of(args.domain, context),
+        sharing=configured.sharing_of(domain, context),
     )
-    with signals.listen() as cancel, context.connection() as connection:
-        report = checkpoints.run(request, connection, cancelled=cancel.check)
-    context.show(report.to_json(), render(report, dropping=request.removes))
-    return WARNED if report.problems else 0
 
 
 def render(report: "CheckpointsReport", *, dropping: bool = False) -> str:
