@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from nbdbackupd import documents, durable
-from nbdbackupd.errors import FormatError, IntegrityError, RepositoryError, UsageError
+from nbdbackupd import durable
+from nbdbackupd.errors import IntegrityError, RepositoryError, UsageError
 from nbdbackupd.files import open_untrusted
 from nbdbackupd.model import definition as model
 from nbdbackupd.model import domain as domain_model
@@ -206,18 +206,7 @@ def _read_xml(planned: Planned) -> str:
     found = [each for each in planned.files if each.stored.role == restore_files.XML_ROLE]
     if not found:
         raise RepositoryError(f"restore point {planned.point} holds no domain XML")
-    path = found[0].source
-    data = layers.read_file(path, found[0].stored, documents.MAX_XML, point=planned.point)
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as err:
-        raise IntegrityError("the domain XML is no UTF-8", file=path) from err
-    try:
-        documents.parse_xml(text, "domain", FormatError)
-    except FormatError as err:
-        err.fields |= {"file": path, "point": planned.point}
-        raise
-    return text
+    return live.read(found[0], planned.point)
 
 
 def _changes(planned: Planned, xml: str, request: DefineRequest) -> Changes:

@@ -1,11 +1,10 @@
 """The definition of a point, with the disks that its domain had while it ran alone."""
 
-import hashlib
-
-from nbdbackupd import documents, durable
+from nbdbackupd import documents
 from nbdbackupd.errors import FormatError, IntegrityError
 from nbdbackupd.model import live_disks
 from nbdbackupd.ops.restoring.definer import Planned
+from nbdbackupd.ops.restoring.restore_files import FileCopy
 from nbdbackupd.ops.sets import layers
 
 
@@ -18,17 +17,20 @@ def completed(planned: Planned, xml: str) -> tuple[str, tuple[str, ...]]:
     targets = [disk.target for disk in planned.disks]
     if planned.live is None or not live_disks.missing(xml, targets):
         return xml, ()
-    stored, path = planned.live.stored, planned.live.source
-    layers.check_size(path, min(stored.size, documents.MAX_XML), point=planned.point)
-    with durable.translate_os_errors("read", path):
-        data = path.read_bytes()
-    if stored.sha256 and hashlib.sha256(data).hexdigest() != stored.sha256:
-        raise IntegrityError(
-            "file is damaged: its SHA-256 does not match", file=path, point=planned.point
-        )
+    return live_disks.complete(xml, read(planned.live, planned.point), targets)
+
+
+def read(copy: FileCopy, point: str) -> str:
+    """A domain XML of a set, proven and bounded. Raises FormatError, IntegrityError."""
+    path = copy.source
+    data = layers.read_file(path, copy.stored, documents.MAX_XML, point=point)
     try:
         text = data.decode()
+    except UnicodeDecodeError as err:
+        raise IntegrityError("the domain XML is no UTF-8", file=path, point=point) from err
+    try:
         documents.parse_xml(text, "domain", FormatError)
-    except (UnicodeDecodeError, FormatError) as err:
-        raise IntegrityError(f"the XML of the running domain is damaged: {err}", file=path) from err
-    return live_disks.complete(xml, text, targets)
+    except FormatError as err:
+        err.fields |= {"file": path, "point": point}
+        raise
+    return text
