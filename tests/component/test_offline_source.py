@@ -19,6 +19,7 @@ from nbdbackupd.errors import (
     GaveWayError,
     NbdbackupError,
     NotSupportedError,
+    ProcessError,
     SourceError,
 )
 from nbdbackupd.model.chain import Consistency, ImageLayer
@@ -126,6 +127,36 @@ def test_what_libvirt_is_told(scene: Off, folder: Path) -> None:
         assert snapshot.checkpoint_xml == ""
     with open_offline(replace(untracked, new_checkpoint="")) as snapshot:
         assert snapshot.checkpoint_xml == ""
+
+
+def own_daemon() -> int:
+    """The storage daemon that this process runs."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            name, _, rest = (entry / "stat").read_text().partition(") ")
+        except OSError:
+            continue
+        if int(rest.split()[1]) == os.getpid() and "(qemu-storage-d" in name:
+            return int(entry.name)
+    raise AssertionError("no storage daemon")
+
+
+def read_and_kill(request: OfflineRequest) -> None:
+    with open_offline(request) as snapshot:
+        assert images.copied(snapshot.exports["vda"]).total == SIZE
+        daemon = own_daemon()
+        os.kill(daemon, signal.SIGKILL)
+        while ") Z " not in Path(f"/proc/{daemon}/stat").read_text():
+            time.sleep(0.01)
+
+
+def test_a_daemon_that_dies_after_the_last_block_is_noticed(scene: Off, folder: Path) -> None:
+    """D-0: what was read is not published unless its source lived to the end."""
+    path = images.make(folder / "vda", SIZE)
+    with pytest.raises(ProcessError, match="killed by SIGKILL"):
+        read_and_kill(scene.request(disk("vda", [path])))
 
 
 def test_reading_changes_no_byte(scene: Off, folder: Path) -> None:
