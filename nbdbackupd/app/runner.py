@@ -202,7 +202,7 @@ def _find_and_run(wish: Wish, context: Context, watch: Watch) -> RunReport:
             domain = domains.find(connection, wish.domain, context.runtime_dir.absolute())
         except DomainNotFoundError as err:
             if not wish.shutdown:
-                raise
+                return _report_gone(wish.domain, configuration, err)
             why = err.fields.get("reason", "its end was not seen by libvirt's hook")
             gone = f"libvirt no longer knows it: {why}"
             return RunReport(domain=wish.domain, uuid="", result="skipped", reason=gone)
@@ -231,6 +231,17 @@ def _find_and_run(wish: Wish, context: Context, watch: Watch) -> RunReport:
         report = one.recorded()
         _record_host(connection, configuration, settings)
         return report
+
+
+def _report_gone(name: str, configuration: "Configuration", err: DomainNotFoundError) -> RunReport:
+    """That a domain has moved to another host is no failure of its timer on this one."""
+    from nbdbackupd.app.config.settings import settings_for, sharing
+    from nbdbackupd.ops.domain import images
+
+    where = images.gone_to(name, sharing(settings_for(name, "", {}, configuration)))
+    if not where:
+        raise err
+    return RunReport(domain=name, uuid="", result="skipped", reason=where)
 
 
 def _record_host(

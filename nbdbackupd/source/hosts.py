@@ -83,6 +83,13 @@ class Hosts:
         self.here = host or Host.this()
         self.directory = state_dir / uuid / DIRECTORY
 
+    @classmethod
+    def all_of(cls, state_dir: Path, domain: str) -> "tuple[Hosts, ...]":
+        """Those of each domain in a state directory, whatever its name. Raises RepositoryError."""
+        with durable.translate_os_errors("read", state_dir):
+            found = sorted(path.parent.name for path in state_dir.glob(f"*/{DIRECTORY}"))
+        return tuple(cls(state_dir, domain, uuid) for uuid in found)
+
     def notes(self) -> tuple[Note, ...]:
         """What all hosts have noted, and the starts that they have announced.
 

@@ -10,7 +10,7 @@ import pytest
 
 from nbdbackupd.errors import BusyError, DomainError, ElsewhereError
 from nbdbackupd.ops.chains import reconciling
-from nbdbackupd.ops.domain.images import Sharing, images_of, note_saved, prove, prove_start
+from nbdbackupd.ops.domain.images import Sharing, gone_to, images_of, note_saved, prove, prove_start
 from nbdbackupd.ops.domain.survey import Wish
 from nbdbackupd.qemu import image
 from nbdbackupd.source.hosts import Host, Hosts
@@ -103,6 +103,21 @@ def test_a_device_needs_to_be_closed_everywhere(
     saver = prove(domain, sharing).saver
     assert saver is not None
     assert (saver.name, saver.saved) == ("host-b", "point-2")
+
+
+def test_a_domain_that_is_not_defined_here_any_more(domain: Domain, tmp_path: Path) -> None:
+    """H-4: its timer may still be enabled on the host that it has left."""
+    sharing = Sharing(state_dir=tmp_path / "shared")
+    assert gone_to("vm1", sharing) == ""
+    Hosts(tmp_path / "shared", "vm0", "0" * 36, OTHER).started()
+    here = Hosts(tmp_path / "shared", domain.name, domain.uuid)
+    here.started()
+    assert gone_to("vm1", sharing) == ""
+    here.ended("migrated")
+    Hosts(tmp_path / "shared", domain.name, domain.uuid, OTHER).started()
+    assert gone_to("vm1", sharing) == "no domain vm1 is defined here; it last ran on host host-b"
+    assert gone_to("vm2", sharing) == ""
+    assert gone_to("vm1", Sharing()) == ""
 
 
 def test_an_end_that_nobody_saw_is_noted(domain: Domain, device: Path, tmp_path: Path) -> None:

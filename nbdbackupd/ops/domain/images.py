@@ -269,6 +269,21 @@ def _tell_hosts(
     return ""
 
 
+def gone_to(name: str, sharing: Sharing) -> str:
+    """On which host a domain is, given by its name, that this one's libvirt does not know.
+
+    Empty if no other host has noted it. Raises RepositoryError.
+    """
+    if sharing.state_dir is None:
+        return ""
+    for hosts in Hosts.all_of(sharing.state_dir, name):
+        found = standing(hosts.notes(), hosts.here.id)
+        note = found.holder or found.last
+        if note is not None and note.host != hosts.here.id and note.domain == name:
+            return f"no domain {name} is defined here; it last ran on host {note.name}"
+    return ""
+
+
 def note_running(domain: Domain, sharing: Sharing) -> None:
     """Tell the other hosts that the domain runs here, unless the hook has told them."""
     hosts = sharing.hosts(domain)
