@@ -152,3 +152,13 @@ def test_units_call_what_the_command_knows(unit: str, words: list[str]) -> None:
     except SystemExit as err:
         raise AssertionError(f"{unit}: not a command: {words}") from err
     assert "-x" in [str(each) for each in vars(args).values()]
+
+
+@pytest.mark.parametrize("unit", names(SERVICES))
+def test_no_notification_has_two_triggers(unit: str) -> None:
+    """W-9: systemd logs "multiple trigger source candidates" else, at each run."""
+    text = (TOP / "units" / unit).read_text()
+    told = re.findall(r"^On(?:Failure|Success)=(.*)$", text, re.MULTILINE)
+    assert len(told) == len(set(told))
+    for each in told:
+        assert re.fullmatch(r"nbdbackup-notify@(done-)?%n\.service", each)

@@ -31,6 +31,12 @@ LINES: Final = 40
 LAST_RESORT: Final = ("root",)
 """Whom to mail to if no file says it that can be read, and none ever did."""
 
+DONE: Final = "done-"
+"""Before the unit's name in the instance that OnSuccess= starts.
+
+Were it the one of OnFailure=, too, systemd would log "multiple trigger source candidates" (W-9).
+"""
+
 KINDS: Final = {
     "nbdbackup": "backup of domain",
     "nbdbackup-offline": "backup after the end of domain",
@@ -52,7 +58,10 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         "notify", help="tell how a unit ended", description=DESCRIPTION, parents=[shared],
         allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("unit", metavar="UNIT", help="name of the unit, escaped as systemd does")
+    parser.add_argument(
+        "unit", metavar="UNIT", type=lambda text: text.removeprefix(DONE),
+        help="name of the unit, escaped as systemd does",
+    )  # fmt: skip
     parser.add_argument("--print", action="store_true", help="print the text instead of sending it")
     parser.set_defaults(run=run)
 
