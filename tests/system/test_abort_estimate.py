@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd import durable
-from nbdbackupd.errors import BusyError
+from nbdbackupd.errors import BusyError, SourceError
 from nbdbackupd.model.chain import Level
 from nbdbackupd.ops.chains import leftovers
 from nbdbackupd.ops.saving import abort, backup, estimate
@@ -72,7 +72,11 @@ def test_abort_ends_our_own_leftover(
     runtime_dir = leftovers.socket_dir(order.runtime_dir, domain.uuid)
     with open_connection(lab.uri) as other:
         dead = Domain.find(other, order.domain)
-        with open_running(job_request(order, dead, runtime_dir)):
+        # whose run is not dead in fact, and finds that its job was ended
+        with (
+            pytest.raises(SourceError, match="was ended before"),
+            open_running(job_request(order, dead, runtime_dir)),
+        ):
             report = abort.run(order, connection)
     assert "nbd.sock" in report.ended[0]
     assert report.left == ""

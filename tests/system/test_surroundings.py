@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,6 +161,28 @@ def test_nobody_else_reads_a_set(guest: Guest, ctl: RiggedCtl, tmp_path: Path) -
     assert (tmp_path / "set").stat().st_mode & 0o077 == 0
     assert list(ctl.runtime.glob("*/lock"))
     assert open_to_others(ctl.runtime, ctl.scratch, ctl.state) == []
+
+
+@pytest.mark.parametrize("unit", ["nbdbackup@", "nbdbackup-offline@", "nbdbackup-checkpoints@"])
+def test_a_run_needs_no_more_than_its_unit_grants(
+    unit: str, guest: Guest, ctl: RiggedCtl, tmp_path: Path
+) -> None:
+    """S-12: its capabilities, no new privileges, and files for nobody else."""
+    text = (ROOT / "units" / f"{unit}.service").read_text()
+    (words,) = re.findall(r"^CapabilityBoundingSet=(.*)$", text, re.MULTILINE)
+    granted = ",".join(f"+{word.removeprefix('CAP_').lower()}" for word in words.split())
+    bounds = ["setpriv", "--no-new-privs", "--inh-caps=-all", f"--bounding-set=-all,{granted}"]
+    verbs: tuple[tuple[str | Path, ...], ...] = (
+        ("backup", guest.name, "-o", tmp_path / "set"),
+        ("checkpoints", guest.name, "--repair", "--started"),
+        ("abort", guest.name),
+    )
+    for verb, *more in verbs:
+        done = subprocess.run(
+            [*bounds, *ctl.argv(str(verb), *more)], cwd=ROOT, env=ctl.environment, umask=0o077,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=110, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
 
 
 def test_qemu_gets_through_whatever_the_umask_is(

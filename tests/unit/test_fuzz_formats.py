@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from nbdbackupd import documents
 from nbdbackupd.errors import FormatError, NbdbackupError
 from nbdbackupd.format import blocks, index, manifest, stream
 from nbdbackupd.format.index import HEADER, RECORD, Index
@@ -335,6 +336,14 @@ def peer_streams(draw: st.DrawFn) -> bytes:
     return meta_frame(changes) + payload + stream.pack_header(stream.STOP, 0, 0)
 
 
+MARKUP = st.one_of(
+    st.sampled_from(
+        ["<a/>", "<b>", "</b>", "<!DOCTYPE a [<!ENTITY b 'c'>]>", "&b;", "&#10;", "&lt;",
+         "<![CDATA[", "]]>", "<!--", "-->", "<?a b?>", "<p:a xmlns:p='u'/>", "<a b='c' b='d'/>",
+         "\x1b", "\ud800"]
+    ),
+    st.text(max_size=5),
+)  # fmt: skip
 CONTENTS = st.one_of(
     peer_streams(), peer_streams(), edits(streams()), st.just(b"123"), st.just(b'["a", "b"]'),
     st.just(b"<domain><name>vm1</name></domain>"), st.just(bytes(512)),
@@ -358,6 +367,27 @@ def test_directories(place: Path) -> None:
             shutil.rmtree(made)
 
     fuzz(st.dictionaries(FILES, CONTENTS, max_size=7), check)
+
+
+@st.composite
+def markup(draw: st.DrawFn) -> str:
+    """XML of elements, prefixes, entities and text, well formed or nearly so."""
+    parts = draw(st.lists(MARKUP, max_size=40))
+    deep = draw(st.sampled_from([0, 1, 3, 400]))
+    return "<domain>" + "<a>" * deep + "".join(parts) + "</a>" * deep + "</domain>"
+
+
+def test_xml() -> None:
+    """Whatever a definition of a set holds, reading it ends in an element or one of our errors."""
+
+    def check(text: str) -> None:
+        with suppress(NbdbackupError):
+            root = documents.parse_xml(text, "domain", FormatError, prefixes=True)
+            assert root.tag == "domain"
+        with suppress(NbdbackupError):
+            documents.parse_xml(text[1:], "", FormatError)
+
+    fuzz(markup(), check)
 
 
 @st.composite
