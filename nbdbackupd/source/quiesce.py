@@ -34,6 +34,7 @@ EMBEDDED_SECONDS: Final = 2.0
 POLL_SECONDS: Final = 0.05
 FROZEN: Final = "frozen"
 PAUSED: Final = "paused"
+CURE: Final = "start the agent in the guest, or do without: '--freeze never'"
 
 
 class FreezePolicy(StrEnum):
@@ -52,7 +53,8 @@ class Quiet:
     each; ``marker`` is the file that tells of it, ``run_id`` what it says. ``on_held`` is called
     if the agent has not confirmed the thaw, from any thread: somebody has to go on thawing.
     ``on_freeze`` is called after a freeze was tried: whether the agent has let a deadline pass.
-    ``obstacle`` is why the guest had better not be frozen now, or empty.
+    ``obstacle`` is why the guest had better not be frozen now, or empty. ``was_frozen``: earlier
+    points of it were taken frozen, so that one that is not is to be told (W-1).
     """
 
     marker: Path
@@ -64,6 +66,7 @@ class Quiet:
     pause: bool = False
     seconds: float = 30.0
     obstacle: str = ""
+    was_frozen: bool = False
 
 
 @dataclass(slots=True)
@@ -166,8 +169,12 @@ def _paused(domain: Domain, wish: Quiet, moment: Moment) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _frozen(domain: Domain, wish: Quiet, moment: Moment) -> Iterator[None]:
-    obstacle = _obstacle(domain)
-    if not obstacle and wish.freeze is not FreezePolicy.REQUIRE:
+    agent = _agent(domain)
+    obstacle = _obstacle(domain, agent)
+    if obstacle and wish.freeze is FreezePolicy.AUTO:
+        if agent is not Agent.ABSENT or wish.was_frozen:
+            moment.warnings.append(f"not frozen: {obstacle}; {CURE}")
+    elif not obstacle and wish.freeze is not FreezePolicy.REQUIRE:
         obstacle = wish.obstacle
         if is_held(wish.marker):
             # what the agent does next is what it was asked before
@@ -206,8 +213,7 @@ def _agent(domain: Domain) -> Agent:
     return agent
 
 
-def _obstacle(domain: Domain) -> str:
-    agent = _agent(domain)
+def _obstacle(domain: Domain, agent: Agent) -> str:
     if agent is Agent.ABSENT:
         return "it has no guest agent channel"
     if agent is Agent.DISCONNECTED:

@@ -88,6 +88,7 @@ class RunningRequest:
     freeze_mountpoints: tuple[str, ...] = ()
     freeze_seconds: float = 30.0
     freeze_obstacle: str = ""
+    was_frozen: bool = False
     pause: bool = False
     at_rest: Consistency | None = None
     on_freeze: Callable[[bool], None] = lambda _is_unanswered: None
@@ -315,6 +316,7 @@ def _still(request: RunningRequest, guard: Guard) -> Iterator[Moment]:
             on_held=lambda: guard.note(THAW),
             on_freeze=request.on_freeze,
             obstacle=request.freeze_obstacle,
+            was_frozen=request.was_frozen,
             freeze=request.freeze,
             mountpoints=request.freeze_mountpoints,
             pause=request.pause,

@@ -127,9 +127,13 @@ def test_paused_instead(here: Scene, linux: AgentGuest) -> None:
     assert not linux.guest.is_paused()
     linux.guest.virsh("suspend", "--domain", linux.guest.name)
     try:
-        for options, level in ((("--pause",), "paused"), ((), "crash")):
-            report = here.ctl.backup(linux.guest.name, here.set, *options)
+        # W-1: an agent that can't be asked is told of, and a failure where that is wished
+        for options, level, code in (
+            (("--pause",), "paused", 0), (("--freeze", "never"), "crash", 0), ((), "crash", WARNED)
+        ):  # fmt: skip
+            report = here.ctl.backup(linux.guest.name, here.set, *options, code=code)
             assert report["point"]["consistency"] == level
+            assert bool(report["point"]["warnings"]) == (code == WARNED)
             # somebody else's pause is not ours to end
             assert linux.guest.is_paused()
         said = here.ctl(

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from nbdbackupd.errors import NbdbackupError, NotSupportedError, RepositoryError
-from nbdbackupd.model.chain import RestorePoint
+from nbdbackupd.model.chain import Consistency, RestorePoint
 from nbdbackupd.model.freeze_memory import FreezeMemory, after
 from nbdbackupd.ops.chains import foreign, leftovers
 from nbdbackupd.ops.domain.survey import Survey
@@ -130,6 +130,7 @@ def _running_request(
         base_xml=foreign.stored_xml(job.repository, job.parent),
         new_checkpoint=job.checkpoint,
         freeze=request.freeze,
+        was_frozen=any(point.consistency is Consistency.FILESYSTEM for point in job.known.points),
         freeze_obstacle=memory.obstacle(request.now) if memory is not None else "",
         on_freeze=lambda is_unanswered: _remember(job, memory, is_unanswered=is_unanswered),
         freeze_mountpoints=request.mountpoints,
