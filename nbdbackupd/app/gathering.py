@@ -194,12 +194,31 @@ def _ask_libvirt(
 ) -> "dict[str, tuple[str, DomainSettings]] | None":
     try:
         with configured.connected(configuration, context).connection(any_host=True) as connection:
+            notes += waiting(connection)
             return _domains_of(connection, configuration)
     except ImportError:
         notes.append("libvirt can't be asked: python3-libvirt is not installed")
     except DomainError as err:
         notes.append(f"libvirt can't be asked: {err.message}")
     return None
+
+
+def waiting(connection: "Connection") -> list[str]:
+    """A note for each domain whose guest has shut down and waits for the end of its backup.
+
+    Raises DomainError.
+    """
+    from nbdbackupd.virt.domain import Domain
+
+    found = []
+    for name, uuid in connection.domains():
+        with suppress(DomainNotFoundError):  # undefined meanwhile
+            if Domain(connection, name, uuid).is_kept():
+                found.append(
+                    f"the guest of {name} has shut down and waits for the end of its backup: "
+                    f"{shlex.join(['virsh', 'resume', name])} boots it at once"
+                )
+    return found
 
 
 def _domains_of(

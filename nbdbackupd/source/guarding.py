@@ -18,7 +18,7 @@ from typing import Final
 
 from nbdbackupd import events
 from nbdbackupd import log as runlog
-from nbdbackupd.errors import DomainNotFoundError, NbdbackupError
+from nbdbackupd.errors import DomainNotFoundError
 from nbdbackupd.source import quiesce, running
 from nbdbackupd.source.guard import BEGUN, THAW, Charge, Post, turn
 from nbdbackupd.virt import jobs
@@ -51,6 +51,7 @@ class Watch:
         self._is_job_gone = False
         self._is_thawed = False
         self._pause = PAUSE_SECONDS
+        self._problem = ""
 
     def finish(self) -> None:
         """Work until nothing is left to do, or nothing more can be done."""
@@ -70,8 +71,11 @@ class Watch:
 
     def thaw(self) -> bool:
         """Thaw while the run lives, which has not seen its freeze answered; whether it is done."""
-        with contextlib.suppress(NbdbackupError), self._domain() as domain:
-            return self._thaw(domain)
+        try:
+            with self._domain() as domain:
+                return self._thaw(domain)
+        except Exception as err:  # noqa: BLE001 - as below
+            self._tell(str(err))
         return False
 
     def _try(self) -> bool:
@@ -83,10 +87,16 @@ class Watch:
                 self._is_job_gone = self._is_job_gone or self._end_job(domain)
         except DomainNotFoundError:
             return True
-        except NbdbackupError as err:
-            LOG.info("domain %s: %s", self._charge.domain, err)
+        except Exception as err:  # noqa: BLE001 - the end of a guard may be that of the guest
+            self._tell(str(err))
             return False
         return self._is_thawed and self._is_job_gone
+
+    def _tell(self, problem: str) -> None:
+        """Log what keeps us from being done, once."""
+        if problem != self._problem:
+            LOG.info("domain %s: the guard of its run waits: %s", self._charge.domain, problem)
+        self._problem = problem
 
     @contextmanager
     def _domain(self) -> Iterator[Domain]:

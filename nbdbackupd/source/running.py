@@ -424,14 +424,14 @@ class _JobEnd:
                 request.on_trouble(scratch.why_gone(domain))
             if job is not None and is_own_job(job, request.runtime_dir):
                 _end_job(domain, self._guard)
+            if domain.connection.is_embedded:
+                # the guard can't reach the guest
+                quiesce.release(domain, request.runtime_dir / MARKER_NAME)
         except NbdbackupError as err:
             if error is None:
                 raise
             LOG.warning("domain %s: %s", domain.name, err)
             return
-        if domain.connection.is_embedded:
-            # the guard can't reach the guest
-            quiesce.release(domain, request.runtime_dir / MARKER_NAME)
         is_held = quiesce.is_held(request.runtime_dir / MARKER_NAME)
         self._guard.is_settled = self._guard.kept.wait_closed(CLOSE_SECONDS) and not is_held
 

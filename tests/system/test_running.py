@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdbackupd.app import gathering
 from nbdbackupd.errors import (
     BusyError,
     ConfigError,
@@ -384,6 +385,8 @@ def test_a_guest_that_is_kept_until_the_job_ends_is_told(
     monkeypatch.setattr(Domain, "is_kept", lambda _domain: True)
     with heard() as told, open_running(request_):
         wait_until(lambda: told == ["guest-waits"], "the word", 20)
+        (note,) = gathering.waiting(request_.domain.connection)
+        assert "virsh resume" in note
 
 
 def test_pause_holds_and_releases_the_guest(guest: Guest, request_: RunningRequest) -> None:
