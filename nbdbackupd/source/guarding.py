@@ -105,7 +105,7 @@ class Watch:
             yield Domain.find(connection, charge.uuid)
 
     def _thaw(self, domain: Domain) -> bool:
-        marker = Path(self._charge.runtime_dir) / running.MARKER_NAME
+        marker = running.marker(Path(self._charge.runtime_dir))
         return quiesce.settle(domain, marker, self._charge.run_id, seconds=ANSWER_SECONDS)
 
     def _end_job(self, domain: Domain) -> bool:

@@ -163,6 +163,11 @@ def _has_iothreads(request: RunningRequest) -> bool:
     return has_any
 
 
+def marker(runtime_dir: Path) -> Path:
+    """The file that tells of a guest that is held: where QEMU can't put a link in its place."""
+    return domain_directory(runtime_dir) / MARKER_NAME
+
+
 def _charge(request: RunningRequest) -> Charge:
     connection = request.domain.connection
     address = connection.address
@@ -311,7 +316,7 @@ def _still(request: RunningRequest, guard: Guard) -> Iterator[Moment]:
     domain = request.domain
     if request.at_rest is None or not instance.never_ran(domain):
         wish = Quiet(
-            marker=request.runtime_dir / MARKER_NAME,
+            marker=marker(request.runtime_dir),
             run_id=request.run_id,
             on_held=lambda: guard.note(THAW),
             on_freeze=request.on_freeze,
@@ -426,13 +431,13 @@ class _JobEnd:
                 _end_job(domain, self._guard)
             if domain.connection.is_embedded:
                 # the guard can't reach the guest
-                quiesce.release(domain, request.runtime_dir / MARKER_NAME)
+                quiesce.release(domain, marker(request.runtime_dir))
         except NbdbackupError as err:
             if error is None:
                 raise
             LOG.warning("domain %s: %s", domain.name, err)
             return
-        is_held = quiesce.is_held(request.runtime_dir / MARKER_NAME)
+        is_held = quiesce.is_held(marker(request.runtime_dir))
         self._guard.is_settled = self._guard.kept.wait_closed(CLOSE_SECONDS) and not is_held
 
 

@@ -40,7 +40,7 @@ def sweep(domain: Domain, runtime_dir: Path, scratch_dir: Path) -> Swept:
 
 
 def _sweep(domain: Domain, runtime_dir: Path, scratch_dir: Path) -> Swept:
-    guest = quiesce.release(domain, runtime_dir / running.MARKER_NAME)
+    guest = quiesce.release(domain, running.marker(runtime_dir))
     job = jobs.active_job(domain)
     is_own = job is not None and running.is_own_job(job, runtime_dir)
     files = set(scratch.leftovers(scratch_dir, domain.uuid))

@@ -129,10 +129,11 @@ def leftovers(patient: Patient, notes: Notes) -> None:
 
 
 def _of_domain(patient: Patient, notes: Notes) -> list[str]:
-    marker = patient.socket_dir / running.MARKER_NAME
+    marker = running.marker(patient.socket_dir)
     if marker.exists():
         notes.fail(
-            f"a run died while it held the guest ({marker}): it may still be frozen or paused",
+            f"an earlier run held the guest, and nobody saw it let go ({marker}): it may be frozen "
+            "or paused, or freeze late",
             f"let it go with 'nbdbackupctl abort {patient.domain.name}'",
         )
     files = [
