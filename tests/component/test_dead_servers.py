@@ -27,9 +27,10 @@ from tests.lib.servers import is_listening
 
 pytestmark = pytest.mark.component
 
-TALKING = ("aio_connect_unix", "aio_block_status", "aio_pread", "poll", "aio_disconnect")
+CONNECTING = ("aio_connect_socket", "aio_opt_go")
+TALKING = (*CONNECTING, "aio_block_status", "aio_pread", "poll", "aio_disconnect")
 """What of libnbd talks to the server while a disk is copied."""
-WRITING = ("aio_connect_unix", "aio_pwrite", "aio_zero", "aio_flush", "poll", "aio_disconnect")
+WRITING = (*CONNECTING, "aio_pwrite", "aio_zero", "aio_flush", "poll", "aio_disconnect")
 """The same while an image is filled."""
 
 BLOCK = 64 << 10
@@ -148,29 +149,22 @@ class Fuse:
         return self.calls.count(self.name) > self.at
 
 
-class Fused:
-    """libnbd's handle, with a fuse before each call that could talk to the server."""
+@pytest.fixture
+def fuse(monkeypatch: pytest.MonkeyPatch) -> Fuse:
+    """A fuse before each call of libnbd that could talk to the server."""
+    made = Fuse()
 
-    def __init__(self, fuse: Fuse, handle: "nbd.NBD") -> None:
-        self._fuse = fuse
-        self._handle = handle
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._handle, name)
-        if name not in {*TALKING, *WRITING}:
-            return method
+    def fused(name: str) -> Callable[..., Any]:
+        real = getattr(nbd.NBD, name)
 
         def called(*arguments: Any) -> Any:
-            self._fuse.burn(name)
-            return method(*arguments)
+            made.burn(name)
+            return real(*arguments)
 
         return called
 
-
-@pytest.fixture
-def fuse(monkeypatch: pytest.MonkeyPatch) -> Fuse:
-    made, real = Fuse(), nbd.NBD
-    monkeypatch.setattr(nbd, "NBD", lambda: Fused(made, real()))
+    for name in {*TALKING, *WRITING}:
+        monkeypatch.setattr(nbd.NBD, name, fused(name))
     return made
 
 
