@@ -224,13 +224,16 @@ def waiting(connection: "Connection") -> list[str]:
 def _domains_of(
     connection: "Connection", configuration: "Configuration"
 ) -> "dict[str, tuple[str, DomainSettings]]":
-    """UUID and settings of each domain that libvirt knows, by name."""
+    """UUID and settings of each domain that libvirt knows, by name; of our own none."""
+    from nbdbackupd.model import throwaway
     from nbdbackupd.virt.domain import Domain
 
     found: dict[str, tuple[str, DomainSettings]] = {}
     for name, uuid in connection.domains():
         domain = Domain(connection, name, uuid)
         try:
+            if throwaway.is_marked(domain.xml()):
+                continue
             found[name] = uuid, configured.settings_of_domain(domain, configuration)
         except DomainNotFoundError:
             continue  # undefined meanwhile

@@ -12,6 +12,7 @@ from xml.etree import ElementTree as ET
 
 from nbdbackupd import documents
 from nbdbackupd.errors import DomainError
+from nbdbackupd.model import throwaway
 
 KIB = 1024
 
@@ -46,7 +47,7 @@ def over_map(
     console: str = "",
     memory: int = 0,
 ) -> str:
-    """Put the disks of a definition onto their overlays.
+    """Put the disks of a definition onto their overlays, and mark it as one to be thrown away.
 
     ``console`` is a file that the first serial port is logged to; a guest without one gets one.
     ``memory`` in bytes replaces the guest's own if it is not 0. Raises
@@ -63,6 +64,7 @@ def over_map(
         _log_console(root, console)
     if memory:
         _set_memory(root, memory)
+    throwaway.mark(root)
     return ET.tostring(root, encoding="unicode")
 
 

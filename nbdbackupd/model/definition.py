@@ -16,7 +16,7 @@ from xml.etree import ElementTree as ET
 from nbdbackupd import documents
 from nbdbackupd.errors import DomainError, UsageError
 from nbdbackupd.model import definition_devices as devices
-from nbdbackupd.model import hostpaths, sifting
+from nbdbackupd.model import hostpaths, sifting, throwaway
 from nbdbackupd.model.definition_devices import Entropy, Told
 from nbdbackupd.model.hostpaths import PathUse, VolumeUse
 
@@ -148,6 +148,7 @@ def adapt(xml: str, changes: Changes, entropy: Entropy, consent: Consent = refus
         )
     told = Told()
     devices.tidy(root)
+    throwaway.unmark(root)
     identity = _identity(root, changes, entropy, told)
     _firmware(root, changes, told)
     _host(root, changes, told)

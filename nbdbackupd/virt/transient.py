@@ -15,6 +15,7 @@ import libvirt
 import libvirt_qemu
 
 from nbdbackupd.errors import DomainError, DomainNotFoundError, NbdbackupError
+from nbdbackupd.model import throwaway
 from nbdbackupd.virt import fault
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain, State
@@ -92,6 +93,17 @@ def end(domain: Domain) -> None:
                 f"domain {domain.name} does not end: try 'virsh destroy'", domain=domain.name
             )
         time.sleep(POLL_SECONDS)
+
+
+def unmark(domain: Domain) -> None:
+    """Take the mark off a running domain that is to stay. Raises DomainError."""
+    domain.call(
+        "can't be made one that stays",
+        lambda handle: handle.setMetadata(
+            libvirt.VIR_DOMAIN_METADATA_ELEMENT, None, None, throwaway.URI,
+            libvirt.VIR_DOMAIN_AFFECT_LIVE,
+        ),
+    )  # fmt: skip
 
 
 def ping(domain: Domain, *, seconds: int) -> bool:

@@ -16,6 +16,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from nbdbackupd.model import throwaway
 from tests.lab.command import LabError, run
 from tests.lab.compare import first_difference_raw
 from tests.lab.daemon import DaemonLab
@@ -175,6 +176,8 @@ class TestBoot:
         wait_alive(console)
         known = boots(production)["boot_vm1"]
         assert (known["running"], known["phase"], known["point"]) == (True, "running", saved.id)
+        # L-2: what decides what is to be saved knows it by this
+        assert throwaway.is_marked(production.lab.virsh("dumpxml", "boot_vm1"))
         clone, original = (
             ET.fromstring(production.lab.virsh("dumpxml", name)) for name in ("boot_vm1", "vm1")
         )
@@ -443,7 +446,8 @@ def assert_let_go(made: Scene, out: Path, *, running: bool = True) -> None:
     if running:
         (name,) = domains(made)
         text = made.lab.virsh("dumpxml", name)
-        assert "nbd" not in text
+        assert "protocol='nbd'" not in text
+        assert not throwaway.is_marked(text)
         assert set(re.findall("<source file='([^']*)'", text)) == {
             str(path) for path in out.iterdir() if path.suffix in (".qcow2", ".raw")
         }

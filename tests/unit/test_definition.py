@@ -9,7 +9,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from nbdbackupd.errors import DomainError, UsageError
-from nbdbackupd.model import definition, hostpaths
+from nbdbackupd.model import definition, hostpaths, throwaway
 from nbdbackupd.model.definition import Adapted, Changes, Consent, NewDisk
 from nbdbackupd.model.hostpaths import PathUse, VolumeUse
 from tests.lib.definitions import CLONE, DISKS, PRODUCTION
@@ -44,6 +44,18 @@ def test_nothing_of_the_original_is_left() -> None:
     assert root_of(adapted).findtext("./sysinfo/system/entry") == adapted.uuid
     assert "id" not in root_of(adapted).attrib
     assert "lib:libosinfo" in adapted.xml
+
+
+def test_l2_what_is_restored_is_not_thrown_away() -> None:
+    """L-2: a point of a domain that was just restored live, say."""
+    root = ET.fromstring(PRODUCTION)
+    throwaway.mark(root)
+    throwaway.mark(root)
+    marked = ET.tostring(root, encoding="unicode")
+    assert marked.count(throwaway.NAME) == 1
+    again = adapt(xml=marked)
+    assert not throwaway.is_marked(again.xml)
+    assert "libosinfo.org" in again.xml
 
 
 def test_what_the_guest_was_set_up_for_stays() -> None:

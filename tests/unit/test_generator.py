@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nbdbackupd.app import generator
 from nbdbackupd.app.config import schema, timers
-from nbdbackupd.model import unitname
+from nbdbackupd.model import throwaway, unitname
 from tests.lib.pages import TOP
 
 HOSTILE = (
@@ -292,6 +292,9 @@ def test_a1_domains_that_a_file_fits_get_timers(host: Host) -> None:
         ("db1", other, "none"), ("nobody", other, "none"),
     ):  # fmt: skip
         define(host, name, uuid, tier)
+    # L-2: one of ours that somebody has defined
+    text = define(host, "web-ours").read_text()
+    (host.definitions / "web-ours.xml").write_text(text.replace("b:backup", f"b:{throwaway.NAME}"))
     (host.definitions / "web-broken.xml").write_text("<domain>")
     (host.definitions / "web-away.xml").symlink_to("/nonexistent")
     host.run()

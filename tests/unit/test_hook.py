@@ -17,6 +17,7 @@ from xml.sax.saxutils import escape
 import pytest
 
 from nbdbackupd import events
+from nbdbackupd.model import throwaway
 from nbdbackupd.repo import runs
 from nbdbackupd.source import kept, lease
 from nbdbackupd.source.hosts import Host as OtherHost
@@ -685,6 +686,31 @@ def test_w7_what_the_hosts_end_cut_short_is_begun_again(host: Host) -> None:
         rf"nbdbackup@{escaped('a-b c')}.service",
         "nbdbackup@old.service",
     ]
+
+
+MARKED = XML.replace(
+    "</title>",
+    """</title>
+  <metadata xmlns:ns0="urn:nbdbackup:throwaway:1">
+    <ns0:nbdbackup-throwaway/>
+  </metadata>""",
+)
+
+
+def test_l2_of_our_own_domains_nothing_is_saved(host: Host) -> None:
+    """L-2: throw-away domains of "boot" and "verify --boot" were backed up, and mailed about."""
+    assert throwaway.is_marked(MARKED)
+    (host.top / "running").write_text("stopping\n")
+    host.hook("boot_vm1", "started", "begin", "-", xml=MARKED)
+    host.hook("boot_vm1", "release", "end", "shutdown", xml=MARKED)
+    host.hook("boot_vm1", "release", "end", "crashed", xml=MARKED)
+    assert host.calls() == []
+    assert not host.pending.exists()
+    assert list((host.runtime / "xml").iterdir()) == []
+    # one that stays, after a live restore, is a domain as others
+    stays = MARKED.replace("<ns0:nbdbackup-throwaway/>", "")
+    host.hook("boot_vm1", "release", "end", "shutdown", xml=stays)
+    assert (host.pending / "boot_vm1").exists()
 
 
 def removal(pending: Path, instance: str) -> list[str]:

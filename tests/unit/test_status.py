@@ -12,13 +12,14 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 
 from nbdbackupd import durable
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app import ctl, run_record, systemd, tables
-from nbdbackupd.model import unitname
+from nbdbackupd.model import throwaway, unitname
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.health import Facts, Health, Limits, age_text, judge
 from nbdbackupd.repo import boot_tests, layout, runs
@@ -342,6 +343,19 @@ def test_a1_a_pattern_that_fits_is_no_schedule(host: Host) -> None:
     host.systemd()
     host.file("b", "match: {glob: 'web*'}\nschedule: {calendar: []}")
     assert {each["health"] for each in host.status().values()} == {"ok"}
+
+
+def test_l2_our_own_domains_are_not_counted(host: Host) -> None:
+    """L-2: a throw-away domain of a boot is no domain that somebody has to protect."""
+    host.libvirt("vm1", "boot_vm1")
+    node = host.root / "node.xml"
+    root = ET.fromstring(node.read_text())
+    throwaway.mark(root[1])
+    node.write_text(ET.tostring(root, encoding="unicode"))
+    host.main(f"on_shutdown: yes\nmonitoring: {{metrics_directory: {host.root}}}")
+    assert set(host.status()) == {"vm1"}
+    host.run("status", "--metrics")
+    assert "\nnbdbackup_domains 1\n" in (host.root / "nbdbackup.prom").read_text()
 
 
 def test_w14_what_its_end_saves_is_protected(host: Host) -> None:

@@ -11,6 +11,7 @@ from typing import Final
 
 from nbdbackupd.app.config.matching import labels_of
 from nbdbackupd.errors import DomainError
+from nbdbackupd.model import throwaway
 
 DEFINITIONS: Final = Path("/etc/libvirt/qemu")
 MAX_XML: Final = 4 << 20
@@ -28,7 +29,8 @@ class Defined:
 def read(directory: Path = DEFINITIONS) -> dict[str, Defined]:
     """The defined domains by name; libvirt names each file after its domain.
 
-    What can't be read is left out: a domain that is being defined or undefined.
+    What can't be read is left out: a domain that is being defined or undefined. So are domains of
+    our own that are thrown away.
     """
     found = {}
     try:
@@ -39,6 +41,8 @@ def read(directory: Path = DEFINITIONS) -> dict[str, Defined]:
         try:
             with path.open("rb") as file:
                 text = file.read(MAX_XML).decode()
+            if throwaway.is_marked(text):
+                continue
             # libvirt escapes what stands in other elements, so the first one is the domain's
             uuid = _UUID.search(text)
             found[path.stem] = Defined(uuid=uuid[1] if uuid else "", labels=labels_of(text))

@@ -114,14 +114,18 @@ def _domains(configuration: "Configuration", context: Context) -> "list[Known] |
     from nbdbackupd.app.config.remarks import Known
 
     try:
+        from nbdbackupd.model import throwaway
         from nbdbackupd.model.domain import parse_domain
         from nbdbackupd.virt.domain import Domain
 
         found = []
-        with configured.connected(configuration, context).connection() as connection:
+        context = configured.connected(configuration, context)
+        with context.connection(any_host=True) as connection:
             for name, uuid in connection.domains():
                 with contextlib.suppress(DomainNotFoundError):
                     domain = Domain(connection, name, uuid)
+                    if throwaway.is_marked(domain.xml()):
+                        continue
                     targets = tuple(disk.target for disk in parse_domain(domain.xml()).disks)
                     labels = configured.labels(domain)
                     found.append(Known(name=name, uuid=uuid, labels=labels, targets=targets))

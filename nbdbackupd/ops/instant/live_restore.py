@@ -241,6 +241,8 @@ class _Work:
         if record.held and domain is not None and running:
             domain.resume()
             self._note(held=False)
+        if domain is not None and running:
+            transient.unmark(domain)
         defined = False
         if record.define:
             definition.define(self._connection, record.definition)

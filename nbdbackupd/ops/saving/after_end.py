@@ -2,6 +2,7 @@
 
 from typing import Final
 
+from nbdbackupd.model import throwaway
 from nbdbackupd.virt.domain import Domain, Ending
 
 NOTHING: Final = {
@@ -16,6 +17,8 @@ does not know, the bitmaps decide: a disk whose bitmap was not stored is read wh
 
 def why_not(domain: Domain) -> str:
     """Why the domain is not to be saved after its end; empty if it is. Raises DomainError."""
+    if throwaway.is_marked(domain.xml()):
+        return "it is one of our own that is thrown away"
     if domain.is_active():
         return "it runs again"
     return NOTHING.get(domain.ending(), "")
