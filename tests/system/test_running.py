@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import nbd
 import pytest
 
 from nbdbackupd.app import gathering
@@ -39,6 +41,7 @@ from tests.lib.told import heard
 pytestmark = pytest.mark.system
 MIB = 1024 * 1024
 KIB = 1024
+STAYING: list[nbd.NBD] = []
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,7 @@ def guest(lab: DaemonLab, request: pytest.FixtureRequest) -> Iterator[Guest]:
     yield guest
     guest.destroy()
     guest.undefine()
+    STAYING.clear()
 
 
 @pytest.fixture
@@ -114,12 +118,32 @@ def delta_of(request: RunningRequest, base: str, new: str = "") -> RunningReques
 
 
 def dirty(snapshot: Snapshot, target: str) -> list[tuple[int, int]]:
-    """Return what an independent client sees as changed."""
+    """Return what an independent client sees as changed.
+
+    It stays: QEMU 7.2 aborts if a client of an iothread's disk leaves before the job's end.
+    """
     export = snapshot.exports[target]
-    uri = f"nbd+unix:///{export.name}?socket={export.socket}"
-    lines = run(["nbdinfo", f"--map=qemu:dirty-bitmap:{export.bitmap}", uri]).splitlines()
-    rows = [line.split() for line in lines]
-    return [(int(row[0]), int(row[1])) for row in rows if row[2] == "1"]
+    handle: Any = nbd.NBD()  # more of it than is in our stubs
+    STAYING.append(handle)
+    handle.add_meta_context(f"qemu:dirty-bitmap:{export.bitmap}")
+    handle.set_export_name(export.name)
+    handle.connect_unix(str(export.socket))
+    found: list[tuple[int, int]] = []
+    place = 0
+
+    def extents(_context: str, _offset: int, entries: list[int], _error: Any) -> int:
+        nonlocal place
+        for length, is_dirty in zip(entries[::2], entries[1::2], strict=True):
+            if is_dirty and found and sum(found[-1]) == place:
+                found[-1] = (found[-1][0], found[-1][1] + length)
+            elif is_dirty:
+                found.append((place, length))
+            place += length
+        return 0
+
+    while place < handle.get_size():
+        handle.block_status(handle.get_size() - place, place, extents)
+    return found
 
 
 def assert_clean(request: RunningRequest) -> None:
