@@ -24,7 +24,7 @@ from tests.lib.rigged import RiggedCtl
 
 WARNED = 3
 CHOOSING = {"-i", "-x", "--raw"}
-LOCKS = {"lock", "images"}
+LOCKS = {"lock", "images", "guard"}
 """Files for kernel locks, which stay."""
 
 
