@@ -24,7 +24,7 @@ from tests.lib.rigged import RiggedCtl
 
 WARNED = 3
 CHOOSING = {"-i", "-x", "--raw"}
-LOCKS = {"lock", "images", "guard"}
+LOCKS = {"lock", "images"}
 """Files for kernel locks, which stay."""
 
 
