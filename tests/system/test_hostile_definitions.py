@@ -19,7 +19,7 @@ import pytest
 from nbdbackupd.model.chain import StoredFile
 from tests.lab.command import LabError
 from tests.lab.daemon import DaemonLab
-from tests.lab.disks import MIB, DiskSpec
+from tests.lab.disks import MIB, DiskSpec, create_image
 from tests.lab.process import wait_until
 from tests.lib.altered import altered
 from tests.lib.scene import Scene, scene
@@ -293,3 +293,50 @@ def test_the_xml_is_no_file(production: Scene, canaries: Canaries, out: Path) ->
     (xml).unlink()
     with pytest.raises(LabError):
         production.lab.virsh("dominfo", CLONE)
+
+
+ORDINARY: Final = """
+<domain type='qemu'><name>ordinary</name><title>a / b</title>
+  <metadata><x:os xmlns:x='urn:x'>any/thing</x:os></metadata>
+  <memory unit='MiB'>32</memory><vcpu placement='static' cpuset='0'>1</vcpu>
+  <os><type arch='x86_64' machine='q35'>hvm</type><bootmenu enable='yes'/></os>
+  <features><acpi/><apic/></features><clock offset='utc'><timer name='hpet' present='no'/></clock>
+  <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{image}'/>
+      <target dev='vda' bus='virtio'/><serial>a-1</serial></disk>
+    <disk type='file' device='cdrom'><target dev='sda' bus='sata'/><readonly/></disk>
+    <interface type='user'><model type='virtio'/></interface>
+    <serial type='pty'/><console type='pty'/>
+    <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
+    <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
+    <graphics type='vnc'/><video><model type='vga'/></video><sound model='ich9'/>
+    <watchdog model='i6300esb' action='reset'/><memballoon model='virtio'/><panic model='isa'/>
+  </devices>
+</domain>
+"""
+
+
+def test_an_ordinary_domain_comes_back_without_a_word(
+    production: Scene, lab: DaemonLab, canaries: Canaries, out: Path
+) -> None:
+    """Its XML is what libvirt told while it ran; nothing of it is left out or asked about."""
+    image = canaries.directory / "a.qcow2"
+    create_image(DiskSpec(size=4 * MIB), image)
+    image.chmod(0o666)
+    xml = canaries.directory / "ordinary.xml"
+    xml.write_text(ORDINARY.format(image=image))
+    lab.virsh("define", str(xml))
+    lab.virsh("start", "ordinary")
+    into = canaries.directory / "set"
+    production.ctl("backup", "ordinary", "-o", into, "--freeze", "never")
+    words = ("--define", "--start", "--json")
+    clone = production.ctl("restore", into, "-o", out / "clone", *words).json
+    assert clone["warnings"] == []
+    same = ("--adjust-config", "--keep-identity")
+    production.ctl("restore", into, "-o", out / "same", *same)
+    production.ctl("boot", into, "--detach")
+    production.ctl("boot", "--stop", "boot_ordinary")
+    # the peer and other hosts note nothing here, and that is no reason to say anything
+    production.ctl("verify", into, "--checkpoint-dir", canaries.directory / "state")
+    for name in lab.virsh("checkpoint-list", "ordinary", "--name").split():
+        lab.virsh("checkpoint-delete", "ordinary", name)
