@@ -39,6 +39,7 @@ MAX_HOST: Final = 64
 _NO_MODES: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
 """What chmod answers where there are no modes: we own what we make, so it is never about us."""
 
+RUN_USER: Final = "/run/user/"
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _ADVICE: Final = {
     errno.EROFS: "the file system is mounted read-only",
@@ -66,6 +67,8 @@ def translate_os_errors(action: str, path: Path | str) -> Iterator[None]:
             message = f"can't {action} {place}: {reason}; free space on the target and run again"
             raise NoSpaceError(message) from err
         advice = _ADVICE.get(err.errno or 0)
+        if os.fspath(place).startswith(RUN_USER):
+            advice = "log in so that XDG_RUNTIME_DIR is made and set, or give --runtime-dir"
         message = f"can't {action} {place}: {reason}" + (f"; {advice}" if advice else "")
         raise RepositoryError(message) from err
 

@@ -21,13 +21,14 @@ class PathUse:
     """A path of a domain: ``what`` it is there ("disk vda", "nvram"), and if it is only read.
 
     ``format`` is that of a disk's top image, as the definition says: nothing else may be believed,
-    since a guest can write any header into a raw image.
+    since a guest can write any header into a raw image. ``optional``: the domain starts without it.
     """
 
     path: str
     what: str
     readonly: bool = False
     format: str = field(default="", compare=False)
+    optional: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,10 +40,14 @@ class VolumeUse:
     what: str
     readonly: bool = False
     format: str = field(default="", compare=False)
+    optional: bool = field(default=False, compare=False)
 
     def at(self, path: str) -> PathUse:
         """The same with its path."""
-        return PathUse(path=path, what=self.what, readonly=self.readonly, format=self.format)
+        return PathUse(
+            path=path, what=self.what, readonly=self.readonly, format=self.format,
+            optional=self.optional,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,8 +121,10 @@ def _of_disks(root: ET.Element) -> Iterator[PathUse | VolumeUse]:
         driver = disk.find("driver")
         kind = driver.get("type", "raw") if driver is not None else "raw"
         for source in disk.findall("source"):
+            # libvirt starts without such a medium: only of drives, see its page on the domain XML
+            optional = source.get("startupPolicy") == "optional"
             for use in _of_source(source, what, readonly=readonly):
-                yield replace(use, format=kind)
+                yield replace(use, format=kind, optional=optional)
         for source in disk.iterfind(".//dataStore/source"):
             yield from _of_source(source, f"{what}, data file", readonly=readonly)
         for source in disk.findall("./mirror/source"):

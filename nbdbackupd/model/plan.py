@@ -115,6 +115,8 @@ def why_full(known: BaseDisk, state: DiskState) -> str:
     if not same_image(known.layers, state.layers):
         was = known.layers[0].path if known.layers else "(none)"
         now = state.layers[0].path if state.layers else "(none)"
+        if was == now:
+            return f"its image was replaced since the last point: another file is {now} now"
         return f"it is another image than in the last point: was {was}, is {now}"
     layers = bitmap_layers(known.layers, state.layers)
     return unsound_bitmap(layers[state.is_live :], state.bitmaps, known.bitmap)

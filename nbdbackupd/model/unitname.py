@@ -15,7 +15,7 @@ RUNNER: Final = "nbdbackup"
 
 _KEPT: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789:_.")
 _ESCAPE: Final = re.compile(rb"\\x([0-9a-fA-F]{2})")
-_UNIT: Final = re.compile(r"(nbdbackup(?:-[a-z]+)?)@(.+)\.([a-z]+)", re.DOTALL)
+_UNIT: Final = re.compile(r"(nbdbackup(?:-[a-z]+)*)@(.+)\.([a-z]+)", re.DOTALL)
 
 
 def escape(name: str) -> str:

@@ -185,9 +185,10 @@ def tell_missing(state: State) -> None:
         if not isinstance(use, PathUse) or not use.what.startswith(NEEDED) or use.path in coming:
             continue
         if not os.path.exists(use.path):  # noqa: PTH110 - a path with a zero byte is just missing
-            state.warnings.append(
-                f"{use.what} {use.path} is not on this host: the domain can't start without it"
+            lack = (
+                "the drive will be empty" if use.optional else "the domain can't start without it"
             )
+            state.warnings.append(f"{use.what} {use.path} is not on this host: {lack}")
 
 
 def tell_tpm(state: State) -> None:

@@ -28,7 +28,8 @@ class Stored:
     """What the sets of a domain hold.
 
     ``set`` is the one with the newest point, and ``points`` the number of its points. ``problem``
-    says why they can't be read, ``damage`` what is damaged in that set. ``test`` is the last boot
+    says why they can't be read (``is_denied``: this account may not), ``damage`` what is damaged in
+    that set. ``test`` is the last boot
     test of one of its points.
     """
 
@@ -37,6 +38,7 @@ class Stored:
     newest: RestorePoint | None = None
     points: int = 0
     problem: str = ""
+    is_denied: bool = False
     damage: str = ""
     test: BootTest | None = None
 
@@ -146,7 +148,11 @@ def stored(directory: Path, uuid: str = "", *more: Path) -> Stored:
         sets = [each for each in sets_of(directory) if not uuid or each.uuid in ("", uuid)]
         sets += [each for one in more for each in sets_of(one) if each.uuid == uuid]
     except NbdbackupError as err:
-        return Stored(directory=directory, problem=" ".join(str(err).split()))
+        return Stored(
+            directory=directory,
+            problem=" ".join(str(err).split()),
+            is_denied=isinstance(err.__cause__, PermissionError),
+        )
     # of two that were made in the same second, the set that began last
     with_points = [each for each in reversed(sets) if each.known.points]
     found = max(with_points, key=lambda each: each.known.newest.created, default=None)
@@ -223,6 +229,9 @@ def nagios(report: StatusReport) -> tuple[str, int]:
     if report.notes:
         text += f" ({'; '.join(report.notes)})"
     data = " ".join(_performance(report))
+    if any(each.stored.is_denied for each in report.domains):
+        # the plugin's account, and nothing of the backups (W-10)
+        return f"NBDBACKUP UNKNOWN - {_plain(text)}; run as root | {data}", NAGIOS[Health.UNKNOWN]
     return f"NBDBACKUP {word} - {_plain(text)} | {data}", NAGIOS[report.health]
 
 

@@ -12,7 +12,7 @@ from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model.chain import DiskPoint, Layout, RestorePoint
 from nbdbackupd.model.units import human_size, local_time
 from nbdbackupd.ops.sets import opened
-from nbdbackupd.repo import boot_tests
+from nbdbackupd.repo import boot_tests, layout
 from nbdbackupd.repo.boot_tests import BootTest
 from nbdbackupd.repo.peer_place import Folder, is_archive
 from nbdbackupd.repo.repository import Repository
@@ -86,8 +86,7 @@ def list_points(path: Path) -> ListReport:
 
     Raises RepositoryError if there is no set or it can't be read.
     """
-    _check_is_set(path)
-    given = opened.open_set(path, sound=True)
+    given = _open(path, sound=True)
     return ListReport(
         path=path, points=given.known.points, problems=given.problems, warnings=given.hints,
         written_by=PEER if given.peer else "", tests=boot_tests.read(path),
@@ -100,8 +99,7 @@ def show(path: Path, point: str = "") -> ShowReport:
     Raises what ``Repository.load`` raises, RepositoryError if there is no set or for an id that
     is none, FormatError or RepositoryError if a stream is damaged or missing.
     """
-    _check_is_set(path)
-    given = opened.open_set(path)
+    given = _open(path)
     known = given.known
     points = (known.by_id(point),) if point else known.points
     metas = {}
@@ -169,6 +167,18 @@ def stored_bytes(point: RestorePoint) -> int:
 def _check_is_set(path: Path) -> None:
     if not is_archive(path) and not Repository.open(path).exists:
         raise RepositoryError(f"there is no backup set at {path}: no such directory")
+
+
+def _open(path: Path, *, sound: bool = False) -> opened.OpenedSet:
+    """Open a set. Raises RepositoryError if the directory is one of something else (W-10)."""
+    _check_is_set(path)
+    given = opened.open_set(path, sound=sound)
+    if not given.known.points and not given.peer and not given.problems:
+        with durable.translate_os_errors("read", path):
+            names = {each.name for each in path.iterdir()}
+        if names and not names & {layout.LOCK, layout.POINTS}:
+            raise RepositoryError(f"{path} is no backup set: it has no directory {layout.POINTS}")
+    return given
 
 
 def render_list(report: ListReport) -> str:
