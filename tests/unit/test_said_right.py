@@ -60,6 +60,7 @@ def test_a_plugin_that_may_not_look_says_unknown(tmp_path: Path) -> None:
     config = tmp_path / "etc"
     (config / "domains.d").mkdir(parents=True)
     (config / "nbdbackup.yaml").write_text(f"repository: {{path: {tmp_path}/repository}}\n")
+    (config / "domains.d/vm1.yaml").write_text("match: {name: vm1}\n")
     for path in (config / "domains.d", config, tmp_path, *tmp_path.parents[:2]):
         path.chmod(0o755)
     home.chmod(0o700)
