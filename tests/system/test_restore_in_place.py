@@ -401,7 +401,12 @@ def test_what_the_definition_opens_with_the_image(
     ctl = Ctl(lab.uri, tmp_path / "ctl")
     try:
         refused = ctl("restore", made.path, "--in-place", "--yes", code=DOMAIN)
-        assert "<backingStore>" in refused.stderr
+        assert f"stands on {base}" in refused.stderr
+        # with --force the definition names it no more
+        done = ctl("restore", made.path, "--in-place", "--yes", "--force", code=WARNED)
+        assert f"disk vda stood on {base}, and will not any more" in done.stderr
+        assert str(base) not in lab.virsh("dumpxml", "vm1", "--inactive")
+        assert sets.read_image(image, "qcow2") == made.images[1]["vda"]
         # by the image alone: it is lost by a restore, so that has to be asked for
         define(lab, tmp_path)
         run(["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", base, image])
