@@ -12,7 +12,7 @@ from nbdbackupd import __version__, errors
 from nbdbackupd.app.parser import EPILOG
 from scripts import gen_completion
 from scripts.gen_completion import Command
-from tests.lib.pages import DESIGN, TOP, table_column
+from tests.lib.pages import DESIGN, TOP, table_column, tables
 
 MAN = TOP / "docs/man/nbdbackupctl.1"
 COMPLETION = TOP / "packaging/completion/nbdbackupctl.bash"
@@ -123,6 +123,22 @@ def test_exit_codes_agree_everywhere() -> None:
     told = {found[1] for column in columns if (found := re.match(r"(\d+(?:\+n)?) [a-z]", column))}
     assert told == exit_codes()
     assert set(table_column(DESIGN, "exit status")) == exit_codes()
+
+
+STATUSES = TOP / "docs/reference/exit-status.md"
+
+
+def test_exit_statuses_are_explained() -> None:
+    """The page has each status once, and tells of units what they are told."""
+    (rows,) = tables(STATUSES, "status")
+    assert {row[0] for row in rows} == exit_codes()
+    assert len(rows) == len(exit_codes())
+    good = {row[0] for row in rows if row[2] == "success"}
+    for unit in (TOP / "units").glob("nbdbackup*.service"):
+        text = unit.read_text()
+        if "nbdbackupctl run" in text or "nbdbackupctl verify" in text:
+            (listed,) = re.findall(r"^SuccessExitStatus=(.*)$", text, re.MULTILINE)
+            assert {"0", *listed.split()} == good, unit.name
 
 
 # -- completion
