@@ -1,8 +1,8 @@
 """Which system tests are run how often: {no iothreads, iothreads} x {this Debian, the other one}.
 
 All of that takes four times as long as once. By default every file is run once on the release
-that the tests run on, half of those about jobs with iothreads; those whose subject is the end of a job, by
-whatever cause, are run with and without on this release, and once more on the other one.
+that the tests run on, half of those about jobs with iothreads; those whose subject is the end of
+a job, by whatever cause, are run with and without on this release, and once more on the other one.
 
 The whole is to be had by options, on either release::
 

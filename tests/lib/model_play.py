@@ -48,7 +48,8 @@ def world_of(directory: Path) -> Iterator[World]:
         ExitStack() as mounts,
     ):
         agent = Agent()
-        options = GuestOptions(uuid=str(uuid.uuid4()), has_agent=True, agent=agent)
+        # the number of iothreads is a matter of steps, so that a log can be played again
+        options = GuestOptions(iothreads=0, uuid=str(uuid.uuid4()), has_agent=True, agent=agent)
         guest = lab.guest("vm-0", DISKS, options)
         disks = [replace(disk, path=guest.image(disk.target)) for disk in DISKS]
         ctl = RiggedCtl(second.uri, second.directory / "ctl")
