@@ -193,8 +193,13 @@ def _ask_libvirt(
     configuration: "Configuration", context: Context, notes: list[str]
 ) -> "dict[str, tuple[str, DomainSettings]] | None":
     try:
+        from nbdbackupd.source import hooked
+
         with configured.connected(configuration, context).connection(any_host=True) as connection:
             notes += waiting(connection)
+            hook = hooked.look(connection, context.runtime_dir.absolute())
+            if hook.is_installed:
+                notes.append(f"libvirt does not call our hook yet: {hook.why}")
             return _domains_of(connection, configuration)
     except ImportError:
         notes.append("libvirt can't be asked: python3-libvirt is not installed")

@@ -85,8 +85,9 @@ class Node:
 class Server:
     """A running storage daemon; made by ``serve``."""
 
-    def __init__(self, process: proc.Process, monitor: Monitor) -> None:
+    def __init__(self, process: proc.Process, monitor: Monitor, *, locking: bool = True) -> None:
         self._process = process
+        self._locking = "auto" if locking else "off"
         self._monitor = monitor
         self._count = 0
 
@@ -188,7 +189,8 @@ class Server:
         except OSError as err:
             raise SourceError(f"image {path} can't be opened: {err.strerror}") from err
         driver = "host_device" if stat.S_ISBLK(mode) else "file"
-        self._add({"driver": driver, "node-name": name, "filename": path, "read-only": True}, path)
+        arguments = {"driver": driver, "node-name": name, "filename": path, "read-only": True}
+        self._add({**arguments, "locking": self._locking}, path)
         return name
 
     def _add(self, arguments: dict[str, Any], path: str) -> None:
@@ -213,12 +215,14 @@ def serve(
     pass_fds: Collection[int] = (),
     started: Callable[[int], None] = lambda _pid: None,
     cancelled: Callable[[], None] = lambda: None,
+    locking: bool = True,
 ) -> Iterator[Server]:
     """Run a storage daemon whose exports are offered on the Unix socket ``endpoint``.
 
     The socket is for our user only; a stale one is replaced. Server and socket are gone when the
     context is left. ``pass_fds`` stay open in the server for as long as it lives; ``started`` is
-    called with its process id before anything is asked of it.
+    called with its process id before anything is asked of it. Without ``locking`` it takes none of
+    QEMU's locks, so that it stands in nobody's way: whoever reads has to prove that nobody wrote.
 
     Raises ConfigError if the socket can't be made, ProcessError if the server does not come up in
     time, and what ``cancelled`` raises.
@@ -245,7 +249,7 @@ def serve(
         except ProcessError:
             process.check()
             raise
-        yield Server(process, monitor)
+        yield Server(process, monitor, locking=locking)
 
 
 def translate(err: ProcessError, path: str) -> BusyError | NotSupportedError | SourceError:

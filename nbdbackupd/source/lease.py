@@ -115,6 +115,10 @@ class Lease:
         self._seen = -1
         self.doubt: Callable[[str], str] = lambda _path: ""
         """Why an image, by its path, may be open on another host: then nothing is written to it."""
+        self.unhooked = ""
+        """Why libvirt does not tell us of a start: then nothing that we do may stop one."""
+        self.is_read_only = False
+        """Whether for that reason nothing is written either."""
 
     def check(self) -> None:
         """Raise GaveWayError if somebody has asked for the images since the lease was taken."""
@@ -142,10 +146,17 @@ class Lease:
 
     @contextmanager
     def writing(self, path: str) -> Iterator[int]:
-        """As ``images``, for a child that writes to an image. Raises ElsewhereError on a doubt."""
+        """As ``images``, for a child that writes to an image.
+
+        Raises ElsewhereError on a doubt, SourceError if a start would not be seen.
+        """
         why = self.doubt(path)
         if why:
             raise ElsewhereError(f"image {path} is not written to: {why}")
+        if self.is_read_only:
+            raise SourceError(
+                f"image {path} is not written to, since a start might be refused: {self.unhooked}"
+            )
         with self.images() as fd:
             yield fd
 

@@ -5,12 +5,14 @@ then all that is written after this instant is recorded in it, and all that was 
 in what we read. Adding it after the copy would lose what a guest writes in between.
 
 QEMU's locks keep writers away from qcow2 images while the daemon has them open, not from raw ones
-(QEMU 7.2, measured); there, the state of the domain and of the files tells whether somebody wrote.
+(QEMU 7.2, measured). The daemon takes them only where libvirt's hook tells us of a start, so that
+we can let go: else a start would be refused. Everywhere the state of the domain and of the files
+tells in the end whether somebody wrote.
 """
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,11 +81,14 @@ class OfflineRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Opened:
-    """The server and its nodes: for each disk, by target, the nodes of its layers, top first."""
+    """The server and its nodes: for each disk, by target, the nodes of its layers, top first.
+
+    ``before``: what the files were just before they were opened.
+    """
 
     server: Server
     chains: dict[str, tuple[Node, ...]] = field(default_factory=dict)
-    files: tuple[str, ...] = ()
+    before: Mapping[str, untouched.State] = field(default_factory=dict)
 
     def is_clean(self, request: OfflineRequest) -> bool:
         """Whether no byte was written since the new bitmaps were added."""
@@ -109,7 +114,6 @@ def open_offline(request: OfflineRequest) -> Iterator[Snapshot]:
     consistency = _check(request)
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(_open_tracked(request))
-        before = untouched.states(opened.files)
         demoted: dict[str, str] = {}
         exports = {}
         for disk in request.disks:
@@ -124,10 +128,11 @@ def open_offline(request: OfflineRequest) -> Iterator[Snapshot]:
             demoted=demoted,
         )
         stack.enter_context(_giving_way(request))
-        stack.enter_context(untouched.watch(request.domain, request.on_trouble))
+        unhooked = bool(request.lease.unhooked)
+        stack.enter_context(untouched.watch(request.domain, request.on_trouble, wins=unhooked))
         yield snapshot
         opened.server.check()
-        untouched.check(request.domain, before)
+        untouched.check(request.domain, opened.before)
 
 
 def changed_bytes(request: OfflineRequest) -> dict[str, int]:
@@ -189,12 +194,17 @@ def _check(request: OfflineRequest) -> Consistency:
 
 @contextmanager
 def _giving_way(request: OfflineRequest) -> Iterator[None]:
-    """A server that was killed by ``yield`` is no failure of the server."""
+    """A server that was killed by ``yield`` is no failure of the server.
+
+    Nor is what it reads in images that the guest writes to, where no lock keeps it from that.
+    """
     try:
         yield
     except SourceError:
         request.cancelled()
         request.lease.check()
+        if request.lease.unhooked and request.domain.is_active():
+            raise untouched.started(request.domain) from None
         raise
 
 
@@ -253,17 +263,20 @@ def _serve(request: OfflineRequest) -> Iterator[_Opened]:
                     pass_fds=(fd,),
                     started=lease.name_server,
                     cancelled=request.cancelled,
+                    locking=not lease.unhooked,
                 )
             )
+        files = [name for chain in chains.values() for each in chain for name in _files(each)]
+        # what is no file can't be opened, which the server says better
+        before = untouched.states(dict.fromkeys(each for each in files if each.startswith("/")))
         names = {target: server.open_chain(chain) for target, chain in chains.items()}
         nodes = server.nodes()
-        files = [name for chain in chains.values() for each in chain for name in _files(each)]
         yield _Opened(
             server=server,
             chains={
                 target: tuple(nodes[name] for name in chain) for target, chain in names.items()
             },
-            files=tuple(dict.fromkeys(files)),
+            before=before,
         )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from nbdbackupd import log as runlog
-from nbdbackupd.errors import NbdbackupError, SourceError
+from nbdbackupd.errors import GaveWayError, NbdbackupError, SourceError
 from nbdbackupd.virt.domain import Domain
 
 LOG = logging.getLogger(__name__)
@@ -43,12 +43,14 @@ def states(files: Iterable[str]) -> dict[str, State]:
 
 
 def check(domain: Domain, before: Mapping[str, State]) -> None:
-    """Raise SourceError if one of the files was written to since, or the domain was started."""
+    """Raise SourceError if one of the files was written to since, GaveWayError if by a start."""
     for path, state in before.items():
         try:
             is_same = _state(path) == state
         except OSError:
             is_same = False
+        if not is_same and domain.is_active():
+            raise started(domain)
         if not is_same:
             raise SourceError(
                 f"image {path} was written to or replaced while it was read: the copy is worth "
@@ -57,17 +59,22 @@ def check(domain: Domain, before: Mapping[str, State]) -> None:
     deadline = time.monotonic() + START_SECONDS
     while domain.is_active():
         if time.monotonic() > deadline:
-            raise _started(domain)
+            raise started(domain)
         time.sleep(POLL_SECONDS)
 
 
 @contextmanager
-def watch(domain: Domain, on_trouble: Callable[[NbdbackupError], None]) -> Iterator[None]:
-    """Call ``on_trouble`` once, from another thread, if the domain is started during the body."""
+def watch(
+    domain: Domain, on_trouble: Callable[[NbdbackupError], None], *, wins: bool = False
+) -> Iterator[None]:
+    """Call ``on_trouble`` once, from another thread, if the domain is started during the body.
+
+    ``wins``: nothing keeps its images from it, so it is not waited for that its start may fail.
+    """
     stop = threading.Event()
     thread = threading.Thread(
         target=runlog.carried(_watch),
-        args=(stop, domain, on_trouble),
+        args=(stop, domain, on_trouble, 0.0 if wins else START_SECONDS),
         name="domain-off",
         daemon=True,
     )
@@ -80,7 +87,10 @@ def watch(domain: Domain, on_trouble: Callable[[NbdbackupError], None]) -> Itera
 
 
 def _watch(
-    stop: threading.Event, domain: Domain, on_trouble: Callable[[NbdbackupError], None]
+    stop: threading.Event,
+    domain: Domain,
+    on_trouble: Callable[[NbdbackupError], None],
+    patience: float,
 ) -> None:
     since = 0.0
     while not stop.wait(POLL_SECONDS):
@@ -96,13 +106,14 @@ def _watch(
             since = 0.0
             continue
         since = since or time.monotonic()
-        if time.monotonic() - since > START_SECONDS and not stop.is_set():
-            on_trouble(_started(domain))
+        if time.monotonic() - since >= patience and not stop.is_set():
+            on_trouble(started(domain))
             return
 
 
-def _started(domain: Domain) -> SourceError:
-    return SourceError(
+def started(domain: Domain) -> GaveWayError:
+    """What ends a run whose domain was started meanwhile."""
+    return GaveWayError(
         f"domain {domain.name} was started while its images were read: run again",
         domain=domain.name,
     )

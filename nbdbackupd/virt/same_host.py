@@ -57,6 +57,11 @@ def prove(handle: libvirt.virConnect, uri: str, directory: Path) -> None:
     )
 
 
+def sees(handle: libvirt.virConnect, path: Path) -> bool:
+    """Whether there is something at a path for libvirt. Raises DomainError if it does not tell."""
+    return _look(handle, path) != errno.ENOENT
+
+
 @contextmanager
 def _place(directory: Path) -> Iterator[Path]:
     """A directory of this host that we may write to."""

@@ -353,7 +353,7 @@ def test_a_domain_that_is_started_in_the_middle(scene: Off, folder: Path) -> Non
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
-    with pytest.raises(SourceError, match="was started while its images were read"):
+    with pytest.raises(GaveWayError, match="was started while its images were read"):
         read(scene.request(disk("vda", [path])), body)
     (trouble,) = scene.trouble
     assert "was started while" in trouble.message

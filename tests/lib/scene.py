@@ -24,8 +24,8 @@ from tests.lib.rigged import RiggedCtl
 
 WARNED = 3
 CHOOSING = {"-i", "-x", "--raw"}
-LOCKS = {"lock", "images"}
-"""Files for kernel locks, which stay."""
+LOCKS = {"lock", "images", "called"}
+"""Files for kernel locks, which stay, and the hook's note of who calls it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,10 @@
 """What this host brings: programs, Python libraries, libvirt."""
 
-from urllib.parse import urlsplit
-
 from nbdbackupd import proc
 from nbdbackupd.errors import ProcessError
 from nbdbackupd.model.finding import Notes
 from nbdbackupd.ops.checking.check_request import Patient
+from nbdbackupd.source import hooked
 from nbdbackupd.virt import features
 
 SECONDS = 20.0
@@ -61,9 +60,14 @@ def connection(patient: Patient, notes: Notes) -> None:
     opened = patient.domain.connection
     found = features.versions(opened)
     notes.ok(f"libvirt {found.libvirt}, QEMU {found.qemu}, Python binding {found.binding}")
-    host = urlsplit(opened.uri).hostname
-    if host:
+    hook = hooked.look(opened, patient.request.runtime_dir)
+    if hook.is_installed:
         notes.warn(
-            f"libvirt is on {host}: images, scratch and sockets are looked for on this host",
-            "run the backup on the hypervisor itself",
+            f"libvirt does not call our hook yet: {hook.why}",
+            "until then no backup is made at a guest's end, and one of a domain that is off reads "
+            "whole, or the same changes each time, so that no start is refused",
         )
+    elif hook.why:
+        notes.ok(f"no hook of libvirt's calls us: {hook.why}; guests are saved when that is asked")
+    else:
+        notes.ok("libvirt tells us when a domain starts or ends")

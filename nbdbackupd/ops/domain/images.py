@@ -25,7 +25,7 @@ from nbdbackupd.model import domain as domain_model
 from nbdbackupd.model.whereabouts import Note, Phase, Standing, standing
 from nbdbackupd.ops.domain.survey import Wish
 from nbdbackupd.qemu import image, storage_daemon
-from nbdbackupd.source import kept, lease, reach
+from nbdbackupd.source import hooked, kept, lease, reach
 from nbdbackupd.source.hosts import Hosts
 from nbdbackupd.source.lease import Lease
 from nbdbackupd.virt import jobs
@@ -109,7 +109,7 @@ def images_of(
     ElsewhereError: another host has the domain, or may; BusyError: it is being started there or
     backed up, or an image is in use; the errors of ``lease.hold``; and DomainError for changed
     images of a domain that libvirt no longer knows. Of images that are not proven to be closed
-    the lease has a ``doubt``.
+    the lease has a ``doubt``; where libvirt does not call our hook it says so (``unhooked``).
     """
     await_end(domain, cancelled)
     if domain.is_active():
@@ -131,6 +131,10 @@ def images_of(
             unheard = _tell_hosts(domain, sharing, runtime_dir, run_id, stack)
             found = prove(domain, sharing)
             held.doubt = _Doubts(sharing, found, unheard)
+            hook = hooked.look(domain.connection, runtime_dir)
+            held.unhooked, held.is_read_only = hook.why, hook.is_installed
+            if hook.why:
+                log.info("libvirt does not tell us of a start: %s", hook.why)
             _tell_changes(domain, runtime_dir)
             stack.callback(kept.renew, runtime_dir, domain.name, domain.uuid)
         yield held

@@ -189,7 +189,7 @@ def _run_locked(run: _Run) -> BackupReport:
 
 
 def _doubts(lease: Lease | None, survey: Survey) -> tuple[str, ...]:
-    """Why images of the chosen disks may be open on another host; each is a warning.
+    """Why images may be open on another host, or a start not be seen; each is a warning.
 
     Raises DomainError if one even looks as if it were: its bitmaps are in use.
     """
@@ -206,6 +206,8 @@ def _doubts(lease: Lease | None, survey: Survey) -> tuple[str, ...]:
                 )
             if why:
                 found.append(f"disk {target} is read without a bitmap of its own: {why}")
+    if lease.is_read_only and not found:
+        found.append(f"the disks are read without bitmaps of their own: {lease.unhooked}")
     return tuple(found)
 
 

@@ -1,0 +1,94 @@
+"""Whether libvirt calls our hook when it starts a domain, so that a reader can let go in time.
+
+A daemon looks for hooks when it starts: one that found none then looks for none later, and one
+that found any calls those that come later, too (libvirt 9.0, measured). Our hook notes at each
+call which process has called it. Before the first call the times of the files tell.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from nbdbackupd.errors import DomainError
+from nbdbackupd.source.lease import ProcessId
+from nbdbackupd.virt import serving
+from nbdbackupd.virt.connection import Connection
+
+CALLED: Final = "called"
+"""Below the runtime directory: the daemon that called the hook last, "PID START"."""
+
+RUNTIME: Final = Path("/run/nbdbackup")
+HOOKS: Final = "etc/libvirt/hooks"
+OURS: Final = "qemu.d/nbdbackup"
+MARGIN_SECONDS: Final = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hook:
+    """What libvirt does with our hook: ``why`` it does not call it, empty if it does.
+
+    ``is_installed``: it would after a restart of the daemon, which ``why`` names.
+    """
+
+    why: str = ""
+    is_installed: bool = False
+
+
+def look(connection: Connection, runtime_dir: Path) -> Hook:
+    """See whether the libvirt of a connection tells us of starts. Changes nothing."""
+    if connection.is_embedded:
+        # it is our own process, and nobody else can have its root: no start comes in between
+        return Hook()
+    try:
+        found = serving.daemon_of(connection)
+    except DomainError as err:
+        return Hook(why=err.message)
+    if found is None:
+        return Hook(why="the process of libvirt's daemon is not found")
+    pid, name = found
+    this = ProcessId.of(pid)
+    if this is None:
+        return Hook(why=f"{name} has just ended")
+    if _called(runtime_dir) == f"{pid} {this.start}":
+        return Hook()
+    hooks = Path(f"/proc/{pid}/root") / HOOKS
+    if runtime_dir != RUNTIME or not os.access(hooks / OURS, os.X_OK):
+        return Hook(why=f"{name} (process {pid}) has no hook of ours for this runtime directory")
+    if _known_at(hooks, _started(this)):
+        return Hook()
+    return Hook(
+        why=f"{name} (process {pid}) has not looked for hooks since ours was installed: "
+        f"'systemctl restart {name}', guests run on",
+        is_installed=True,
+    )
+
+
+def _called(runtime_dir: Path) -> str:
+    try:
+        return (runtime_dir / CALLED).read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _known_at(hooks: Path, moment: float) -> bool:
+    """Whether there was a hook for QEMU at a time, in seconds since 1970."""
+    for path in (hooks / "qemu", *sorted((hooks / "qemu.d").glob("*"))):
+        try:
+            found = path.stat()
+        except OSError:
+            continue
+        # the time of the inode: that of the contents may be the package's
+        if os.access(path, os.X_OK) and found.st_ctime < moment - MARGIN_SECONDS:
+            return True
+    return False
+
+
+def _started(process: ProcessId) -> float:
+    """When a process began, in seconds since 1970."""
+    boot = next(
+        int(line.split()[1])
+        for line in Path("/proc/stat").read_text().splitlines()
+        if line.startswith("btime ")
+    )
+    return boot + process.start / os.sysconf("SC_CLK_TCK")
