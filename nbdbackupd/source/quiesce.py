@@ -17,9 +17,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd import events
+from nbdbackupd import durable, events, files
 from nbdbackupd import log as runlog
-from nbdbackupd.errors import FreezeError, NbdbackupError
+from nbdbackupd.errors import FreezeError, IntegrityError, NbdbackupError
 from nbdbackupd.model.chain import Consistency
 from nbdbackupd.model.domain import Agent
 from nbdbackupd.virt import guest
@@ -35,6 +35,7 @@ POLL_SECONDS: Final = 0.05
 FROZEN: Final = "frozen"
 PAUSED: Final = "paused"
 CURE: Final = "start the agent in the guest, or do without: '--freeze never'"
+MAX_MARKER: Final = 256
 
 
 class FreezePolicy(StrEnum):
@@ -138,16 +139,25 @@ def is_held(marker: Path) -> bool:
 
 
 def _held(marker: Path) -> tuple[str, str]:
-    """What a marker says: how the guest is held, and by which run."""
+    """What a marker says: how the guest is held, and by which run.
+
+    QEMU can write where it lies: it may be a link, a pipe, or without end.
+    """
     try:
-        how, _, run_id = marker.read_text("utf-8").partition(" ")
+        with open(files.open_untrusted(marker), "rb") as file:  # noqa: PTH123 - a descriptor
+            text = file.read(MAX_MARKER).decode(errors="replace")
     except FileNotFoundError:
         return "", ""
+    except (OSError, IntegrityError) as err:
+        LOG.warning("%s is no marker of ours: %s", marker, err)
+        return "", ""
+    how, _, run_id = text.partition(" ")
     return how, run_id
 
 
 def _mark(wish: Quiet, how: str) -> None:
-    wish.marker.write_text(f"{how} {wish.run_id}", "utf-8")
+    # in the place of whatever is there: never through a link that QEMU made
+    durable.write_atomic(wish.marker, f"{how} {wish.run_id}".encode())
 
 
 @contextlib.contextmanager
