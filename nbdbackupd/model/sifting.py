@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 from xml.etree import ElementTree as ET
 
-from nbdbackupd.model import allowed
+from nbdbackupd.model import allowed, throwaway
 from nbdbackupd.model.allowed import NAME, PLAIN, RULE, TEXT
 
 TYPES: Final = ("kvm", "qemu", "hvf")
@@ -161,6 +161,8 @@ class Sieve:
             return _VALUES[f"{where} {name}"](self, value)
         pattern = {PLAIN: _WORD, NAME: _NAME, TEXT: _TEXT}[kind]
         most = MAX_VALUE if kind != TEXT else 16 * MAX_VALUE
+        if throwaway.NAME in value:
+            return False
         return len(value) <= most and pattern.fullmatch(value) is not None
 
     def _tell(self, told: list[Foreign], where: str, what: str, why: str) -> None:
@@ -339,6 +341,19 @@ def _random(sieve: Sieve, backend: ET.Element) -> str:
     return ""
 
 
+def _metadata(sieve: Sieve, each: ET.Element) -> str:
+    """Who carries our own mark is not backed up."""
+    for child in list(each):
+        if throwaway.NAME in ET.tostring(child, encoding="unicode"):
+            each.remove(child)
+            sieve.removed.append(
+                Foreign(where="metadata", what=_show(child), why="a mark of our own")
+            )
+    if throwaway.NAME in (each.text or ""):
+        each.text = None
+    return ""
+
+
 def _audio(_sieve: Sieve, each: ET.Element) -> str:
     if each.get("type") == "file":
         each.set("type", "none")
@@ -370,6 +385,7 @@ _ELEMENTS: Final[Mapping[str, Callable[[Sieve, ET.Element], str]]] = {
     "os/loader": _loader,
     "sysinfo/entry": _sysinfo,
     "on_crash": _crash,
+    "metadata": _metadata,
 }
 
 

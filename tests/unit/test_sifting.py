@@ -6,7 +6,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from nbdbackupd.errors import DomainError, UsageError
-from nbdbackupd.model import allowed, definition, sifting
+from nbdbackupd.model import allowed, definition, sifting, throwaway
 from nbdbackupd.model.definition import Adapted, Changes, NewDisk
 from tests.lib.ordinary import CLOUD, WINDOWS
 
@@ -237,3 +237,19 @@ def test_an_identity_that_is_none(word: str) -> None:
     else:
         assert definition.UUID.fullmatch(adapt(xml, same).uuid)
     assert definition.UUID.fullmatch(adapt(xml, Changes(name="x")).uuid)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "<description>x:nbdbackup-throwaway</description>",
+        "<title>x:nbdbackup-throwaway</title>",
+        "<metadata><x:a xmlns:x='urn:x'><x:nbdbackup-throwaway/></x:a></metadata>",
+        "<metadata><x:a xmlns:x='urn:x' b=':nbdbackup-throwaway'/></metadata>",
+        "<metadata>:nbdbackup-throwaway<x:a xmlns:x='urn:x'/></metadata>",
+    ],
+)
+def test_nobody_hides_from_the_backup(rest: str) -> None:
+    """A domain with the mark of a boot is passed over by the hook: no set may forge that."""
+    assert throwaway.is_marked(BARE.format(devices="", rest=rest))
+    assert not throwaway.is_marked(bare(rest=rest).xml)
