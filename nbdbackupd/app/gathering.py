@@ -67,6 +67,12 @@ class _Known:
             critical=settings.monitoring_critical_age if critical is None else critical,
         )
 
+    def inventory(self) -> tuple[str, ...] | None:
+        """The domains that are this host's; None if libvirt was not asked."""
+        if self.domains is None:
+            return None
+        return _inventory(self.configuration, self.units, self.domains)
+
     def names(self) -> list[str]:
         """All domains that anybody knows, in the order of names."""
         from nbdbackupd.app.config import timers
@@ -123,6 +129,7 @@ def gather(
     chosen = [name for name in every if name in names] if names else every
     return StatusReport(
         moment=moment,
+        inventory=known.inventory(),
         domains=tuple(_look(name, known, context, notes) for name in chosen),
         notes=tuple(dict.fromkeys(notes)),
     )
@@ -148,6 +155,18 @@ def record_host(connection: "Connection", configuration: "Configuration", direct
         unprotected=covered.count(False),
         moment=app_context.now(),
     )
+    metrics.forget_others(directory, _inventory(configuration, units, domains))
+
+
+def _inventory(
+    configuration: "Configuration", units: Units, domains: Iterable[str]
+) -> tuple[str, ...]:
+    """The domains that are this host's: libvirt knows them, a file names them, or a timer."""
+    from nbdbackupd.app.config import timers
+    from nbdbackupd.model import unitname
+
+    loaded = filter(None, map(unitname.domain_of, units.timers))
+    return tuple(dict.fromkeys((*domains, *timers.exact_names(configuration), *loaded)))
 
 
 def ask_systemd(notes: list[str]) -> Units:

@@ -1,18 +1,35 @@
 """The metrics of one run, written when it has ended, well or not."""
 
 import logging
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdbackupd.app import context as app_context
-from nbdbackupd.errors import NbdbackupError
+from nbdbackupd.errors import ConfigError, Interrupted, NbdbackupError
 
 if TYPE_CHECKING:
+    from nbdbackupd.app.config.files import Configuration
     from nbdbackupd.model.chain import RestorePoint
     from nbdbackupd.ops.saving.backup_request import BackupReport
+    from nbdbackupd.repo.runs import End
 
 log = logging.getLogger(__name__)
+
+
+def unseen(end: "End", configuration: "Configuration") -> None:
+    """Write the metrics of a run that could not do so itself, if that is configured.
+
+    Its exit status is the shell's for a kill: nobody saw another one.
+    """
+    from nbdbackupd.app.config.settings import global_settings
+
+    try:
+        directory = global_settings(configuration).monitoring_metrics_directory
+    except ConfigError:
+        return
+    RunMetrics(directory, end.domain).failed(Interrupted(signal.SIGKILL))
 
 
 class RunMetrics:

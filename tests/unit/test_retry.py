@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from nbdbackupd.errors import GaveWayError
 from nbdbackupd.ops.chains import leftovers
 from nbdbackupd.ops.saving import backup
 from nbdbackupd.repo import runs
-from nbdbackupd.virt import same_host
+from nbdbackupd.virt import jobs, same_host
 from tests.lib import points
 
 NODE = f"""<node><domain type='test'><name>vm1</name><uuid>{points.UUID}</uuid>
@@ -59,8 +60,9 @@ def host(
     monkeypatch.setattr(run_record, "own_unit", lambda: UNIT)
     monkeypatch.setattr(runner, "RETRY_SECONDS", (0.3, 0.3, 0.3))
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.05)
-    # this driver has no files at all, and can't prove whose they are
+    # this driver has no files, and can't prove whose they are, and no jobs
     monkeypatch.setattr(same_host, "prove", lambda *_: None)
+    monkeypatch.setattr(jobs, "is_migrating", lambda _: False)
     return Host(tmp_path, capsys)
 
 
@@ -92,8 +94,8 @@ def test_w7_all_tries_are_used_up(host: Host, caplog: pytest.LogCaptureFixture) 
 
 @pytest.mark.usefixtures("busy")
 def test_w7_by_hand_there_is_one_try(host: Host) -> None:
-    code, _ = host.run("--wait", "0")
-    assert code == 75
+    code, err = host.run("--wait", "0")
+    assert code == 75, err
 
 
 def test_w7_a_run_that_waits_is_shown_and_goes_on(
@@ -162,6 +164,30 @@ def test_w7_told_to_end_while_it_waits(host: Host, monkeypatch: pytest.MonkeyPat
     assert seen.failure.reason == "the host was going down"
     # hooks/catch-up finds it at the next boot
     assert (host.root / "state/begun" / UNIT).exists()
+
+
+def test_w6_a_run_that_was_killed_is_told_by_its_unit(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ExecStopPost= of the unit: with systemd's word for it, also to Prometheus."""
+    folder = host.root / "metrics"
+    folder.mkdir()
+    (host.root / "etc/nbdbackup.yaml").write_text(f"monitoring: {{metrics_directory: {folder}}}")
+    known = runs.Runs(host.root / "state")
+    now = run_record.stamp(datetime.now(UTC))
+    run = runs.Begun(ident=UNIT, domain="vm1", host="here", boot=runs.boot_id(), begun=now)
+    with known.living(run) as living:
+        living.is_unfinished = True
+    monkeypatch.setenv("SERVICE_RESULT", "oom-kill")
+    monkeypatch.setenv("EXIT_STATUS", "KILL")
+    head = ["-c", f"test://{host.root}/node.xml", "--config-dir", str(host.root / "etc")]
+    ctl.main([*head, "--runtime-dir", str(host.runtime), "abort", "vm1"])
+    failure = host.look().failure
+    assert failure is not None
+    assert failure.reason == "it was ended because memory ran out"
+    (text,) = (path.read_text() for path in folder.iterdir())
+    assert 'nbdbackup_last_run_exit_status{domain="vm1"} 137\n' in text
+    assert 'nbdbackup_failed_runs_total{domain="vm1"} 1\n' in text
 
 
 def test_w6_a_configuration_that_is_broken(host: Host) -> None:

@@ -22,6 +22,7 @@ from nbdbackupd.app import ctl, run_record, systemd, tables
 from nbdbackupd.model import throwaway, unitname
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.health import Facts, Health, Limits, age_text, judge
+from nbdbackupd.ops.reporting import metrics
 from nbdbackupd.repo import boot_tests, layout, runs
 from nbdbackupd.repo.repository import Repository
 from tests.lib import chains
@@ -559,6 +560,30 @@ def test_metrics_of_the_host(host: Host) -> None:
     text = (host.root / "nbdbackup.prom").read_text()
     assert "\nnbdbackup_domains 2\n" in text
     assert "\nnbdbackup_unprotected_domains 1\n" in text
+
+
+def test_l3_metrics_follow_the_inventory(host: Host) -> None:
+    """L-3: files of domains that are gone stayed for ever."""
+    host.libvirt("vm1")
+    host.systemd(timer("vm2"))
+    host.file("a", "match: {name: vm3}")
+    host.main(f"monitoring: {{metrics_directory: {host.root}}}")
+    for name in ("vm1", "vm2", "vm3", "gone", "boot_vm1"):
+        facts = metrics.RunFacts(domain=name, ended=NOW, seconds=1, exit_status=0, succeeded=True)
+        metrics.record(host.root, facts)
+    others = [host.root / name for name in ("other-nbdbackup-x.prom", "nbdbackup.prom")]
+    for path in others:
+        path.touch()
+    uri, host.uri = host.uri, "test:///nonexistent"
+    host.run("status", "--metrics")
+    # nobody knows which are gone
+    assert metrics.domain_file(host.root, "gone").exists()
+    host.uri = uri
+    host.run("status", "--metrics")
+    assert {path.name for path in host.root.glob("*.prom")} == {
+        *(path.name for path in others),
+        *(metrics.domain_file(host.root, name).name for name in ("vm1", "vm2", "vm3")),
+    }
 
 
 # -- timers

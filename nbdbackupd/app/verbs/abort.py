@@ -28,12 +28,14 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
-    from nbdbackupd.app import run_record
+    from nbdbackupd.app import configured, run_metrics, run_record
     from nbdbackupd.ops.saving import abort
 
     # to a unit's ExecStopPost= systemd tells how the run ended
     told = [os.environ.get(each, "") for each in ("SERVICE_RESULT", "EXIT_STATUS")]
-    run_record.settle(args.domain, run_record.why_killed(*told))
+    ends = run_record.settle(args.domain, run_record.why_killed(*told))
+    if ends:
+        run_metrics.unseen(ends[-1], configured.read(context))
     quiet = getattr(args, "quiet", False)
     with context.connection() as connection:
         try:

@@ -124,3 +124,5 @@ def _write_metrics(report: "StatusReport", args: Arguments, context: Context) ->
         unprotected=sum(not each.is_covered for each in report.domains),
         moment=report.moment,
     )
+    if report.inventory is not None:
+        metrics.forget_others(directory, report.inventory)

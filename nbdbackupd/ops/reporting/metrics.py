@@ -2,12 +2,12 @@
 
 Each domain has a file of its own, so that runs need no lock; ``nbdbackup.prom`` is for the host.
 A file is replaced as a whole. After a run that failed, what the last good one was is carried over
-from the file that is there.
+from the file that is there. With the host's file those go that are of domains it no longer has.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -103,6 +103,19 @@ def record_host(directory: Path, *, domains: int, unprotected: int, moment: date
     }
     _write(path, HOST_METRICS, values, {})
     return path
+
+
+def forget_others(directory: Path, known: Collection[str]) -> tuple[Path, ...]:
+    """Remove the files of domains that this host no longer has; ``known`` are those that stay.
+
+    Raises RepositoryError.
+    """
+    kept = {domain_file(directory, name) for name in known}
+    gone = [path for path in sorted(directory.glob(f"{PREFIX}-*.prom")) if path not in kept]
+    for path in gone:
+        with durable.translate_os_errors("remove", path):
+            path.unlink(missing_ok=True)
+    return tuple(gone)
 
 
 def domain_file(directory: Path, domain: str) -> Path:

@@ -114,11 +114,15 @@ class DomainStatus:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StatusReport:
-    """All domains at a moment; ``notes`` tell what could not be asked."""
+    """All domains at a moment; ``notes`` tell what could not be asked.
+
+    ``inventory`` names those that are this host's, None if libvirt could not be asked.
+    """
 
     moment: datetime
     domains: tuple[DomainStatus, ...]
     notes: tuple[str, ...] = ()
+    inventory: tuple[str, ...] | None = None
 
     @property
     def health(self) -> Health:
