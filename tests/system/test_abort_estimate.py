@@ -91,16 +91,22 @@ def test_abort_leaves_foreign_jobs_unless_told(
     connection: Connection, order: abort.AbortRequest, tmp_path: Path, lab: DaemonLab
 ) -> None:
     domain = Domain.find(connection, order.domain)
-    with open_running(job_request(order, domain, lab.directory / "foreign")):
-        report = abort.run(order, connection)
-        assert report.ended == ()
-        assert "foreign/nbd.sock" in report.left
-        assert "--any" in report.message
-        assert jobs.active_job(domain) is not None
-        report = abort.run(replace(order, any=True), connection)
-        assert "foreign/nbd.sock" in report.ended[0]
-        assert report.left == ""
-        assert jobs.active_job(domain) is None
+
+    def end_it() -> None:
+        with open_running(job_request(order, domain, lab.directory / "foreign")):
+            report = abort.run(order, connection)
+            assert report.ended == ()
+            assert "foreign/nbd.sock" in report.left
+            assert "--any" in report.message
+            assert jobs.active_job(domain) is not None
+            report = abort.run(replace(order, any=True), connection)
+            assert "foreign/nbd.sock" in report.ended[0]
+            assert report.left == ""
+            assert jobs.active_job(domain) is None
+
+    # D-0: the run whose job it was publishes nothing
+    with pytest.raises(SourceError, match="its backup job was ended before"):
+        end_it()
     assert tmp_path.exists()
 
 
