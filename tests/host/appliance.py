@@ -67,7 +67,7 @@ class Appliance:
         done = self.host.call("nbdbackupctl", "config", "check")
         # files of other tests name domains that are gone
         assert done.returncode in (0, 3), done
-        assert "sound" in done.stdout
+        assert b"sound" in done.stdout
 
     def ctl(self, *words: str) -> str:
         """Run the command as an administrator does; raises ``LabError`` if it fails."""
