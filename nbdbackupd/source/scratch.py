@@ -40,6 +40,9 @@ ENOUGH: Final = 1 << 20
 
 JOB_POLL_SECONDS: Final = 0.5
 JOIN_TIMEOUT_SECONDS: Final = 5.0
+END_SECONDS: Final = 45.0
+"""For the thread that may be ending the job, and has to say what came of it."""
+
 PREFIX: Final = "nbdbackup-"
 SUFFIX: Final = ".scratch"
 # QEMU runs as another user and must get through to its file
@@ -127,8 +130,8 @@ def watch(job: Watched) -> Iterator[None]:
         yield
     finally:
         stop.set()
-        for thread in threads:
-            thread.join(JOIN_TIMEOUT_SECONDS)
+        for thread, seconds in zip(threads, (END_SECONDS, JOIN_TIMEOUT_SECONDS), strict=True):
+            thread.join(seconds)
 
 
 class _Space:
@@ -177,8 +180,7 @@ def _watch_space(stop: threading.Event, job: Watched) -> None:
     job.on_trouble(error)
     try:
         job.end_job()
-        space.is_low()
-        seen = _seen_by_guest(job.domain, space.lowest)
+        seen = _seen_by_guest(job.domain, space)
         error.message = f"{what}: the job was ended; {seen}; {cure}"
     except NbdbackupError as err:
         error.message = f"{what}, and the job can't be ended: {err.message}; {cure}"
@@ -186,19 +188,19 @@ def _watch_space(stop: threading.Event, job: Watched) -> None:
     events.emit(LOG, events.SCRATCH_LOW, reason=error, bytes=space.free)
 
 
-def _seen_by_guest(domain: Domain, lowest: int) -> str:
+def _seen_by_guest(domain: Domain, space: _Space) -> str:
     """What is known of errors that the guest has seen; one that is held by them is let go.
 
     Without the job its writes need no scratch space: QEMU does again what had failed.
     """
-    found = domain.disk_errors()
+    found = ", ".join(domain.disk_errors()) or "a disk"
     if domain.is_held_by_error():
         domain.resume()
-        names = ", ".join(found) or "a disk"
-        return f"the guest was held by an error of {names} meanwhile, and goes on"
-    if found:
-        return f"the guest may have seen errors of {', '.join(found)}"
-    if lowest < ENOUGH:
+        return f"the guest was held by an error of {found} meanwhile, and goes on"
+    if domain.disk_errors():
+        return f"the guest may have seen errors of {found}"
+    space.is_low()
+    if space.lowest < ENOUGH:
         return "the guest may have seen write errors"
     return "no disk of the guest shows an error"
 
