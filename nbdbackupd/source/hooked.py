@@ -52,7 +52,7 @@ def look(connection: Connection, runtime_dir: Path) -> Hook:
         return Hook(why=f"{name} has just ended")
     if _called(runtime_dir) == f"{pid} {this.start}":
         return Hook()
-    hooks = Path(f"/proc/{pid}/root") / HOOKS
+    hooks = _hooks(pid)
     if runtime_dir != RUNTIME or not os.access(hooks / OURS, os.X_OK):
         return Hook(why=f"{name} (process {pid}) has no hook of ours for this runtime directory")
     if _known_at(hooks, _started(this)):
@@ -62,6 +62,17 @@ def look(connection: Connection, runtime_dir: Path) -> Hook:
         f"'systemctl restart {name}', guests run on",
         is_installed=True,
     )
+
+
+def _hooks(pid: int) -> Path:
+    """Where a daemon looks for hooks; without the right to see its root, where all do."""
+    root = Path(f"/proc/{pid}/root")
+    try:
+        (root / "etc").stat()
+    except OSError:
+        # units of ours may not trace processes, and libvirtd has more capabilities than they
+        root = Path("/")
+    return root / HOOKS
 
 
 def _called(runtime_dir: Path) -> str:
