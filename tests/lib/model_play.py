@@ -50,6 +50,9 @@ def world_of(directory: Path) -> Iterator[World]:
         agent = Agent()
         # the number of iothreads is a matter of steps, so that a log can be played again
         options = GuestOptions(iothreads=0, uuid=str(uuid.uuid4()), has_agent=True, agent=agent)
+        for each in (lab, second):
+            # QEMU goes through it to scratch files; whoever makes the state first closes it
+            (each.directory / "ctl").mkdir(mode=0o755)
         guest = lab.guest("vm-0", DISKS, options)
         disks = [replace(disk, path=guest.image(disk.target)) for disk in DISKS]
         ctl = RiggedCtl(second.uri, second.directory / "ctl")
