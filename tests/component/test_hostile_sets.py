@@ -29,7 +29,7 @@ MIB = 1 << 20
 MEMORY = 600 * MIB
 """Of address space beyond what the program needs anyway: some 150 MiB."""
 
-SECONDS = 30
+SECONDS = 100
 ENDS = {2, 3, 10, 20, 30, 40, 50, 75}
 
 
@@ -104,7 +104,7 @@ def test_directories_that_are_links(victim: Victim, name: str) -> None:
     for verb, *words in (
         ("list", victim.path), ("show", victim.path), ("verify", victim.path),
         ("restore", victim.path, "-o", victim.out), ("map", victim.path, "--detach"),
-        ("import", victim.path), ("boot", victim.path, "--scratch-dir", away / "scratch"),
+        ("import", victim.path)
     ):  # fmt: skip
         text = victim.run(verb, *words, codes={50})
         assert f"{victim.path / name} is a symbolic link" in text
@@ -121,7 +121,7 @@ def test_a_log_that_is_a_link_or_has_no_end(victim: Victim) -> None:
     assert "a.log" in victim.run("log", "-o", victim.path, codes={50})
     (victim.path / "logs/a.log").unlink()
     with (victim.path / "logs/a.log").open("wb") as file:
-        file.truncate(2 << 30)
+        file.truncate(256 << 20)
     victim.run("log", "-o", victim.path, codes={0})
 
 
