@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdbackupd.app import check_run, systemd
 from nbdbackupd.app.verbs import check as verb
 from nbdbackupd.model import access
 from nbdbackupd.model.access import Account
@@ -125,3 +126,41 @@ def test_a_path_that_is_to_be_made(tmp_path: Path) -> None:
     assert check_request.existing(tmp_path / "a" / "b") == tmp_path
     assert check_request.existing(tmp_path) == tmp_path
     assert locks.holder(tmp_path / "lock") == ""
+
+
+@pytest.mark.parametrize(
+    ("host", "severity", "words"),
+    [
+        (("a.service libvirtd.service", "active", "libvirtd"), "ok", "shut down with the"),
+        (("a.service", "active", "libvirtd"), "warn", "beside libvirtd.service"),
+        (("libvirtd.service", "active", "virtqemud"), "warn", "After=virtqemud.service"),
+        (("libvirtd.service", "inactive", "libvirtd"), "warn", "systemctl enable --now"),
+    ],
+)
+def test_a2_the_order_at_the_end_of_the_host(
+    host: tuple[str, str, str],
+    severity: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A-2: where libvirt-guests is stopped beside libvirt, guests are killed."""
+    after, active, daemon = host
+    program = tmp_path / "systemctl"
+    program.write_text(
+        f"""#!/bin/sh
+case "$*" in
+*libvirt-guests.service) printf 'LoadState=loaded\\nActiveState={active}\\nAfter={after}\\n' ;;
+*{daemon}.service) echo LoadState=loaded ;;
+*) echo LoadState=not-found ;;
+esac
+"""
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(systemd, "BOOTED", tmp_path)
+    notes = Notes(Area.CONFIGURATION)
+    check_run._end_of_host(notes)
+    (found,) = notes.done()
+    assert found.severity.value == severity
+    assert words in f"{found.text} {found.advice}"
