@@ -85,6 +85,8 @@ class Place:
     untidy: bool = False
     defined: str = ""
     """The domain's name there; empty: it is not defined there."""
+    is_left: bool = False
+    """It was migrated from there, which libvirt says of it until it is started there."""
 
 
 @dataclass(kw_only=True)
