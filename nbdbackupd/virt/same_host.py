@@ -3,9 +3,9 @@
 Names prove nothing: addresses are forwarded, host UUIDs are copied with machines, containers
 share those of their machine. What counts is that both sides mean the same file by the same path.
 So libvirt is asked for the capabilities of an emulator that never is one: a file of ours with a
-random name, first before it is there, then while it is. Measured with libvirt 9.0, 11.3 and
-12.8: it looks for the file itself and answers with the errno of what it met, ENOENT or (no
-program) EACCES; it keeps nothing and starts nothing, and takes less than a millisecond.
+random name, first before it is there, then while it is. Measured with libvirt 9.0 and 11.3: it
+looks for the file itself and answers with the errno of what it met, ENOENT or (no program)
+EACCES; it keeps nothing and starts nothing, and takes less than a millisecond.
 """
 
 import errno

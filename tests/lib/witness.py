@@ -171,4 +171,13 @@ def wait_for_job(guest: Guest) -> None:
         except LabError:
             return False
 
-    wait_until(runs, "backup job", 20)
+    wait_until(runs, "backup job", 60)
+
+
+def wait_for_copy(guest: Guest, path: Path) -> None:
+    """Wait until a run into the set has written data of its first disk; raises LabError."""
+    from tests.lab.process import wait_until
+
+    wait_for_job(guest)
+    drafts = f"{layout.DRAFT_PREFIX}*/*.data"
+    wait_until(lambda: any(each.stat().st_size for each in path.glob(drafts)), "copy", 60)

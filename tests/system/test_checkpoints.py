@@ -127,8 +127,8 @@ def assert_in_order(here: Scene, *options: str | Path) -> None:
         assert {name for name in names_of(here, target) if naming.tag_of(name)} == bases
 
 
-def assert_delta(here: Scene, *options: str, into: Path | None = None) -> Saved:
-    saved = here.save(*options, into=into)
+def assert_delta(here: Scene, *options: str, into: Path | None = None, code: int = 0) -> Saved:
+    saved = here.save(*options, into=into, code=code)
     assert set(saved.modes.values()) == {"delta"}
     return saved
 
@@ -517,13 +517,13 @@ def test_a_state_that_is_older_or_lost(here: Scene, power: str, tmp_path: Path) 
     (record,) = here.ctl.state.glob("*/*.json")
     record.write_bytes(record.read_bytes()[:100])
     change(here, 6)
-    assert "is ignored" in assert_delta(here).stderr
+    assert "is ignored" in assert_delta(here, code=WARNED).stderr
     assert_in_order(here)
     # a state that can't be written costs a warning in the log, not the point
     shutil.rmtree(here.ctl.state)
     here.ctl.state.write_text("in the way")
     change(here, 7)
-    assert "not noted" in assert_delta(here).stderr
+    assert "not noted" in assert_delta(here, code=WARNED).stderr
     here.prove_all()
 
 

@@ -18,7 +18,7 @@ from tests.lab.process import wait_until
 from tests.lib import bootsector
 from tests.lib.rigged import RiggedCtl
 from tests.lib.told import told
-from tests.lib.witness import Witness, wait_for_job
+from tests.lib.witness import Witness, wait_for_copy, wait_for_job
 
 pytestmark = pytest.mark.system
 
@@ -171,8 +171,7 @@ def test_target_turns_read_only(witness: Witness, guest: Guest, small: Path) -> 
 def test_target_vanishes(witness: Witness, guest: Guest, ctl: RiggedCtl) -> None:
     moved = witness.path.with_name("moved")
     with ctl.rigged(SLOW), ctl.start("backup", guest.name, "-o", witness.path) as process:
-        wait_for_job(guest)
-        time.sleep(0.3)
+        wait_for_copy(guest, witness.path)
         witness.path.rename(moved)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 50, stderr
@@ -282,8 +281,7 @@ def test_qemu_is_killed(witness: Witness, guest: Guest, ctl: RiggedCtl) -> None:
     witness.change()
     witness.fill(4 * MIB)
     with ctl.rigged(SLOW), ctl.start("backup", guest.name, "-o", witness.path) as process:
-        wait_for_job(guest)
-        time.sleep(0.3)
+        wait_for_copy(guest, witness.path)
         begun = time.monotonic()
         guest.kill9()
         _, stderr = process.communicate(timeout=60)
@@ -310,8 +308,7 @@ def test_guest_shuts_down(witness: Witness, guest: Guest, ctl: RiggedCtl) -> Non
     witness.run("-l", "full")
     witness.fill(4 * MIB)
     with ctl.rigged(SLOW), ctl.start("backup", guest.name, "-o", witness.path) as process:
-        wait_for_job(guest)
-        time.sleep(0.3)
+        wait_for_copy(guest, witness.path)
         guest.stop()
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 30, stderr
@@ -334,8 +331,7 @@ def test_qemu_stops_answering(witness: Witness, guest: Guest, ctl: RiggedCtl) ->
     witness.fill(4 * MIB)
     options = ("-o", witness.path, "--timeout", "2")
     with ctl.rigged(SLOW), ctl.start("backup", guest.name, *options) as process:
-        wait_for_job(guest)
-        time.sleep(0.3)
+        wait_for_copy(guest, witness.path)
         guest.process().send(signal.SIGSTOP)
         # given up after two seconds; what ends the job then waits for libvirt, bounded
         time.sleep(6.0)
@@ -359,8 +355,7 @@ def test_libvirtd_restarts(
     witness.fill(4 * MIB)
     references = witness.take()
     with ctl.rigged(SLOW), ctl.start("backup", guest.name, "-o", witness.path) as process:
-        wait_for_job(guest)
-        time.sleep(0.3)
+        wait_for_copy(guest, witness.path)
         if how == "kill":
             lab.kill9()
         else:
