@@ -268,7 +268,7 @@ def _tell_hosts(
     except BusyError:
         raise
     except NbdbackupError as err:
-        log.warning("other hosts can't be told of this run: %s", err.message)
+        log.info("other hosts can't be told of this run: %s", err.message)
         return err.message
     return ""
 
@@ -296,7 +296,7 @@ def note_running(domain: Domain, sharing: Sharing) -> None:
     try:
         hosts.started()
     except NbdbackupError as err:
-        log.warning("other hosts can't be told that the domain runs here: %s", err.message)
+        log.info("other hosts can't be told that the domain runs here: %s", err.message)
 
 
 def note_saved(domain: Domain, sharing: Sharing, point: str) -> None:
