@@ -1,8 +1,8 @@
 """Which system tests are run how often: {no iothreads, iothreads} x {this Debian, the other one}.
 
 All of that takes four times as long as once. By default every file is run once on the release
-that the tests run on, half of those about jobs with iothreads; those whose subject is the end of
-a job, by whatever cause, are run with and without on this release, and once more on the other one.
+that the tests run on, a few with iothreads; those whose subject is the end of a job, by whatever
+cause, are run with and without on this release, and once more on the other one.
 
 The whole is to be had by options, on either release::
 
@@ -21,22 +21,20 @@ IOTHREADS: Final = 2
 NEVER: Final = "peer"
 """So begin the names of files whose guests have none, unless they say so themselves: the peer's
 clients close their connections first, and QEMU 7.2 aborts by that where a disk has an iothread."""
-NEITHER: Final = (NEVER, "boot", "config", "connection", "lab", "map", "memory", "names", "restore",
-                  "scale")  # fmt: skip
-"""Nor do those have some by the rule whose subject is something else than a domain's job."""
+ALWAYS: Final = ("abort_estimate", "events_told", "full_target", "metadata")
+"""Other files whose guests have some by the rule."""
 
 
 def iothreads_of(name: str, wanted: str) -> int:
     """The number for the guests of a test file; ``wanted`` is the option's value.
 
-    ``rule`` and ``other`` are two halves: together they are both numbers for each file that can
-    have some.
+    ``rule`` and ``other`` are two halves: together they are both numbers for each of ``ENDS``.
     """
     subject = name.removeprefix("test_")
     if wanted not in ("rule", "other"):
         return 0 if subject.startswith(NEVER) else int(wanted)
-    if subject.startswith(NEITHER):
-        return 0
+    if subject not in ENDS:
+        return IOTHREADS if subject in ALWAYS else 0
     is_chosen = zlib.crc32(name.encode()) % 2 == 0
     return IOTHREADS if is_chosen == (wanted == "rule") else 0
 
