@@ -29,7 +29,7 @@
 
 Every error carries ``fields``: what is known about the place (domain, disk, file, offset), used
 in messages and later as journal fields. The message itself is one line: what, where, how to
-mend it.
+fix it.
 """
 
 from typing import ClassVar

@@ -145,7 +145,7 @@ BACKUP_FAILED: Final = Event(
     fields=("REASON", "DURATION_USEC"),
     meaning="No point was made. The points that were there are sound, and the next increment saves "
     "everything since the newest of them.",
-    cure="Mend what the reason names, then run again: 'systemctl start nbdbackup@NAME.service'. "
+    cure="Fix what the reason names, then run again: 'systemctl start nbdbackup@NAME.service'. "
     "'nbdbackupctl check {DOMAIN}' tells whether the next run will work. nbdbackupctl(1), EXIT "
     "STATUS, tells what each status stands for.",
 )
@@ -241,7 +241,7 @@ CHECKPOINT_LEFT: Final = Event(
     fields=("CHECKPOINT", "REASON"),
     meaning="It should have been redefined or removed, which did not work. Restore points are not "
     "concerned; the next run tries again.",
-    cure="If it comes again, see 'nbdbackupctl checkpoints {DOMAIN}', and mend what the reason "
+    cure="If it comes again, see 'nbdbackupctl checkpoints {DOMAIN}', and fix what the reason "
     "names.",
 )
 DEAD_RUN_SWEPT: Final = Event(
@@ -375,7 +375,7 @@ NOTIFY_FAILED: Final = Event(
     fields=("UNIT", "REASON"),
     meaning="A run has ended in a way that the section notification of the configuration wants "
     "told, and a mail or the command of the administrator failed.",
-    cure="Mend what the reason names, then try it: 'nbdbackupctl notify UNIT'.",
+    cure="Fix what the reason names, then try it: 'nbdbackupctl notify UNIT'.",
 )
 HOOK_TROUBLE: Final = Event(
     name="hook-trouble",
@@ -387,7 +387,7 @@ HOOK_TROUBLE: Final = Event(
     meaning="libvirt's hook could not do something about the start or the end of this domain: "
     "announce its start, start a unit, note a backup for later. It never holds a domain up. This "
     "record is the hook's own (hooks/qemu), so it has no other fields.",
-    cure="Mend what the reason names. Then 'systemctl start nbdbackup@NAME.service' saves what was "
+    cure="Fix what the reason names. Then 'systemctl start nbdbackup@NAME.service' saves what was "
     "missed, and 'nbdbackupctl checkpoints {DOMAIN}' shows whether checkpoints are in order.",
 )
 VERIFY_SOUND: Final = Event(
@@ -432,7 +432,7 @@ RESTORE_FAILED: Final = Event(
     fields=("REASON", "DURATION_USEC"),
     meaning="Images that were there before are as they were. What is not complete carries the "
     "suffix '.incomplete'.",
-    cure="Mend what the reason names and restore again. If data is damaged, 'nbdbackupctl verify' "
+    cure="Fix what the reason names and restore again. If data is damaged, 'nbdbackupctl verify' "
     "names all of it, and an older point may be sound.",
 )
 BOOT_TEST_FAILED: Final = Event(

@@ -26,7 +26,7 @@ def settings_of(domain: "Domain", context: Context) -> "DomainSettings | Finding
     except ConfigError as err:
         return Finding.fail(
             Area.CONFIGURATION, f"no run begins: {err.message}",
-            "mend the file; 'nbdbackupctl config check' shows all errors",
+            "fix the file; 'nbdbackupctl config check' shows all errors",
         )  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def _plan(domain: "Domain", settings: "DomainSettings", notes: Notes) -> Path | 
         planned = making.plan(domain, settings, app_context.now(), Level.AUTO)
     except NbdbackupError as err:
         if settings.commands_pre:
-            notes.warn(err.message, "a program before the run (commands.pre) has to mend that")
+            notes.warn(err.message, "a program before the run (commands.pre) has to fix that")
         else:
             notes.fail(err.message)
         return None
@@ -69,7 +69,7 @@ def _programs(settings: "DomainSettings", notes: Notes) -> None:
         for words in commands:
             if not os.access(words[0], os.X_OK):
                 found = False
-                add(f"{path}: {words[0]} is not there, or can't be executed", "mend or install it")
+                add(f"{path}: {words[0]} is not there, or can't be executed", "fix or install it")
     count = len(settings.commands_pre) + len(settings.commands_post)
     if found and count:
         notes.ok(f"the programs around a run are there: {count}")
@@ -90,7 +90,7 @@ def _telling(settings: "DomainSettings", notes: Notes) -> None:
     if command is not None and not os.access(command[0], os.X_OK):
         notes.warn(
             f"notification.command: {command[0]} is not there, or can't be executed",
-            "mend or install it",
+            "fix or install it",
         )
 
 

@@ -60,7 +60,7 @@ def _way_out(name: str, configuration: "Configuration") -> str:
         found = str(lookup.find(name, paths).choose())
     except (RepositoryError, FormatError):
         found = f"a set of the repository, such as {default / name / 'NAME'}"
-    return f"until that is mended, give the path of the set in place of {name}: {found}"
+    return f"until that is fixed, give the path of the set in place of {name}: {found}"
 
 
 def set_of(

@@ -179,7 +179,7 @@ def send_mail(text: Text, addresses: tuple[str, ...], moment: datetime) -> None:
     """Give a mail to the host's sendmail. Raises ConfigError, ProcessError."""
     for address in addresses:
         if address.startswith("-") or not address.isprintable():
-            raise ConfigError(f"not a mail address: {address!r}; mend notification.mail")
+            raise ConfigError(f"not a mail address: {address!r}; fix notification.mail")
     message = EmailMessage()
     message["Subject"] = text.subject
     message["To"] = ", ".join(addresses)

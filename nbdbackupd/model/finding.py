@@ -31,7 +31,7 @@ class Area(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at; ``advice`` says how to mend what is not right."""
+    """One thing that was looked at; ``advice`` says how to fix what is not right."""
 
     severity: Severity
     area: Area

@@ -99,7 +99,7 @@ def _of_age(facts: Facts, limits: Limits, now: datetime) -> list[tuple[Health, s
         if age > limit:
             return [(health, f"the newest point is {age_text(age)} old")]
     if age < -timedelta(days=1).total_seconds():
-        return [(Health.WARNING, "the newest point is from the future: mend a clock")]
+        return [(Health.WARNING, "the newest point is from the future: fix a clock")]
     return []
 
 

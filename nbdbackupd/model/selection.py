@@ -54,7 +54,7 @@ class ChosenDisk:
     """A disk that the point holds.
 
     ``why`` its changes can't be tracked; empty where the user knows. ``is_fault``: it can be
-    mended, as ``why`` says.
+    fixed, as ``why`` says.
     """
 
     target: str
@@ -182,7 +182,7 @@ def _chosen(disk: Disk, images: Mapping[str, ImageFacts], level: Level) -> Chose
 
 
 def why_whole(disk: Disk, facts: ImageFacts) -> tuple[str, bool]:
-    """Why changes of the disk can't be tracked, and whether that can be mended."""
+    """Why changes of the disk can't be tracked, and whether that can be fixed."""
     if disk.format == "raw":
         return "", False
     if disk.format != "qcow2":

@@ -66,7 +66,7 @@ def test_the_gravest_finding_counts() -> None:
     notes = Notes(Area.DISKS)
     assert worst(notes.done()) is Severity.OK
     notes.ok("a")
-    notes.fail("b", "mend it")
+    notes.fail("b", "fix it")
     notes.warn("c")
     assert worst(notes.done()) is Severity.FAIL
     assert [each.area for each in notes.done()] == [Area.DISKS] * 3

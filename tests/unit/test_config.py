@@ -67,7 +67,7 @@ schedule: {calendar: [daily, noon, daily]}
 ALL_PROBLEMS = """\
 domains.d/web.yaml:3: match.globs: unknown key (did you mean 'glob'?)
 domains.d/web.yaml:4: match.regex: not a regular expression: 'a(': missing ), unterminated \
-subpattern at position 1; mend it
+subpattern at position 1; fix it
 domains.d/web.yaml:6: limits.concurrent_runs: is for all domains; move it to nbdbackup.yaml
 nbdbackup.yaml:2: repository.path: not an absolute path: 'backup'; begin with '/'
 nbdbackup.yaml:3: compressions: unknown key (did you mean 'compression'?)
@@ -86,7 +86,7 @@ nbdbackup.yaml:18: limits.wait: has no value; give one (default: 0s) or remove t
 if ~ is the text, put it in quotes
 nbdbackup.yaml:20: threshold: a single value is wanted here, not a list
 nbdbackup.yaml:21: retention.daily: a single value is wanted here, not a list
-nbdbackup.yaml:23: commands.pre: not a command: "sync 'x": no closing quotation; mend the quotes
+nbdbackup.yaml:23: commands.pre: not a command: "sync 'x": no closing quotation; fix the quotes
 nbdbackup.yaml:24: commands.post: the tag !!binary is not allowed; remove it
 nbdbackup.yaml:25: commands.timeout: not a duration: '-3s' (examples: 30s, 10m, 2h, 1h30m, 7d)
 nbdbackup.yaml:26: schedule.calendar: 'daily' stands there twice; remove one
@@ -207,7 +207,7 @@ def test_contradictions(tmp_path: Path) -> None:
         "domains.d/a.yaml:2: disks.exclude: both included and excluded: vdb; remove it from one "
         "of the lists",
         "nbdbackup.yaml:2: repository.mount_point: the repository /b/x does not lie below /c; "
-        "mend one of them",
+        "fix one of them",
     ]
     (tmp_path / "domains.d/a.yaml").unlink()
     both = "libvirt:\n  password_credential: a\n  password_file: /a\n"

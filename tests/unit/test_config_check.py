@@ -121,10 +121,10 @@ def test_w5_domains_that_are_not_there(host: Host) -> None:
         "domains.d/a.yaml:5: match.name: libvirt knows no domain of the UUID "
         "'00000000-0000-4000-8000-000000000000'",
         "domains.d/b.yaml:2: match.glob: 'x*' fits no domain that libvirt knows",
-        "domains.d/b.yaml:3: disks.exclude: vdb is no disk of web 1; mend or remove it",
+        "domains.d/b.yaml:3: disks.exclude: vdb is no disk of web 1; fix or remove it",
         "domains.d/d.yaml:2: match.regex: 'x+' fits no domain that libvirt knows",
         "domains.d/e.yaml:2: match: all conditions together fit no domain that libvirt knows",
-        "domains.d/g.yaml:2: disks.include: vda is no disk of db; mend or remove it",
+        "domains.d/g.yaml:2: disks.include: vda is no disk of db; fix or remove it",
     ]
 
 

@@ -134,14 +134,14 @@ def contradictions(files: Sequence[ConfigFile]) -> list[Problem]:
         complain("disks.include", "disks.exclude", message)
     mount_point, path = get("repository.mount_point"), get("repository.path")
     if mount_point and not path.is_relative_to(mount_point):
-        message = f"the repository {path} does not lie below {mount_point}; mend one of them"
+        message = f"the repository {path} does not lie below {mount_point}; fix one of them"
         complain("repository.path", "repository.mount_point", message)
     if get("libvirt.password_file") and get("libvirt.password_credential"):
         message = "password_file and password_credential exclude one another; keep one of them"
         complain("libvirt.password_file", "libvirt.password_credential", message)
     if get("monitoring.warning_age") > get("monitoring.critical_age"):
         message = (
-            "warning_age is longer than critical_age, and would never be reached; mend one of them"
+            "warning_age is longer than critical_age, and would never be reached; fix one of them"
         )
         complain("monitoring.warning_age", "monitoring.critical_age", message)
     last = files[-1].values if files else {}

@@ -153,7 +153,7 @@ class Interpreter:
                     warnings.simplefilter("error")  # "possible nested set" means a slip
                     re.compile(text)
             except (re.error, OverflowError, RecursionError, FutureWarning) as err:
-                self._complain(line, path, f"not a regular expression: {text!r}: {err}; mend it")
+                self._complain(line, path, f"not a regular expression: {text!r}: {err}; fix it")
 
     def _texts(self, node: Node, path: str, *, silent: bool = False) -> list[tuple[str, int]]:
         """The texts of a list, each with its line; a single one counts as a list."""
@@ -229,7 +229,7 @@ class _Bad:
 
 
 def _guess(key: str, section: str, known: list[str]) -> str:
-    """``; how to mend it``: the nearest key of the section, else that of another one."""
+    """``; how to fix it``: the nearest key of the section, else that of another one."""
     plain = key.lower().replace("-", "_")
     near = get_close_matches(plain, known, 1, 0.7)
     if not near:

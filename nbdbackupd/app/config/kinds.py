@@ -36,7 +36,7 @@ class Kind:
     """What a value must be.
 
     ``name`` is the word for it in the manual. ``parse`` makes the value of a scalar's text, or
-    raises ValueError with what is wrong and how to mend it; ``render`` is its opposite. ``many``:
+    raises ValueError with what is wrong and how to fix it; ``render`` is its opposite. ``many``:
     the setting is a list of such values. ``words`` are all values that there are, if few.
     """
 
@@ -94,7 +94,7 @@ def _command(text: str) -> tuple[str, ...]:
     try:
         words = tuple(shlex.split(_text(text)))
     except ValueError as err:
-        raise ValueError(f"not a command: {text!r}: {str(err).lower()}; mend the quotes") from err
+        raise ValueError(f"not a command: {text!r}: {str(err).lower()}; fix the quotes") from err
     if not words or not words[0].startswith("/"):
         raise ValueError(f"not a command: {text!r}; begin with the program's absolute path")
     return words

@@ -59,9 +59,7 @@ def _of_places(file: ConfigFile) -> Iterator[Problem]:
         value = _value(file, path)
         for words in (value or ()) if path != COMMANDS[-1] else filter(None, [value]):
             if not Path(words[0]).is_file():
-                yield _problem(
-                    file, path, f"there is no program {words[0]}: mend it, or install it"
-                )
+                yield _problem(file, path, f"there is no program {words[0]}: fix it, or install it")
             elif not os.access(words[0], os.X_OK):
                 yield _problem(file, path, f"{words[0]} can't be executed: 'chmod +x {words[0]}'")
     for path in DIRECTORIES:
@@ -116,7 +114,7 @@ def _of_disks(file: ConfigFile, domains: Sequence[Known]) -> Iterator[Problem]:
         for target in _value(file, path) or ():
             if target not in there:
                 whose = domains[0].name if len(domains) == 1 else "any domain that this file is for"
-                yield _problem(file, path, f"{target} is no disk of {whose}; mend or remove it")
+                yield _problem(file, path, f"{target} is no disk of {whose}; fix or remove it")
 
 
 def _value(file: ConfigFile, path: str) -> Any:

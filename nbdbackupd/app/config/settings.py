@@ -256,7 +256,7 @@ def _prove_mounted(settings: DomainSettings) -> None:
     if mount_point is not None and not os.path.ismount(mount_point):
         raise RepositoryError(
             f"nothing is mounted on {mount_point}, which holds the repository "
-            f"{settings.repository_path}; mount it, or mend repository.mount_point "
+            f"{settings.repository_path}; mount it, or fix repository.mount_point "
             f"({settings.origins['repository.mount_point']})"
         )
     if marker is None:

@@ -211,6 +211,6 @@ def _kernel(mine: Source, found: FileSystem, at: Path, *, replay: bool) -> list[
 
 
 def _replay_ext(mine: Source, found: FileSystem) -> None:
-    # 1: something was mended, which is what it is for
+    # 1: something was fixed, which is what it is for
     argv = ["e2fsck", "-y", "-E", "journal_only", f"{mine.file}?offset={found.offset}"]
     proc.output(argv, timeout=REPLAY_SECONDS, ok=(0, 1))

@@ -156,7 +156,7 @@ def _nobody(name: str, repositories: Sequence[Path], homes: Sequence[Path]) -> s
         return f"{text}; did you mean {' or '.join(near)}?"
     if names and len(names) <= SHOWN:
         return f"{text}, which holds {', '.join(names)}"
-    return f"{text}; give the path of a set, or mend repository.path"
+    return f"{text}; give the path of a set, or fix repository.path"
 
 
 def _name(home: Path) -> str:
