@@ -22,7 +22,7 @@ def f(x):
     return "word", "two words", f"{x}", x["a key"]
 '''
     assert sorted(gen_messages.texts(source)) == [
-        "a key", "can't read {}: {}; mend it", "disk %s is odd", "two words"
+        "can't read {}: {}; mend it", "disk %s is odd", "two words"
     ]  # fmt: skip
 
 
