@@ -17,8 +17,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--iothreads",
         default="0",
-        help="how many iothreads the guests of system tests have; 'rule': half of the files have "
-        "some, 'other': the other half, so that both together are all",
+        help="how many iothreads the guests of system tests have; 'rule': some files' have some, "
+        "'other': the other half of those about the end of a job; see tests/lib/matrix.py",
     )
     parser.addoption(
         "--other-release",
