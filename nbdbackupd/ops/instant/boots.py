@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from nbdbackupd import log as runlog
 from nbdbackupd.errors import BusyError, NbdbackupError
 from nbdbackupd.ops.instant import boot, boot_record
 from nbdbackupd.ops.instant.boot_record import BootRecord, Phase, Places
@@ -68,7 +69,7 @@ def sweep(runtime_dir: Path, scratch_dir: Path, connection: Connection) -> tuple
         except NbdbackupError as err:
             log.warning("boot %s can't be ended: %s", record.name, err)
             continue
-        log.warning("boot %s was left behind, it was ended", record.name)
+        log.log(runlog.NOTICE, "boot %s was left behind, it was ended", record.name)
         ended.append(record.name)
     return tuple(ended)
 

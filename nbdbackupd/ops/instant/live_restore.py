@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nbdbackupd import durable
+from nbdbackupd import log as runlog
 from nbdbackupd.errors import BusyError, DomainError, NbdbackupError, RepositoryError
 from nbdbackupd.ops.instant import boot, boot_images, booting
 from nbdbackupd.ops.instant.boot_record import BootDisk, BootRecord, Phase, Places
@@ -130,7 +131,8 @@ class _Work:
         domain = transient.find(self._connection, record.uuid)
         if domain is None:
             # the overlays hold all: the guest was paused as long as a disk was on its copy
-            log.warning("domain %s is gone, it starts again from its overlays", record.name)
+            text = "domain %s is gone, it starts again from its overlays"
+            log.log(runlog.NOTICE, text, record.name)
             self._note(phase=Phase.RUNNING, held=False)
             transient.start(self._connection, record.xml)
             return
