@@ -216,13 +216,15 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
 def make_directory(path: Path, mode: int = 0o700) -> None:
     """Create a directory and its missing parents, durably; one that exists is left as it is.
 
+    Others may pass through the parents, not list them: what is private is the directory itself,
+    and QEMU has to get to its scratch files below the same parent.
     The mode holds whatever the umask is, but where file systems have none of their own: what
     lies in it is protected by itself.
     """
     if path.is_dir():
         return
     if path.parent != path:
-        make_directory(path.parent, mode)
+        make_directory(path.parent, mode | 0o111)
     with suppress(FileExistsError):
         path.mkdir(mode)
         if stat.S_IMODE(path.stat().st_mode) != mode:

@@ -279,3 +279,10 @@ def test_short_work_is_waited_for_and_told(tmp_path: Path) -> None:
     (text,) = told
     assert text.startswith("waiting for ")
     assert "checkpoints of vm1" in text
+
+
+def test_parents_of_a_private_directory_let_others_pass(tmp_path: Path) -> None:
+    """Else what is made first, the state, would keep QEMU from its scratch files beside it."""
+    durable.make_directory(tmp_path / "nbdbackup" / "state")
+    modes = [(tmp_path / each).stat().st_mode & 0o777 for each in ("nbdbackup", "nbdbackup/state")]
+    assert modes == [0o711, 0o700]
