@@ -21,6 +21,7 @@ from nbdbackupd.errors import (
     BusyError,
     DomainNotFoundError,
     ElsewhereError,
+    GaveWayError,
     Interrupted,
     NbdbackupError,
 )
@@ -140,6 +141,13 @@ def run(wish: Wish, context: Context, watch: Watch, record: RunRecord) -> RunRep
         try:
             report = _told(wish, context, watch)
         except BusyError as err:
+            if wish.shutdown and isinstance(err, GaveWayError):
+                # it runs again: its next end begins this anew, and so does its timer
+                report = RunReport(
+                    domain=wish.domain, uuid="", result="skipped", reason=err.message
+                )  # fmt: skip
+                record.done(report.exit_code, None, report.reason, "")
+                return report
             gap = next(gaps, None)
             if gap is None or time.monotonic() - begun > RETRY_WITHIN_SECONDS:
                 record.failed(err)
