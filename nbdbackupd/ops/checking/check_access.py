@@ -75,7 +75,7 @@ def paths(patient: Patient, notes: Notes) -> None:
     name = name_of(who.uid)
     _way("the scratch directory", request.scratch_dir, who, notes)
     # the last directory is given to QEMU's account when a job begins
-    _way("the directory of the NBD socket", patient.own_dir, who, notes)
+    _way("the directory of the NBD socket", patient.socket_dir.parent, who, notes)
     for directory in (request.scratch_dir, patient.own_dir):
         _writable(directory, notes)
     notes.ok(f"QEMU runs as {name}, in {len(who.groups)} group{'s' * (len(who.groups) != 1)}")

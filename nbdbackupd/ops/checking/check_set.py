@@ -86,7 +86,7 @@ def _load(repository: Repository) -> BackupSet | None:
     """The points, or None if the set is damaged: that is told of the target."""
     try:
         return repository.load()
-    except NbdbackupError:
+    except (NbdbackupError, OSError):
         return None
 
 
