@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
+from nbdbackupd import log as runlog
 from nbdbackupd.app import named, tables
 from nbdbackupd.app.arguments import Arguments, Parser, add_point, names
 from nbdbackupd.app.context import Context
@@ -63,10 +64,12 @@ def request(args: Arguments, context: Context) -> "MountRequest":
     )
 
 
-def warn(texts: Iterable[str]) -> None:
-    """Tell of what is not as it should be."""
-    for text in texts:
+def warn(warnings: Iterable[str], notes: Iterable[str] = ()) -> None:
+    """Tell of what is not as it should be, and of what a reader can't do."""
+    for text in warnings:
         log.warning("%s", text)
+    for text in notes:
+        log.log(runlog.NOTICE, "%s", text)
 
 
 def show_file_systems(found: Iterable["FileSystem"], context: Context) -> None:

@@ -56,7 +56,7 @@ def run(args: Arguments, context: Context) -> int:
         if args.action == "tar" and args.file:
             output = stack.enter_context(files_tar.output_file(args.file.absolute()))
         tree = stack.enter_context(mount.opened(request, cancelled=cancel.check))
-        tree_options.warn([*tree.warnings, *tree.notes])
+        tree_options.warn(tree.warnings, tree.notes)
         report = _act(args, tree, output, cancel)
         damaged = tree.check()
     for line in report.problems.skipped:

@@ -59,7 +59,7 @@ def run_mount(args: Arguments, context: Context) -> int:
         at = args.directory.absolute()
         with mount.opened(request, at=at, cancelled=cancel.check) as tree:
             if not args.detach:
-                tree_options.warn([*tree.warnings, *tree.notes])
+                tree_options.warn(tree.warnings, tree.notes)
             document = tree.to_json()
             if args.detach:
                 print(json.dumps(document), flush=True)
@@ -93,7 +93,7 @@ def _detach(context: Context) -> int:
         streams.complain(error["message"])
         code: int = error["exit_code"]
         return code
-    tree_options.warn([*document["warnings"], *document["notes"]])
+    tree_options.warn(document["warnings"], document["notes"])
     context.show(document, _render(document))
     return 3 if document["warnings"] else 0
 

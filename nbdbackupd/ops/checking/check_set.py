@@ -73,8 +73,7 @@ def _chains(patient: Patient) -> tuple[KnownChain, ...]:
     records = State(patient.request.state_dir).records(patient.domain.uuid)
     chains: tuple[KnownChain, ...] = ()
     if patient.request.directory is not None:
-        repository = Repository.open(patient.request.directory)
-        known = _load(repository)
+        repository, known = _load(patient.request.directory)
         if known is not None and known.head is not None:
             chains = reconciling.of_set(repository, known, records).chains
     seen = {chain.id for chain in chains}
@@ -82,19 +81,21 @@ def _chains(patient: Patient) -> tuple[KnownChain, ...]:
     return (*chains, *(chain for other in others for chain in other.chains))
 
 
-def _load(repository: Repository) -> BackupSet | None:
-    """The points, or None if the set is damaged: that is told of the target."""
+def _load(path: Path) -> tuple[Repository, BackupSet | None]:
+    """The set and its points, or None if it is damaged, or none: that is told of the target."""
+    repository = Repository(path)
     try:
-        return repository.load()
+        repository = Repository.open(path)
+        return repository, repository.load()
     except (NbdbackupError, OSError):
-        return None
+        return repository, None
 
 
 def head(patient: Patient) -> RestorePoint | None:
     """The newest point of the set that was named, if that can be read."""
     if patient.request.directory is None:
         return None
-    known = _load(Repository.open(patient.request.directory))
+    _, known = _load(patient.request.directory)
     return known.head if known is not None else None
 
 
