@@ -9,9 +9,6 @@ from nbdbackupd.app import sizes
 
 Arguments = argparse.Namespace
 
-LEAST_RATE = 64 << 10
-"""Bytes per second: slower than this a single block of a disk would take minutes."""
-
 
 class Parser(argparse.ArgumentParser):
     """A verb's parser; ``takes_any_order`` lets options stand between positional arguments.
@@ -56,7 +53,7 @@ def size(text: str) -> int:
 def rate(text: str) -> int:
     """An argument in bytes per second, 64 KiB or more, for argparse."""
     value = size(text)
-    if value < LEAST_RATE:
+    if value < sizes.LEAST_RATE:
         raise argparse.ArgumentTypeError(f"a rate of at least 64K is needed, not {text!r}")
     return value
 

@@ -7,6 +7,9 @@ from nbdbackupd.model.units import human_size
 
 __all__ = ["human_size", "human_time", "parse_duration", "parse_size"]
 
+LEAST_RATE: Final = 64 << 10
+"""Bytes per second: slower than this a single block of a disk would take minutes."""
+
 UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 MAX_SIZE: Final = float(1 << 63)
 PATTERN: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)

@@ -200,7 +200,7 @@ def test_what_happened_is_told(appliance: Appliance) -> None:
     entries = appliance.json("log", "vm5")["entries"]
     told = next(each for each in entries if each["event"] == "backup-committed")
     assert told["fields"]["point"] == point["id"]
-    state = next(d for d in appliance.json("status")["domains"] if d["domain"] == "vm5")
+    (state,) = appliance.json("status", "vm5")["domains"]
     assert (state["health"], state["point"], state["points"]) == ("ok", point["id"], 1)
     timers = host.run("nbdbackupctl", "timers")
     assert "vm5" in timers
