@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.timeout(900),  # a root file system may have to be made first
 ]
 
-SET = "/var/tmp/set"
+SET = "/srv/set"  # not in /var/tmp: units have one of their own
 SCRATCH = ("--scratch-dir", "/var/lib/nbdbackup/scratch")
 
 
@@ -175,4 +175,4 @@ def test_without_libvirt(host: Host) -> None:
              "libvirtd-admin.socket", "libvirtd.service")  # fmt: skip
     error = ctl(host, "boot", SET, code=20)
     assert "can't connect to qemu:///system" in error["error"]["message"]
-    assert Path(SET).name in str(host.run("ls", "/var/tmp"))
+    assert Path(SET).name in str(host.run("ls", "/srv"))

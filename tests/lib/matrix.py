@@ -1,11 +1,12 @@
 """Which system tests are run how often: {no iothreads, iothreads} x {this Debian, the other one}.
 
 All of that takes four times as long as once. By default every file is run once on the release
-that the tests run on, a few with iothreads; those whose subject is the end of a job, by whatever
-cause, are run with and without on this release, and once more on the other one.
+that the tests run on, a few with iothreads, and one of them once more on the other release: an
+hour on two processors has no room for more.
 
 The whole is to be had by options, on either release::
 
+    scripts/test -m ends --iothreads=other
     scripts/test --iothreads=0 tests/system
     scripts/test --iothreads=2 tests/system
     scripts/test --iothreads=0 --other-release=all tests/host/test_other_release.py
@@ -17,6 +18,8 @@ from typing import Final
 
 ENDS: Final = ("chain", "faults", "interrupt", "kill", "levels", "lifecycle", "running")
 """Files whose subject is how a job of a running domain ends."""
+OTHER_RELEASE: Final = ("chain",)
+"""Files that are run on the other release, too."""
 IOTHREADS: Final = 2
 NEVER: Final = "peer"
 """So begin the names of files whose guests have none, unless they say so themselves: the peer's

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SEEDS = os.environ.get("NBDBACKUP_MODEL_SEED", "1,2").split(",")
-STEPS = int(os.environ.get("NBDBACKUP_MODEL_STEPS", "120"))
+STEPS = int(os.environ.get("NBDBACKUP_MODEL_STEPS", "60"))
 LOG = os.environ.get("NBDBACKUP_MODEL_LOG", "")
 
 

@@ -498,3 +498,16 @@ def test_the_uri_of_another_host(tmp_path: Path) -> None:
                 "qemu:///session", "qemu+unix:///system?socket=/x"):  # fmt: skip
         main.write_text(f"libvirt:\n  uri: {uri}\n")
         ctl("check", "--config-dir", tmp_path)
+
+
+def test_a_repository_in_a_units_own_directory() -> None:
+    """What is saved there would be gone with the unit (PrivateTmp=)."""
+    mounts = (
+        "30 1 0:28 / / rw - ext4 /dev/x rw\n"
+        "99 30 0:28 /var/tmp/systemd-private-1-a.service-b/tmp /var/tmp rw - ext4 /dev/x rw\n"
+    )
+    for path in ("/var/tmp/backup", "/var/tmp"):
+        with pytest.raises(RepositoryError, match="lies in /var/tmp"):
+            settings.check_shared(Path(path), mounts)
+    settings.check_shared(Path("/var/tmpx"), mounts)
+    settings.check_shared(Path("/backup"), mounts)

@@ -245,10 +245,31 @@ def check_mounted(settings: DomainSettings) -> None:
     Raises RepositoryError if it is not, or can't be looked at; that is an event, too.
     """
     try:
+        check_shared(settings.repository_path, MOUNTS.read_text(errors="replace"))
         _prove_mounted(settings)
     except RepositoryError as err:
         events.emit(log, events.REPOSITORY_NOT_MOUNTED, reason=err)
         raise
+
+
+MOUNTS: Final = Path("/proc/self/mountinfo")
+PRIVATE: Final = "/systemd-private-"
+"""In the root of a mount that is a unit's own (PrivateTmp=)."""
+
+
+def check_shared(path: Path, mounts: str) -> None:
+    """Prove that what is written to a path stays there when the unit has ended.
+
+    ``mounts`` is the text of /proc/self/mountinfo, proc(5). Raises RepositoryError.
+    """
+    real = os.path.realpath(path)
+    for line in mounts.splitlines():
+        words = line.split()
+        if len(words) > 4 and PRIVATE in words[3] and f"{real}/".startswith(f"{words[4]}/"):
+            raise RepositoryError(
+                f"{path} lies in {words[4]}, of which this unit has one of its own that ends with "
+                f"it: choose another repository.path"
+            )
 
 
 def _prove_mounted(settings: DomainSettings) -> None:
