@@ -6,6 +6,7 @@ call which process has called it. Before the first call the times of the files t
 """
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,7 +22,8 @@ CALLED: Final = "called"
 RUNTIME: Final = Path("/run/nbdbackup")
 HOOKS: Final = "etc/libvirt/hooks"
 OURS: Final = "qemu.d/nbdbackup"
-MARGIN_SECONDS: Final = 1.0
+MARGIN_SECONDS: Final = 0.1
+"""More than the two clocks' ticks; a daemon takes longer until it looks for hooks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,10 +98,7 @@ def _known_at(hooks: Path, moment: float) -> bool:
 
 
 def _started(process: ProcessId) -> float:
-    """When a process began, in seconds since 1970."""
-    boot = next(
-        int(line.split()[1])
-        for line in Path("/proc/stat").read_text().splitlines()
-        if line.startswith("btime ")
-    )
+    """When a process began, in seconds since 1970, to a clock tick."""
+    # not btime of /proc/stat, which is of whole seconds
+    boot = time.clock_gettime(time.CLOCK_REALTIME) - time.clock_gettime(time.CLOCK_BOOTTIME)
     return boot + process.start / os.sysconf("SC_CLK_TCK")

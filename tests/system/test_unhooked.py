@@ -111,7 +111,7 @@ def test_a_hook_that_libvirt_has_not_read_yet(
     assert ctl.main(words[words.index("-c") :]) == WARNED
     assert "libvirt does not call our hook yet" in " ".join(capsys.readouterr().out.split())
     # a daemon that began after the file was there has found it, also before it has called it
-    time.sleep(hooked.MARGIN_SECONDS + 0.5)
+    time.sleep(hooked.MARGIN_SECONDS)
     lab.restart()
     assert look() == hooked.Hook()
     here.save()
