@@ -45,6 +45,8 @@ def host(
         # what systemd's package does when files of the directory change
         host.run("journalctl", "--update-catalog")
         host.run("systemctl", "daemon-reload")
+        # it looks for hooks when it starts; without ours a domain that is off has no increments
+        host.run("systemctl", "restart", "libvirtd")
         host.run("qemu-img", "create", "-q", "-f", "qcow2", IMAGE, "32M")
         write(host, 1, 12 * MIB)
         HostGuest(host, "vm1", {"vda": IMAGE})
@@ -122,8 +124,6 @@ def test_what_the_catalogue_and_the_verb_show(host: Host) -> None:
 
 def test_a_run_that_gives_way(host: Host) -> None:
     """The domain is started while its images are read: the run and the hook tell of it."""
-    # libvirt looks for hooks when it starts
-    host.run("systemctl", "restart", "libvirtd")
     write(host, 3, 12 * MIB)
     host.run("systemctl", "start", "--no-block", "nbdbackup@vm1.service")
     wait_until(
@@ -131,8 +131,13 @@ def test_a_run_that_gives_way(host: Host) -> None:
         "the reading", 30,
     )  # fmt: skip
     host.run("virsh", "start", "vm1")
-    ends(host, "nbdbackup@vm1.service")
+    # the run waits for minutes then, and tries again
+    wait_until(lambda: by_id(host, events.BACKUP_AGAIN) != [], "the wait", 30)
+    host.run("systemctl", "stop", "nbdbackup@vm1.service")
     host.run("virsh", "destroy", "vm1")
+    (again,) = by_id(host, events.BACKUP_AGAIN)
+    assert (again["PRIORITY"], again["NBDBACKUP_DOMAIN"]) == ("5", "vm1")
+    assert again["NBDBACKUP_AT"] in again["MESSAGE"]
     (gave_way,) = by_id(host, events.BACKUP_GAVE_WAY)
     assert (gave_way["PRIORITY"], gave_way["NBDBACKUP_DOMAIN"]) == ("5", "vm1")
     started = by_id(host, events.BACKUP_STARTED)
