@@ -285,6 +285,7 @@ def make_private_directory(path: Path, top: Path) -> None:
     Beside it lies what QEMU's account must get to.
     """
     make_directory(top.parent, 0o755)
+    make_directory(top)
     make_directory(path)
 
 
