@@ -172,12 +172,17 @@ def _also(first: Callable[[], None], second: Callable[[], None]) -> Callable[[],
     return both
 
 
-def _deaf(cancelled: Callable[[], None]) -> Callable[[], None]:
-    """``cancelled`` when nobody is served by giving way: the old disks are gone."""
+def _deaf(cancelled: Callable[[], None], placement: Placement | None) -> Callable[[], None]:
+    """``cancelled`` when nobody is served by giving way: the old disks are gone.
+
+    Who is asked to let go goes on; a guest that runs nevertheless ends it.
+    """
 
     def check() -> None:
         with contextlib.suppress(GaveWayError):
             cancelled()
+        if placement is not None:
+            placement.check(is_overwritten=True)
 
     return check
 
@@ -201,12 +206,12 @@ def _write(
                 resemble(each.incomplete, each.final)
     cancelled()
     if placement is not None:
-        placement.settle()
+        placement.settle(is_overwritten=False)
         placement.adopt()
     _set_aside(plan)
-    done += restore_work.write_all(rest, request, pace, progress, _deaf(cancelled))
+    done += restore_work.write_all(rest, request, pace, progress, _deaf(cancelled, placement))
     if placement is not None:
-        placement.settle()
+        placement.settle(is_overwritten=bool(rest))
     _name_all(plan, force=request.force)
     order = [job.target for job in plan.jobs]
     return tuple(sorted(done, key=lambda disk: order.index(disk.target)))

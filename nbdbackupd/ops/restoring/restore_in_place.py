@@ -12,6 +12,7 @@ from nbdbackupd.errors import (
     DomainNotFoundError,
     NbdbackupError,
     NotSupportedError,
+    SourceError,
 )
 from nbdbackupd.model import collapsed
 from nbdbackupd.model.chain import DiskPoint, RestorePoint
@@ -168,8 +169,10 @@ class InPlace(Placement):
             if stored.role == NVRAM_ROLE
         )
 
-    def check(self) -> None:
-        """Raise SourceError if the domain was started meanwhile."""
+    def check(self, *, is_overwritten: bool = False) -> None:
+        """Raise GaveWayError if the domain was started meanwhile, SourceError if too late."""
+        if self._trouble and is_overwritten and self._domain is not None:
+            raise _was_started(SourceError, self._domain)
         if self._trouble:
             raise self._trouble[0]
 
@@ -187,13 +190,10 @@ class InPlace(Placement):
         definition.redefine(self._connection, collapsed.without_layers(xml, layered))
         log.info("definition of %s: nothing below the images of %s", domain.name, layered)
 
-    def settle(self) -> None:
-        """Raise BusyError if the domain is being started at this moment."""
+    def settle(self, *, is_overwritten: bool) -> None:
+        """Raise BusyError if the domain is active now, SourceError if a disk is overwritten."""
         if self._domain is not None and self._domain.is_active():
-            raise BusyError(
-                f"domain {self._domain.name} was started: end it and restore once more",
-                domain=self._domain.name,
-            )
+            raise _was_started(SourceError if is_overwritten else BusyError, self._domain)
 
     def _find(self, point: RestorePoint) -> Domain:
         try:
@@ -316,3 +316,8 @@ def _usable(domain: Domain, target: str, looked: Looked, *, force: bool) -> Disk
             disk=target,
         )
     return disk
+
+
+def _was_started(kind: type[NbdbackupError], domain: Domain) -> NbdbackupError:
+    text = f"domain {domain.name} was started: end it and restore once more"
+    return kind(text, domain=domain.name)

@@ -98,14 +98,17 @@ class Placement(Protocol):
     def files(self, directory: Path, point: RestorePoint) -> tuple[FileCopy, ...]:
         """Files of the point, in the set's ``directory``, that are to go somewhere."""
 
-    def check(self) -> None:
-        """Raise if the restore must end; from any thread."""
+    def check(self, *, is_overwritten: bool = False) -> None:
+        """Raise if the restore must end; from any thread. ``is_overwritten``: as ``settle``."""
 
     def adopt(self) -> None:
         """Change what libvirt says of the disks, when all that can go wrong is behind us."""
 
-    def settle(self) -> None:
-        """Raise if what was restored must not replace what is there now."""
+    def settle(self, *, is_overwritten: bool) -> None:
+        """Raise if what was restored must not replace what is there now.
+
+        ``is_overwritten``: a device has lost what it held, so that it is too late to give way.
+        """
 
 
 def of_set(

@@ -97,13 +97,13 @@ class PoolPlacement(Placement):
         """A pool holds disks only."""
         return ()
 
-    def check(self) -> None:
+    def check(self, *, is_overwritten: bool = False) -> None:
         """Nothing but the user ends it."""
 
     def adopt(self) -> None:
         """Nothing: no domain stands on the volumes."""
 
-    def settle(self) -> None:
+    def settle(self, *, is_overwritten: bool) -> None:
         """New volumes replace nothing that is in use."""
 
     def _refresh(self) -> None:
