@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from nbdbackupd import documents, durable
+from nbdbackupd import log as runlog
 from nbdbackupd.errors import NbdbackupError
 from nbdbackupd.model.chain import Consistency
 from nbdbackupd.virt import instance
@@ -121,6 +122,9 @@ def _leave(domain: Domain, file: Path) -> str:
         if end is not _End.TAKEN:
             return ""
         text = "the domain, started paused for this run, was resumed by somebody: it goes on"
+        # the guest has what its owner wants, and the point is whole
+        LOG.log(runlog.NOTICE, "domain %s: %s", domain.name, text)
+        return text
     LOG.warning("domain %s: %s", domain.name, text)
     return text
 
