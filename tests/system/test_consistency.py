@@ -192,6 +192,9 @@ def test_a_hanging_agent(here: Scene, linux: AgentGuest) -> None:
     assert "not frozen" in " ".join(report["point"]["warnings"])
     linux.wait_ready()
     assert not linux.is_frozen()
-    # if nobody could tell whether the guest was frozen, this one thaws it before all else
-    assert save(here).point["consistency"] == "filesystem"
+    # G-2: not asked for a while, and that is said; who insists gets it, and any freeze is undone
+    (warning,) = here.ctl.backup(here.guest.name, here.set, code=WARNED)["point"]["warnings"]
+    assert "it is asked again from" in warning
+    saved = here.ctl.backup(here.guest.name, here.set, "--freeze", "require")
+    assert saved["point"]["consistency"] == "filesystem"
     here.ctl("verify", here.set)

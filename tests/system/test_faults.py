@@ -259,11 +259,14 @@ def test_a_guest_that_was_held_goes_on(
     held = lab.guest("held", [disk], GuestOptions(console_log=console))
     held.start()
     wait_until(lambda: len(bootsector.said(console)) > 40, "writes of the guest", 60)
+    held.virsh("suspend", "--domain", held.name)
     options = ("-o", tmp_path / "held", "--scratch-reserve", "8M", "--limit-rate", "64K")
     slow = ctl.rigged("SLOW8@nbdbackupd.source.scratch:free_bytes#3")
     with slow, ctl.start("backup", held.name, *options) as process:
         wait_for_job(held)
+        # nothing that it wrote before is written again without space
         fill(scratch)
+        held.virsh("resume", "--domain", held.name)
         _, stderr = process.communicate(timeout=100)
     assert process.returncode == 30, stderr
     assert "the guest was held by an error of vda meanwhile, and goes on" in one_line(stderr)

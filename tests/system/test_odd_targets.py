@@ -68,7 +68,7 @@ def test_a_set_with_another_name_in_the_list_is_there(here: Scene) -> None:
     """D-4, L-1: where case is folded, a chain's set is not taken for gone."""
     with mounted(here.directory / "below", here.directory / "at", "fold") as at:
         here.save("-l", "full", into=at / "Some Set")
-        (told,) = here.save("-l", "full").report["other_chains"]
+        (told,) = here.save("-l", "full").report["notes"]
         assert f"for set {at / 'Some Set'}; if no backup goes there any more" in told
 
 
