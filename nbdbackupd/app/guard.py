@@ -1,6 +1,6 @@
-"""``python -m nbdbackupd.app.guard NUMBER``: the guard of a run; see source/guard.py.
+"""``python -m nbdbackupd.app.guard LINE SHARE``: the guard of a run; see source/guard.py.
 
-NUMBER is the descriptor of its socket. Only ``source.guard`` starts this.
+The descriptors of its socket and of its share in a lock. Only ``source.guard`` starts this.
 """
 
 import os
@@ -25,11 +25,11 @@ def main() -> int:
     os.environ.setdefault("LIBVIRT_DEBUG", "error")
     with socket.socket(fileno=int(sys.argv[1])) as line:
         line.setblocking(True)
-        _stand(line)
+        _stand(line, int(sys.argv[2]))
     return 0
 
 
-def _stand(line: socket.socket) -> None:
+def _stand(line: socket.socket, share: int) -> None:
     import select
 
     waiting = select.poll()
@@ -40,7 +40,7 @@ def _stand(line: socket.socket) -> None:
     from nbdbackupd.source import guard, guarding
 
     log.to_journal(sys.stderr)
-    guarding.stand(guard.Post(line))
+    guarding.stand(guard.Post(line, share))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,10 @@ files (source/guarding.py): nothing of it waits for the next run.
 It also holds a duplicate of each connection to the job's NBD server where QEMU must not see it
 closed (source/kept_connections.py).
 
+A client in its handshake must be gone before the job is ended, or QEMU hangs. So each guard has a
+share in a lock on the run's directory, from before its run connects until no connection can be in
+that phase; whoever ends the job of a dead run waits for that (``wait_for_guards``).
+
 What the run sends is queued with the guard's socket: a descriptor is safe once it is sent, also
 if the guard has not even started to read. One that is killed is replaced, as long as the run lives.
 """
@@ -111,7 +115,7 @@ def turn(runtime_dir: Path) -> Iterator[None]:
     deadline = time.monotonic() + TURN_SECONDS
     with ExitStack() as stack:
         with suppress(FileNotFoundError):
-            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            descriptor = _open_directory(directory)
             stack.callback(os.close, descriptor)
             while not _lock(descriptor):
                 if time.monotonic() > deadline:
@@ -121,6 +125,29 @@ def turn(runtime_dir: Path) -> Iterator[None]:
                     )
                 time.sleep(TURN_POLL_SECONDS)
         yield
+
+
+def wait_for_guards(runtime_dir: Path) -> None:
+    """Wait until no connection of a dead run can be in its handshake. Raises BusyError."""
+    deadline = time.monotonic() + TURN_SECONDS
+    try:
+        descriptor = _open_directory(runtime_dir)
+    except FileNotFoundError:
+        return
+    try:
+        while not _lock(descriptor):
+            if time.monotonic() > deadline:
+                raise BusyError(
+                    f"{runtime_dir}: a connection of an earlier run to QEMU can't be closed, since "
+                    f"QEMU has not answered for {TURN_SECONDS:g} s: try later"
+                )
+            time.sleep(TURN_POLL_SECONDS)
+    finally:
+        os.close(descriptor)
+
+
+def _open_directory(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def _lock(descriptor: int) -> bool:
@@ -140,7 +167,7 @@ class Guard:
     def __init__(self, charge: Charge, *, is_holding: bool) -> None:
         """Start the process. ``is_holding``: connections are the server's to close.
 
-        Raises ProcessError.
+        Raises ProcessError, OSError if ``charge.runtime_dir`` is not there.
         """
         self.is_holding = is_holding
         self.is_thrifty = is_holding and len(charge.scratch) > MANY_DISKS
@@ -152,7 +179,13 @@ class Guard:
         self._idle: dict[object, list[object]] = {}
         self._notes: list[bytes] = []
         self._left = REPLACEMENTS
-        self._line, self._program = self._begin()
+        self._share = _open_directory(Path(charge.runtime_dir))
+        try:
+            fcntl.flock(self._share, fcntl.LOCK_SH)
+            self._line, self._program = self._begin()
+        except BaseException:
+            os.close(self._share)
+            raise
         self.is_settled = False
         """Nothing is left to do: to be set by the one who has done it."""
 
@@ -223,6 +256,7 @@ class Guard:
         self._line.close()
         self._idle.clear()
         self.kept.close()
+        os.close(self._share)
 
     def _advance(self, number: int, stage: Stage) -> None:
         with self._lock:
@@ -241,8 +275,9 @@ class Guard:
         line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             number = theirs.fileno()
-            argv = [sys.executable, "-P", "-m", MODULE, str(number)]
-            program = proc.detach(argv, pass_fds=[number], env={"PYTHONPATH": os.fspath(ROOT)})
+            passed = [number, self._share]
+            argv = [sys.executable, "-P", "-m", MODULE, *map(str, passed)]
+            program = proc.detach(argv, pass_fds=passed, env={"PYTHONPATH": os.fspath(ROOT)})
         line.settimeout(SEND_SECONDS)
         with suppress(OSError):  # one that has died already is replaced
             line.send(self._charge.pack())
@@ -315,8 +350,9 @@ def guarded(charge: Charge, *, is_holding: bool) -> Iterator[Guard]:
 class Post:
     """The guard's side of the line: what the run has said so far."""
 
-    def __init__(self, line: socket.socket) -> None:
+    def __init__(self, line: socket.socket, share: int) -> None:
         self._line = line
+        self._share = share
         self.charge: Charge | None = None
         self.kept = KeptConnections()
         self.words: set[bytes] = set()
@@ -341,6 +377,18 @@ class Post:
             if not data:
                 return
             self._note(data)
+
+    def settle(self) -> bool:
+        """Once the run is dead: see that no connection is in its handshake, and say so.
+
+        False if QEMU has not answered in time: to be called again.
+        """
+        if self._share >= 0:
+            if not self.kept.settle():
+                return False
+            os.close(self._share)
+            self._share = -1
+        return True
 
     def _note(self, data: bytes) -> None:
         word, *rest = data.split(b" ")

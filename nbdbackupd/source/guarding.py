@@ -10,6 +10,7 @@ to another run is not touched: a job is told by its scratch files, a held guest 
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from nbdbackupd.virt.connection import open_connection
 from nbdbackupd.virt.domain import Domain
 
 LOG = logging.getLogger(__name__)
+DISCARD_SECONDS: Final = 0.2
 PAUSE_SECONDS: Final = 0.2
 LONGEST_PAUSE_SECONDS: Final = 15.0
 BEGINNING_SECONDS: Final = 40.0
@@ -55,9 +57,32 @@ class Watch:
 
     def finish(self) -> None:
         """Work until nothing is left to do, or nothing more can be done."""
+        with self._discarding():
+            self._finish()
+
+    @contextmanager
+    def _discarding(self) -> Iterator[None]:
+        """Keep reading what QEMU sends, which may be what libvirt waits for."""
+        stop = threading.Event()
+
+        def read() -> None:
+            while not stop.is_set():
+                self._post.kept.discard(DISCARD_SECONDS)
+
+        thread = threading.Thread(target=read, name="discard", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _finish(self) -> None:
         self._begun = time.monotonic()
         while True:
-            is_done = self._try() if self._charge.is_reachable else True
+            # first, also for others who want to end the job
+            is_settled = self._post.settle()
+            is_done = self._try(is_settled=is_settled) if self._charge.is_reachable else True
             self._is_job_gone = self._is_job_gone or self._post.kept.has_ended()
             is_done = is_done or (self._is_job_gone and self._is_thawed)
             is_closed = self._post.kept.wait_closed()
@@ -78,13 +103,17 @@ class Watch:
             self._tell(str(err))
         return False
 
-    def _try(self) -> bool:
-        """One attempt at all that is left at libvirt; whether it is done."""
+    def _try(self, *, is_settled: bool) -> bool:
+        """One attempt at all that is left at libvirt; whether it is done.
+
+        The job is not ended before its connections are settled.
+        """
         try:
             with self._domain() as domain, turn(Path(self._charge.runtime_dir)):
                 # first: a guest that is frozen hangs, and this is quick
                 self._is_thawed = self._is_thawed or self._thaw(domain)
-                self._is_job_gone = self._is_job_gone or self._end_job(domain)
+                if is_settled and not self._is_job_gone:
+                    self._is_job_gone = self._end_job(domain)
         except DomainNotFoundError:
             return True
         except Exception as err:  # noqa: BLE001 - the end of a guard may be that of the guest
@@ -114,8 +143,6 @@ class Watch:
         backup = job.backup if job is not None else None
         own = set(self._charge.scratch)
         if job is not None and backup is not None and own & set(backup.scratch.values()):
-            if not self._post.kept.settle():
-                return False
             jobs.abort(domain)
             events.emit(LOG, events.DEAD_RUN_SWEPT, reason=job)
         elif BEGUN not in self._post.words:

@@ -5,7 +5,8 @@ disk is served by an iothread (10.0 survives). The other way round, ``nbd-server
 libvirt ends its job, waits in QEMU's main loop for clients that are in their handshake, and that
 loop no longer serves them: QEMU and its guest hang for good. So before a job is ended each
 connection must be closed, by the server, or in the transmission phase; and of a domain with
-iothreads, one in the transmission phase is the server's to close.
+iothreads, one in the transmission phase is the server's to close. Meanwhile somebody must read it:
+QEMU can't drain its disks, as it does to pause a guest, while an answer waits to be sent.
 """
 
 import os
@@ -48,6 +49,7 @@ class KeptConnections:
     def __init__(self) -> None:
         self.stages: list[Stage] = []
         self.all: list[socket.socket] = []
+        self._ended: set[int] = set()
 
     def add(self, descriptor: int) -> int:
         """Own a descriptor; returns the connection's number."""
@@ -73,8 +75,10 @@ class KeptConnections:
         while Stage.GOING in self.stages and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         for number, stage in enumerate(self.stages):
-            if stage is Stage.GOING and self._is_open(number) and not _settle(self.all[number]):
-                return False
+            if stage is Stage.GOING and self._is_open(number):
+                if not _settle(self.all[number]):
+                    return False
+                self.stages[number] = Stage.READY
         shut = [self.all[number] for number, stage in enumerate(self.stages)
                 if stage is Stage.CONNECTED and self._is_open(number)]  # fmt: skip
         for each in shut:
@@ -91,6 +95,27 @@ class KeptConnections:
             for number, each in enumerate(self.all)
             if self._is_open(number)
         )
+
+    def discard(self, seconds: float) -> None:
+        """Read what the server sends in the transmission phase, or wait for it that long.
+
+        Only if nobody else reads it any more.
+        """
+        poller = select.poll()
+        numbers = {}
+        for number, stage in enumerate(self.stages):
+            if stage is Stage.READY and number not in self._ended and self._is_open(number):
+                numbers[self.all[number].fileno()] = number
+                poller.register(self.all[number], select.POLLIN)
+        for descriptor, _ in poller.poll(seconds * 1000):
+            number = numbers[descriptor]
+            try:
+                if not self.all[number].recv(CHUNK, socket.MSG_DONTWAIT):
+                    self._ended.add(number)
+            except BlockingIOError:
+                continue
+            except OSError:
+                self._ended.add(number)
 
     def has_ended(self) -> bool:
         """Tell whether the server has closed a connection that it used: its job is over."""

@@ -30,10 +30,9 @@ def sweep(domain: Domain, runtime_dir: Path, scratch_dir: Path) -> Swept:
     """End our own orphaned job and remove its files; other people's jobs are left alone.
 
     The caller holds the domain's lock: otherwise the job may be that of a run that lives. The dead
-    run's guard is waited for, if it is at it. Raises DomainError if the job can't be ended or the
-    guest can't be released. A domain that a
-    killed run has started paused is not ended here (source/paused_start.py): it may be the
-    caller's own by now.
+    run's guard is waited for. A domain that a killed run has started paused is not ended here
+    (source/paused_start.py): it may be the caller's own by now. Raises BusyError if the guard takes
+    too long, DomainError if the job can't be ended or the guest can't be released.
     """
     with guard.turn(runtime_dir):
         return _sweep(domain, runtime_dir, scratch_dir)
@@ -48,6 +47,7 @@ def _sweep(domain: Domain, runtime_dir: Path, scratch_dir: Path) -> Swept:
         # an earlier run may have had another scratch directory
         named = job.backup.scratch.values() if job.backup is not None else ()
         files |= {Path(name) for name in named if scratch.is_ours(Path(name), domain.uuid)}
+        guard.wait_for_guards(runtime_dir)
         jobs.abort(domain)
     files.add(runtime_dir / running.SOCKET_NAME)
     return Swept(

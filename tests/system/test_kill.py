@@ -35,6 +35,10 @@ BEFORE_COMMIT = [
     "KILL@os:rename#1",
     "KILL+@os:rename#5",
     f"KILL@os:rename#{FILES + 1}",
+    # with a connection in its handshake: who ends the job then hangs QEMU
+    "KILL+@nbdbackupd.source.guard:Guard.keep#1",
+    "KILL+@nbdbackupd.source.guard:Guard.going#2",
+    "KILL@nbdbackupd.source.guard:Guard.ready#1",
 ]
 AFTER_COMMIT = [
     f"KILL+@os:rename#{FILES + 1}",
