@@ -88,7 +88,7 @@ def test_forty_increments(tmp_path: Path) -> None:
         assert modes == {"delta"}
         kinds = [point["consistency"] for point in points]
         assert kinds.count("offline") > INCREMENTS // 2
-        assert kinds.count("crash") > INCREMENTS // 4
+        assert kinds.count("filesystem") > INCREMENTS // 4
         # the chain has but one bitmap in each image, however long it is
         assert all(world.bitmaps(disk) == {target.head} for disk in world.sizes)
         model_checks.prove_all(world)
