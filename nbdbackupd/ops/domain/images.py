@@ -153,7 +153,8 @@ def prove(domain: Domain, sharing: Sharing) -> Standing:
         raise _elsewhere(domain, found.holder)
     if domain.ending() is Ending.MIGRATED and not found.is_closed:
         raise ElsewhereError(
-            f"domain {domain.name} was migrated away: back it up on the host where it is now",
+            f"domain {domain.name} was migrated away: back it up on the host where it is now, or "
+            f"start it here once, if no host has it any more",
             domain=domain.name,
         )
     for disk in domain.definition().disks:
