@@ -2,16 +2,24 @@
 
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nbdbackupd import durable
+from nbdbackupd.app.verbs import restore
 from nbdbackupd.errors import RepositoryError
 from nbdbackupd.model import hostpaths, unitname
-from nbdbackupd.model.chain import ImageLayer
+from nbdbackupd.model.chain import ImageLayer, Level
+from nbdbackupd.model.domain import Disk, Domain
 from nbdbackupd.model.plan import BaseDisk, DiskState, why_full
+from nbdbackupd.model.selection import ImageFacts, select_disks, why_whole
+from nbdbackupd.ops.domain.survey import Looked
+from nbdbackupd.ops.restoring.restore_request import RestoreReport
+from nbdbackupd.ops.saving import backup
 from nbdbackupd.ops.sets import catalog
+from nbdbackupd.qemu.image import ImageInfo
 from tests.lib.pages import TOP
 
 
@@ -75,3 +83,50 @@ def test_a_plugin_that_may_not_look_says_unknown(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (3, "")
     assert done.stdout.startswith("NBDBACKUP UNKNOWN - ")
     assert "run as root" in done.stdout
+
+
+def test_a_disk_that_is_read_whole_says_why() -> None:
+    """Read-only, with a raw data file, of no bytes; what converting cures is a fault of its own."""
+    qcow2 = Disk(target="vda", format="qcow2", source="/i/a")
+    for disk, facts, words in (
+        (replace(qcow2, readonly=True), ImageFacts(format="qcow2"), "read-only"),
+        (qcow2, ImageFacts(format="qcow2", has_raw_data=True), "in a raw file"),
+        (qcow2, ImageFacts(format="qcow2", size=0), "no bytes"),
+    ):
+        why, is_fault = why_whole(disk, facts)
+        assert words in why
+        assert not is_fault
+    why, is_fault = why_whole(replace(qcow2, format="vmdk"), ImageFacts(format="vmdk"))
+    assert is_fault
+    assert "convert it to qcow2" in why
+
+
+def test_a_directory_that_is_shown_as_a_disk_is_not_to_be_converted() -> None:
+    domain = Domain(name="vm1", uuid="u", disks=(
+        Disk(target="vda", type="dir", format="fat", source="/srv/files"),
+        Disk(target="vdb", format="qcow2", source="/i/b"),
+    ))  # fmt: skip
+    (left,) = select_disks(domain, {}, level=Level.FULL).skipped
+    assert left.target == "vda"
+    assert "save the directory itself" in left.reason
+    assert "convert" not in left.reason
+
+
+def test_a_restore_without_a_point_names_none() -> None:
+    """A file of another program's set: its name is in no set's list."""
+    report = RestoreReport(
+        point="", domain="vm1", created="2026-11-30T12:00:00Z", disks=(), config=None, files=(),
+        warnings=(), seconds=1.0,
+    )  # fmt: skip
+    assert "point" not in restore.render(report)
+    assert "(point p1)" in restore.render(replace(report, point="p1"))
+
+
+def test_what_is_encrypted_here_is_told_not_to_be_in_the_set() -> None:
+    chain = (ImageInfo(filename="/i/a", format="qcow2", virtual_size=1, encrypted=True),)
+    looked = Looked(
+        definition=Domain(name="vm1", uuid="u"), is_active=True, infos={}, states={},
+        chains={"vda": chain, "vdb": (replace(chain[0], encrypted=False),)},
+    )  # fmt: skip
+    assert looked.encrypted == ("vda",)
+    assert "vda is encrypted, its data in the set is not" in backup.ENCRYPTED.format(disk="vda")
