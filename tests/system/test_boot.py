@@ -86,6 +86,9 @@ def clean(production: Scene) -> Iterator[None]:
     """Whatever a test does, nothing stays, and the original runs on."""
     yield
     lab = production.lab
+    for name in boots(production):
+        # of a test that has failed; those that ended by themselves go with their domain
+        production.ctl("boot", "--stop", name, code=None)
     for name in lab.virsh("list", "--name").split():
         if name != "vm1":
             lab.virsh("destroy", name)

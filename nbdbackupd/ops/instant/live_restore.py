@@ -110,6 +110,7 @@ class _Work:
         self._connection = connection
         self._cancelled = cancelled
         self._begun = time.monotonic()
+        self._taken_over: set[str] = set()
 
     def _note(self, **changes: Any) -> None:
         self._record = replace(self._record, **changes)
@@ -146,7 +147,7 @@ class _Work:
         if self._record.phase is not Phase.PIVOTED:
             domain = self._domain()
             self._copy(domain, bandwidth)
-            self._wait(domain, progress)
+            self._wait(domain, progress, bandwidth)
             self._pivot(domain)
         return self._finish()
 
@@ -174,14 +175,18 @@ class _Work:
             if found is None:
                 raise DomainError(f"disk {disk.target} was taken from {domain.name} meanwhile")
             if disk.final in (found.path, found.mirror):
+                self._taken_over.add(disk.target)
                 continue
             if found.mirror:
                 raise BusyError(f"disk {disk.target} of {domain.name} is copied by somebody else")
             _empty(disk)
             blockcopy.begin(domain, disk.target, disk.final, disk.format, bandwidth=bandwidth)
 
-    def _wait(self, domain: Domain, progress: Progress) -> None:
-        """Wait until all copies are synchronous."""
+    def _wait(self, domain: Domain, progress: Progress, bandwidth: int) -> None:
+        """Wait until all copies are synchronous.
+
+        One that was begun before a cut may yet fail by what it read then: it is begun once more.
+        """
         left = {disk.target: disk for disk in self._record.disks}
         while True:
             self._cancelled()
@@ -193,6 +198,9 @@ class _Work:
                 if found is not None and (found.is_ready or found.path == disk.final):
                     progress(target, disk.size, disk.size)
                     del left[target]
+                elif found is not None and not found.mirror and target in self._taken_over:
+                    self._taken_over.remove(target)
+                    self._copy(domain, bandwidth)
                 elif found is None or found.mirror != disk.final:
                     raise DomainError(
                         f"the copy of disk {target} to {disk.final} has failed; the guest runs on: "
