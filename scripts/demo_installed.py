@@ -66,6 +66,7 @@ class Demo(Show):
         checkpoints = UNIT.replace("nbdbackup@", "nbdbackup-checkpoints@")
         for words in (
             ("systemctl", "stop", f"{offline}.service", f"{checkpoints}.service"),
+            ("systemctl", "stop", "nbdbackup-notify@*@nbdbackup?x2ddemo.*"),
             ("virsh", "undefine", "--checkpoints-metadata", NAME),
         ):
             subprocess.run(words, check=False, **quiet)  # type: ignore[call-overload]
@@ -74,8 +75,10 @@ class Demo(Show):
         SETTINGS.unlink(missing_ok=True)
         for directory in (WORK, STATE / "state" / UUID, RUNTIME / UUID):
             shutil.rmtree(directory, ignore_errors=True)
-        for file in RUNTIME.glob(f"*/{NAME}.*"):
-            file.unlink()
+        # how its runs ended, whom to tell of them; what is kept of its XML
+        for directory in (STATE / "state", RUNTIME):
+            for file in directory.glob(f"*/{NAME}.*"):
+                file.unlink(missing_ok=True)
         subprocess.run(("systemctl", "daemon-reload"), check=False, **quiet)  # type: ignore[call-overload]
 
     # -- the story
