@@ -19,6 +19,8 @@ RUN_SECONDS = 60.0
 DATA_MIB = 32
 NEWER = "9.0"
 PUNCTUAL = "[Timer]\nAccuracySec=100ms\n"  # a minute, else
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
+OWN_PROC = "[Service]\nProtectControlGroups=no\nProtectKernelTunables=no\n"
 
 
 def service(name: str, kind: str = "nbdbackup") -> str:
@@ -45,6 +47,13 @@ class Appliance:
         # as the package says: it had no hooks when it started
         host.run("systemctl", "restart", "libvirtd")
         host.write("/etc/systemd/system/nbdbackup@.timer.d/lab.conf", PUNCTUAL)
+        # systemd 252 hides what a container has for its own from such units: they would see the id
+        # of the machine below, and so the same one at each boot
+        if host.unit("cat", BOOT_ID, properties=["ProtectKernelTunables=yes"]) != host.run(
+            "cat", BOOT_ID
+        ):
+            for kind in ("@", "-offline@", "-notify@", "-pending"):
+                host.write(f"/etc/systemd/system/nbdbackup{kind}.service.d/lab.conf", OWN_PROC)
         host.run("systemctl", "daemon-reload")
 
     def install(self, packages: Iterable[Path]) -> str:
