@@ -6,6 +6,7 @@ import signal
 from collections.abc import Generator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,6 +31,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     # under nohup SIGHUP is ignored, and so it would be by all that the tests start
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    # how long an example takes says how busy the machine is, and nothing of what is tested
+    quiet = [HealthCheck.too_slow]
+    settings.register_profile("suite", deadline=None, suppress_health_check=quiet)
+    settings.load_profile("suite")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -37,7 +37,7 @@ def test_names_are_escaped_as_systemd_does(name: str) -> None:
     assert unitname.domain_of(unitname.unit("nbdbackup-offline", name, "service")) == name
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.text(st.characters(exclude_characters="\0"), min_size=1), min_size=1))
 def test_any_name(names: list[str]) -> None:
     names = [name.encode(errors="replace").decode() for name in names]
