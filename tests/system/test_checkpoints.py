@@ -797,6 +797,7 @@ for name in sys.stdin.read().split():
 """
 
 
+@pytest.mark.timeout(300)
 def test_a_thousand_checkpoints(here: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """libvirt is asked once for all of them, and for each that something is done about."""
     name, tag = base(here), naming.tag_of(base(here))
