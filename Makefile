@@ -49,7 +49,7 @@ install-appliance:
 	    $(DESTDIR)$(UNITDIR)/libvirt-guests.service.d/
 	ln -sf ../nbdbackup-pending.service ../nbdbackup-timers.path \
 	    $(DESTDIR)$(UNITDIR)/multi-user.target.wants/
-	$(INSTALL_PROGRAM) hooks/catch-up packaging/common/after-install \
+	$(INSTALL_PROGRAM) hooks/catch-up hooks/load-hook packaging/common/after-install \
 	    packaging/common/before-remove $(DESTDIR)$(LIBDIR)/
 	$(INSTALL_PROGRAM) hooks/qemu $(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d/nbdbackup
 	$(INSTALL_DATA) etc/nbdbackup/nbdbackup.yaml etc/nbdbackup/hook.conf \

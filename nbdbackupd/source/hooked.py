@@ -61,7 +61,7 @@ def look(connection: Connection, runtime_dir: Path) -> Hook:
         return Hook()
     return Hook(
         why=f"{name} (process {pid}) has not looked for hooks since ours was installed: "
-        f"'systemctl restart {name}', guests run on",
+        f"'systemctl start nbdbackup-load-hook' restarts it, guests run on",
         is_installed=True,
     )
 

@@ -45,7 +45,7 @@ class Appliance:
         host.apt("update")
         self.install(packages)
         # as the package says: it had no hooks when it started
-        host.run("systemctl", "restart", "libvirtd")
+        host.run("systemctl", "start", "nbdbackup-load-hook")
         host.write("/etc/systemd/system/nbdbackup@.timer.d/lab.conf", PUNCTUAL)
         # systemd 252 hides what a container has for its own from such units: they would see the id
         # of the machine below, and so the same one at each boot

@@ -96,14 +96,16 @@ def test_a_hook_that_libvirt_has_not_read_yet(
     install(here, lab)
     found = look()
     assert found.is_installed
-    assert "'systemctl restart libvirtd'" in found.why
+    assert "'systemctl start nbdbackup-load-hook'" in found.why
     before = here.bitmaps_off("vda")
     references = here.references()
     words = here.ctl.argv("backup", "off", "-o", here.set, "--json")
     assert ctl.main(words[words.index("-c") :]) == WARNED
     report = json.loads(capsys.readouterr().out)
     assert report["point"]["level"] == "diff"
-    assert any("'systemctl restart libvirtd'" in each for each in report["point"]["warnings"])
+    assert any(
+        "'systemctl start nbdbackup-load-hook'" in each for each in report["point"]["warnings"]
+    )
     assert here.bitmaps_off("vda") == before
     (image,) = here.ctl.restore(here.set, here.directory / "out").values()
     assert_same(image, "qcow2", references["vda"])
