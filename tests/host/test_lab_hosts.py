@@ -53,6 +53,8 @@ systemctl stop labtrial.service
 Type=oneshot
 SuccessExitStatus=SIGTERM 143
 ExecStart=/usr/bin/labtrial
+# its removal may end a run
+SuccessExitStatus=143 SIGTERM
 """,
     "usr/lib/systemd/system/labtrial.timer": """[Timer]
 OnCalendar=*:*:*
