@@ -285,7 +285,7 @@ def test_packages_change_in_the_middle(
     protected.note(point)
     assert appliance.failed() == []
 
-    appliance.begin(protected)
+    appliance.begin(protected, 24)  # longer than apt takes until it stops the run
     host.apt("remove", "nbdbackupd", "nbdbackup-restore")
     assert host.call("which", "nbdbackupctl").returncode == 1
     assert host.call("pgrep", "-f", "nbdbackupctl run").returncode == 1
@@ -295,7 +295,7 @@ def test_packages_change_in_the_middle(
     assert appliance.levels("vm7") == ["full", "inc"]
     point = appliance.save("vm7")
     assert point["level"] == "inc"
-    assert data(point) == 8 * MIB
+    assert data(point) == 24 * MIB
     protected.note(point)
     protected.prove()
     protected.guest.virsh("destroy", "vm7")

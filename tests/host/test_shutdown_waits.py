@@ -56,9 +56,9 @@ def test_the_shutdown_waits_for_a_run_but_not_for_good(appliance: Appliance) -> 
     appliance.configure("vm20", limits__bandwidth="1M")
 
     begin_off(appliance, protected, 8)
-    (line,) = delays(appliance)
+    # libvirtd lets go of its own a moment after the last guest's end
+    (line,) = [each for each in delays(appliance) if each.startswith("nbdbackup ")]
     assert "backup of vm20" in line
-    assert line.startswith("nbdbackup ")
     begun = time.monotonic()
     host.poweroff()
     assert time.monotonic() - begun < BOUND_SECONDS + 10
