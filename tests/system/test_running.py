@@ -1,6 +1,7 @@
 """A running domain as a source, against a real libvirtd and a real QEMU."""
 
 import contextlib
+import fcntl
 import tempfile
 import threading
 import time
@@ -24,9 +25,9 @@ from nbdbackupd.errors import (
     SourceError,
 )
 from nbdbackupd.model.chain import Consistency
-from nbdbackupd.source import Snapshot, scratch
+from nbdbackupd.source import Snapshot, guard, scratch
 from nbdbackupd.source.quiesce import FreezePolicy
-from nbdbackupd.source.running import RunningDisk, RunningRequest, open_running
+from nbdbackupd.source.running import RunningDisk, RunningRequest, marker, open_running
 from nbdbackupd.source.sweep import sweep
 from nbdbackupd.virt import checkpoints, jobs
 from nbdbackupd.virt.connection import Connection, open_connection
@@ -105,7 +106,7 @@ def request_(lab: DaemonLab, domain: Domain, trouble: list[NbdbackupError]) -> R
             RunningDisk(target="vdc", tracked=False),
         ),
         run_id="r1",
-        runtime_dir=lab.directory / "run" / domain.uuid,
+        runtime_dir=lab.directory / "run" / f"libvirt-{domain.uuid}",
         scratch_dir=lab.directory / "scratch",
         scratch_reserve=MIB,
         on_trouble=trouble.append,
@@ -320,7 +321,23 @@ def test_busy_domain_is_refused_at_once(request_: RunningRequest) -> None:
     assert_clean(request_)
 
 
-def test_sweep_ends_a_dead_runs_job(lab: DaemonLab, request_: RunningRequest) -> None:
+def test_sweep_ends_no_job_of_a_run_that_lives(
+    request_: RunningRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G-1: a connection of it may be in its handshake, and QEMU would hang."""
+    monkeypatch.setattr(guard, "TURN_SECONDS", 0.3)
+    with open_running(request_):
+        with pytest.raises(BusyError, match="connection of an earlier run to QEMU"):
+            sweep(request_.domain, request_.runtime_dir, request_.scratch_dir)
+        assert jobs.active_job(request_.domain) is not None
+    assert_clean(request_)
+
+
+def test_sweep_ends_a_dead_runs_job(
+    lab: DaemonLab, request_: RunningRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what nobody has who is dead
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     with open_connection(lab.uri) as second:
         dead = replace(request_, domain=Domain.find(second, request_.domain.uuid), run_id="r0")
         manager = open_running(dead)
@@ -428,7 +445,9 @@ def test_sweep_resumes_a_guest_that_a_killed_run_paused(
     guest: Guest, request_: RunningRequest
 ) -> None:
     request_.runtime_dir.mkdir(parents=True)
-    (request_.runtime_dir / "guest-held").write_text("paused")
+    held = marker(request_.runtime_dir)
+    held.parent.mkdir(parents=True)
+    held.write_text("paused")
     guest.virsh("suspend", "--domain", guest.name)
     assert "resumed" in sweep(request_.domain, request_.runtime_dir, request_.scratch_dir).guest
     assert not guest.is_paused()
