@@ -3,9 +3,12 @@
 import argparse
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nbdbackupd.app import sizes
+
+if TYPE_CHECKING:
+    from nbdbackupd.model.choice import Choice
 
 Arguments = argparse.Namespace
 
@@ -123,6 +126,14 @@ def add_point(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGro
         "'2026-01-31 23:59')",
     )  # fmt: skip
     return which
+
+
+def chosen(args: Arguments) -> "Choice":
+    """What the options of ``add_point`` say, or ``--point`` alone where a verb has no other."""
+    from nbdbackupd.model.choice import Choice
+
+    until, at = getattr(args, "until", None), getattr(args, "at", None)
+    return Choice(point=args.point or "", until=until or "", at=at)
 
 
 def add_checkpoint_dir(group: argparse._ActionsContainer) -> None:

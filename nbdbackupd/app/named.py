@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from nbdbackupd.errors import ConfigError, FormatError, RepositoryError, UsageEr
 
 if TYPE_CHECKING:
     from nbdbackupd.app.config.files import Configuration
+    from nbdbackupd.model.choice import Choice
     from nbdbackupd.ops.sets.lookup import DomainSets
 
 PATH = "repository.path"
@@ -63,14 +63,7 @@ def _way_out(name: str, configuration: "Configuration") -> str:
     return f"until that is fixed, give the path of the set in place of {name}: {found}"
 
 
-def set_of(
-    source: Path,
-    context: Context,
-    *,
-    point: str = "",
-    until: str = "",
-    at: datetime | None = None,
-) -> Path:
+def set_of(source: Path, context: Context, choice: "Choice") -> Path:
     """The path of the set: as given, or of a domain the one that holds the point.
 
     Raises as ``domain_of``, and RepositoryError if no set of the domain holds such a point.
@@ -78,7 +71,7 @@ def set_of(
     domain = domain_of(source, context)
     if domain is None:
         return source.absolute()
-    return domain.choose(point=point, until=until, at=at)
+    return domain.choose(choice)
 
 
 def sequence_of(source: Path | None, names: Sequence[str], context: Context) -> tuple[Path, ...]:
@@ -88,7 +81,9 @@ def sequence_of(source: Path | None, names: Sequence[str], context: Context) -> 
     """
     if source is None or not names:
         return tuple(Path(name).absolute() for name in names)
-    directory = set_of(source, context)
+    from nbdbackupd.model.choice import NEWEST
+
+    directory = set_of(source, context, NEWEST)
     found = tuple(directory / name for name in names)
     for path in found:
         if path.parent != directory:

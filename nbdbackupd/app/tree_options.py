@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdbackupd import log as runlog
 from nbdbackupd.app import named, tables
-from nbdbackupd.app.arguments import Arguments, Parser, add_point, names
+from nbdbackupd.app.arguments import Arguments, Parser, add_point, chosen, names
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size
 
@@ -50,13 +50,13 @@ def request(args: Arguments, context: Context) -> "MountRequest":
     from nbdbackupd.ops.browsing.mount import MountRequest
     from nbdbackupd.ops.serving.map import MapRequest
 
-    chosen = {"point": args.point or "", "until": args.until or "", "at": args.at}
+    choice = chosen(args)
     return MountRequest(
         map=MapRequest(
             runtime_dir=context.runtime_dir.absolute(),
-            source=named.set_of(args.source, context, **chosen),
+            source=named.set_of(args.source, context, choice),
             disks=args.disk,
-            **chosen,
+            choice=choice,
         ),
         partition=args.partition,
         tool=KERNEL if args.kernel else args.tool,

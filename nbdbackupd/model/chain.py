@@ -229,20 +229,6 @@ class BackupSet:
         """The number of the next point."""
         return max((point.sequence for point in self.points), default=0) + 1
 
-    def by_id(self, ident: str) -> RestorePoint:
-        """The point of that id, or of an unambiguous beginning of it, or ``latest``.
-
-        Raises RepositoryError if there is none or more than one.
-        """
-        if ident == "latest" and self.points:
-            return self.newest
-        exact = [point for point in self.points if point.id == ident]
-        found = exact or [point for point in self.points if point.id.startswith(ident)]
-        if len(found) != 1:
-            problem = "no restore point" if not found else "more than one restore point"
-            raise RepositoryError(f"{problem} with id {ident!r}; 'nbdbackupctl list' shows them")
-        return found[0]
-
     @property
     def newest(self) -> RestorePoint:
         """The point that was made last.

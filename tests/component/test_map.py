@@ -24,6 +24,7 @@ from nbdbackupd.errors import (
 from nbdbackupd.format.index import HEADER, MAGIC, NO_DIGEST, RECORD
 from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model.chain import DiskMode, DiskPoint, Level
+from nbdbackupd.model.choice import Choice
 from nbdbackupd.ops.restoring import restore
 from nbdbackupd.ops.restoring.restore import RestoreRequest
 from nbdbackupd.ops.serving import map as maps
@@ -160,7 +161,7 @@ def test_random_reads_equal_a_restore(kind: str, tmp_path: Path, runtime: Path) 
 def test_each_point_is_exact(tmp_path: Path, runtime: Path) -> None:
     made = built(tmp_path / "set", "lz4", 6)
     for point, images in zip(made.points, made.images, strict=True):
-        request = MapRequest(runtime_dir=runtime, source=made.path, point=point.id)
+        request = MapRequest(runtime_dir=runtime, source=made.path, choice=Choice(point=point.id))
         with maps.serve(request, cancelled=idle) as disks:
             assert {disk.target: read(disk) for disk in disks} == images
 

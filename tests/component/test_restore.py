@@ -25,6 +25,7 @@ from nbdbackupd.errors import (
 )
 from nbdbackupd.format.index import Index, Kind
 from nbdbackupd.model.chain import DiskMode, Level
+from nbdbackupd.model.choice import Choice
 from nbdbackupd.ops.restoring import restore
 from nbdbackupd.ops.restoring.restore import RestoreReport, RestoreRequest
 from nbdbackupd.qemu import image
@@ -79,7 +80,13 @@ def test_every_point_is_exact(tmp_path: Path, level: int | None, output: str) ->
     for point, disks in zip(made.points, made.images, strict=True):
         out = tmp_path / point.id
         report = run(
-            RestoreRequest(source=made.path, output=out, point=point.id, format=output, workers=3)
+            RestoreRequest(
+                source=made.path,
+                output=out,
+                choice=Choice(point=point.id),
+                format=output,
+                workers=3,
+            )
         )
         assert report.point == point.id
         for disk in report.disks:
@@ -133,7 +140,9 @@ def test_disk_read_in_full_within_an_increment(tmp_path: Path) -> None:
     made.inc({"vda": [Change(512 * KIB, b"t" * 4096)]}, whole=("vda",))
     for point, disks in zip(made.points, made.images, strict=True):
         out = tmp_path / point.id
-        for disk in run(RestoreRequest(source=made.path, output=out, point=point.id)).disks:
+        for disk in run(
+            RestoreRequest(source=made.path, output=out, choice=Choice(point=point.id))
+        ).disks:
             assert sets.read_image(disk.path, "qcow2") == disks[disk.target]
 
 
@@ -147,7 +156,7 @@ def test_grown_and_shrunk_deltas(tmp_path: Path) -> None:
     made.inc({"vda": [Change(MIB, b"c" * 512)]})
     for point, disks in zip(made.points, made.images, strict=True):
         out = tmp_path / point.id
-        report = run(RestoreRequest(source=made.path, output=out, point=point.id))
+        report = run(RestoreRequest(source=made.path, output=out, choice=Choice(point=point.id)))
         assert sets.read_image(report.disks[0].path, "qcow2") == disks["vda"]
 
 
@@ -210,7 +219,7 @@ def test_preallocation(tmp_path: Path, output: str) -> None:
 def test_files_beside_the_images(tmp_path: Path) -> None:
     made = built(tmp_path / "set")
     out = tmp_path / "out"
-    report = run(RestoreRequest(source=made.path, output=out, point="point2"))
+    report = run(RestoreRequest(source=made.path, output=out, choice=Choice(point="point2")))
     assert report.config == out / "vm1.xml"
     assert "point2" in (out / "vm1.xml").read_text()
     assert (out / "vm1.xml").stat().st_mode & 0o777 == 0o600
@@ -229,7 +238,8 @@ def test_choosing_the_point(tmp_path: Path) -> None:
 
     def point(**how: object) -> str:
         out = tmp_path / f"out{next(chosen)}"
-        request = RestoreRequest(source=source, output=out, disks=("vdb",), **how)  # type: ignore[arg-type]
+        choice = Choice(**how)  # type: ignore[arg-type]
+        request = RestoreRequest(source=source, output=out, disks=("vdb",), choice=choice)
         return run(request).point
 
     assert point() == "point5"
@@ -261,14 +271,16 @@ def test_existing_targets(tmp_path: Path) -> None:
         run(request)
     assert refused.value.exit_code == 50
     assert (out / "vda.qcow2").stat() == before
-    run(replace(request, force=True, point="point1"))
+    run(replace(request, force=True, choice=Choice(point="point1")))
     assert sets.read_image(out / "vda.qcow2", "qcow2") == made.images[0]["vda"]
 
 
 def test_failed_restore_keeps_the_old_target(tmp_path: Path) -> None:
     made = built(tmp_path / "set")
     out = tmp_path / "out"
-    request = RestoreRequest(source=made.path, output=out, point="point1", disks=("vda",))
+    request = RestoreRequest(
+        source=made.path, output=out, choice=Choice(point="point1"), disks=("vda",)
+    )
     run(request)
     stream, position = data_block(made)
     flip(stream, position + 77)
@@ -315,7 +327,7 @@ def test_files_of_other_disks_and_points_are_not_needed(tmp_path: Path) -> None:
     (made.path / made.points[0].disk("vdb").file).unlink()
     (made.path / made.points[4].disk("vda").file).unlink()
     out = tmp_path / "out"
-    run(RestoreRequest(source=made.path, output=out, disks=("vda",), point="point4"))
+    run(RestoreRequest(source=made.path, output=out, disks=("vda",), choice=Choice(point="point4")))
     assert sets.read_image(out / "vda.qcow2", "qcow2") == made.images[3]["vda"]
 
 

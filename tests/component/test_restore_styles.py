@@ -12,6 +12,7 @@ import pytest
 
 from nbdbackupd.errors import IntegrityError, NbdbackupError, RepositoryError, UsageError
 from nbdbackupd.model.chain import Level
+from nbdbackupd.model.choice import Choice
 from nbdbackupd.ops.restoring import restore
 from nbdbackupd.ops.restoring.restore_request import (
     Place,
@@ -106,13 +107,11 @@ def test_every_point_is_exact(tmp_path: Path, style: Style, level: int | None) -
 def test_the_oldest_point_can_be_chosen(tmp_path: Path, style: Style) -> None:
     made = built(tmp_path / "set")
 
-    def request(name: str, **how: object) -> RestoreRequest:
+    def request(name: str, since: str = "", point: str = "") -> RestoreRequest:
         return RestoreRequest(
-            source=made.path,
-            output=tmp_path / name,
-            style=style,
-            **how,  # type: ignore[arg-type]
-        )
+            source=made.path, output=tmp_path / name, style=style, since=since,
+            choice=Choice(point=point),
+        )  # fmt: skip
 
     prove(made, run(request("a", since="point2", point="point5")), ["point2", "point4", "point5"],
           tmp_path)  # fmt: skip

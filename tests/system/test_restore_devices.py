@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd.errors import BusyError, IntegrityError, NoSpaceError, RepositoryError, UsageError
+from nbdbackupd.model.choice import Choice
 from nbdbackupd.ops.restoring import restore
 from nbdbackupd.ops.restoring.restore import RestoreReport, RestoreRequest
 from nbdbackupd.ops.restoring.restore_request import Place
@@ -53,7 +54,7 @@ def test_every_byte_is_written(tmp_path: Path, sector: int) -> None:
     made = built(tmp_path / "set")
     for point, images in zip(made.points, made.images, strict=True):
         with loop(tmp_path / "device", SIZE, sector=sector) as device:
-            report = run(to(made, device, point=point.id, workers=3))
+            report = run(to(made, device, choice=Choice(point=point.id), workers=3))
             assert content(device, SIZE) == images["vda"]
         assert report.disks[0].path == device
         assert report.disks[0].format == "raw"
@@ -126,7 +127,7 @@ def test_damage_half_way(tmp_path: Path) -> None:
     stream.write_bytes(data)
     with loop(tmp_path / "device", SIZE) as device:
         with pytest.raises(IntegrityError, match=f"{device} is incomplete now"):
-            run(to(made, device, point="point1"))
+            run(to(made, device, choice=Choice(point="point1")))
         assert_incomplete(device)
 
 

@@ -12,6 +12,7 @@ import pytest
 from nbdbackupd.errors import ChainBrokenError
 from nbdbackupd.format import stream
 from nbdbackupd.model.chain import DiskMode, Layout
+from nbdbackupd.model.choice import Choice
 from nbdbackupd.ops.sets import opened
 from nbdbackupd.ops.sets.opened import OpenedSet
 
@@ -147,7 +148,7 @@ def test_a_disk_that_was_lost_is_named(tmp_path: Path) -> None:
 def test_a_full_under_the_name_of_an_increment(tmp_path: Path) -> None:
     chain(tmp_path, 1)
     write(tmp_path, f"sda.inc.{CP}2.data", f"{CP}2", f"{CP}1", changes=False)
-    point = opened.open_set(tmp_path).known.by_id(f"inc.{CP}2")
+    point = Choice(point=f"inc.{CP}2").find(opened.open_set(tmp_path).known)
     assert point.disks[0].mode is DiskMode.FULL
 
 
@@ -172,7 +173,7 @@ def test_disks_of_a_differential_are_begun_one_after_another(tmp_path: Path) -> 
         "diff.140": ["sda.diff.140.data"],
         "diff.170": ["sda.diff.150.data", "sdb.diff.160.data"],
     }
-    assert found.known.by_id("diff.131").files[0].name == "vmconfig.131.xml"
+    assert Choice(point="diff.131").find(found.known).files[0].name == "vmconfig.131.xml"
     # a damaged stream takes its whole run with it
     (tmp_path / "sdb.diff.160.data").write_bytes(b"meta")
     found = opened.open_set(tmp_path, sound=True)

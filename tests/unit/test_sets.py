@@ -17,6 +17,7 @@ from nbdbackupd.errors import (
     UsageError,
 )
 from nbdbackupd.model.chain import Level
+from nbdbackupd.model.choice import Choice
 from nbdbackupd.model.policy import LevelPolicy, NextRun, Rotate
 from nbdbackupd.ops.saving import commands, slots
 from nbdbackupd.ops.sets import homes, lookup, sets
@@ -188,19 +189,19 @@ def test_which_set_a_wish_means(home: Path) -> None:
         ({"at": at("2025-12-05T11:59:59+00:00")}, "2025-11"),
     ):
         wishes: dict[str, Any] = wish
-        assert found.choose(**wishes).name == name, wish
+        assert found.choose(Choice(**wishes)).name == name, wish
     for wrong, why in (
         ({"point": "p"}, "more than one restore point with id 'p'"),
-        ({"point": "x"}, "no restore point with id 'x' among the 2 sets"),
+        ({"point": "x"}, "domain vm1, 2 sets in .*: no restore point with id 'x'"),
         ({"until": "x"}, "no restore point made checkpoint 'x'"),
         ({"at": at("2025-11-01T00:00:00+00:00")}, "no restore point is as old as 2025-11-01"),
     ):
         wishes = wrong
         with pytest.raises(RepositoryError, match=why):
-            found.choose(**wishes)
+            found.choose(Choice(**wishes))
     # an id of its own is not the beginning of another one
     add(home / "2025-12", 41, "2025-12-08")
-    assert find(home, "vm1").choose(point="p4").name == "2025-12"
+    assert find(home, "vm1").choose(Choice(point="p4")).name == "2025-12"
     # a new set whose first run has failed holds nothing that could be meant
     (home / "2026-02/logs").mkdir(parents=True)
     assert find(home, "vm1").choose().name == "2025-12"

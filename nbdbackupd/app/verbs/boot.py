@@ -12,6 +12,7 @@ from nbdbackupd.app.arguments import (
     Arguments,
     add_checkpoint_dir,
     add_point,
+    chosen,
     directory,
     rate,
     size,
@@ -109,9 +110,7 @@ def run(args: Arguments, context: Context) -> int:
         return _resume(args, context)
     from nbdbackupd.ops.instant import boot, boots
 
-    source = named.set_of(
-        args.source, context, point=args.point or "", until=args.until or "", at=args.at
-    )
+    source = named.set_of(args.source, context, chosen(args))
     request = _request(args, context, source)
     with signals.listen() as cancel, context.connection() as connection:
         boots.sweep(request.runtime_dir, request.scratch_dir, connection)
@@ -159,9 +158,7 @@ def _request(args: Arguments, context: Context, source: Path) -> "BootRequest":
         runtime_dir=context.runtime_dir.absolute(),
         scratch_dir=context.scratch_dir.absolute(),
         started=now(),
-        point=args.point or "",
-        until=args.until or "",
-        at=args.at,
+        choice=chosen(args),
         name=args.name or "",
         keep_identity=args.keep_identity,
         memory=args.memory,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbdbackupd.app import named, streams
-from nbdbackupd.app.arguments import Arguments
+from nbdbackupd.app.arguments import Arguments, chosen
 from nbdbackupd.app.context import Context
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def run_show(args: Arguments, context: Context) -> int:
     """Carry ``show`` out."""
     from nbdbackupd.ops.sets import catalog
 
-    point = args.point or ""
-    report = catalog.show(named.set_of(args.source, context, point=point), point=point)
+    path = named.set_of(args.source, context, chosen(args))
+    report = catalog.show(path, args.point or "")
     context.show(report.to_json(), catalog.render_show(report))
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdbackupd.app import named, signals
-from nbdbackupd.app.arguments import Arguments, add_point, names, size
+from nbdbackupd.app.arguments import Arguments, add_point, chosen, names, size
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size
 from nbdbackupd.errors import RepositoryError, UsageError
@@ -151,16 +151,12 @@ def _request(args: Arguments, context: Context) -> "MapRequest":
     source = None
     sequence = named.sequence_of(args.source, args.sequence, context)
     if args.source is not None and not sequence:
-        source = named.set_of(
-            args.source, context, point=args.point or "", until=args.until or "", at=args.at
-        )
+        source = named.set_of(args.source, context, chosen(args))
     return MapRequest(
         runtime_dir=context.runtime_dir.absolute(),
         source=source,
         sequence=sequence,
-        point=args.point or "",
-        until=args.until or "",
-        at=args.at,
+        choice=chosen(args),
         disks=args.disk,
         socket=args.socket.absolute() if args.socket else None,
         tcp=args.tcp,

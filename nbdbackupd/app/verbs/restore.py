@@ -10,6 +10,7 @@ from nbdbackupd.app.arguments import (
     Arguments,
     add_checkpoint_dir,
     add_point,
+    chosen,
     directory,
     names,
     positive,
@@ -72,15 +73,11 @@ def run(args: Arguments, context: Context) -> int:
     source = None
     sequence = named.sequence_of(args.source, args.sequence, context)
     if args.source is not None and not sequence:
-        source = named.set_of(
-            args.source, context, point=args.point or "", until=args.until or "", at=args.at
-        )
+        source = named.set_of(args.source, context, chosen(args))
     request = restore.RestoreRequest(
         source=source,
         output=args.output.absolute() if args.output is not None else None,
-        point=args.point or "",
-        until=args.until or "",
-        at=args.at,
+        choice=chosen(args),
         sequence=sequence,
         format=args.format,
         preallocate=args.preallocate,

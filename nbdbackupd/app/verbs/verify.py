@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbdbackupd import plain
 from nbdbackupd.app import configured, named, signals, streams
-from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, positive
+from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, chosen, positive
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size
 from nbdbackupd.app.verbs import verify_boot
@@ -45,8 +45,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 40 if anything is damaged, or a guest did not come up, 3 for warnings."""
     verify_boot.check(args)
-    point = args.point or ""
-    path = named.set_of(args.source, context, point=point)
+    path = named.set_of(args.source, context, chosen(args))
     document: dict[str, Any] = {"version": 1}
     text, warned = "", False
     with signals.listen() as cancel:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdbackupd import plain
 from nbdbackupd.app import configured, signals, streams
-from nbdbackupd.app.arguments import Arguments, duration, size
+from nbdbackupd.app.arguments import Arguments, chosen, duration, size
 from nbdbackupd.app.context import Context, now
 from nbdbackupd.app.sizes import human_time
 from nbdbackupd.app.verbs import restore_define
@@ -121,20 +121,20 @@ def run(
 def _request(args: Arguments, context: Context, source: Path) -> "BootTestRequest":
     from nbdbackupd.ops.instant.boot_test import BootTestRequest, Sign
     from nbdbackupd.ops.instant.booting import BootRequest
-    from nbdbackupd.ops.sets import opened, points
+    from nbdbackupd.ops.sets import opened
 
+    choice = chosen(args)
     awaited: Awaited = args.boot_wait or Awaited()
     name = args.boot_name
     if not name:
-        known = opened.open_set(source, sound=bool(args.point)).known
-        name = f"{PREFIX}{points.choose(known, point=args.point or '').domain}"
+        name = f"{PREFIX}{opened.open_point(source, choice)[1].domain}"
     request = BootTestRequest(
         boot=BootRequest(
             source=source,
             runtime_dir=context.runtime_dir.absolute(),
             scratch_dir=context.scratch_dir.absolute(),
             started=now(),
-            point=args.point or "",
+            choice=choice,
             name=name,
             memory=args.boot_memory or 0,
             with_us=True,

@@ -16,7 +16,6 @@ from typing import Final
 from nbdbackupd import durable
 from nbdbackupd.errors import BusyError, ConfigError, RepositoryError, UsageError
 from nbdbackupd.model import definition as definition_model
-from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.model.definition import Consent
 from nbdbackupd.ops.defining import vtpm
 from nbdbackupd.ops.instant import boot_images, booting
@@ -25,8 +24,7 @@ from nbdbackupd.ops.instant.boot_record import BootRecord, Phase, Places
 from nbdbackupd.ops.instant.booting import Booted, BootRequest, Making
 from nbdbackupd.ops.restoring import output_names
 from nbdbackupd.ops.serving import mapped
-from nbdbackupd.ops.sets import opened, points
-from nbdbackupd.ops.sets.opened import OpenedSet
+from nbdbackupd.ops.sets import opened
 from nbdbackupd.source import scratch
 from nbdbackupd.virt import transient
 from nbdbackupd.virt.connection import Connection
@@ -82,7 +80,7 @@ def places_of(request: BootRequest) -> Places:
     """Where the files of the boot go to. Raises what opening the set raises."""
     name = request.name
     if not name:
-        _, point = _choose(request)
+        _, point = opened.open_point(request.source, request.choice)
         name = point.domain if request.keep_identity else f"{PREFIX}{point.domain}"
     if not name.strip() or definition_model.NAME_BAD.search(name):
         raise UsageError(f"{name!r} can't be the name of a domain")
@@ -111,15 +109,6 @@ def stop(places: Places, connection: Connection) -> BootRecord:
     return record
 
 
-def _choose(request: BootRequest) -> tuple[OpenedSet, RestorePoint]:
-    named = request.point not in ("", "latest") or bool(request.until)
-    given = opened.open_set(request.source, sound=named)
-    if not given.known.points:
-        raise RepositoryError(f"{request.source} holds no restore point: is it a backup set?")
-    point = points.choose(given.known, point=request.point, until=request.until, at=request.at)
-    return given, point
-
-
 def _start(
     request: BootRequest,
     places: Places,
@@ -132,7 +121,7 @@ def _start(
             f"there is a boot {places.name}: end it with 'nbdbackupctl boot --stop {places.name}', "
             f"or give another --name"
         )
-    given, point = _choose(request)
+    given, point = opened.open_point(request.source, request.choice)
     scratch.prepare(request.scratch_dir, SPACE)
     images: tuple[FinalImage, ...] = ()
     if request.output is not None:

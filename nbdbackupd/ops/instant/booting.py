@@ -15,6 +15,7 @@ from nbdbackupd.errors import DomainError, IntegrityError, RepositoryError
 from nbdbackupd.model import bootxml
 from nbdbackupd.model.bootxml import MappedDisk
 from nbdbackupd.model.chain import RestorePoint
+from nbdbackupd.model.choice import NEWEST, Choice
 from nbdbackupd.model.definition import Adapted, Consent
 from nbdbackupd.ops.defining import adjust, vtpm
 from nbdbackupd.ops.defining.adjust import DefineRequest, State
@@ -43,11 +44,11 @@ log = logging.getLogger(__name__)
 class BootRequest:
     """What to boot and how.
 
-    ``point``, ``until`` and ``at`` choose the point as for a restore. ``name`` empty means the
-    original's with ``boot_`` before it, or with ``keep_identity``, which also keeps UUID and MAC
-    addresses, the original's. ``memory`` in bytes, 0: as the original. ``network`` is
-    ``none``, ``down`` or ``keep``. ``output`` is where a live restore puts the images, in
-    ``format`` (None: as the originals), ``define`` makes the domain persistent then.
+    ``choice`` is that of the point. ``name`` empty means the original's with ``boot_`` before it,
+    or with ``keep_identity``, which also keeps UUID and MAC addresses, the original's. ``memory``
+    in bytes, 0: as the original. ``network`` is ``none``, ``down`` or ``keep``. ``output`` is where
+    a live restore puts the images, in ``format`` (None: as the originals), ``define`` makes the
+    domain persistent then.
 
     ``attended``: the boot ends with its process. ``with_us``: libvirt itself ends the domain when
     the connection closes. ``console``: what the guest says on its first serial port is kept.
@@ -59,9 +60,7 @@ class BootRequest:
     runtime_dir: Path
     scratch_dir: Path
     started: datetime
-    point: str = ""
-    until: str = ""
-    at: datetime | None = None
+    choice: Choice = NEWEST
     name: str = ""
     keep_identity: bool = False
     memory: int = 0
@@ -283,7 +282,7 @@ def serve(
     request = MapRequest(
         runtime_dir=places.runtime_dir,
         source=Path(record.source),
-        point=record.point,
+        choice=Choice(point=record.point),
         socket=places.sockets,
         # what is copied from here becomes the guest's only disk, and a boot test is a proof
         prove=True,

@@ -24,13 +24,14 @@ from nbdbackupd.errors import (
 from nbdbackupd.files import open_regular
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import BackupSet, RestorePoint, StoredFile
+from nbdbackupd.model.choice import Choice
 from nbdbackupd.ops.proving.findings import Findings, Problem
 from nbdbackupd.ops.proving.verify_blocks import Prover
 from nbdbackupd.ops.proving.verify_disk import DiskCheck
 from nbdbackupd.ops.proving.verify_peer import PeerCheck
 from nbdbackupd.ops.proving.verify_request import VerifyReport, VerifyRequest
 from nbdbackupd.ops.reporting import telling
-from nbdbackupd.ops.sets import layers, opened, originals, points
+from nbdbackupd.ops.sets import layers, opened, originals
 from nbdbackupd.repo import layout, peer, written
 from nbdbackupd.repo.repository import refuse_links
 
@@ -205,7 +206,7 @@ def _choose(
             for disk in point.disks:
                 _path(known, point, disk.target, findings)
         return everything
-    point = points.choose(known, point=ident)
+    point = Choice(point=ident).find(known)
     needed: dict[str, set[str]] = {point.id: set()}
     for disk in point.disks:
         for each in _path(known, point, disk.target, findings):

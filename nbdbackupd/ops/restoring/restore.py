@@ -17,6 +17,7 @@ from pathlib import Path
 from nbdbackupd import durable
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import BusyError, GaveWayError, NbdbackupError, UsageError
+from nbdbackupd.model.choice import NEWEST
 from nbdbackupd.nbdio.throttle import Throttle
 from nbdbackupd.ops.reporting import telling
 from nbdbackupd.ops.restoring import restore_files, restore_plan, restore_work, sites
@@ -103,7 +104,7 @@ def _report(
 def _check_request(request: RestoreRequest) -> None:
     if bool(request.sequence) == (request.source is not None):
         raise UsageError("give either a backup set or a sequence of stream files")
-    if request.sequence and (request.point or request.until or request.at or request.disks):
+    if request.sequence and (request.choice != NEWEST or request.disks):
         raise UsageError("a sequence of stream files is one point of one disk: choose none")
     if request.sequence and len(request.places) > 1:
         raise UsageError("a sequence of stream files is one disk: give it one place")

@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Protocol
 
 from nbdbackupd.errors import (
-    ChainBrokenError,
-    FormatError,
-    RepositoryError,
     UsageError,
 )
 from nbdbackupd.model.chain import DiskPoint, RestorePoint
@@ -20,7 +17,7 @@ from nbdbackupd.ops.restoring.restore_request import RestoreRequest, Style
 from nbdbackupd.ops.restoring.restore_steps import Step, steps_of
 from nbdbackupd.ops.restoring.sites import Site
 from nbdbackupd.ops.sets import layers as layering
-from nbdbackupd.ops.sets import opened, points, sequence
+from nbdbackupd.ops.sets import opened, sequence
 from nbdbackupd.ops.sets.layers import Layer
 from nbdbackupd.ops.sets.opened import OpenedSet
 from nbdbackupd.qemu.image import CreateOptions
@@ -119,10 +116,8 @@ def of_set(
 ) -> Plan:
     """The plan for a point of a set. Raises as ``restore.run``."""
     assert request.source is not None  # noqa: S101 - for the type checker
-    source = stack.enter_context(closing(_open(request.source, request)))
-    if not source.known.points:
-        raise RepositoryError(f"{request.source} holds no restore point: is it a backup set?")
-    point = points.choose(source.known, point=request.point, until=request.until, at=request.at)
+    source, point = opened.open_point(request.source, request.choice)
+    stack.enter_context(closing(source))
     targets = dict.fromkeys((*request.disks, *(place.target for place in request.places)))
     disks = [point.disk(target) for target in targets] or list(point.disks)
     if placement is not None:
@@ -193,20 +188,6 @@ def _sizes(job: Job) -> tuple[str, ...]:
         f"disk {job.target}: some snapshots are of other sizes than the image: apply them with "
         f"'qemu-img snapshot -a', since 'qemu-img convert -l' gives them its size",
     )
-
-
-def _open(path: Path, request: RestoreRequest) -> OpenedSet:
-    """All points proven; or the sound ones, with warnings, if the user names one of them.
-
-    Which point is the newest, or the newest at a time, can't be told from a damaged set.
-    """
-    try:
-        return opened.open_set(path)
-    except (FormatError, ChainBrokenError) as err:
-        if request.point not in ("", "latest") or request.until:
-            return opened.open_set(path, sound=True)
-        err.message += "; 'nbdbackupctl list' shows the sound points, --point restores one of them"
-        raise
 
 
 def _choose(

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from nbdbackupd.model.choice import NEWEST, Choice
 from nbdbackupd.ops.restoring.definer import Definition
 
 Progress = Callable[[str, int, int], None]
@@ -38,8 +38,8 @@ class RestoreRequest:
     """What to restore and where to.
 
     Either ``source`` is the directory of a set, or ``sequence`` names stream files of one disk,
-    oldest first. ``disks`` empty means all. At most one of ``point`` (id), ``until`` (checkpoint)
-    and ``at`` chooses the point, else it is the newest. ``format`` None keeps the original's.
+    oldest first. ``disks`` empty means all. ``choice`` is that of the point. ``format`` None keeps
+    the original's.
 
     ``output`` is the directory of the images, and of the domain's XML and files, which are left
     out without it; disks with ``places`` need none. ``since`` (id) is the oldest point of a style
@@ -54,9 +54,7 @@ class RestoreRequest:
     source: Path | None = None
     disks: tuple[str, ...] = ()
     places: tuple[Place, ...] = ()
-    point: str = ""
-    until: str = ""
-    at: datetime | None = None
+    choice: Choice = NEWEST
     sequence: tuple[Path, ...] = ()
     format: str | None = None
     style: Style = Style.PLAIN

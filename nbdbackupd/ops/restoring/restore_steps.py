@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nbdbackupd.errors import RepositoryError
 from nbdbackupd.model.chain import BackupSet, RestorePoint
+from nbdbackupd.model.choice import Choice
 from nbdbackupd.ops.restoring import output_names, sites
 from nbdbackupd.ops.restoring.restore_request import Style
 from nbdbackupd.ops.restoring.sites import Site
@@ -78,7 +79,7 @@ def _line(
     """The points from ``since``, or the first one with the disk, to ``point``, by their links."""
     by_id = {each.id: each for each in known.points}
     line = [point]
-    oldest = known.by_id(since) if since else None
+    oldest = Choice(point=since).find(known) if since else None
     while line[-1] is not oldest:
         parent = by_id.get(line[-1].parent)
         if parent is None or all(disk.target != target for disk in parent.disks):

@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 from nbdbackupd import durable, proc
 from nbdbackupd.errors import ConfigError, ProcessError, RepositoryError, UsageError
+from nbdbackupd.model.choice import NEWEST
 from nbdbackupd.ops.serving import kernel_nbd, map_plan, mapped
 from nbdbackupd.ops.serving.map_plan import Found, Handover, MapRequest
 from nbdbackupd.ops.serving.mapped import Home, Mapping, ServedDisk
@@ -151,7 +152,7 @@ def check_request(request: MapRequest) -> None:
     """Raise UsageError for what contradicts itself, ConfigError for what this host lacks."""
     if bool(request.sequence) == (request.source is not None):
         raise UsageError("give either a backup set or a sequence of stream files")
-    if request.sequence and (request.point or request.until or request.at or request.disks):
+    if request.sequence and (request.choice != NEWEST or request.disks):
         raise UsageError("a sequence of stream files is one point of one disk: choose none")
     if request.tcp and (request.socket or request.device):
         raise UsageError("--tcp goes without --socket and --device")

@@ -5,16 +5,16 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Final
 
 from nbdbackupd import durable, files
-from nbdbackupd.errors import RepositoryError, UsageError
+from nbdbackupd.errors import UsageError
 from nbdbackupd.files import File
 from nbdbackupd.format.index import HEADER, MAX_BLOCK, RECORD, IndexHeader
+from nbdbackupd.model.choice import NEWEST, Choice
 from nbdbackupd.ops.serving.served import PART, ServedFile, ServedLayer, ServedPlan
-from nbdbackupd.ops.sets import frames, opened, points, sequence
+from nbdbackupd.ops.sets import frames, opened, sequence
 from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets.layers import MAX_STORED, IndexedLayer, Layer
 
@@ -26,13 +26,13 @@ class MapRequest:
     """What to serve and where.
 
     Either ``source`` is a set, or ``sequence`` names the stream files of one disk, oldest first.
-    ``point``, ``until``, ``at`` choose as for a restore; ``disks`` empty means all. ``socket`` is
-    a file for one disk, a directory for several; None puts sockets into the map's own directory
-    below ``runtime_dir``. ``tcp`` is an address and a port, the first disk's; each further disk
-    takes the next port, and wants one of three: ``certificates``, a directory of PEM files for TLS
-    that prove the clients, too; ``psk``, a file of users and keys for TLS; or ``insecure``, for
-    everybody who gets there. ``device`` is a ``/dev/nbdN`` to attach one disk to. ``writable``:
-    writes are kept until the map ends.
+    ``choice`` is that of a point; ``disks`` empty means all. ``socket`` is a file for one disk, a
+    directory for several; None puts sockets into the map's own directory below ``runtime_dir``.
+    ``tcp`` is an address and a port, the first disk's; each further disk takes the next port, and
+    wants one of three: ``certificates``, a directory of PEM files for TLS that prove the clients,
+    too; ``psk``, a file of users and keys for TLS; or ``insecure``, for everybody who gets there.
+    ``device`` is a ``/dev/nbdN`` to attach one disk to. ``writable``: writes are kept until the map
+    ends.
 
     ``prove``: also reads of parts of plain blocks are proven. ``cache_bytes`` bounds the unpacked
     blocks of each disk. ``owner`` (uid, gid) may connect to the sockets in our place; root may
@@ -42,9 +42,7 @@ class MapRequest:
     runtime_dir: Path
     source: Path | None = None
     sequence: tuple[Path, ...] = ()
-    point: str = ""
-    until: str = ""
-    at: datetime | None = None
+    choice: Choice = NEWEST
     disks: tuple[str, ...] = ()
     socket: Path | None = None
     tcp: tuple[str, int] | None = None
@@ -103,11 +101,7 @@ def find(request: MapRequest, cancelled: Callable[[], None]) -> Found:
 
 def _find_set(request: MapRequest, cancelled: Callable[[], None]) -> Found:
     assert request.source is not None  # noqa: S101 - for the type checker
-    is_named = request.point not in ("", "latest") or bool(request.until)
-    given = opened.open_set(request.source, sound=is_named)
-    if not given.known.points:
-        raise RepositoryError(f"{request.source} holds no restore point: is it a backup set?")
-    point = points.choose(given.known, point=request.point, until=request.until, at=request.at)
+    given, point = opened.open_point(request.source, request.choice)
     disks = [point.disk(target) for target in dict.fromkeys(request.disks)] or point.disks
     return Found(
         targets=tuple(disk.target for disk in disks),

@@ -10,6 +10,7 @@ from nbdbackupd.errors import RepositoryError
 from nbdbackupd.format import stream
 from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model.chain import DiskPoint, Layout, RestorePoint
+from nbdbackupd.model.choice import Choice
 from nbdbackupd.model.units import human_size, local_time
 from nbdbackupd.ops.sets import opened
 from nbdbackupd.repo import boot_tests, layout
@@ -101,7 +102,7 @@ def show(path: Path, point: str = "") -> ShowReport:
     """
     given = _open(path)
     known = given.known
-    points = (known.by_id(point),) if point else known.points
+    points = (Choice(point=point).find(known),) if point else known.points
     metas = {}
     for each in points:
         for disk in each.disks:

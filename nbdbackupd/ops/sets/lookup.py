@@ -2,21 +2,19 @@
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Final
 
 from nbdbackupd import plain
 from nbdbackupd.errors import FormatError, RepositoryError, UsageError
-from nbdbackupd.model.chain import RestorePoint
+from nbdbackupd.model.choice import NEWEST, Choice
 from nbdbackupd.model.units import local_time
 from nbdbackupd.ops.sets.homes import MARK, homes_in, label_of, owner
 from nbdbackupd.ops.sets.sets import DomainSet, sets_of
 from nbdbackupd.repo import layout
 
-LATEST: Final = "latest"
 SHOWN: Final = 3
 UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
@@ -29,44 +27,18 @@ class DomainSets:
     directory: Path
     sets: tuple[DomainSet, ...]
 
-    def choose(self, *, point: str = "", until: str = "", at: datetime | None = None) -> Path:
-        """The set that holds the point which is meant; without a wish, the newest with points.
+    def choose(self, choice: Choice = NEWEST) -> Path:
+        """The set that holds the point which is meant, the newest of them.
 
-        ``point`` is an id, the beginning of one, or ``latest``; ``until`` the checkpoint that the
-        point made; ``at``: the newest set with a point that is not younger, a time without a zone
-        is local. Raises RepositoryError if there is no such set, or more than one point begins so.
+        Raises as ``Choice.find``.
         """
-        if point and point != LATEST:
-            return self._by_id(point)
-        if until:
-            none = f"no restore point made checkpoint {until!r}"
-            return self._newest(lambda found: found.checkpoint == until, none)
-        if at is not None:
-            moment = at.astimezone()
-            none = f"no restore point is as old as {local_time(at)}"
-            return self._newest(lambda found: datetime.fromisoformat(found.created) <= moment, none)
-        return self._newest(lambda _: True, "no restore point")
-
-    def _by_id(self, ident: str) -> Path:
-        ids = [point.id for each in self.sets for point in each.known.points]
-        if ident not in ids and sum(each.startswith(ident) for each in ids) > 1:
-            raise RepositoryError(
-                f"domain {self.name}: more than one restore point with id {ident!r}; "
-                f"'nbdbackupctl list' shows them"
-            )
-        whole = ident in ids
-        return self._newest(
-            lambda found: found.id == ident if whole else found.id.startswith(ident),
-            f"no restore point with id {ident!r}",
-        )
-
-    def _newest(self, fits: Callable[[RestorePoint], bool], none: str) -> Path:
-        for each in reversed(self.sets):
-            if any(map(fits, each.known.points)):
-                return each.path
-        raise RepositoryError(
-            f"domain {self.name}: {none} among the {len(self.sets)} sets in {self.directory}"
-        )
+        try:
+            point = choice.find(*(each.known for each in self.sets))
+        except RepositoryError as err:
+            where = f"domain {self.name}, {len(self.sets)} sets in {self.directory}"
+            err.message = f"{where}: {err.message}"
+            raise
+        return next(each.path for each in reversed(self.sets) if point in each.known.points)
 
 
 def find(name: str, repositories: Sequence[Path]) -> DomainSets:

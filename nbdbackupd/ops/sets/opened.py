@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Final
 
 from nbdbackupd import durable
-from nbdbackupd.errors import ChainBrokenError, IntegrityError
+from nbdbackupd.errors import ChainBrokenError, FormatError, IntegrityError, RepositoryError
 from nbdbackupd.format import stream
 from nbdbackupd.model.chain import BackupSet, DiskMode, DiskPoint, Layout, RestorePoint
+from nbdbackupd.model.choice import Choice
 from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets.frames import FrameCache
 from nbdbackupd.ops.sets.layers import Layer, RawLayer, ScannedLayer
@@ -106,6 +107,24 @@ def open_set(path: Path, *, sound: bool = False) -> OpenedSet:
         known, problems = repository.load_sound()
         return OpenedSet(path=path, known=known, problems=problems)
     return OpenedSet(path=path, known=repository.load())
+
+
+def open_point(path: Path, choice: Choice) -> tuple[OpenedSet, RestorePoint]:
+    """Open a set and choose a point of it, of a damaged set one that is named.
+
+    Which point is the newest, or the newest at a time, can't be told from a damaged set. Raises as
+    ``open_set`` and ``Choice.find``.
+    """
+    try:
+        given = open_set(path)
+    except (FormatError, ChainBrokenError) as err:
+        if not choice.is_named:
+            err.message += "; 'nbdbackupctl list' shows the sound points, --point chooses one"
+            raise
+        given = open_set(path, sound=True)
+    if not given.known.points:
+        raise RepositoryError(f"{path} holds no restore point: is it a backup set?")
+    return given, choice.find(given.known)
 
 
 def _open_peer_set(path: Path, place: Place, *, sound: bool) -> OpenedSet:
