@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbdbackupd import plain
+from nbdbackupd import plain, rundir
 from nbdbackupd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def new_run_id(moment: datetime) -> str:
 def default_runtime_dir(environ: Mapping[str, str]) -> Path:
     """``/run/nbdbackup`` for root, below the user's runtime directory for others."""
     if os.geteuid() == 0:
-        return Path("/run/nbdbackup")
+        return rundir.DEFAULT
     base = environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
     return Path(base, "nbdbackup")
 

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from nbdbackupd import rundir
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app import notification, systemd
 from nbdbackupd.app.context import Context
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DOING: Final = "doing"
 MAX_DOING: Final = 4 << 10
 CGROUP: Final = Path("/proc/self/cgroup")
 TROUBLE: Final = (NbdbackupError, OSError)
@@ -35,7 +35,7 @@ class RunRecord:
     """The record of one run, which may be tried several times; see ``begun``."""
 
     def __init__(self, context: Context, living: Living | None = None) -> None:
-        self._directory = context.runtime_dir / DOING
+        self._directory = context.runtime_dir / rundir.DOING
         self._living = living
 
     def doing(self, text: str) -> None:
@@ -43,7 +43,7 @@ class RunRecord:
         if self._living is None:
             return
         with contextlib.suppress(OSError):
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._directory.mkdir(mode=rundir.CLOSED, parents=True, exist_ok=True)
             (self._directory / self._living.run.ident).write_text(text)
 
     def failed(self, err: BaseException, again: datetime | None = None) -> None:
@@ -109,7 +109,7 @@ def _forget_doing(context: Context, ident: str) -> None:
     """Remove what a run said of itself, and those that were killed."""
     known = Runs(app_context.host_state_dir())
     with contextlib.suppress(OSError):
-        for path in (context.runtime_dir / DOING).iterdir():
+        for path in (context.runtime_dir / rundir.DOING).iterdir():
             if path.name == ident or not known.is_alive(path.name):
                 path.unlink()
 
@@ -155,7 +155,7 @@ def why_killed(result: str, status: str) -> str:
 def doing(run: Begun, context: Context) -> str:
     """What a living run does now, in its own words; empty if it has not said it."""
     try:
-        with (context.runtime_dir / DOING / run.ident).open(errors="replace") as file:
+        with (context.runtime_dir / rundir.DOING / run.ident).open(errors="replace") as file:
             return file.read(MAX_DOING)
     except OSError:
         return ""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd import proc
+from nbdbackupd import proc, rundir
 from nbdbackupd.errors import (
     BusyError,
     ConfigError,
@@ -36,8 +36,6 @@ STOP_SECONDS: Final = 2.0
 
 BACKLOG: Final = 64
 SOCKET_MODE: Final = 0o600
-# sun_path holds 108 bytes, the last of which is zero
-SOCKET_PATH_MAX: Final = 107
 RAW: Final = "raw"
 WITH_BACKING: Final = frozenset({"qcow", "qcow2", "qed", "vmdk"})
 """Formats that look for a backing file by themselves unless they are told which."""
@@ -270,11 +268,8 @@ def translate(err: ProcessError, path: str) -> BusyError | NotSupportedError | S
 @contextmanager
 def _listening(endpoint: Path) -> Iterator[socket.socket]:
     path = os.fspath(endpoint)
-    if len(os.fsencode(path)) > SOCKET_PATH_MAX:
-        raise ConfigError(
-            f"path of the NBD socket is longer than {SOCKET_PATH_MAX} bytes: {path}; "
-            f"give a shorter runtime directory"
-        )
+    if fault := rundir.socket_fault(endpoint):
+        raise ConfigError(f"{fault}: give a shorter --runtime-dir")
     with socket.socket(socket.AF_UNIX) as listener:
         try:
             endpoint.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd import documents, proc
+from nbdbackupd import documents, proc, rundir
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import BusyError, ProcessError, SourceError
 from nbdbackupd.source.kept_connections import KeptConnections, Stage
@@ -49,9 +49,6 @@ MOST_DISKS: Final = 48
 """With two each."""
 
 LAST_WAIT_SECONDS: Final = 30.0
-PROFILE: Final = "libvirt-"
-"""How the name of such a directory begins, before the UUID: as that of an AppArmor profile."""
-
 TURN_SECONDS: Final = 60.0
 """More than ending a job and thawing a guest take at most."""
 
@@ -99,11 +96,6 @@ class Charge:
         return cls(**{**document, "scratch": tuple(document["scratch"])})
 
 
-def domain_directory(runtime_dir: Path) -> Path:
-    """The domain's own directory, beside the ``runtime_dir`` that QEMU gets for its socket."""
-    return runtime_dir.parent / runtime_dir.name.removeprefix(PROFILE)
-
-
 @contextmanager
 def turn(runtime_dir: Path) -> Iterator[None]:
     """A lock for whoever clears up after a run: a guard, or the sweep of the next run.
@@ -111,7 +103,7 @@ def turn(runtime_dir: Path) -> Iterator[None]:
     It is on the domain's directory; where that is gone, nobody else is there. Raises BusyError if
     the other one takes longer than anything that is to be done.
     """
-    directory = domain_directory(runtime_dir)
+    directory = rundir.beside(runtime_dir)
     deadline = time.monotonic() + TURN_SECONDS
     with ExitStack() as stack:
         with suppress(FileNotFoundError):

@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from nbdbackupd import rundir
 from nbdbackupd.errors import DomainError
 from nbdbackupd.source.lease import ProcessId
 from nbdbackupd.virt import serving
 from nbdbackupd.virt.connection import Connection
 
-CALLED: Final = "called"
-"""Below the runtime directory: the daemon that called the hook last, "PID START"."""
-
-RUNTIME: Final = Path("/run/nbdbackup")
 HOOKS: Final = "etc/libvirt/hooks"
 OURS: Final = "qemu.d/nbdbackup"
 MARGIN_SECONDS: Final = 0.1
@@ -55,7 +52,7 @@ def look(connection: Connection, runtime_dir: Path) -> Hook:
     if _called(runtime_dir) == f"{pid} {this.start}":
         return Hook()
     hooks = _hooks(pid)
-    if runtime_dir != RUNTIME or not os.access(hooks / OURS, os.X_OK):
+    if runtime_dir != rundir.DEFAULT or not os.access(hooks / OURS, os.X_OK):
         return Hook(why=f"{name} (process {pid}) has no hook of ours for this runtime directory")
     if _known_at(hooks, _started(this)):
         return Hook()
@@ -79,7 +76,7 @@ def _hooks(pid: int) -> Path:
 
 def _called(runtime_dir: Path) -> str:
     try:
-        return (runtime_dir / CALLED).read_text(errors="replace").strip()
+        return (runtime_dir / rundir.CALLED).read_text(errors="replace").strip()
     except OSError:
         return ""
 

@@ -17,18 +17,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote
 
-from nbdbackupd import durable
+from nbdbackupd import durable, rundir
 from nbdbackupd.errors import DomainError
 from nbdbackupd.model.domain import parse_domain
 from nbdbackupd.virt.domain import Ending
 
 log = logging.getLogger(__name__)
-DIRECTORY: Final = "xml"
 XML: Final = ".xml"
 END: Final = ".end"
-MAX_NAME: Final = 200
 MAX_SIZE: Final = 2 << 20
 REASONS: Final = {
     "shutdown": Ending.SHUTDOWN,
@@ -125,8 +122,8 @@ class Kept:
 
 def read(runtime_dir: Path, domain: str) -> Kept | None:
     """What is kept of a domain, given by name or UUID; None if there is nothing of it."""
-    directory = runtime_dir / DIRECTORY
-    named = _read(directory / f"{file_name(domain)}{XML}")
+    directory = runtime_dir / rundir.XML
+    named = _read(directory / f"{rundir.file_name(domain)}{XML}")
     if named is not None and domain in (named.name, named.uuid):
         return named
     try:
@@ -146,7 +143,7 @@ def put_off(note: Path) -> Ending:
 def sweep(runtime_dir: Path) -> None:
     """Remove what hooks that were killed had begun to write; each names its process."""
     with suppress(OSError):
-        for path in (runtime_dir / DIRECTORY).glob(".*.part"):
+        for path in (runtime_dir / rundir.XML).glob(".*.part"):
             pid = path.name.split(".")[1]
             if pid.isdigit() and not Path("/proc", pid).exists():
                 path.unlink(missing_ok=True)
@@ -179,7 +176,7 @@ def renew(runtime_dir: Path, name: str, uuid: str) -> None:
         return
     now = {path: Identity.of(path) for path in kept.end.images}
     images = {path: each for path, each in now.items() if each is not None}
-    path = runtime_dir / DIRECTORY / f"{file_name(name)}{END}"
+    path = runtime_dir / rundir.XML / f"{rundir.file_name(name)}{END}"
     try:
         if path.exists():
             text = replace(kept.end, images=images).pack()
@@ -191,11 +188,6 @@ def renew(runtime_dir: Path, name: str, uuid: str) -> None:
 def describe(changes: Mapping[str, str]) -> str:
     """What ``changed`` found, in words."""
     return "; ".join(f"image {path} {text}" for path, text in changes.items())
-
-
-def file_name(domain: str) -> str:
-    """As the hook names its files."""
-    return quote(domain, safe=" ")[:MAX_NAME]
 
 
 def _difference(before: Identity, path: str) -> str:

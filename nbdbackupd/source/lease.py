@@ -22,18 +22,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import quote
 
-from nbdbackupd import documents, durable
+from nbdbackupd import documents, durable, rundir
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import BusyError, ElsewhereError, GaveWayError, SourceError
 
 log = logging.getLogger(__name__)
 
 VERSION: Final = 1
-LEASE: Final = "lease.json"
-IMAGES: Final = "images"
-STARTING: Final = "starting"
 MARKER_SECONDS: Final = 15.0
 """So long after ``give_way`` a domain may still be on its way to open its images."""
 
@@ -41,7 +37,6 @@ LET_GO_SECONDS: Final = 2.0
 POLL_SECONDS: Final = 0.01
 START_POLL_SECONDS: Final = 0.2
 MAX_LEASE: Final = 64 << 10
-MAX_NAME: Final = 200
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 ENDED: Final = frozenset("ZX")
 START_FIELD: Final = 19
@@ -110,7 +105,7 @@ class Lease:
     def __init__(self, runtime_dir: Path, holder: Holder) -> None:
         """For ``hold`` only."""
         self._runtime = runtime_dir
-        self._directory = runtime_dir / holder.uuid
+        self._directory = rundir.domain_dir(runtime_dir, holder.uuid)
         self._holder = holder
         self._seen = -1
         self.doubt: Callable[[str], str] = lambda _path: ""
@@ -132,8 +127,8 @@ class Lease:
         Leave the context as soon as the child runs. Raises GaveWayError.
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        with durable.translate_os_errors("open", self._directory / IMAGES):
-            fd = os.open(self._directory / IMAGES, flags, 0o600)
+        with durable.translate_os_errors("open", self._directory / rundir.IMAGES):
+            fd = os.open(self._directory / rundir.IMAGES, flags, 0o600)
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -171,13 +166,13 @@ class Lease:
 
     def announce(self) -> None:
         """Write the lease; for ``hold`` only."""
-        path = self._directory / LEASE
+        path = self._directory / rundir.LEASE
         with durable.translate_os_errors("write", path):
             durable.write_atomic(path, json.dumps(_document(self._holder)).encode(), 0o600)
 
     def wait_for_start(self, is_active: Callable[[], bool], cancelled: Callable[[], None]) -> None:
         """Wait while a marker is fresh, at most as long as one stays so; for ``hold`` only."""
-        now = (self._directory / LEASE).stat().st_mtime_ns
+        now = (self._directory / rundir.LEASE).stat().st_mtime_ns
         self._seen = self._newest_marker()
         # a marker from the future: the clock was put back, so nobody knows how old it is
         age = max(0.0, (now - self._seen) / 1e9)
@@ -229,7 +224,7 @@ def hold(
         lease.wait_for_start(is_active, cancelled)
         yield lease
     finally:
-        forget(runtime_dir / uuid)
+        forget(rundir.domain_dir(runtime_dir, uuid))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,7 +266,7 @@ def give_way(runtime_dir: Path, domain: str) -> GivenWay:
         if waited > LET_GO_SECONDS:
             raise BusyError(
                 f"images of domain {domain} are still open after {waited:.1f} s: "
-                f"see who holds {directories[0] / IMAGES}",
+                f"see who holds {directories[0] / rundir.IMAGES}",
                 domain=domain,
             )
         time.sleep(POLL_SECONDS)
@@ -280,7 +275,7 @@ def give_way(runtime_dir: Path, domain: str) -> GivenWay:
 def read(directory: Path) -> Holder | None:
     """The lease in a domain's directory, also one of a dead process; None if there is none."""
     try:
-        with (directory / LEASE).open("rb") as file:
+        with (directory / rundir.LEASE).open("rb") as file:
             return _holder(documents.parse_json(file.read(MAX_LEASE)))
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -289,18 +284,16 @@ def read(directory: Path) -> Holder | None:
 def forget(directory: Path) -> None:
     """Remove the lease of a dead process; the domain's lock is held, so there is no other."""
     with suppress(OSError):
-        (directory / LEASE).unlink(missing_ok=True)
+        (directory / rundir.LEASE).unlink(missing_ok=True)
 
 
 def marker(runtime_dir: Path, domain: str) -> Path:
     """The file whose time of modification tells when a start of the domain was announced."""
-    name = quote(domain, safe=" ")
-    return runtime_dir / STARTING / f"{name[:MAX_NAME]}.starting"
+    return runtime_dir / rundir.STARTING / f"{rundir.file_name(domain)}.starting"
 
 
 def _announce(runtime_dir: Path, domain: str) -> None:
-    durable.make_directory(runtime_dir, 0o755)
-    (runtime_dir / STARTING).mkdir(mode=0o700, exist_ok=True)
+    rundir.make(runtime_dir, rundir.STARTING)
     path = marker(runtime_dir, domain)
     path.touch(mode=0o600)
     os.utime(path)
@@ -341,7 +334,7 @@ def _current(directory: Path) -> Holder | None:
 
 def _is_free(directory: Path) -> bool:
     """Whether no child has images open: then the exclusive lock can be had."""
-    return not durable.is_locked(directory / IMAGES, shared=False)
+    return not durable.is_locked(directory / rundir.IMAGES, shared=False)
 
 
 def _mtime(path: Path) -> int:

@@ -15,7 +15,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd import documents, durable
+from nbdbackupd import documents, durable, rundir
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import NbdbackupError
 from nbdbackupd.model.chain import Consistency
@@ -23,7 +23,6 @@ from nbdbackupd.virt import instance
 from nbdbackupd.virt.domain import Domain, Ending
 
 LOG = logging.getLogger(__name__)
-MARKER_NAME: Final = "started-paused"
 MARKER_MODE: Final = 0o600
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
@@ -42,7 +41,7 @@ class PausedStart:
 
 def marker(directory: Path) -> Path:
     """Where the marker is in the domain's directory, which QEMU can't write to."""
-    return directory / MARKER_NAME
+    return directory / rundir.STARTED_PAUSED
 
 
 @contextlib.contextmanager

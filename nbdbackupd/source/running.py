@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from nbdbackupd import durable, events
+from nbdbackupd import durable, events, rundir
 from nbdbackupd.errors import (
     BusyError,
     CheckpointError,
@@ -32,7 +32,6 @@ from nbdbackupd.source.guard import (
     THAW,
     Charge,
     Guard,
-    domain_directory,
     guarded,
 )
 from nbdbackupd.source.quiesce import FreezePolicy, Moment, Quiet
@@ -40,11 +39,6 @@ from nbdbackupd.virt import checkpoints, instance, jobs
 from nbdbackupd.virt.domain import Domain
 
 LOG = logging.getLogger(__name__)
-SOCKET_NAME: Final = "nbd.sock"
-MARKER_NAME: Final = "guest-held"
-# sun_path holds 108 bytes, the last of which is zero
-SOCKET_PATH_MAX: Final = 107
-RUNTIME_MODE: Final = 0o700
 NOTICE_SECONDS: Final = 2.0
 NOTICE_POLL_SECONDS: Final = 0.1
 CLOSE_SECONDS: Final = 30.0
@@ -96,7 +90,7 @@ class RunningRequest:
     @property
     def socket(self) -> Path:
         """The NBD server's socket."""
-        return self.runtime_dir / SOCKET_NAME
+        return self.runtime_dir / rundir.NBD_SOCKET
 
 
 @contextlib.contextmanager
@@ -165,7 +159,7 @@ def _has_iothreads(request: RunningRequest) -> bool:
 
 def marker(runtime_dir: Path) -> Path:
     """The file that tells of a guest that is held: where QEMU can't put a link in its place."""
-    return domain_directory(runtime_dir) / MARKER_NAME
+    return rundir.beside(runtime_dir) / rundir.HELD
 
 
 def _charge(request: RunningRequest) -> Charge:
@@ -190,11 +184,8 @@ def _scratch_file(request: RunningRequest, target: str) -> Path:
 
 def _check(request: RunningRequest) -> None:
     domain = request.domain
-    if len(os.fsencode(request.socket)) > SOCKET_PATH_MAX:
-        raise ConfigError(
-            f"path of the NBD socket is longer than {SOCKET_PATH_MAX} bytes: {request.socket}; "
-            f"give a shorter runtime directory"
-        )
+    if fault := rundir.socket_fault(request.socket):
+        raise ConfigError(f"{fault}: give a shorter --runtime-dir")
     if not domain.is_active():
         raise DomainError(f"domain {domain.name} does not run", domain=domain.name)
     job = jobs.active_job(domain)
@@ -224,10 +215,10 @@ def _prepare_runtime_dir(request: RunningRequest) -> None:
     directory = request.runtime_dir
     owner = request.domain.owner()
     try:
-        directory.mkdir(mode=RUNTIME_MODE, parents=True, exist_ok=True)
+        directory.mkdir(mode=rundir.CLOSED, parents=True, exist_ok=True)
         if directory.stat().st_mode & stat.S_IWOTH:
             raise ConfigError(f"runtime directory {directory} is writable for everybody")
-        directory.chmod(RUNTIME_MODE)
+        directory.chmod(rundir.CLOSED)
         if owner is not None and os.geteuid() == 0:
             durable.admit(directory, *owner)
         # QEMU replaces a dead socket, but a file of another kind would stop it
@@ -465,8 +456,8 @@ def _end_job(domain: Domain, guard: Guard) -> None:
 def is_own_job(job: jobs.ActiveJob, runtime_dir: Path) -> bool:
     """Tell whether a job is one of ours: its NBD socket is the one in our runtime directory."""
     # a job may outlive an upgrade from a version that had another place
-    older = domain_directory(runtime_dir) / "nbd"
-    own = {os.fspath(each / SOCKET_NAME) for each in (runtime_dir, older)}
+    older = rundir.beside(runtime_dir) / "nbd"
+    own = {os.fspath(each / rundir.NBD_SOCKET) for each in (runtime_dir, older)}
     return job.backup is not None and job.backup.socket in own
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdbackupd import rundir
 from nbdbackupd.source import guard, quiesce, running, scratch
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.domain import Domain
@@ -49,7 +50,7 @@ def _sweep(domain: Domain, runtime_dir: Path, scratch_dir: Path) -> Swept:
         files |= {Path(name) for name in named if scratch.is_ours(Path(name), domain.uuid)}
         guard.wait_for_guards(runtime_dir)
         jobs.abort(domain)
-    files.add(runtime_dir / running.SOCKET_NAME)
+    files.add(runtime_dir / rundir.NBD_SOCKET)
     return Swept(
         job=str(job) if is_own else "",
         foreign=str(job) if job is not None and not is_own else "",

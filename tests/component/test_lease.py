@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdbackupd import rundir
 from nbdbackupd.errors import BusyError, GaveWayError
 from nbdbackupd.source import lease
 from nbdbackupd.source.lease import ProcessId
@@ -168,12 +169,12 @@ def test_a_stranger_with_the_id_of_a_dead_process(runtime: Path) -> None:
             "version": 1, "domain": NAME, "uuid": UUID, "run_id": "r0", "boot": boot(),
             "pid": stranger.pid, "start": 5, "server_pid": stranger.pid, "server_start": 5,
         }  # fmt: skip
-        (runtime / UUID / lease.LEASE).write_text(json.dumps(document))
+        (runtime / UUID / rundir.LEASE).write_text(json.dumps(document))
         assert lease.give_way(runtime, NAME).holders == ()
         real = ProcessId.of(stranger.pid)
         assert real is not None
         later = {**document, "start": real.start, "server_start": real.start, "boot": "other"}
-        (runtime / UUID / lease.LEASE).write_text(json.dumps(later))
+        (runtime / UUID / rundir.LEASE).write_text(json.dumps(later))
         assert lease.give_way(runtime, NAME).holders == ()
         assert stranger.poll() is None
         stranger.kill()
@@ -185,7 +186,7 @@ def boot() -> str:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", '{"version": 1}', '{"pid": "x"}', "\0"])
 def test_a_lease_that_is_none(runtime: Path, text: str) -> None:
-    (runtime / UUID / lease.LEASE).write_text(text)
+    (runtime / UUID / rundir.LEASE).write_text(text)
     assert lease.read(runtime / UUID) is None
     assert lease.give_way(runtime, NAME).holders == ()
 
@@ -273,7 +274,7 @@ def test_nothing_is_begun_after_a_start_was_announced(runtime: Path) -> None:
 
 
 def test_nothing_is_begun_while_somebody_gives_way(runtime: Path) -> None:
-    with held(runtime) as it, (runtime / UUID / lease.IMAGES).open("w") as file:
+    with held(runtime) as it, (runtime / UUID / rundir.IMAGES).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(GaveWayError), it.images():
             pytest.fail("was let in")
@@ -339,7 +340,7 @@ def test_the_wait_can_be_cancelled(runtime: Path) -> None:
 
 
 def test_names_of_markers(runtime: Path) -> None:
-    folder = runtime / lease.STARTING
+    folder = runtime / rundir.STARTING
     for name in ["..", ".", "", "/etc/passwd", "x" * 1000, "ü" * 255, NAME]:
         assert lease.marker(runtime, name).parent == folder
         lease.give_way(runtime, name)

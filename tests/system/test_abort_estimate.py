@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from nbdbackupd import durable
+from nbdbackupd import durable, rundir
 from nbdbackupd.errors import BusyError, SourceError
 from nbdbackupd.model.chain import Level
-from nbdbackupd.ops.chains import leftovers
 from nbdbackupd.ops.saving import abort, backup, estimate
 from nbdbackupd.ops.saving.backup_request import BackupRequest
 from nbdbackupd.source.running import RunningDisk, RunningRequest, open_running
@@ -69,7 +68,7 @@ def test_abort_ends_our_own_leftover(
     lab: DaemonLab, connection: Connection, order: abort.AbortRequest
 ) -> None:
     domain = Domain.find(connection, order.domain)
-    runtime_dir = leftovers.socket_dir(order.runtime_dir, domain.uuid)
+    runtime_dir = rundir.socket_dir(order.runtime_dir, domain.uuid)
     with open_connection(lab.uri) as other:
         dead = Domain.find(other, order.domain)
         # whose run is not dead in fact, and finds that its job was ended
@@ -114,9 +113,9 @@ def test_abort_does_not_touch_a_run_that_lives(
     connection: Connection, order: abort.AbortRequest
 ) -> None:
     domain = Domain.find(connection, order.domain)
-    directory = leftovers.prepare_domain_dir(order.runtime_dir, domain.uuid)
+    directory = rundir.make_domain_dir(order.runtime_dir, domain.uuid)
     with (
-        durable.Lock(directory / leftovers.LOCK, owner="backup of x"),
+        durable.Lock(directory / rundir.LOCK, owner="backup of x"),
         pytest.raises(BusyError, match="backup of x"),
     ):
         abort.run(order, connection)

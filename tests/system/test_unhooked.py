@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdbackupd import rundir
 from nbdbackupd.app import ctl
 from nbdbackupd.source import hooked
 from nbdbackupd.virt.connection import open_connection
@@ -86,7 +87,7 @@ def test_a_hook_that_libvirt_has_not_read_yet(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """G-3: nothing is written, so that not even a short lock refuses a start; it is told."""
-    monkeypatch.setattr(hooked, "RUNTIME", here.ctl.runtime)
+    monkeypatch.setattr(rundir, "DEFAULT", here.ctl.runtime)
 
     def look() -> hooked.Hook:
         with open_connection(lab.uri) as connection:
@@ -125,7 +126,7 @@ def test_a_hook_that_libvirt_has_not_read_yet(
     shutil.copy(here.directory / "copy", place)
     assert look() == hooked.Hook()
     # what another daemon has called says nothing
-    (here.ctl.runtime / hooked.CALLED).write_text("1 1\n")
+    (here.ctl.runtime / rundir.CALLED).write_text("1 1\n")
     assert look().is_installed
     here.guest.write("vda", 3 * MIB, MIB, 0x22)
     here.save()

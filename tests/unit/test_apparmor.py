@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from nbdbackupd.ops.chains import leftovers
-from nbdbackupd.source import running
+from nbdbackupd import rundir
 from tests.lib.pages import TOP
 
 SNIPPET = TOP / "packaging/common/libvirt-qemu.apparmor"
 MINE, OTHER = "5a1f0a3e-9d0f-4a8e-8a5e-0f2a3f9b1c77", "0b6cf5b0-1f5c-4a07-9b55-6c0f6d6f7a11"
-RUNTIME = Path("/run/nbdbackup")
+RUNTIME = rundir.DEFAULT
 
 
 def rules_of(uuid: str, directory: Path) -> list[re.Pattern[str]]:
@@ -38,11 +37,11 @@ def may(rules: list[re.Pattern[str]], path: Path | str) -> bool:
 
 def test_each_qemu_reaches_its_own_directory_alone(tmp_path: Path) -> None:
     rules = rules_of(MINE, tmp_path)
-    assert may(rules, leftovers.socket_dir(RUNTIME, MINE) / running.SOCKET_NAME)
-    assert not may(rules, leftovers.socket_dir(RUNTIME, OTHER) / running.SOCKET_NAME)
+    assert may(rules, rundir.socket_dir(RUNTIME, MINE) / rundir.NBD_SOCKET)
+    assert not may(rules, rundir.socket_dir(RUNTIME, OTHER) / rundir.NBD_SOCKET)
     for closed in (
-        leftovers.domain_dir(RUNTIME, MINE) / "lock",
-        leftovers.domain_dir(RUNTIME, MINE) / "run.json",
+        rundir.domain_dir(RUNTIME, MINE) / "lock",
+        rundir.domain_dir(RUNTIME, MINE) / "run.json",
         RUNTIME / "xml/vm1.xml",
         RUNTIME / "map/gate",
         RUNTIME / "boot/vm1.lock",

@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 
-from nbdbackupd import durable, events, log
+from nbdbackupd import durable, events, log, rundir
 from nbdbackupd.app import ctl, run_record, runner, systemd
 from nbdbackupd.errors import GaveWayError
-from nbdbackupd.ops.chains import leftovers
 from nbdbackupd.ops.saving import backup
 from nbdbackupd.repo import runs
 from nbdbackupd.virt import jobs, same_host
@@ -69,8 +68,8 @@ def host(
 @pytest.fixture
 def busy(host: Host) -> Iterator[durable.Lock]:
     """Another run has the domain."""
-    folder = leftovers.prepare_domain_dir(host.runtime, points.UUID)
-    with durable.Lock(folder / leftovers.LOCK, owner="somebody") as lock:
+    folder = rundir.make_domain_dir(host.runtime, points.UUID)
+    with durable.Lock(folder / rundir.LOCK, owner="somebody") as lock:
         yield lock
 
 
@@ -105,7 +104,7 @@ def test_w7_a_run_that_waits_is_shown_and_goes_on(
     waiting: list[str] = []
 
     def look() -> None:
-        path = host.runtime / run_record.DOING / UNIT
+        path = host.runtime / rundir.DOING / UNIT
         until = time.monotonic() + 20
         while time.monotonic() < until and not waiting:
             text = path.read_text() if path.exists() else ""
@@ -126,7 +125,7 @@ def test_w7_a_run_that_waits_is_shown_and_goes_on(
     # it went on; that this driver can't be backed up is another matter
     assert code not in (0, 75)
     assert host.document()["end"]["status"] == code
-    assert not (host.runtime / run_record.DOING / UNIT).exists()
+    assert not (host.runtime / rundir.DOING / UNIT).exists()
 
 
 def test_w7_who_gave_way_is_not_asked_twice(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd import documents, durable, proc
+from nbdbackupd import documents, durable, proc, rundir
 from nbdbackupd.errors import BusyError, IntegrityError, ProcessError, RepositoryError, UsageError
 from nbdbackupd.model import file_systems
 from nbdbackupd.model.file_systems import FileSystem
@@ -30,7 +30,6 @@ from nbdbackupd.ops.serving.map import MapRequest
 
 log = logging.getLogger(__name__)
 
-DIRECTORY: Final = "mounts"
 GATE: Final = "gate"
 GATE_SECONDS: Final = 60.0
 LOCK: Final = "lock"
@@ -167,7 +166,7 @@ def end(directory: Path, runtime_dir: Path, *, lazy: bool = False) -> None:
     is in use or its keeper does not end, ProcessError.
     """
     path = Path(os.path.realpath(directory))
-    top = runtime_dir / DIRECTORY
+    top = runtime_dir / rundir.MOUNTS
     noted = [each for each in _sessions(runtime_dir) if _noted(each).get("at") == str(path)]
     if not noted:
         if not any(each.path == path for each in files_fuse.table()):
@@ -263,10 +262,8 @@ def _checked(at: Path) -> Path:
 @contextmanager
 def _home(runtime_dir: Path) -> Iterator[Path]:
     """A directory for one mount, removed at the end."""
-    top = runtime_dir / DIRECTORY
-    with durable.translate_os_errors("create", top):
-        durable.make_directory(runtime_dir, 0o755)
-        durable.make_directory(top, 0o700)
+    with durable.translate_os_errors("create", runtime_dir / rundir.MOUNTS):
+        top = rundir.make(runtime_dir, rundir.MOUNTS)
         with _gate(top):
             _sweep(top)
             path = Path(os.path.realpath(top)) / secrets.token_hex(4)
@@ -286,7 +283,7 @@ def _gate(top: Path) -> durable.Lock:
 
 def _sessions(runtime_dir: Path) -> list[Path]:
     """The mounts whose keeper lives; what dead ones left is taken away."""
-    top = runtime_dir / DIRECTORY
+    top = runtime_dir / rundir.MOUNTS
     if not top.is_dir():
         return []
     with durable.translate_os_errors("read", top), _gate(top):

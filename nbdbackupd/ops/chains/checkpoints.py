@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd import durable
+from nbdbackupd import durable, rundir
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import (
     BusyError,
@@ -212,11 +212,11 @@ def _run(
     elsewhere = "" if request.changes else why_elsewhere(domain, request.sharing)
     if elsewhere:
         return replace(_nothing(request), uuid=domain.uuid, elsewhere=elsewhere)
-    lock = leftovers.domain_dir(request.runtime_dir, domain.uuid) / leftovers.LOCK
+    lock = rundir.domain_dir(request.runtime_dir, domain.uuid) / rundir.LOCK
     with ExitStack() as stack:
         stack.enter_context(runlog.context(DOMAIN=domain.name, UUID=domain.uuid))
         if request.changes:
-            leftovers.prepare_domain_dir(request.runtime_dir, domain.uuid)
+            rundir.make_domain_dir(request.runtime_dir, domain.uuid)
             wait = durable.Wait(seconds=request.wait_seconds, cancelled=cancelled)
             if request.started and f"({locks.BACKUP}" in (who := locks.holder(lock)):
                 log.info("nothing to be done, %s does it by itself", who)

@@ -13,54 +13,17 @@ import logging
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
 
-from nbdbackupd import documents, durable, events
+from nbdbackupd import documents, durable, events, rundir
 from nbdbackupd.errors import FormatError
-from nbdbackupd.ops.domain import locks
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Intent
 from nbdbackupd.repo.repository import Repository
-from nbdbackupd.source import guard, kept, lease
+from nbdbackupd.source import kept, lease
 from nbdbackupd.source import sweep as source_sweep
 from nbdbackupd.virt.domain import Domain
 
 log = logging.getLogger(__name__)
-NOTE: Final = "run.json"
-LOCK: Final = locks.DOMAIN_LOCK
-
-OFFLINE_SOCKET: Final = "offline.sock"
-
-
-def domain_dir(runtime_dir: Path, uuid: str) -> Path:
-    """The domain's directory for locks and notes: ``<runtime>/<uuid>``.
-
-    By UUID, because a name may be long or hostile and a socket's path is bounded by 108 bytes.
-    """
-    return runtime_dir / uuid
-
-
-def socket_dir(runtime_dir: Path, uuid: str) -> Path:
-    """The directory that QEMU gets for its socket, apart from what only we may touch.
-
-    It has the name of the domain's AppArmor profile: a rule for all domains lets each one's QEMU
-    into its own alone (packaging/common/libvirt-qemu.apparmor).
-    """
-    return runtime_dir / f"{guard.PROFILE}{uuid}"
-
-
-def offline_socket(runtime_dir: Path, uuid: str) -> Path:
-    """Where the images of a domain that is off are offered, to ourselves alone."""
-    return domain_dir(runtime_dir, uuid) / OFFLINE_SOCKET
-
-
-def prepare_domain_dir(runtime_dir: Path, uuid: str) -> Path:
-    """Make the domain's directory; QEMU's user may pass through it, not write to it."""
-    path = domain_dir(runtime_dir, uuid)
-    with durable.translate_os_errors("create", path):
-        durable.make_directory(runtime_dir, 0o755)
-        durable.make_directory(path, 0o711)
-    return path
 
 
 def sweep(
@@ -74,14 +37,14 @@ def sweep(
     Raises the errors of libvirt and of the set: a run that can't clean up must not go on.
     """
     kept.sweep(runtime_dir)
-    swept = source_sweep.sweep(domain, socket_dir(runtime_dir, domain.uuid), scratch_dir)
+    swept = source_sweep.sweep(domain, rundir.socket_dir(runtime_dir, domain.uuid), scratch_dir)
     if swept:
         events.emit(log, events.DEAD_RUN_SWEPT, reason=swept)
     if domain.is_active():
         # of a run that read the images of the domain while it was off
-        lease.forget(domain_dir(runtime_dir, domain.uuid))
+        lease.forget(rundir.domain_dir(runtime_dir, domain.uuid))
         with suppress(OSError):
-            offline_socket(runtime_dir, domain.uuid).unlink(missing_ok=True)
+            rundir.offline_socket(runtime_dir, domain.uuid).unlink(missing_ok=True)
     dead = [each for each in repository.dead_runs() if each.uuid == domain.uuid]
     noted = dead_run(runtime_dir, domain.uuid)
     if noted is not None:
@@ -100,7 +63,7 @@ def finish(domain: Domain, repository: Repository, runtime_dir: Path) -> None:
 
 def note(runtime_dir: Path, intent: Intent, set_path: Path) -> None:
     """Note a run before it makes anything at libvirt."""
-    path = domain_dir(runtime_dir, intent.uuid) / NOTE
+    path = rundir.domain_dir(runtime_dir, intent.uuid) / rundir.NOTE
     document = {"set": os.fspath(set_path), "intent": documents.parse_json(intent.pack())}
     with durable.translate_os_errors("write", path):
         durable.write_atomic(path, json.dumps(document).encode(), 0o600)
@@ -109,7 +72,7 @@ def note(runtime_dir: Path, intent: Intent, set_path: Path) -> None:
 def forget(runtime_dir: Path, uuid: str) -> None:
     """Remove the note of a run that is over."""
     with suppress(OSError):
-        (domain_dir(runtime_dir, uuid) / NOTE).unlink(missing_ok=True)
+        (rundir.domain_dir(runtime_dir, uuid) / rundir.NOTE).unlink(missing_ok=True)
 
 
 def dead_run(runtime_dir: Path, uuid: str) -> Intent | None:
@@ -117,9 +80,9 @@ def dead_run(runtime_dir: Path, uuid: str) -> Intent | None:
 
     Without the domain's lock it may be that of a run that lives.
     """
-    directory = domain_dir(runtime_dir, uuid)
+    directory = rundir.domain_dir(runtime_dir, uuid)
     try:
-        document = documents.parse_json((directory / NOTE).read_bytes())
+        document = documents.parse_json((directory / rundir.NOTE).read_bytes())
         intent = Intent.parse(json.dumps(document["intent"]).encode())
         points = Path(document["set"]) / layout.POINTS
     except FileNotFoundError:

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from nbdbackupd import rundir
 from nbdbackupd.model import access
 from nbdbackupd.model.access import Account
 from nbdbackupd.model.finding import Notes
 from nbdbackupd.model.units import human_size
 from nbdbackupd.ops.checking.check_request import Patient, existing
-from nbdbackupd.source import running, scratch
+from nbdbackupd.source import scratch
 from nbdbackupd.virt import features
 
 ACL = "system.posix_acl_access"
@@ -59,14 +60,8 @@ def scratch_space(patient: Patient, notes: Notes) -> None:
 def paths(patient: Patient, notes: Notes) -> None:
     """Every directory on the way to the scratch files and to the socket."""
     request = patient.request
-    endpoint = patient.socket_dir / running.SOCKET_NAME
-    length = len(os.fsencode(endpoint))
-    if length > running.SOCKET_PATH_MAX:
-        notes.fail(
-            f"the path of the NBD socket is {length} bytes long, {running.SOCKET_PATH_MAX} are the "
-            f"most: {endpoint}",
-            "give a shorter --runtime-dir",
-        )
+    if fault := rundir.socket_fault(patient.socket_dir / rundir.NBD_SOCKET):
+        notes.fail(fault, "give a shorter --runtime-dir")
     owner = patient.domain.owner()
     if owner is None:
         notes.warn("libvirt does not tell under which account QEMU runs; paths were not looked at")

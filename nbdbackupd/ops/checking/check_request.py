@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdbackupd import rundir
 from nbdbackupd.model.chain import RestorePoint
-from nbdbackupd.ops.chains import leftovers
 from nbdbackupd.ops.domain.images import ALONE, Sharing, why_elsewhere
 from nbdbackupd.ops.domain.locks import holder
 from nbdbackupd.ops.domain.survey import Looked
@@ -41,12 +41,12 @@ class Patient:
     @property
     def own_dir(self) -> Path:
         """The domain's directory for locks and notes; may be missing."""
-        return leftovers.domain_dir(self.request.runtime_dir, self.domain.uuid)
+        return rundir.domain_dir(self.request.runtime_dir, self.domain.uuid)
 
     @property
     def socket_dir(self) -> Path:
         """The directory of QEMU's socket; may be missing."""
-        return leftovers.socket_dir(self.request.runtime_dir, self.domain.uuid)
+        return rundir.socket_dir(self.request.runtime_dir, self.domain.uuid)
 
     def saved(self, head: RestorePoint | None = None) -> tuple[str, ...]:
         """The disks that a backup takes; raw ones where the last point ``head`` holds them."""
@@ -65,7 +65,7 @@ class Patient:
 
     def domain_holder(self) -> str:
         """Who works on the domain now, or nothing."""
-        return holder(self.own_dir / leftovers.LOCK)
+        return holder(self.own_dir / rundir.LOCK)
 
     def set_holder(self) -> str:
         """Who works on the set now, or nothing."""

@@ -1,7 +1,7 @@
 """Runs: who works on the domain or the set now, and what those left that died."""
 
+from nbdbackupd import rundir
 from nbdbackupd.model.finding import Notes
-from nbdbackupd.ops.chains import leftovers as notes_of_runs
 from nbdbackupd.ops.checking.check_request import Patient
 from nbdbackupd.ops.domain import images
 from nbdbackupd.repo import layout
@@ -53,7 +53,7 @@ def locks(patient: Patient, notes: Notes) -> None:
         notes.ok(f"process {held.run.pid} reads the images of the domain; its start ends that")
     else:
         notes.warn(
-            f"a dead run left its lease {patient.own_dir / lease.LEASE}",
+            f"a dead run left its lease {patient.own_dir / rundir.LEASE}",
             "it holds nothing; the next backup removes it",
         )
 
@@ -137,8 +137,8 @@ def _of_domain(patient: Patient, notes: Notes) -> list[str]:
             f"let it go with 'nbdbackupctl abort {patient.domain.name}'",
         )
     files = [
-        patient.own_dir / notes_of_runs.NOTE,
-        patient.socket_dir / running.SOCKET_NAME,
+        patient.own_dir / rundir.NOTE,
+        patient.socket_dir / rundir.NBD_SOCKET,
         *scratch.leftovers(patient.request.scratch_dir, patient.domain.uuid),
     ]
     return [str(path) for path in files if path.exists()]

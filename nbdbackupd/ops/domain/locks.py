@@ -8,9 +8,6 @@ from typing import Final
 from nbdbackupd import durable
 
 LOCKS: Final = Path("/proc/locks")
-DOMAIN_LOCK: Final = "lock"
-"""The lock of a domain, in its own directory below the runtime directory."""
-
 BACKUP: Final = "backup of "
 """What a backup says that it holds the lock for, before the domain's name."""
 

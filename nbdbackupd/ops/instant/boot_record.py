@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd import documents, durable
+from nbdbackupd import documents, durable, rundir
 from nbdbackupd.errors import BusyError, FormatError, RepositoryError, UnsupportedVersionError
 from nbdbackupd.files import open_untrusted
 from nbdbackupd.ops.domain import locks
@@ -30,9 +30,6 @@ CONSOLE: Final = "console.log"
 MAX_NOTE: Final = 16 << 20
 MAX_NAME: Final = 48
 """Bytes of a directory's name: the path of a socket in it is bounded."""
-
-# QEMU runs as another user and must get through to its files
-OPEN_MODE: Final = 0o711
 
 
 class Phase(StrEnum):
@@ -135,8 +132,8 @@ class Places:
             name=name,
             runtime_dir=runtime_dir,
             work=scratch_dir / FOLDER / folder,
-            sockets=runtime_dir / FOLDER / folder,
-            lock=runtime_dir / FOLDER / f"{folder}.lock",
+            sockets=runtime_dir / rundir.BOOT / folder,
+            lock=runtime_dir / rundir.BOOT / f"{folder}.lock",
         )
 
     @property
@@ -165,7 +162,7 @@ class Places:
         """Make all directories. Raises RepositoryError, NoSpaceError."""
         for path in (self.work, self.sockets):
             with durable.translate_os_errors("create", path):
-                durable.make_directory(path, OPEN_MODE)
+                durable.make_directory(path, rundir.PASSED)
 
     def remove(self) -> None:
         """Remove all but the lock, the record last; what is gone is fine.
@@ -186,7 +183,7 @@ class Places:
         Raises BusyError that names the holder.
         """
         with durable.translate_os_errors("lock", self.lock):
-            durable.make_directory(self.lock.parent, OPEN_MODE)
+            durable.make_directory(self.lock.parent, rundir.PASSED)
             lock = durable.Lock(self.lock, owner=f"boot of {self.name}")
             try:
                 lock.__enter__()

@@ -6,12 +6,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd import plain
+from nbdbackupd import plain, rundir
 from nbdbackupd.errors import FormatError, NbdbackupError
 from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.model.health import Facts, Health, Limits, Verdict, age_text, judge
 from nbdbackupd.model.units import human_size
-from nbdbackupd.ops.domain.locks import DOMAIN_LOCK, holder
+from nbdbackupd.ops.domain.locks import holder
 from nbdbackupd.ops.sets.catalog import stored_bytes
 from nbdbackupd.ops.sets.sets import DomainSet, sets_of
 from nbdbackupd.repo import boot_tests, layout
@@ -204,7 +204,7 @@ def names_in(repository: Path) -> dict[str, Path]:
 
 def busy(runtime_dir: Path, uuid: str) -> str:
     """Who works on a domain now, or nothing."""
-    return holder(runtime_dir / uuid / DOMAIN_LOCK) if uuid else ""
+    return holder(rundir.domain_dir(runtime_dir, uuid) / rundir.LOCK) if uuid else ""
 
 
 def status_of(

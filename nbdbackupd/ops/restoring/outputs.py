@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
-from nbdbackupd import durable, proc
+from nbdbackupd import durable, proc, rundir
 from nbdbackupd.errors import NbdError, ProcessError
 from nbdbackupd.format.index import MAX_BLOCK
 from nbdbackupd.qemu import image, nbd_server
@@ -27,8 +27,6 @@ DEPTH: Final = 4
 
 SILENCE_SECONDS: Final = 120.0
 """An export that answers nothing for so long is dead; a slow disk may need long to flush."""
-
-MAX_SOCKET_PATH: Final = 107
 
 
 class Writer(Protocol):
@@ -201,7 +199,9 @@ def _served(
     from nbdbackupd.nbdio.arena import Arena
 
     with tempfile.TemporaryDirectory(prefix="nbdbackup-") as directory:
-        socket = _socket_path(Path(directory))
+        socket = Path(directory, "nbd")
+        if fault := rundir.socket_fault(socket):
+            raise ProcessError(f"{fault}: set TMPDIR to a shorter directory")
         endpoint = client.Endpoint(socket=socket, export="")
 
         def writer() -> AbstractContextManager[Writer]:
@@ -224,13 +224,6 @@ def create_private(path: Path) -> int:
     """A new file, for its owner's eyes only: it will hold a guest's data."""
     path.unlink(missing_ok=True)
     return durable.create_exclusive(path)
-
-
-def _socket_path(directory: Path) -> Path:
-    socket = directory / "nbd"
-    if len(os.fsencode(socket)) > MAX_SOCKET_PATH:
-        raise ProcessError(f"the path of temporary files is too long for a socket: {directory}")
-    return socket
 
 
 @contextmanager

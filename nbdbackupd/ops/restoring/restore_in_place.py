@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-from nbdbackupd import durable
+from nbdbackupd import durable, rundir
 from nbdbackupd.errors import (
     BusyError,
     DomainError,
@@ -18,7 +18,6 @@ from nbdbackupd.model import collapsed
 from nbdbackupd.model.chain import DiskPoint, RestorePoint
 from nbdbackupd.model.domain import Disk
 from nbdbackupd.model.hostpaths import PathUse
-from nbdbackupd.ops.chains import leftovers
 from nbdbackupd.ops.domain.images import Sharing, images_of
 from nbdbackupd.ops.domain.survey import Looked, look
 from nbdbackupd.ops.restoring import define_paths
@@ -74,9 +73,9 @@ class InPlace(Placement):
         Raises DomainNotFoundError, DomainError, NotSupportedError, BusyError, GaveWayError.
         """
         domain = self._domain = self._find(point)
-        directory = leftovers.prepare_domain_dir(self._runtime_dir, domain.uuid)
+        directory = rundir.make_domain_dir(self._runtime_dir, domain.uuid)
         stack.enter_context(
-            durable.Lock(directory / leftovers.LOCK, owner=f"restore of {domain.name} in place")
+            durable.Lock(directory / rundir.LOCK, owner=f"restore of {domain.name} in place")
         )
         held = stack.enter_context(
             images_of(

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbdbackupd import durable, events
+from nbdbackupd import durable, events, rundir
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import BusyError
-from nbdbackupd.ops.chains import leftovers
 from nbdbackupd.ops.domain import domains
 from nbdbackupd.source import paused_start, sweep
 from nbdbackupd.virt import jobs
@@ -82,12 +81,12 @@ def run(request: AbortRequest, connection: Connection) -> AbortReport:
             f"on the host that it leaves would",
             domain=domain.name,
         )
-    directory = leftovers.prepare_domain_dir(request.runtime_dir, domain.uuid)
+    directory = rundir.make_domain_dir(request.runtime_dir, domain.uuid)
     with (
         runlog.context(DOMAIN=domain.name, UUID=domain.uuid),
-        durable.Lock(directory / leftovers.LOCK, owner=f"abort of {domain.name}"),
+        durable.Lock(directory / rundir.LOCK, owner=f"abort of {domain.name}"),
     ):
-        own = leftovers.socket_dir(request.runtime_dir, domain.uuid)
+        own = rundir.socket_dir(request.runtime_dir, domain.uuid)
         swept = sweep.sweep(domain, own, request.scratch_dir)
         if swept:
             events.emit(log, events.DEAD_RUN_SWEPT, reason=swept)

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Final
 
-from nbdbackupd import durable, events
+from nbdbackupd import durable, events, rundir
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import BusyError, CheckpointError, DomainError, RepositoryError
 from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint, effective_level
@@ -66,13 +66,13 @@ def run(
         stack.enter_context(ending.told())
         domain = _find(request, connection)
         stack.enter_context(runlog.context(DOMAIN=domain.name, UUID=domain.uuid))
-        directory = leftovers.prepare_domain_dir(request.runtime_dir, domain.uuid)
+        directory = rundir.make_domain_dir(request.runtime_dir, domain.uuid)
         who = f"{locks.BACKUP}{domain.name}, run {request.run_id}"
         # the check of the bitmaps after a start is ours, and short
         wait = durable.Wait(
             seconds=request.wait_seconds, cancelled=cancelled, brief=CHECKPOINTS, told=notice
         )
-        stack.enter_context(durable.Lock(directory / leftovers.LOCK, owner=who, wait=wait))
+        stack.enter_context(durable.Lock(directory / rundir.LOCK, owner=who, wait=wait))
         repository = Repository.open(request.directory)
         repository.check_can_begin()
         stack.enter_context(repository.lock(owner=who, wait=wait))

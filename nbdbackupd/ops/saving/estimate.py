@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbdbackupd import durable
+from nbdbackupd import durable, rundir
 from nbdbackupd.errors import CheckpointError, RepositoryError
 from nbdbackupd.model.chain import Level, RestorePoint
 from nbdbackupd.model.selection import BY_REQUEST
-from nbdbackupd.ops.chains import leftovers
 from nbdbackupd.ops.domain.images import ALONE, Sharing, images_of
 from nbdbackupd.ops.domain.survey import Survey, Wish, survey_domain
 from nbdbackupd.ops.saving.sources import changed_bytes
@@ -99,8 +98,8 @@ def run(
     with ExitStack() as stack:
         lease = None
         if not domain.is_active():
-            directory = leftovers.prepare_domain_dir(request.runtime_dir, domain.uuid)
-            lock = durable.Lock(directory / leftovers.LOCK, owner=f"estimate of {domain.name}")
+            directory = rundir.make_domain_dir(request.runtime_dir, domain.uuid)
+            lock = durable.Lock(directory / rundir.LOCK, owner=f"estimate of {domain.name}")
             stack.enter_context(lock)
             lease = stack.enter_context(
                 images_of(domain, request.runtime_dir, request.run_id, cancelled, request.sharing)

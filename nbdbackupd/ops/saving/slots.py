@@ -6,10 +6,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd import durable
+from nbdbackupd import durable, rundir
 from nbdbackupd.errors import BusyError
 
-SLOTS: Final = "slots"
 POLL_SECONDS: Final = 0.2
 
 
@@ -29,10 +28,8 @@ def slot(
     ``wait_seconds`` have passed, what ``cancelled`` raises, RepositoryError if the runtime
     directory can't be written.
     """
-    directory = runtime_dir / SLOTS
-    with durable.translate_os_errors("create", directory):
-        durable.make_directory(runtime_dir, 0o755)
-        directory.mkdir(mode=0o700, exist_ok=True)
+    with durable.translate_os_errors("create", runtime_dir / rundir.SLOTS):
+        directory = rundir.make(runtime_dir, rundir.SLOTS)
     deadline = time.monotonic() + wait_seconds
     with ExitStack() as stack:
         while (number := _try(directory, count, owner, stack)) is None:

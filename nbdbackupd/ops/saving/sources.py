@@ -5,10 +5,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from nbdbackupd import rundir
 from nbdbackupd.errors import NbdbackupError, NotSupportedError, RepositoryError
 from nbdbackupd.model.chain import Consistency, RestorePoint
 from nbdbackupd.model.freeze_memory import FreezeMemory, after
-from nbdbackupd.ops.chains import foreign, leftovers
+from nbdbackupd.ops.chains import foreign
 from nbdbackupd.ops.domain.survey import Survey
 from nbdbackupd.ops.saving.backup_job import Job
 from nbdbackupd.repo.repository import Repository
@@ -41,7 +42,7 @@ def open_source(
         OfflineRequest(
             domain=job.domain,
             disks=_offline_disks(job.survey),
-            socket=leftovers.offline_socket(job.request.runtime_dir, job.domain.uuid),
+            socket=rundir.offline_socket(job.request.runtime_dir, job.domain.uuid),
             lease=job.lease,
             on_trouble=on_trouble,
             cancelled=job.cancelled,
@@ -83,7 +84,7 @@ def changed_bytes(
         OfflineRequest(
             domain=domain,
             disks=_offline_disks(survey),
-            socket=leftovers.offline_socket(runtime_dir, domain.uuid),
+            socket=rundir.offline_socket(runtime_dir, domain.uuid),
             lease=held,
             on_trouble=_ignore,
             cancelled=cancelled,
@@ -122,7 +123,7 @@ def _running_request(
             for plan in job.survey.plans
         ),
         run_id=request.run_id,
-        runtime_dir=leftovers.socket_dir(request.runtime_dir, job.domain.uuid),
+        runtime_dir=rundir.socket_dir(request.runtime_dir, job.domain.uuid),
         scratch_dir=request.scratch_dir,
         scratch_reserve=request.scratch_reserve,
         on_trouble=on_trouble,

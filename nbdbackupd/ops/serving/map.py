@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final, Self
 from urllib.parse import quote
 
-from nbdbackupd import durable, proc
+from nbdbackupd import durable, proc, rundir
 from nbdbackupd.errors import ConfigError, ProcessError, RepositoryError, UsageError
 from nbdbackupd.model.choice import NEWEST
 from nbdbackupd.ops.serving import kernel_nbd, map_plan, mapped
@@ -35,7 +35,6 @@ POLL_SECONDS: Final = 0.003
 THREADS: Final = 4
 """For each connection; more of them only wait for one another."""
 
-SOCKET_PATH_MAX: Final = 107
 NO_PLUGIN: Final = (
     "nbdkit can't run Python: install the package nbdkit-plugin-python (Debian) or "
     "nbdkit-python-plugin (Fedora, EL)"
@@ -221,11 +220,8 @@ def _places(request: MapRequest, found: Found, home: Home) -> list[_Place]:
 
 
 def _check_socket(socket: Path) -> None:
-    if len(os.fsencode(socket)) > SOCKET_PATH_MAX:
-        raise ConfigError(
-            f"the path of socket {socket} is longer than {SOCKET_PATH_MAX} bytes: "
-            "give a shorter one with --socket, or a shorter --runtime-dir"
-        )
+    if fault := rundir.socket_fault(socket):
+        raise ConfigError(f"{fault}: give a shorter one with --socket, or a shorter --runtime-dir")
     if os.path.lexists(socket):
         raise RepositoryError(f"{socket} exists: remove it, or give another --socket")
 

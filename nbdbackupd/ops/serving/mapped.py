@@ -21,13 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd import documents, durable
+from nbdbackupd import documents, durable, rundir
 from nbdbackupd.errors import BusyError, NbdbackupError
 from nbdbackupd.ops.serving import kernel_nbd
 
 log = logging.getLogger(__name__)
 
-DIRECTORY: Final = "map"
 NOTE: Final = "map.json"
 LOCK: Final = "lock"
 GATE: Final = "gate"
@@ -121,10 +120,8 @@ def make_home(runtime_dir: Path) -> Home:
 
     Raises RepositoryError, BusyError.
     """
-    top = runtime_dir / DIRECTORY
-    with durable.translate_os_errors("create", top):
-        durable.make_directory(runtime_dir, 0o755)
-        durable.make_directory(top, 0o711)
+    with durable.translate_os_errors("create", runtime_dir / rundir.MAP):
+        top = rundir.make(runtime_dir, rundir.MAP, rundir.PASSED)
         with durable.Lock(top / GATE, owner="map", wait=durable.Wait(seconds=GATE_SECONDS)):
             _sweep(top)
             path = top / secrets.token_hex(4)
@@ -152,7 +149,7 @@ def known(runtime_dir: Path) -> tuple[Mapping, ...]:
 
     Raises RepositoryError if the directory can't be read, BusyError.
     """
-    top = runtime_dir / DIRECTORY
+    top = runtime_dir / rundir.MAP
     if not top.is_dir():
         return ()
     with durable.translate_os_errors("read", top):
@@ -168,7 +165,7 @@ def end(mapping: Mapping, runtime_dir: Path) -> None:
     Raises BusyError if a process of it does not end, ProcessError if the kernel's device can't be
     detached.
     """
-    top = runtime_dir / DIRECTORY
+    top = runtime_dir / rundir.MAP
     path = top / mapping.id
     for disk in mapping.disks:
         if disk.device is not None:

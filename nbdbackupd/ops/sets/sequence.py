@@ -19,6 +19,7 @@ from nbdbackupd.format.stream import StreamMeta, StreamReader
 from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets import peer_index
 from nbdbackupd.ops.sets.layers import IndexedLayer, Layer, RawLayer, ScannedLayer
+from nbdbackupd.repo import layout
 from nbdbackupd.repo.peer import read_files
 from nbdbackupd.repo.peer_place import Folder
 
@@ -81,7 +82,7 @@ def _point(meta: StreamMeta) -> str:
 
 def index_beside(path: Path) -> Path:
     """The index file of a stream."""
-    return path.with_name(f"{path.name}.index")
+    return path.with_name(layout.index(path.name))
 
 
 def _read(path: Path) -> _Given:
@@ -174,7 +175,7 @@ def _scan(
     layer = stack.enter_context(ScannedLayer(path, meta))
     for _ in layer.records():
         check()
-    checksum = path.with_name(f"{path.name}.chksum")
+    checksum = path.with_name(layout.checksum(path.name))
     if not checksum.exists():
         warnings.append(f"neither index nor checksum vouches for the bytes of {path}")
     elif layering.read_checksum(checksum) != layering.adler32_file(path, check):
