@@ -31,6 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     # under nohup SIGHUP is ignored, and so it would be by all that the tests start
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    # and SIGINT in the background of a shell
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # how long an example takes says how busy the machine is, and nothing of what is tested
     quiet = [HealthCheck.too_slow]
     settings.register_profile("suite", deadline=None, suppress_health_check=quiet)
