@@ -29,6 +29,10 @@ from nbdbackupd.virt.domain import Domain, State
 log = logging.getLogger(__name__)
 POLL_SECONDS: Final = 0.2
 # a request that met no server was answered with an error: the guest's next one finds it again
+RECONNECT_SECONDS: Final = 30.0
+"""QEMU looks for a server that went after 1, 2, 4, 8, then each 16 s (7.2, block/nbd.c)."""
+
+RECONNECT_POLL_SECONDS: Final = 1.0
 RESUME_TRIES: Final = 5
 RESUME_SECONDS: Final = 0.5
 
@@ -110,7 +114,7 @@ class _Work:
         self._connection = connection
         self._cancelled = cancelled
         self._begun = time.monotonic()
-        self._taken_over: set[str] = set()
+        self._patience = 0.0
 
     def _note(self, **changes: Any) -> None:
         self._record = replace(self._record, **changes)
@@ -129,6 +133,7 @@ class _Work:
             for disk in record.disks:
                 mapped.remove_socket(Path(disk.socket))
             booting.serve(record, self._places, self._connection, self._cancelled)
+            self._patience = time.monotonic() + RECONNECT_SECONDS
         domain = transient.find(self._connection, record.uuid)
         if domain is None:
             # the overlays hold all: the guest was paused as long as a disk was on its copy
@@ -175,7 +180,6 @@ class _Work:
             if found is None:
                 raise DomainError(f"disk {disk.target} was taken from {domain.name} meanwhile")
             if disk.final in (found.path, found.mirror):
-                self._taken_over.add(disk.target)
                 continue
             if found.mirror:
                 raise BusyError(f"disk {disk.target} of {domain.name} is copied by somebody else")
@@ -185,7 +189,8 @@ class _Work:
     def _wait(self, domain: Domain, progress: Progress, bandwidth: int) -> None:
         """Wait until all copies are synchronous.
 
-        One that was begun before a cut may yet fail by what it read then: it is begun once more.
+        Servers that were made anew are not known to QEMU at once: a copy that fails then is begun
+        once more.
         """
         left = {disk.target: disk for disk in self._record.disks}
         while True:
@@ -198,8 +203,8 @@ class _Work:
                 if found is not None and (found.is_ready or found.path == disk.final):
                     progress(target, disk.size, disk.size)
                     del left[target]
-                elif found is not None and not found.mirror and target in self._taken_over:
-                    self._taken_over.remove(target)
+                elif found is not None and not found.mirror and time.monotonic() < self._patience:
+                    time.sleep(RECONNECT_POLL_SECONDS)
                     self._copy(domain, bandwidth)
                 elif found is None or found.mirror != disk.final:
                     raise DomainError(
