@@ -103,6 +103,7 @@ def test_killed_full(alone: Witness, fault: str) -> None:
     alone.check_all()
 
 
+@pytest.mark.timeout(400)  # two runs for each fault
 def test_killed_increments(alone: Witness) -> None:
     """One long chain, so that what one kill leaves could harm all that come later."""
     alone.run("-l", "full")
