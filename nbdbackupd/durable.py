@@ -244,12 +244,19 @@ class Wait:
 
     A holder whose owner contains ``brief`` is waited for a minute at least: its work is short.
     ``told`` gets a line about whom we wait for, once, if it takes longer than half a second.
+    ``option`` is what makes it longer on the command line, for the one who waited in vain.
     """
 
     seconds: float = 0.0
     cancelled: Callable[[], None] = lambda: None
     brief: str = ""
     told: Callable[[str], None] = lambda _: None
+    option: str = ""
+
+    @property
+    def cure(self) -> str:
+        """What can be done if it was too short."""
+        return f"try later, or use {self.option}" if self.option else "try later"
 
     def limit(self, who: str) -> float:
         """So many seconds for this holder."""
@@ -334,7 +341,7 @@ class Lock:
             left = limit - waited
             if left <= 0:
                 after = f" after {waited:.1f} s" if waited >= TELL_SECONDS else ""
-                raise BusyError(f"{self.path} is locked{after} by {who}; try later, or use --wait")
+                raise BusyError(f"{self.path} is locked{after} by {who}; {self._wait.cure}")
             if not is_told and waited >= TELL_SECONDS:
                 is_told = True
                 self._wait.told(f"waiting for {who}")

@@ -1,5 +1,6 @@
 """SOURCE on the command line: the path of a set, or the name of a domain with sets."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from nbdbackupd.model.choice import Choice
     from nbdbackupd.ops.sets.lookup import DomainSets
 
+log = logging.getLogger(__name__)
 PATH = "repository.path"
 HELP = "directory of the set, or name of a domain that the configured repository has sets of"
 
@@ -38,7 +40,26 @@ def domain_of(source: Path, context: Context) -> "DomainSets | None":
         raise
     # a file for some domains may have a repository of its own; labels would need libvirt
     paths = [repository, *_repositories(configuration)]
-    return lookup.find(str(source), list(dict.fromkeys(paths)))
+    absent = _absent(str(source), configuration)
+    try:
+        found = lookup.find(str(source), list(dict.fromkeys(paths)))
+    except RepositoryError as err:
+        err.message += f"; {absent}" if absent else ""
+        raise
+    if absent:
+        log.warning("%s: what %s has is told, which may be older", absent, found.directory)
+    return found
+
+
+def _absent(name: str, configuration: "Configuration") -> str:
+    """Why the repository that a domain is saved to now can't be seen, or nothing.
+
+    Labels would need libvirt: a file that needs them counts as if it were not there.
+    """
+    from nbdbackupd.app.config.matching import is_uuid
+    from nbdbackupd.app.config.settings import settings_for, why_absent
+
+    return "" if is_uuid(name) else why_absent(settings_for(name, "", {}, configuration))
 
 
 def _repositories(configuration: "Configuration") -> list[Path]:

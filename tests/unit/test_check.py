@@ -5,6 +5,8 @@ import os
 import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -12,9 +14,11 @@ from nbdbackupd.app import check_run, systemd
 from nbdbackupd.app.verbs import check as verb
 from nbdbackupd.model import access
 from nbdbackupd.model.access import Account
+from nbdbackupd.model.domain import Domain
 from nbdbackupd.model.finding import Area, Finding, Notes, Severity, worst
-from nbdbackupd.ops.checking import check_access, check_request
+from nbdbackupd.ops.checking import check_access, check_request, check_set
 from nbdbackupd.ops.checking.check import CheckReport
+from nbdbackupd.ops.checking.check_request import Patient
 from nbdbackupd.ops.domain import locks
 
 OWNER, GROUP, OTHER = 65001, 65002, 65003
@@ -164,3 +168,12 @@ esac
     (found,) = notes.done()
     assert found.severity.value == severity
     assert words in f"{found.text} {found.advice}"
+
+
+def test_files_that_each_point_copies_need_room(tmp_path: Path) -> None:
+    """W-2: a kernel and an initramfs may be larger than what changed on the disks."""
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(bytes(3000))
+    domain = Domain(name="vm1", uuid="u", kernel=str(kernel), initrd=f"{tmp_path}/none")
+    patient = SimpleNamespace(looked=SimpleNamespace(definition=domain))
+    assert check_set._beside(cast("Patient", patient)) == 3000

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nbdbackupd.app import ctl
 from nbdbackupd.errors import (
     BusyError,
     FormatError,
@@ -314,3 +315,29 @@ def test_programs_one_after_the_other(tmp_path: Path) -> None:
     assert "program such was not found" in problems[2]
     assert log.read_text().endswith("e \n")
     assert waits > 3
+
+
+def test_old_sets_are_not_shown_as_the_newest(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """W-1: the repository of now is not mounted, an earlier one holds sets of the name."""
+    etc = tmp_path / "etc"
+    (etc / "domains.d").mkdir(parents=True)
+    (etc / "nbdbackup.yaml").write_text(f"repository: {{path: {home.parent}}}\n")
+    mount = tmp_path / "backup"
+    (etc / "domains.d" / "vm1.yaml").write_text(
+        f"match: {{name: vm1}}\nrepository: {{path: {mount}/vms, mount_point: {mount}}}\n"
+    )
+    for words in (("list", "vm1"), ("verify", "vm1", "--point", "p5"), ("show", "vm1")):
+        assert ctl.main(["--config-dir", str(etc), *words]) != 0
+        told = capsys.readouterr().err
+        assert f"nothing is mounted on {mount}" in told
+        assert f"what {home} has is told, which may be older" in told
+    assert ctl.main(["--config-dir", str(etc), "list", "vm2"]) == RepositoryError.exit_code
+    assert "is not mounted" not in capsys.readouterr().err
+    mount.mkdir()
+    (etc / "domains.d" / "vm1.yaml").write_text(
+        f"match: {{name: vm1}}\nrepository: {{path: {home.parent}}}\n"
+    )
+    assert ctl.main(["--config-dir", str(etc), "list", "vm1"]) == 0
+    assert capsys.readouterr().err == ""

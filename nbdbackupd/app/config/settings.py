@@ -252,6 +252,16 @@ def check_mounted(settings: DomainSettings) -> None:
         raise
 
 
+def why_absent(settings: DomainSettings) -> str:
+    """Why the repository is not what it should be; empty if it is, as far as can be seen."""
+    try:
+        _prove_mounted(settings)
+    except RepositoryError as err:
+        return err.message
+    path = settings.repository_path
+    return "" if path.is_dir() else f"there is no repository {path}"
+
+
 MOUNTS: Final = Path("/proc/self/mountinfo")
 PRIVATE: Final = "/systemd-private-"
 """In the root of a mount that is a unit's own (PrivateTmp=)."""

@@ -217,7 +217,7 @@ def _run(
         stack.enter_context(runlog.context(DOMAIN=domain.name, UUID=domain.uuid))
         if request.changes:
             rundir.make_domain_dir(request.runtime_dir, domain.uuid)
-            wait = durable.Wait(seconds=request.wait_seconds, cancelled=cancelled)
+            wait = durable.Wait(seconds=request.wait_seconds, cancelled=cancelled, option="--wait")
             if request.started and f"({locks.BACKUP}" in (who := locks.holder(lock)):
                 log.info("nothing to be done, %s does it by itself", who)
                 return _nothing(request)

@@ -1,5 +1,6 @@
 """The set that the next point goes to: is it sound, is there room, and where will it start from."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -185,6 +186,15 @@ def _space(patient: Patient, path: Path, last: RestorePoint | None, notes: Notes
         notes.ok(text)
 
 
+def _beside(patient: Patient) -> int:
+    """Bytes of the files of this host that each point has a copy of (ops/saving/metadata.py)."""
+    found, total = patient.looked.definition, 0
+    for path in (found.loader, found.nvram, found.kernel, found.initrd):
+        with contextlib.suppress(OSError):
+            total += os.stat(path).st_size if path else 0  # noqa: PTH116 - a text is enough
+    return total
+
+
 def _expected(patient: Patient, last: RestorePoint | None) -> int | None:
     """The most bytes that the next point saves; None where nobody tells what changed."""
     changed: dict[str, int] = {}
@@ -196,7 +206,7 @@ def _expected(patient: Patient, last: RestorePoint | None) -> int | None:
         except CheckpointError:
             # libvirt does not know it now; then all that is allocated is the bound
             changed = {}
-    total = 0
+    total = _beside(patient)
     for disk_target in patient.saved(last):
         state = patient.looked.states[disk_target]
         chain = patient.looked.chains.get(disk_target, ())

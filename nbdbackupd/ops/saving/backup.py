@@ -70,7 +70,11 @@ def run(
         who = f"{locks.BACKUP}{domain.name}, run {request.run_id}"
         # the check of the bitmaps after a start is ours, and short
         wait = durable.Wait(
-            seconds=request.wait_seconds, cancelled=cancelled, brief=CHECKPOINTS, told=notice
+            option="--wait",
+            seconds=request.wait_seconds,
+            cancelled=cancelled,
+            brief=CHECKPOINTS,
+            told=notice,
         )
         stack.enter_context(durable.Lock(directory / rundir.LOCK, owner=who, wait=wait))
         repository = Repository.open(request.directory)
@@ -261,4 +265,6 @@ def _below_threshold(run: _Run, survey: Survey, parent: RestorePoint | None) -> 
     amount = sum(sizes[plan.target] for plan in survey.plans)
     if amount >= request.threshold:
         return ""
+    if not amount:
+        return "nothing has changed since the newest point"
     return f"{amount} bytes changed, less than the threshold of {request.threshold}"
