@@ -68,14 +68,7 @@ def run(
         stack.enter_context(runlog.context(DOMAIN=domain.name, UUID=domain.uuid))
         directory = rundir.make_domain_dir(request.runtime_dir, domain.uuid)
         who = f"{locks.BACKUP}{domain.name}, run {request.run_id}"
-        # the check of the bitmaps after a start is ours, and short
-        wait = durable.Wait(
-            option="--wait",
-            seconds=request.wait_seconds,
-            cancelled=cancelled,
-            brief=CHECKPOINTS,
-            told=notice,
-        )
+        wait = _wait(request.wait_seconds, cancelled)
         stack.enter_context(durable.Lock(directory / rundir.LOCK, owner=who, wait=wait))
         repository = Repository.open(request.directory)
         repository.check_can_begin()
@@ -190,6 +183,13 @@ def _run_locked(run: _Run) -> BackupReport:
     notes = [ENCRYPTED.format(disk=target) for target in encrypted]
     notes += [str(each) for each in beside if not each.is_gone]
     return BackupReport(point=point, disk_seconds=seconds, notes=tuple(notes))
+
+
+def _wait(seconds: float, cancelled: Cancelled) -> durable.Wait:
+    """The check of the bitmaps after a start is ours, and short."""
+    return durable.Wait(
+        seconds=seconds, cancelled=cancelled, brief=CHECKPOINTS, told=notice, option="--wait"
+    )
 
 
 def _doubts(lease: Lease | None, survey: Survey) -> tuple[str, ...]:
