@@ -177,3 +177,12 @@ def test_files_that_each_point_copies_need_room(tmp_path: Path) -> None:
     domain = Domain(name="vm1", uuid="u", kernel=str(kernel), initrd=f"{tmp_path}/none")
     patient = SimpleNamespace(looked=SimpleNamespace(definition=domain))
     assert check_set._beside(cast("Patient", patient)) == 3000
+
+
+@pytest.mark.parametrize("is_proven", [False, True])
+def test_who_saves_to_the_root_file_system_can_say_so(*, is_proven: bool) -> None:
+    notes = Notes(Area.TARGET)
+    check_set._place(Path("/"), notes, is_proven=is_proven)
+    (found,) = notes.done()
+    assert found.severity == (Severity.OK if is_proven else Severity.WARN)
+    assert ("repository.mount_point: /" in found.advice) != is_proven

@@ -105,7 +105,8 @@ _REPOSITORY: Final = (
     Setting(
         path="repository.mount_point", kind=optional(kinds.PATH, "none"), default=None,
         example="/backup",
-        help="A directory, the path itself or one above it, on which something must be mounted.",
+        help="A directory, the path itself or one above it, on which something must be mounted; / "
+        "says that the root file system is meant.",
     ),
 )  # fmt: skip
 

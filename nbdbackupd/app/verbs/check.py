@@ -118,6 +118,8 @@ def _request(
             if args.scratch_dir is None and not settings.is_default("scratch.directory"):
                 facts["scratch_dir"] = settings.scratch_directory
             facts["scratch_reserve"] = settings.scratch_reserve
+            proofs = (settings.repository_mount_point, settings.repository_marker)
+            facts["is_proven"] = any(each is not None for each in proofs)
     if args.scratch_reserve is not None:
         facts["scratch_reserve"] = args.scratch_reserve
     runtime_dir = context.runtime_dir.absolute()

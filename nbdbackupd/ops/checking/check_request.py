@@ -18,7 +18,8 @@ RAW = "raw"
 class CheckRequest:
     """Which domain, and where its backups would work; all paths absolute.
 
-    ``directory`` is the set, if one was named. ``scratch_reserve`` is in bytes.
+    ``directory`` is the set, if one was named. ``scratch_reserve`` is in bytes. ``is_proven``: a
+    run proves by itself that the repository's storage is mounted, or that none is meant.
     """
 
     domain: str
@@ -28,6 +29,7 @@ class CheckRequest:
     scratch_reserve: int
     state_dir: Path
     sharing: Sharing = ALONE
+    is_proven: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

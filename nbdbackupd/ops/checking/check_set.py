@@ -132,7 +132,7 @@ def target(patient: Patient, notes: Notes) -> None:
         notes.ok("not looked at: which set is next is not known")
         return
     repository = Repository.open(path)
-    _place(path, notes)
+    _place(path, notes, is_proven=patient.request.is_proven)
     try:
         repository.check_can_begin()
         known = repository.load()
@@ -155,17 +155,20 @@ def target(patient: Patient, notes: Notes) -> None:
     _space(patient, path, newest, notes)
 
 
-def _place(path: Path, notes: Notes) -> None:
+def _place(path: Path, notes: Notes, *, is_proven: bool) -> None:
     there = existing(path)
     if not there.is_dir():
         notes.fail(f"{there} is no directory", "give another set")
     elif not os.access(there, os.W_OK | os.X_OK):
         notes.fail(f"this account can't write to {there}", "check owner and mode, and the mount")
-    if there.stat().st_dev == Path("/").stat().st_dev:
+    is_root = there.stat().st_dev == Path("/").stat().st_dev
+    if is_root and not is_proven:
         notes.warn(
             f"{path} is on the root file system: is its storage mounted?",
-            "mount it, or ignore this if it belongs there",
+            "mount it; if it belongs there, say so with repository.mount_point: /",
         )
+    elif is_root:
+        notes.ok(f"{path} is on the root file system, as the configuration has it")
     elif there != path:
         notes.ok(f"{path} will be made in {there}")
     else:

@@ -9,6 +9,7 @@ from typing import Any
 from nbdbackupd import durable, events, rundir
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import BusyError
+from nbdbackupd.ops.chains.checkpoints import OWNER as CHECKPOINTS
 from nbdbackupd.ops.domain import domains
 from nbdbackupd.source import paused_start, sweep
 from nbdbackupd.virt import jobs
@@ -84,7 +85,12 @@ def run(request: AbortRequest, connection: Connection) -> AbortReport:
     directory = rundir.make_domain_dir(request.runtime_dir, domain.uuid)
     with (
         runlog.context(DOMAIN=domain.name, UUID=domain.uuid),
-        durable.Lock(directory / rundir.LOCK, owner=f"abort of {domain.name}"),
+        # the check of the bitmaps after a start is short
+        durable.Lock(
+            directory / rundir.LOCK,
+            owner=f"abort of {domain.name}",
+            wait=durable.Wait(brief=CHECKPOINTS),
+        ),
     ):
         own = rundir.socket_dir(request.runtime_dir, domain.uuid)
         swept = sweep.sweep(domain, own, request.scratch_dir)
