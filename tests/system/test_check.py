@@ -227,6 +227,11 @@ def test_an_agent_that_is_away(lab: DaemonLab, tmp_path: Path) -> None:
         found = check(here, code=WARNED)
         assert found.bad() == AGENT
         assert "not connected" in found.text("guest", "warn")
+        # what 'run' fails at is a failure
+        required = configure(here, freeze={"policy": "require"})
+        found = check(here, "--config-dir", required, code=DOMAIN)
+        assert found.bad() == {("guest", "fail")}
+        assert "freeze.policy" in found.text("guest", "fail")
 
 
 def test_directories_that_qemu_cannot_pass(here: Scene, tmp_path: Path) -> None:

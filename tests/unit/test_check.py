@@ -4,9 +4,10 @@ import io
 import os
 import shlex
 import subprocess
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -14,12 +15,14 @@ from nbdbackupd.app import check_run, systemd
 from nbdbackupd.app.verbs import check as verb
 from nbdbackupd.model import access
 from nbdbackupd.model.access import Account
-from nbdbackupd.model.domain import Domain
+from nbdbackupd.model.domain import Agent, Domain
 from nbdbackupd.model.finding import Area, Finding, Notes, Severity, worst
-from nbdbackupd.ops.checking import check_access, check_request, check_set
+from nbdbackupd.model.freeze_memory import FreezeMemory
+from nbdbackupd.ops.checking import check_access, check_domain, check_request, check_set
 from nbdbackupd.ops.checking.check import CheckReport
 from nbdbackupd.ops.checking.check_request import Patient
 from nbdbackupd.ops.domain import locks
+from nbdbackupd.repo.state import State
 
 OWNER, GROUP, OTHER = 65001, 65002, 65003
 
@@ -186,3 +189,64 @@ def test_who_saves_to_the_root_file_system_can_say_so(*, is_proven: bool) -> Non
     (found,) = notes.done()
     assert found.severity == (Severity.OK if is_proven else Severity.WARN)
     assert ("repository.mount_point: /" in found.advice) != is_proven
+
+
+NOW = datetime(2026, 1, 31, 2, 0, tzinfo=UTC)
+
+
+def patient(state: Path, policy: str, kind: Agent) -> Any:
+    """A running guest, with what a check of its agent looks at."""
+    return SimpleNamespace(
+        request=SimpleNamespace(freeze_policy=policy, state_dir=state, now=NOW),
+        domain=SimpleNamespace(uuid="u", name="vm1"),
+        looked=SimpleNamespace(is_active=True, definition=SimpleNamespace(agent=kind)),
+        domain_holder=lambda: "",
+    )
+
+
+@pytest.mark.parametrize("kind", [Agent.ABSENT, Agent.DISCONNECTED])
+@pytest.mark.parametrize(
+    ("policy", "severity", "words"),
+    [
+        ("auto", "warn", "crash consistent"),
+        ("require", "fail", "set freeze.policy to 'auto'"),
+        ("never", "ok", "never"),
+        ("pause", "ok", "pause"),
+    ],
+)
+def test_an_agent_that_is_away_is_judged_by_the_policy(
+    kind: Agent, policy: str, severity: str, words: str, tmp_path: Path
+) -> None:
+    notes = Notes(Area.GUEST)
+    check_domain.agent(patient(tmp_path, policy, kind), notes)
+    (found,) = notes.done()
+    assert found.severity.value == severity
+    assert words in f"{found.text} {found.advice}"
+
+
+@pytest.mark.parametrize(
+    ("policy", "hours", "severities"),
+    [
+        ("auto", 1, ["ok", "warn"]),
+        ("auto", 37, ["ok"]),
+        ("require", 1, ["ok"]),
+        ("never", 1, ["ok"]),
+    ],
+)
+def test_an_agent_that_runs_leave_alone_for_a_while(
+    policy: str,
+    hours: int,
+    severities: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """F-45: it answers, and yet the next run would not freeze the guest."""
+    monkeypatch.setattr(check_domain.guest, "guest_info", lambda *_args, **_more: {})
+    State(tmp_path).remember_freeze("u", FreezeMemory(1, NOW - timedelta(hours=hours)))
+    notes = Notes(Area.GUEST)
+    check_domain.agent(patient(tmp_path, policy, Agent.CONNECTED), notes)
+    found = notes.done()
+    assert [each.severity.value for each in found] == severities
+    if "warn" in severities:
+        assert "asked again from" in found[-1].text
+        assert "require" in found[-1].text

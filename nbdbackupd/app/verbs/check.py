@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from nbdbackupd import plain
 from nbdbackupd.app import configured
+from nbdbackupd.app import context as app_context
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, directory, size
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError, DomainError
@@ -102,6 +103,7 @@ def _request(
         "scratch_dir": context.scratch_dir.absolute(),
         "scratch_reserve": DEFAULT_RESERVE,
         "state_dir": context.state_dir.absolute(),
+        "now": app_context.now(),
     }
     findings: tuple[Finding, ...] = ()
     settings = check_run.settings_of(domain, context)
@@ -120,6 +122,7 @@ def _request(
             facts["scratch_reserve"] = settings.scratch_reserve
             proofs = (settings.repository_mount_point, settings.repository_marker)
             facts["is_proven"] = any(each is not None for each in proofs)
+            facts["freeze_policy"] = settings.freeze_policy
     if args.scratch_reserve is not None:
         facts["scratch_reserve"] = args.scratch_reserve
     runtime_dir = context.runtime_dir.absolute()

@@ -13,9 +13,12 @@ from nbdbackupd.ops.checking import check_set
 from nbdbackupd.ops.checking.check_request import Patient
 from nbdbackupd.ops.domain.survey import LOCAL_TYPES
 from nbdbackupd.qemu import image
+from nbdbackupd.repo.state import State
 from nbdbackupd.virt import features, guest
 
 AGENT_SECONDS = 3.0
+FREEZES = "auto"
+REQUIRES = "require"
 QCOW2 = "qcow2"
 RAW = "raw"
 
@@ -153,23 +156,33 @@ def _is_readable(layer: image.ImageInfo) -> bool:
 
 
 def agent(patient: Patient, notes: Notes) -> None:
-    """Whether the guest can be frozen; a backup of one that can't is crash consistent."""
+    """Whether the guest can be frozen; a backup of one that can't is crash consistent, or fails."""
+    policy = patient.request.freeze_policy
+    kind = patient.looked.definition.agent
     if not patient.looked.is_active:
-        kind = patient.looked.definition.agent
         channel = "has no channel for" if kind is Agent.ABSENT else "has a channel for"
         notes.ok(f"the domain is off, and {channel} a guest agent")
-        return
-    advice = "install qemu-guest-agent in the guest; else its points are crash consistent"
-    match patient.looked.definition.agent:
-        case Agent.ABSENT:
-            notes.warn(
-                "no channel for a guest agent",
-                f"add a channel {domain_model.AGENT_CHANNEL} to the domain; {advice}",
-            )
-        case Agent.DISCONNECTED:
-            notes.warn("the guest agent is not connected", advice)
-        case Agent.CONNECTED:
-            _ask(patient, notes)
+    elif policy not in (FREEZES, REQUIRES):
+        notes.ok(f"the guest is not frozen, as freeze.policy says: {policy}")
+    elif kind is Agent.ABSENT:
+        cure = f"add a channel {domain_model.AGENT_CHANNEL} to the domain; install qemu-guest-agent"
+        _unfrozen(patient, notes, "no channel for a guest agent", f"{cure} in the guest")
+    elif kind is Agent.DISCONNECTED:
+        cure = "install qemu-guest-agent in the guest, and start it"
+        _unfrozen(patient, notes, "the guest agent is not connected", cure)
+    else:
+        _ask(patient, notes)
+
+
+def _unfrozen(patient: Patient, notes: Notes, problem: str, cure: str) -> None:
+    """A guest that can't be frozen: whether its runs fail at that, the policy decides."""
+    if patient.request.freeze_policy == REQUIRES:
+        notes.fail(
+            f"{problem}, and freeze.policy is 'require': no run saves the running guest",
+            f"{cure}; or set freeze.policy to 'auto'",
+        )
+    else:
+        notes.warn(problem, f"{cure}; else its points are crash consistent")
 
 
 def _ask(patient: Patient, notes: Notes) -> None:
@@ -181,10 +194,20 @@ def _ask(patient: Patient, notes: Notes) -> None:
     try:
         found = guest.guest_info(patient.domain, seconds=AGENT_SECONDS)
     except FreezeError as err:
+        problem = f"the guest agent is connected and does not answer: {err.message}"
+        _unfrozen(patient, notes, problem, "restart qemu-guest-agent in the guest")
+    else:
+        system = found.get("os.pretty-name") or found.get("os.name") or "unknown system"
+        notes.ok(f"the guest agent answers: {system}")
+    _remembered(patient, notes)
+
+
+def _remembered(patient: Patient, notes: Notes) -> None:
+    """Whether runs leave the guest unfrozen for a while; 'require' asks its agent all the same."""
+    memory = State(patient.request.state_dir).freeze_memory(patient.domain.uuid)
+    obstacle = memory.obstacle(patient.request.now) if memory is not None else ""
+    if obstacle and patient.request.freeze_policy == FREEZES:
         notes.warn(
-            f"the guest agent is connected and does not answer: {err.message}",
-            "restart qemu-guest-agent in the guest",
+            f"a run now would not freeze the guest: {obstacle}",
+            "look into the guest: a hook of the agent, or file systems, that hang in a freeze",
         )
-        return
-    system = found.get("os.pretty-name") or found.get("os.name") or "unknown system"
-    notes.ok(f"the guest agent answers: {system}")

@@ -1,6 +1,7 @@
 """What a check is asked, and what its parts are given to look at."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from nbdbackupd import rundir
@@ -18,8 +19,9 @@ RAW = "raw"
 class CheckRequest:
     """Which domain, and where its backups would work; all paths absolute.
 
-    ``directory`` is the set, if one was named. ``scratch_reserve`` is in bytes. ``is_proven``: a
-    run proves by itself that the repository's storage is mounted, or that none is meant.
+    ``directory`` is the set, if one was named. ``scratch_reserve`` is in bytes, ``freeze_policy``
+    the setting of that name, ``now`` the moment of the check. ``is_proven``: a run proves by itself
+    that the repository's storage is mounted, or that none is meant.
     """
 
     domain: str
@@ -28,6 +30,8 @@ class CheckRequest:
     scratch_dir: Path
     scratch_reserve: int
     state_dir: Path
+    now: datetime
+    freeze_policy: str = "auto"
     sharing: Sharing = ALONE
     is_proven: bool = False
 
