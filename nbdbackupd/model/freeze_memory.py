@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
+from nbdbackupd.model.units import local_time
+
 FIRST_HOURS: Final = 36
 MOST_HOURS: Final = 12 * 24
 
@@ -31,8 +33,9 @@ class FreezeMemory:
         if not self.last <= now < self.until:
             return ""
         return (
-            f"its agent has let a freeze's deadline pass, at {self.last:%Y-%m-%d %H:%M} UTC; "
-            f"it is asked again from {self.until:%Y-%m-%d %H:%M} UTC on, or with '--freeze require'"
+            f"its agent has let a freeze's deadline pass, at {local_time(self.last)}; it is asked "
+            f"again from {local_time(self.until)} on, or at once with freeze.policy 'require' "
+            f"('backup --freeze require')"
         )
 
 

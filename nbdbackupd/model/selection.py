@@ -167,7 +167,10 @@ def _no_way(disk: Disk, *, raw: bool) -> str:
     if not disk.source:
         return "a disk without a source that is known here"
     if disk.format == "raw" and not raw and disk.device not in DRIVES:
-        return "a raw image, which can't be saved incrementally; --raw saves it in full each time"
+        return (
+            "a raw image, which can't be saved incrementally; --raw saves it in full each time, "
+            "and so does disks.raw"
+        )
     return ""
 
 

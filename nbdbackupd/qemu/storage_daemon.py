@@ -180,7 +180,7 @@ class Server:
         if not path.startswith("/"):
             raise NotSupportedError(
                 f"image {path} is no local file or block device with an absolute path: "
-                f"its domain can be backed up while it runs, or with --start-paused"
+                f"its domain can be backed up while it runs, or with start_paused (--start-paused)"
             )
         try:
             mode = os.stat(path).st_mode  # noqa: PTH116 - a str, as it came
@@ -260,7 +260,7 @@ def translate(err: ProcessError, path: str) -> BusyError | NotSupportedError | S
     if any(words in err.message for words in ENCRYPTED):
         return NotSupportedError(
             f"image {path} is encrypted and libvirt holds the key: back its domain up while it "
-            f"runs, or with --start-paused"
+            f"runs, or with start_paused (--start-paused)"
         )
     return SourceError(f"image {path} can't be opened: {err.message}")
 

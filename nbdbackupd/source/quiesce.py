@@ -34,7 +34,9 @@ EMBEDDED_SECONDS: Final = 2.0
 POLL_SECONDS: Final = 0.05
 FROZEN: Final = "frozen"
 PAUSED: Final = "paused"
-CURE: Final = "start the agent in the guest, or do without: '--freeze never'"
+CURE: Final = (
+    "start the agent in the guest, or do without: freeze.policy 'never' ('backup --freeze never')"
+)
 MAX_MARKER: Final = 256
 
 
@@ -195,7 +197,8 @@ def _frozen(domain: Domain, wish: Quiet, moment: Moment) -> Iterator[None]:
         if wish.freeze is FreezePolicy.REQUIRE:
             raise FreezeError(
                 f"domain {domain.name} can't be frozen: {obstacle}; "
-                f"start the agent in the guest or use '--freeze auto'",
+                f"start the agent in the guest, or set freeze.policy to 'auto' "
+                f"('backup --freeze auto')",
                 domain=domain.name,
             )
         LOG.info("domain %s is not frozen: %s", domain.name, obstacle)

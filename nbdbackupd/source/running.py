@@ -151,7 +151,8 @@ def _has_iothreads(request: RunningRequest) -> bool:
     if has_any and len(request.disks) > MOST_DISKS:
         raise NotSupportedError(
             f"domain {request.domain.name} has iothreads, and {len(request.disks)} disks to save: "
-            f"no more than {MOST_DISKS} at a time; save them in two sets, with --include",
+            f"no more than {MOST_DISKS} at a time; save them in two sets, with disks.include or "
+            f"'backup --include'",
             domain=request.domain.name,
         )
     return has_any

@@ -91,7 +91,7 @@ def prepare(directory: Path, reserve: int) -> None:
     if free < 2 * reserve:
         raise ScratchSpaceError(
             f"scratch directory {directory} has {free} bytes free, {2 * reserve} are needed: "
-            f"make room or give another one with --scratch-dir",
+            f"make room or give another one: scratch.directory, or 'backup --scratch-dir'",
             free=free,
             needed=2 * reserve,
         )
@@ -173,7 +173,7 @@ def _watch_space(stop: threading.Event, job: Watched) -> None:
         if stop.wait(space.pause()):
             return
     what = f"scratch directory {job.directory} is filling up, {space.free} bytes are left"
-    cure = "give more space with --scratch-dir"
+    cure = "give more space: scratch.directory, or 'backup --scratch-dir'"
     error = ScratchSpaceError(
         f"{what}: the job is being ended; {cure}", free=space.free, reserve=job.reserve
     )

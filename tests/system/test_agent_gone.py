@@ -33,7 +33,7 @@ def test_an_agent_that_is_gone(here: Scene) -> None:
     (warning,) = here.save(code=WARNED).warnings
     assert warning == (
         "not frozen: no guest agent is connected; start the agent in the guest, or do without: "
-        "'--freeze never'"
+        "freeze.policy 'never' ('backup --freeze never')"
     )
     assert "not frozen" in here.refuse("--strict", code=DOMAIN)
     assert here.save("--freeze", "never", "--strict").warnings == []

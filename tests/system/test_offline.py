@@ -328,7 +328,7 @@ def test_raw_and_old_images(lab: DaemonLab, tmp_path: Path) -> None:
     with guest_with(lab, tmp_path, "raw-off", disks) as here:
         assert here.save(code=WARNED).skipped == {
             "vdb": "a raw image, which can't be saved incrementally; "
-            "--raw saves it in full each time"
+            "--raw saves it in full each time, and so does disks.raw"
         }
         other = tmp_path / "with-raw"
         here.save("--raw", into=other)

@@ -23,6 +23,7 @@ from nbdbackupd.ops.checking.check import CheckReport
 from nbdbackupd.ops.checking.check_request import Patient
 from nbdbackupd.ops.domain import locks
 from nbdbackupd.repo.state import State
+from nbdbackupd.virt import guest
 
 OWNER, GROUP, OTHER = 65001, 65002, 65003
 
@@ -241,7 +242,7 @@ def test_an_agent_that_runs_leave_alone_for_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """F-45: it answers, and yet the next run would not freeze the guest."""
-    monkeypatch.setattr(check_domain.guest, "guest_info", lambda *_args, **_more: {})
+    monkeypatch.setattr(guest, "guest_info", lambda *_args, **_more: {})
     State(tmp_path).remember_freeze("u", FreezeMemory(1, NOW - timedelta(hours=hours)))
     notes = Notes(Area.GUEST)
     check_domain.agent(patient(tmp_path, policy, Agent.CONNECTED), notes)

@@ -1,11 +1,13 @@
 """F-45: how long an agent is left alone that let a freeze's deadline pass (G-2)."""
 
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from nbdbackupd.model.freeze_memory import FreezeMemory, after
+from nbdbackupd.model.units import local_time
 from nbdbackupd.repo.state import State
 
 NOW = datetime(2026, 1, 31, 2, 0, tzinfo=UTC)
@@ -17,9 +19,23 @@ NOW = datetime(2026, 1, 31, 2, 0, tzinfo=UTC)
 def test_longer_each_time_up_to_a_limit(count: int, hours: int) -> None:
     memory = FreezeMemory(count, NOW)
     assert memory.until - NOW == timedelta(hours=hours)
-    assert "2026-01-31 02:00" in memory.obstacle(NOW)
+    assert f"at {local_time(NOW)}; " in memory.obstacle(NOW)
+    assert f"from {local_time(memory.until)} on" in memory.obstacle(NOW)
     assert memory.obstacle(memory.until - timedelta(seconds=1))
     assert not memory.obstacle(memory.until)
+
+
+def test_its_words_are_for_people_and_for_each_verb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times of this host's zone; 'run' has no option --freeze, only the setting."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Europe/Berlin")
+        time.tzset()
+        text = FreezeMemory(1, NOW).obstacle(NOW)
+    time.tzset()
+    assert "at 2026-01-31 03:00:00 CET" in text
+    assert "from 2026-02-01 15:00:00 CET on" in text
+    assert "UTC" not in text
+    assert "freeze.policy 'require'" in text
 
 
 def test_a_clock_that_was_put_back_does_not_lengthen_it() -> None:

@@ -34,13 +34,14 @@ def scratch_space(patient: Patient, notes: Notes) -> None:
     request = patient.request
     directory = existing(request.scratch_dir)
     if not directory.is_dir():
-        notes.fail(f"{directory} is no directory", "give another one with --scratch-dir")
+        advice = "give another one: scratch.directory, or --scratch-dir"
+        notes.fail(f"{directory} is no directory", advice)
         return
     free = scratch.free_bytes(directory)
     where = f"{request.scratch_dir} has {human_size(free)} free"
     if directory != request.scratch_dir:
         where = f"{request.scratch_dir} will be made; {directory} has {human_size(free)} free"
-    advice = "make room, or give another directory with --scratch-dir"
+    advice = "make room, or give another directory: scratch.directory, or --scratch-dir"
     if free < 2 * request.scratch_reserve:
         notes.fail(
             f"{where}, a backup begins with {human_size(2 * request.scratch_reserve)}", advice

@@ -68,7 +68,7 @@ def disks(patient: Patient, notes: Notes) -> None:
         if skipped.target in left_out:
             notes.ok(f"{skipped.target} is not saved, nor was it in the last point")
         elif skipped in found.unsaved:
-            notes.warn(text, f"exclude it, '-x {skipped.target}', if that is meant")
+            notes.warn(text, f"if that is meant, exclude it: {_exclude(skipped.target)}")
         else:
             notes.ok(text)
     for chosen in found.chosen:
@@ -105,8 +105,12 @@ def _disk(patient: Patient, disk: domain_model.Disk, why: str, notes: Notes) -> 
     if disk.shareable:
         notes.warn(
             f"{disk.target} is shareable: what other domains write to it is not recorded",
-            f"leave it out with '-x {disk.target}', or make fulls only",
+            f"leave it out ({_exclude(disk.target)}), or make fulls only",
         )
+
+
+def _exclude(target: str) -> str:
+    return f"disks.exclude [{target}], or 'backup -x {target}'"
 
 
 def _unseen(disk: domain_model.Disk, notes: Notes) -> None:

@@ -52,7 +52,7 @@ def libraries(_: Patient, notes: Notes) -> None:
     try:
         notes.ok(f"lz4: {lz4_library.version()}")
     except ImportError as err:
-        notes.warn(f"no compression: {err}", f"install {LZ4_PACKAGE}, or do without -z")
+        notes.warn(f"no compression: {err}", f"install {LZ4_PACKAGE}, or do without compression")
 
 
 def connection(patient: Patient, notes: Notes) -> None:

@@ -191,7 +191,7 @@ def _tell_demotions(
 def _check_strict(job: Job, notes: _Notes) -> None:
     warnings = (*notes.warnings, *runlog.warned())
     if job.request.strict and warnings:
-        raise DomainError(f"stopped because of --strict: {warnings[0]}")
+        raise DomainError(f"stopped, since warnings are errors (strict): {warnings[0]}")
 
 
 def _save_metadata(
