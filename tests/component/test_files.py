@@ -15,6 +15,7 @@ from typing import Final
 
 import pytest
 
+from nbdbackupd.model.units import local_time
 from tests.lib import trees
 from tests.lib.ctl import PYTHON, ROOT, Ctl
 from tests.lib.sets import Change, SetBuilder
@@ -219,6 +220,8 @@ def test_a_listing_tells_all(world: World) -> None:
         assert each["modified"] == "2001-02-03T04:05:06Z"
     text = world.ctl("files", *argv, "/").stdout
     assert "-> ../../../../../../etc" in text
+    hosts = world.ctl("files", *argv, "/etc/hosts").stdout
+    assert f"  {local_time('2001-02-03T04:05:06Z')}  " in hosts
     assert [line[0] for line in text.splitlines() if line.endswith("/pipe")] == ["p"]
     assert all(line.isprintable() for line in world.ctl("files", *argv, "/tmp").stdout.split("\n"))
     deep = world.ctl("files", *argv, "-R", "/etc").stdout

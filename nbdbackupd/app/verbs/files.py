@@ -12,6 +12,7 @@ from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.sizes import human_size
 from nbdbackupd.errors import FormatError, SourceError, UsageError
+from nbdbackupd.model.units import local_time
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.browsing.files import Entry
@@ -126,6 +127,6 @@ def _row(entry: "Entry") -> tuple[str, ...]:
         str(entry.uid),
         str(entry.gid),
         f"{entry.size:>12}",
-        entry.modified or "-",
+        local_time(entry.modified) if entry.modified else "-",
         f"{entry.path}{target}",
     )
