@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -123,35 +123,52 @@ def refresh(
 ) -> bool:
     """Have systemd take up what ``generate`` makes now, if that is not what it made last.
 
-    Timers that are no longer wanted end, as of domains that are gone, unless a file has an error.
+    All timers that are wanted begin, also those that a daemon-reload has made known before. Those
+    that are no longer wanted end, as of domains that are gone, unless a file has an error.
     False if systemd did not do all of it, which is told.
     """
-    from nbdbackupd import proc
     from nbdbackupd.app.config import files, schema
-    from nbdbackupd.errors import ProcessError
 
     with tempfile.TemporaryDirectory() as directory:
         made = Path(directory)
         generate(made, config=config, units=units, definitions=definitions, tell=tell)
         before, after = _tree(generated), _tree(made)
-    if before == after:
-        return True
     old, new = _links(before), _links(after)
     enabled = {unitname.unit(unitname.RUNNER, name, "timer") for name in enabled_names(units)}
     gone = old - new - enabled
     if files.read_all(config or schema.DIRECTORY).problems:
         gone = set()
-    orders = [["daemon-reload"]]
-    orders += [["start", "--", *sorted(new - old)]] if new - old else []
-    orders += [["stop", "--", *sorted(gone)]] if gone else []
-    done = True
-    for order in orders:
-        try:
-            proc.output(["systemctl", "--no-ask-password", *order], timeout=SYSTEMCTL_SECONDS)
-        except ProcessError as err:
-            tell(str(err))
-            done = False
-    return done
+    done = before == after or _order(tell, "daemon-reload")
+    done = _begin(tell, new) and done
+    return (not gone or _order(tell, "stop", "--", *sorted(gone))) and done
+
+
+def _begin(tell: Tell, timers: Collection[str]) -> bool:
+    """Start those of the timers that are not active; none that the administrator has masked."""
+    from nbdbackupd.app import systemd
+    from nbdbackupd.errors import ProcessError
+
+    if not timers:
+        return True
+    try:
+        idle = systemd.idle(*sorted(timers))
+    except ProcessError as err:
+        tell(str(err))
+        return False
+    return not idle or _order(tell, "start", "--", *idle)
+
+
+def _order(tell: Tell, *words: str) -> bool:
+    """Have systemctl do something; False if it did not, which is told."""
+    from nbdbackupd import proc
+    from nbdbackupd.errors import ProcessError
+
+    try:
+        proc.output(["systemctl", "--no-ask-password", *words], timeout=SYSTEMCTL_SECONDS)
+    except ProcessError as err:
+        tell(str(err))
+        return False
+    return True
 
 
 def _tree(directory: Path) -> dict[str, str]:

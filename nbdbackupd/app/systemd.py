@@ -107,13 +107,29 @@ def services(*names: str) -> tuple[Service, ...]:
     return tuple(_service(block) for block in blocks)
 
 
+def idle(*units: str) -> tuple[str, ...]:
+    """Those of the units that could be started: they are neither active nor masked.
+
+    Raises ProcessError if systemd can't be asked.
+    """
+    text = _systemctl("show", "--property=Id,LoadState,ActiveState", "--", *units)
+    blocks = [_values(block) for block in text.split("\n\n") if block.strip()]
+    return tuple(
+        each["Id"]
+        for each in blocks
+        if each.get("Id")
+        and each.get("LoadState") != "masked"
+        and each.get("ActiveState") in ("inactive", "failed")
+    )
+
+
 def properties(unit: str, *names: str) -> dict[str, str]:
     """Some properties of a unit; empty texts for what it has not.
 
     Raises ProcessError if systemd can't be asked.
     """
     text = _systemctl("show", f"--property={','.join(names)}", "--", unit)
-    found = dict(line.partition("=")[::2] for line in text.strip().split("\n"))
+    found = _values(text)
     return {name: found.get(name, "") for name in names}
 
 
@@ -145,8 +161,12 @@ def _systemctl(*arguments: str) -> str:
     )
 
 
+def _values(block: str) -> dict[str, str]:
+    return dict(line.partition("=")[::2] for line in block.strip().split("\n"))
+
+
 def _service(block: str) -> Service:
-    found = dict(line.partition("=")[::2] for line in block.strip().split("\n"))
+    found = _values(block)
     status = found.get("ExecMainStatus", "")
     return Service(
         unit=found.get("Id", ""),

@@ -1,5 +1,6 @@
 """Timers made from the configuration, judged by systemd's own programs."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -319,36 +320,92 @@ def test_a1_a_timer_by_uuid_is_one(host: Host) -> None:
     assert host.links() == []
 
 
-def test_a1_domains_come_and_go(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What nbdbackup-timers.path has done when libvirt's directory has changed."""
-    calls = host.config / "calls"
-    program = host.config / "bin/systemctl"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nshift; echo "$@" >>{calls}\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    host.file("a", "match: {glob: 'web*'}\nschedule: {enable: yes}")
+SYSTEMCTL = """\
+#!/usr/bin/python3
+import json, pathlib, sys
+words = [each for each in sys.argv[1:] if not each.startswith("--")]
+file = pathlib.Path({state!r})
+state = json.loads(file.read_text())
+if words[0] == "show":
+    for each in words[1:]:
+        load = "masked" if each in state["masked"] else "loaded"
+        active = "active" if each in state["active"] else "inactive"
+        print(f"Id={{each}}\\nLoadState={{load}}\\nActiveState={{active}}\\n")
+else:
+    state["calls"].append(" ".join(words))
+    if words[0] == "start":
+        state["active"] += words[1:]
+    if words[0] == "stop":
+        state["active"] = [each for each in state["active"] if each not in words[1:]]
+    file.write_text(json.dumps(state))
+"""
 
-    def refresh() -> list[str]:
-        calls.unlink(missing_ok=True)
+
+class Systemd:
+    """A systemctl that knows which timers are active, and notes what it is to do."""
+
+    def __init__(self, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = host
+        self.state = host.config / "state.json"
+        self.program = host.config / "bin/systemctl"
+        self.program.parent.mkdir()
+        self.program.write_text(SYSTEMCTL.format(state=str(self.state)))
+        self.program.chmod(0o755)
+        self.set(active=[], masked=[], calls=[])
+        monkeypatch.setenv("PATH", f"{self.program.parent}:{os.environ['PATH']}")
+
+    def set(self, **values: list[str]) -> None:
+        known = json.loads(self.state.read_text()) if self.state.exists() else {}
+        self.state.write_text(json.dumps(known | values))
+
+    def reload(self) -> None:
+        """What a daemon-reload does: run the generator."""
+        shutil.rmtree(self.host.output)
+        self.host.output.mkdir()
+        self.host.run()
+
+    def refresh(self) -> list[str]:
+        """What systemctl was asked to do."""
+        self.set(calls=[])
+        host = self.host
         assert generator.refresh(
             generated=host.output, config=host.config, units=host.units,
             definitions=host.definitions, tell=host.told.append,
         )  # fmt: skip
-        shutil.rmtree(host.output)
-        host.output.mkdir()
-        host.run()
-        return calls.read_text().splitlines() if calls.exists() else []
+        self.reload()
+        return list(json.loads(self.state.read_text())["calls"])
 
+
+def test_a_timer_that_a_reload_made_known_begins(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F1: after a daemon-reload 'systemctl start nbdbackup-timers' did nothing."""
+    systemd = Systemd(host, monkeypatch)
+    host.file("a", "match: {name: [vm1, vm2]}\nschedule: {enable: yes}")
+    systemd.reload()
+    systemd.set(active=["nbdbackup@vm2.timer"])
+    assert systemd.refresh() == ["start nbdbackup@vm1.timer"]
+    assert systemd.refresh() == []
+    # what the administrator has masked stays as it is, and is no failure
+    systemd.set(active=[], masked=["nbdbackup@vm2.timer"])
+    assert systemd.refresh() == ["start nbdbackup@vm1.timer"]
+    assert host.told == []
+
+
+def test_a1_domains_come_and_go(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nbdbackup-timers.path has done when libvirt's directory has changed."""
+    systemd = Systemd(host, monkeypatch)
+    refresh = systemd.refresh
+    host.file("a", "match: {glob: 'web*'}\nschedule: {enable: yes}")
     assert refresh() == []
     define(host, "web1")
     define(host, "other")
-    assert refresh() == ["daemon-reload", "start -- nbdbackup@web1.timer"]
+    assert refresh() == ["daemon-reload", "start nbdbackup@web1.timer"]
     assert refresh() == []
     define(host, "web2")
     (host.definitions / "web1.xml").unlink()
     assert refresh() == [
-        "daemon-reload", "start -- nbdbackup@web2.timer", "stop -- nbdbackup@web1.timer",
+        "daemon-reload", "start nbdbackup@web2.timer", "stop nbdbackup@web1.timer",
     ]  # fmt: skip
     # what the administrator has enabled is his
     host.enable("web2")
@@ -360,7 +417,7 @@ def test_a1_domains_come_and_go(host: Host, monkeypatch: pytest.MonkeyPatch) -> 
     host.file("a", "match: {glob: 'web*'\nschedule: {")
     assert refresh() == ["daemon-reload"]
     assert "a.yaml" in host.told[-1]
-    program.write_text("#!/bin/sh\necho no bus >&2; exit 1\n")
+    systemd.program.write_text("#!/bin/sh\necho no bus >&2; exit 1\n")
     host.file("a", "match: {glob: 'web*'}\nschedule: {enable: yes}")
     assert not generator.refresh(
         generated=host.output, config=host.config, units=host.units,
