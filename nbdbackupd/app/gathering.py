@@ -144,11 +144,13 @@ def record_host(connection: "Connection", configuration: "Configuration", direct
 
     units = ask_systemd([])
     domains = _domains_of(connection, configuration)
-    covered = [
-        _is_covered(settings, _timer(units, name, uuid), configuration)
-        and not _unscheduled(name, settings, units, _timer(units, name, uuid))
-        for name, (uuid, settings) in domains.items()
-    ]
+    covered = []
+    for name, (uuid, settings) in domains.items():
+        timer = _timer(units, name, uuid)
+        covered.append(
+            _is_covered(settings, timer, configuration)
+            and not _unscheduled(name, settings, units, timer, configuration)
+        )
     metrics.record_host(
         directory,
         domains=len(covered),
@@ -276,21 +278,45 @@ def _is_covered(
     settings: "DomainSettings", timer: "Timer | None", configuration: "Configuration"
 ) -> bool:
     """Whether a timer, the end of its guest, or a file that is not for all, is for a domain."""
+    return timer is not None or settings.on_shutdown or _is_chosen(settings, configuration)
+
+
+def _is_chosen(settings: "DomainSettings", configuration: "Configuration") -> bool:
+    """Whether a file that is not for all domains is for a domain."""
     mains = {file.path for file in configuration.files if file.match is None}
-    is_chosen = any(path not in mains for path in settings.applied)
-    return timer is not None or settings.on_shutdown or is_chosen
+    return any(path not in mains for path in settings.applied)
 
 
-def _unscheduled(name: str, settings: "DomainSettings", units: Units, timer: "Timer | None") -> str:
-    """Why a domain is not saved although the configuration is for it; empty if it is."""
+def _unscheduled(
+    name: str,
+    settings: "DomainSettings",
+    units: Units,
+    timer: "Timer | None",
+    configuration: "Configuration",
+) -> str:
+    """Why a domain is not saved although the configuration is for it; empty if it is.
+
+    What the end of the guest saves needs no timer, unless a file of the domain wants one.
+    """
+    from nbdbackupd.app import systemd
     from nbdbackupd.model import unitname
 
-    if not units.is_known or settings.on_shutdown or settings.schedule_calendar == ():
+    if not units.is_known or settings.schedule_calendar == ():
         return ""
     service = units.services.get(timer.activates) if timer is not None else None
     if timer is not None and (timer.next is not None or (service and service.is_running)):
         return ""
     unit = unitname.unit(unitname.RUNNER, name, "timer")
+    if settings.schedule_enable and _is_chosen(settings, configuration):
+        why = "not scheduled although schedule.enable is set, no timer is active: "
+        if not systemd.can_schedule():
+            return f"{why}install the package nbdbackupd"
+        return (
+            f"{why}'systemctl start nbdbackup-timers', or 'systemctl enable --now "
+            f"{shlex.quote(unit)}'"
+        )
+    if settings.on_shutdown:
+        return ""
     return (
         f"not scheduled, no timer is active: 'systemctl enable --now {shlex.quote(unit)}', or set "
         "schedule.enable and 'systemctl start nbdbackup-timers'"
@@ -355,7 +381,9 @@ def _look(name: str, known: _Known, context: Context, notes: list[str]) -> "Doma
         failure=run_record.failure_text(seen, found.instant) or failure_of(service, seen, found),
         is_covered=is_covered,
         unscheduled=(
-            _unscheduled(name, settings, known.units, timer) if is_covered and is_known else ""
+            _unscheduled(name, settings, known.units, timer, known.configuration)
+            if is_covered and is_known
+            else ""
         ),
         # what a standby has not saved another host has
         is_wanted=settings.schedule_calendar != () and not settings.standby,

@@ -14,6 +14,7 @@ from nbdbackupd import documents, plain, proc
 from nbdbackupd.errors import ProcessError
 
 BOOTED: Final = Path("/run/systemd/system")
+RUNNER: Final = Path("/usr/lib/systemd/system/nbdbackup@.timer")
 TIMEOUT_SECONDS: Final = 20.0
 STOPPING_SECONDS: Final = 2.0
 MAX_OUTPUT: Final = 4 << 20
@@ -60,6 +61,11 @@ class Timer:
 def is_booted() -> bool:
     """Whether systemd runs this host, as sd_booted(3) finds out."""
     return BOOTED.is_dir()
+
+
+def can_schedule() -> bool:
+    """Whether the units of backups are installed, which another package has than the commands."""
+    return RUNNER.exists()
 
 
 def is_stopping() -> bool:

@@ -346,6 +346,38 @@ def test_a1_a_pattern_that_fits_is_no_schedule(host: Host) -> None:
     assert {each["health"] for each in host.status().values()} == {"ok"}
 
 
+def test_a_schedule_that_is_enabled_needs_a_timer(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F2: with on_shutdown a timer that never began was no fault."""
+    host.libvirt("vm1", "vm2")
+    host.main("on_shutdown: yes\nschedule: {enable: yes}")
+    host.file("a", "match: {name: vm1}")
+    for name in ("vm1", "vm2"):
+        host.save(name, NOW)
+    monkeypatch.setattr(systemd, "RUNNER", host.config)
+    found = host.status()
+    # the main file alone begins no timer: who set it there did not mean each domain
+    assert (found["vm2"]["health"], found["vm2"]["protected"]) == ("ok", True)
+    assert (found["vm1"]["health"], found["vm1"]["protected"]) == ("warning", False)
+    (why,) = found["vm1"]["reasons"]
+    assert why == (
+        "not scheduled although schedule.enable is set, no timer is active: 'systemctl start "
+        "nbdbackup-timers', or 'systemctl enable --now nbdbackup@vm1.timer'"
+    )
+    assert host.run("status")[0] == 3
+    assert host.run("status", "--nagios")[0] == 1
+    # its package has been removed, and the commands are still there
+    monkeypatch.setattr(systemd, "RUNNER", host.config / "gone")
+    assert host.status()["vm1"]["reasons"][0].endswith(": install the package nbdbackupd")
+    host.systemd(timer("vm1"))
+    assert host.status()["vm1"]["health"] == "ok"
+    # that there is none is meant
+    host.systemd()
+    host.file("a", "match: {name: vm1}\nschedule: {calendar: []}")
+    assert host.status()["vm1"]["health"] == "ok"
+
+
 def test_l2_our_own_domains_are_not_counted(host: Host) -> None:
     """L-2: a throw-away domain of a boot is no domain that somebody has to protect."""
     host.libvirt("vm1", "boot_vm1")
