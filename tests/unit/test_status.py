@@ -144,9 +144,10 @@ def timer(name: str, template: str = "nbdbackup") -> dict[str, Any]:
 
 
 def service(
-    name: str, *, active: str = "inactive", result: str = "success", status: int = 0
-) -> str:
-    start = int(NOW.timestamp()) - 7200
+    name: str, *, active: str = "inactive", result: str = "success", status: int = 0,
+    ago: int = 7200,
+) -> str:  # fmt: skip
+    start = int(NOW.timestamp()) - ago
     return (
         f"Id={unitname.unit('nbdbackup', name, 'service')}\nActiveState={active}\n"
         f"Result={result}\nExecMainStatus={status}\nExecMainStartTimestamp=@{start}\n"
@@ -297,7 +298,10 @@ def test_w6_how_the_last_run_ended_whoever_ran_it(host: Host) -> None:
     assert (code, f"vm1: {why} |" in out) == (1, True)
     (entry,) = json.loads(host.run("timers", "--json")[1])["timers"]
     assert (entry["result"], entry["exit_status"]) == ("failed (exit status 50)", 50)
-    assert "vm1: No space left on device" in host.run("timers")[1].splitlines()
+    lines = host.run("timers")[1].splitlines()
+    assert "vm1: No space left on device" in lines
+    # of the same run, though the timer was due at another time
+    assert " 11:00:00 UTC  1:00  failed (exit status 50)" in lines[1]
     # systemd tells of the same failure, and not twice
     host.systemd(timer("vm1"), services=service("vm1", active="failed", result="exit-code",
                                                 status=50))  # fmt: skip
@@ -648,6 +652,17 @@ def test_timers(host: Host) -> None:
     assert lines[6].split() == ["vm1", "verify", "-", "-", "-", "-"]
     code, out = host.run("timers", "--json", "vm2")
     assert [each["domain"] for each in json.loads(out)["timers"]] == ["vm2"]
+
+
+def test_the_row_of_a_timer_is_about_one_run(host: Host) -> None:
+    """F6: beside the timer's last time stood how long a later run by hand took."""
+    never = {**timer("vm2"), "last": 0}
+    host.systemd(timer("vm1"), never, services=service("vm1", ago=600) + service("vm2"))
+    first, second = host.run("timers")[1].splitlines()[1:]
+    assert first.endswith(" 11:50:00 UTC  1:35  done")
+    assert second.endswith(" 10:00:00 UTC  1:35  done")
+    entries = json.loads(host.run("timers", "--json")[1])["timers"]
+    assert [each["last"] for each in entries] == ["2026-02-10T10:00:00Z", ""]
 
 
 def test_no_timers(host: Host) -> None:

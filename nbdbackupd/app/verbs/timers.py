@@ -54,6 +54,29 @@ class Line:
         return words[event] + (f" ({result})" if result != "success" else "")
 
     @property
+    def started(self) -> datetime | None:
+        """When the run began that ``result`` is about, whoever started it.
+
+        Of a run that nobody knows it is when the timer was due last.
+        """
+        if self.service is not None and (self.service.started or self.service.is_running):
+            return self.service.started or self.timer.last
+        return datetime.fromisoformat(self.end.begun) if self.end is not None else self.timer.last
+
+    @property
+    def seconds(self) -> float | None:
+        """How long that run took; None if nobody knows it, or while it goes on."""
+        service = self.service
+        if service is not None and (service.started or service.is_running):
+            if service.started is None or service.ended is None:
+                return None
+            return (service.ended - service.started).total_seconds()
+        if self.end is None or not self.end.ended:
+            return None
+        begun, ended = map(datetime.fromisoformat, (self.end.begun, self.end.ended))
+        return (ended - begun).total_seconds()
+
+    @property
     def exit_status(self) -> int | None:
         """The last run's; None if nobody knows it, or while it goes on."""
         if self.service is not None and self.service.started:
@@ -142,13 +165,10 @@ def _render(lines: list[Line]) -> str:
         )
     rows = [("DOMAIN", "WHAT", "NEXT", "LAST", "TOOK", "RESULT")]
     for line in lines:
-        service = line.service
-        took = "-"
-        if service is not None and service.started and service.ended:
-            took = _length((service.ended - service.started).total_seconds())
+        took = "-" if line.seconds is None else _length(line.seconds)
         rows.append((
             unitname.domain_of(line.timer.unit) or "-", _kind(line.timer.unit),
-            _local(line.timer.next), _local(line.timer.last), took, line.result,
+            _local(line.timer.next), _local(line.started), took, line.result,
         ))  # fmt: skip
     told = [
         f"{unitname.domain_of(line.timer.unit)}: {line.end.reason}"
