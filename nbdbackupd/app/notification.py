@@ -42,8 +42,8 @@ MEANINGS: Final = {
 """Exit statuses of ours, as in the manual."""
 
 DEFAULT: Final = """\
-{{ what }} {{ word }} on {{ host }}
-{{ what }} {{ word }} on {{ host }}.
+{{ what }} {{ word }}{% if event == "warning" %},{% endif %} on {{ host }}
+{{ what }} {{ word }}{% if event == "warning" %},{% endif %} on {{ host }}.
 
 unit:    {{ unit }}
 {% if domain %}domain:  {{ domain }}

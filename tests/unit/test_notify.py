@@ -290,6 +290,17 @@ def test_w6_the_mail_says_why(host: Host) -> None:
     known.record(end)
     assert host.notify(unit, **monitored(unit, "exit-code", "50")).returncode == 0
     assert f"reason:  {reason}\n" in parsed(host.told(host.mail)).get_content()
+    # an error of the configuration is not told beside itself
+    host.main("notification: {mail: root}\ncompresion: 2")
+    found = json.loads(host.notify(unit, "--json", "--print").stdout)["body"]
+    assert "The configuration has an error: " in found
+    problem = found.partition("The configuration has an error: ")[2].partition("\n")[0]
+    known.record(replace(end, reason=f"{problem} (1 more)"))
+    found = json.loads(host.notify(unit, "--json", "--print").stdout)["body"]
+    assert f"reason:  {problem} (1 more)\n" in found
+    assert "The configuration has an error" not in found
+    known.record(end)
+    host.main("notification: {mail: root}")
     # this unit has failed since, before its run could say a word
     other = "nbdbackup@vm2.service"
     known.record(replace(end, domain="vm2", unit=other, begun="2026-01-01T02:00:00.000000Z"))
@@ -431,6 +442,17 @@ What it said last:
 More: journalctl -u nbdbackup@vm1.service; nbdbackupctl status -- vm1
 """,
     )
+
+
+def test_warnings_are_not_those_of_the_host() -> None:
+    notice = Notice(
+        event="warning", unit="nbdbackup@vm1.service", domain="vm1", host="h",
+        what="backup of domain vm1", result="exit status 3", meaning="done, with warnings",
+        started="", ended="", lines=(),
+    )  # fmt: skip
+    text = notification.render(notice, Path("/nonexistent"))
+    assert text.subject == "backup of domain vm1 is done, with warnings, on h"
+    assert text.body.startswith(f"{text.subject}.\n")
 
 
 # -- what systemd says

@@ -122,10 +122,12 @@ def _notice(unit: str, configuration: "Configuration") -> "Notice":
         lines = systemd.journal(unit, invocation, LINES)
     except ProcessError as err:
         remarks.append(f"The journal can't be read: {err}")
-    if configuration.problems:
-        remarks.append(f"The configuration has an error: {configuration.problems[0]}")
     domain = unitname.domain_of(unit)
     end = _record(unit, domain, service, (result, status))
+    problem = str(configuration.problems[0]) if configuration.problems else ""
+    # once is enough
+    if problem and (end is None or problem not in end.reason):
+        remarks.append(f"The configuration has an error: {problem}")
     if not result and end is not None:
         # systemd has not seen it: it was before the host's last boot
         result, status = "exit-code", "" if end.status is None else str(end.status)
