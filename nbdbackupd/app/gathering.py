@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nbdbackupd import rundir
 from nbdbackupd.app import configured
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app.context import Context
@@ -377,7 +378,7 @@ def _look(name: str, known: _Known, context: Context, notes: list[str]) -> "Doma
         newest=found.instant,
         problem=found.problem,
         damage=found.damage,
-        warnings=found.concerns,
+        warnings=_concerns(found, context, uuid),
         failure=run_record.failure_text(seen, found.instant) or failure_of(service, seen, found),
         is_covered=is_covered,
         unscheduled=(
@@ -401,6 +402,22 @@ def _look(name: str, known: _Known, context: Context, notes: list[str]) -> "Doma
             for run in seen.alive
         ),
     )  # fmt: skip
+
+
+def _concerns(found: "Stored", context: Context, uuid: str) -> tuple[str, ...]:
+    """What the newest point lacks; that its guest may be frozen only as long as it may be.
+
+    Without ``uuid`` nothing is known of the guest: it may be that of another host.
+    """
+    from nbdbackupd.model.freeze_memory import once_let_go
+
+    held = rundir.domain_dir(context.runtime_dir, uuid) / rundir.HELD
+    try:
+        is_let_go = bool(uuid) and not held.exists()
+    except OSError:
+        # this account can't see it
+        is_let_go = False
+    return tuple(map(once_let_go, found.concerns)) if is_let_go else found.concerns
 
 
 def _settings(name: str, known: _Known, notes: list[str]) -> "tuple[str, DomainSettings]":

@@ -10,6 +10,9 @@ from typing import Final
 
 from nbdbackupd.model.units import local_time
 
+MAY_BE_FROZEN: Final = "THE GUEST MAY BE FROZEN, OR FREEZE LATE"
+"""How the warning of a point begins whose thaw was not answered in time."""
+
 FIRST_HOURS: Final = 36
 MOST_HOURS: Final = 12 * 24
 
@@ -37,6 +40,13 @@ class FreezeMemory:
             f"again from {local_time(self.until)} on, or at once with freeze.policy 'require' "
             f"('backup --freeze require')"
         )
+
+
+def once_let_go(warning: str) -> str:
+    """A warning of a point, to be told when nothing holds its guest any more."""
+    if not warning.startswith(MAY_BE_FROZEN):
+        return warning
+    return "the guest is held no more; its agent had not confirmed the thaw in time"
 
 
 def after(known: FreezeMemory | None, now: datetime, *, is_unanswered: bool) -> FreezeMemory | None:

@@ -22,6 +22,7 @@ from nbdbackupd import log as runlog
 from nbdbackupd.errors import FreezeError, IntegrityError, NbdbackupError
 from nbdbackupd.model.chain import Consistency
 from nbdbackupd.model.domain import Agent
+from nbdbackupd.model.freeze_memory import MAY_BE_FROZEN
 from nbdbackupd.virt import guest
 from nbdbackupd.virt.domain import Domain, State
 
@@ -315,8 +316,8 @@ class _Ice:
         self._moment.is_unanswered = True
         self._warn(
             events.THAW_FAILED,
-            f"THE GUEST MAY BE FROZEN, OR FREEZE LATE: {problem}; it is thawed as soon as its "
-            f"agent answers, and 'virsh domfsthaw' does it, too",
+            f"{MAY_BE_FROZEN}: {problem}; it is thawed as soon as its agent answers, and "
+            f"'virsh domfsthaw' does it, too",
         )
         self._wish.on_held()
 

@@ -16,11 +16,12 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from nbdbackupd import durable
+from nbdbackupd import durable, rundir
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app import ctl, run_record, systemd, tables
 from nbdbackupd.model import throwaway, unitname
 from nbdbackupd.model.chain import Level
+from nbdbackupd.model.freeze_memory import MAY_BE_FROZEN
 from nbdbackupd.model.health import Facts, Health, Limits, age_text, judge
 from nbdbackupd.ops.reporting import metrics
 from nbdbackupd.repo import boot_tests, layout, runs
@@ -726,3 +727,22 @@ def test_a_repository_of_two_hosts(host: Host) -> None:
     code, out = host.run("status", "--json", "web")
     assert code == 2
     assert f"give web or {mine}" in json.loads(out)["error"]["message"]
+
+
+def test_a_guest_that_was_thawed_late_is_not_called_frozen(host: Host) -> None:
+    """What a point's warning feared is told only as long as the marker of the held guest is there.
+
+    Of a guest that libvirt here does not know nothing is known.
+    """
+    host.libvirt("vm1")
+    host.save("vm1", NOW, warning=f"{MAY_BE_FROZEN}: no answer; it is thawed")
+    held = rundir.make_domain_dir(host.root / "run", uuid_of("vm1")) / rundir.HELD
+    held.write_text("frozen r1")
+    assert any(MAY_BE_FROZEN in each for each in host.status()["vm1"]["reasons"])
+    held.unlink()
+    found = host.status()["vm1"]
+    assert found["health"] == "warning"
+    assert not any("FROZEN" in each for each in found["reasons"])
+    assert any("the guest is held no more" in each for each in found["reasons"])
+    host.libvirt()
+    assert any(MAY_BE_FROZEN in each for each in host.status()["vm1"]["reasons"])
