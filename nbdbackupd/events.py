@@ -251,8 +251,8 @@ DEAD_RUN_SWEPT: Final = Event(
     level=logging.INFO,
     text="removed what a dead run left: {REASON}",
     fields=("REASON",),
-    meaning="An earlier run was killed. What it left (a job, scratch files, a draft, a guest that "
-    "it held) was cleared away. It had made no point, and none is harmed.",
+    meaning="An earlier run was killed. What it left (a job, scratch files, a draft) was "
+    "cleared away. It had made no point, and none is harmed.",
     cure="Find out what killed it: the out-of-memory killer, the watchdog of the unit, a power "
     "cut, an administrator.",
 )
@@ -327,7 +327,7 @@ GUEST_RELEASED: Final = Event(
     text="domain {DOMAIN}: {REASON}",
     fields=("REASON",),
     meaning="A run that was killed, or whose freeze the agent answered too late, may have left the "
-    "guest frozen or paused. Its guard has let it go.",
+    "guest frozen or paused. Its guard, or who cleared up after it, has let it go.",
     cure="Nothing is to be done. If the agent answers late again and again, look at its hooks.",
 )
 IMAGES_RELEASED: Final = Event(

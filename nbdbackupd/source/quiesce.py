@@ -100,8 +100,16 @@ def quiet(domain: Domain, wish: Quiet) -> Iterator[Moment]:
         yield moment
 
 
-def release(domain: Domain, marker: Path, *, seconds: float = ANSWER_SECONDS) -> str:
-    """Let a guest go that an earlier run has left frozen or paused; say what was done, or nothing.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Release:
+    """What became of a guest that was held: ``done`` to it, or the ``problem`` that keeps it so."""
+
+    done: str = ""
+    problem: str = ""
+
+
+def release(domain: Domain, marker: Path, *, seconds: float = ANSWER_SECONDS) -> Release:
+    """Let a guest go that an earlier run has left frozen or paused.
 
     A guest whose agent does not answer is said so, too, and the marker stays: that must not hinder
     a backup, and its guard goes on. Raises DomainError if it can't be resumed.
@@ -111,15 +119,23 @@ def release(domain: Domain, marker: Path, *, seconds: float = ANSWER_SECONDS) ->
     if held == FROZEN and domain.is_active():
         try:
             count = guest.thaw(domain, seconds=seconds)
-            done = "the guest's agent, which an earlier run had asked to freeze, answers: "
-            done += f"{count} file systems were thawed" if count else "nothing is frozen"
         except FreezeError as err:
-            return f"an earlier run had frozen the guest, or tried to: {err.message}"
+            return Release(
+                problem=f"an earlier run had frozen the guest, or tried to: {err.message}"
+            )
+        done = "the guest's agent, which an earlier run had asked to freeze, answers: "
+        done += _thawed(count)
     elif held == PAUSED and domain.state() is State.PAUSED:
         domain.resume()
         done = "the guest, paused by a killed run, was resumed"
     marker.unlink(missing_ok=True)
-    return done
+    return Release(done=done)
+
+
+def _thawed(count: int) -> str:
+    if not count:
+        return "nothing is frozen"
+    return "1 file system was thawed" if count == 1 else f"{count} file systems were thawed"
 
 
 def settle(domain: Domain, marker: Path, run_id: str, *, seconds: float) -> bool:
@@ -129,11 +145,10 @@ def settle(domain: Domain, marker: Path, run_id: str, *, seconds: float) -> bool
     """
     if _held(marker)[1] != run_id:
         return True
-    done = release(domain, marker, seconds=seconds)
-    is_settled = not marker.exists()
-    if is_settled and done:
-        events.emit(LOG, events.GUEST_RELEASED, reason=done)
-    return is_settled
+    found = release(domain, marker, seconds=seconds)
+    if found.done:
+        events.emit(LOG, events.GUEST_RELEASED, reason=found.done)
+    return not found.problem
 
 
 def is_held(marker: Path) -> bool:

@@ -1,30 +1,39 @@
 """Clear away what a killed run has left: its job, its files, a guest that it held."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdbackupd import rundir
+from nbdbackupd import events, rundir
 from nbdbackupd.source import guard, quiesce, running, scratch
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.domain import Domain
 
+LOG = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Swept:
-    """What was found and removed; empty fields: nothing. ``foreign`` is a job left alone."""
+    """What was found and removed; empty fields: nothing. ``foreign`` is a job left alone.
+
+    ``guest`` says how a guest was let go, ``held`` why one was not.
+    """
 
     job: str = ""
     foreign: str = ""
     guest: str = ""
+    held: str = ""
     files: tuple[Path, ...] = ()
 
-    def __bool__(self) -> bool:
-        return bool(self.job or self.guest or self.files)
-
-    def __str__(self) -> str:
-        """What was removed, for a log line."""
-        found = [self.job, *(str(file) for file in self.files), self.guest]
-        return "; ".join(text for text in found if text)
+    def tell(self) -> None:
+        """Log it. A guest that was held is no sign of a dead run: its agent may have been late."""
+        removed = [self.job] * bool(self.job) + [str(file) for file in self.files]
+        if removed:
+            events.emit(LOG, events.DEAD_RUN_SWEPT, reason="; ".join(removed))
+        if self.guest:
+            events.emit(LOG, events.GUEST_RELEASED, reason=self.guest)
+        if self.held:
+            LOG.info("%s", self.held)
 
 
 def sweep(domain: Domain, runtime_dir: Path, scratch_dir: Path) -> Swept:
@@ -54,7 +63,8 @@ def _sweep(domain: Domain, runtime_dir: Path, scratch_dir: Path) -> Swept:
     return Swept(
         job=str(job) if is_own else "",
         foreign=str(job) if job is not None and not is_own else "",
-        guest=guest,
+        guest=guest.done,
+        held=guest.problem,
         files=tuple(file for file in sorted(files) if _remove(file)),
     )
 

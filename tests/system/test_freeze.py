@@ -18,7 +18,7 @@ from nbdbackupd.repo.state import State
 from nbdbackupd.source import quiesce
 from nbdbackupd.source.quiesce import FreezePolicy, Quiet
 from nbdbackupd.source.running import RunningDisk, RunningRequest, open_running
-from nbdbackupd.source.sweep import sweep
+from nbdbackupd.source.sweep import Swept, sweep
 from nbdbackupd.virt import guest as guest_agent
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.connection import open_connection
@@ -180,7 +180,7 @@ def test_a_killed_run_is_thawed_by_the_next(
     swept = sweep(domain, runtime_dir, lab.directory / "scratch")
     assert "2 file systems" in swept.guest
     assert not linux.is_frozen()
-    assert not sweep(domain, runtime_dir, lab.directory / "scratch")
+    assert sweep(domain, runtime_dir, lab.directory / "scratch") == Swept()
 
 
 LATE = '[ "$1" = thaw ] || sleep 13'

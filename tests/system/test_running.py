@@ -28,7 +28,7 @@ from nbdbackupd.model.chain import Consistency
 from nbdbackupd.source import Snapshot, guard, scratch
 from nbdbackupd.source.quiesce import FreezePolicy
 from nbdbackupd.source.running import RunningDisk, RunningRequest, marker, open_running
-from nbdbackupd.source.sweep import sweep
+from nbdbackupd.source.sweep import Swept, sweep
 from nbdbackupd.virt import checkpoints, jobs
 from nbdbackupd.virt.connection import Connection, open_connection
 from nbdbackupd.virt.domain import Domain, State
@@ -315,7 +315,7 @@ def test_busy_domain_is_refused_at_once(request_: RunningRequest) -> None:
         assert time.monotonic() - begun < 5
         # a foreign job is left alone
         swept = sweep(request_.domain, request_.runtime_dir, request_.scratch_dir / "none")
-        assert not swept
+        assert swept == Swept(foreign=swept.foreign)
         assert "other" in swept.foreign
         assert jobs.active_job(request_.domain) is not None
     assert_clean(request_)
@@ -346,7 +346,7 @@ def test_sweep_ends_a_dead_runs_job(
         swept = sweep(request_.domain, request_.runtime_dir, request_.scratch_dir)
         assert "nbd.sock" in swept.job
         assert_clean(request_)
-        assert not sweep(request_.domain, request_.runtime_dir, request_.scratch_dir)
+        assert sweep(request_.domain, request_.runtime_dir, request_.scratch_dir) == Swept()
         with pytest.raises(SourceError, match="its backup job was ended"):
             manager.__exit__(None, None, None)
 

@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 
+from nbdbackupd.errors import FreezeError
 from nbdbackupd.source import quiesce
+from nbdbackupd.source.sweep import Swept
+from nbdbackupd.virt import guest
+from tests.lib.told import heard
 
 
 def wish(marker: Path) -> Any:
@@ -46,3 +50,61 @@ def test_it_is_read_within_bounds(tmp_path: Path) -> None:
     how, run_id = quiesce._held(marker)
     assert len(how) <= quiesce.MAX_MARKER
     assert run_id == ""
+
+
+def running() -> Any:
+    return SimpleNamespace(is_active=lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (0, "answers: nothing is frozen"),
+        (1, "answers: 1 file system was thawed"),
+        (2, "answers: 2 file systems were thawed"),
+    ],
+)
+def test_who_answers_the_thaw_is_let_go(
+    count: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = tmp_path / "guest-held"
+    marker.write_text("frozen r1")
+    monkeypatch.setattr(guest, "thaw", lambda *_args, **_more: count)
+    with heard() as told:
+        assert quiesce.settle(running(), marker, "r1", seconds=1)
+    assert told == ["guest-released"]
+    assert not marker.exists()
+    marker.write_text("frozen r1")
+    assert quiesce.release(running(), marker).done.endswith(words)
+
+
+def test_who_does_not_answer_is_held_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def thaw(*_args: object, **_more: object) -> int:
+        raise FreezeError("no answer")
+
+    marker = tmp_path / "guest-held"
+    marker.write_text("frozen r1")
+    monkeypatch.setattr(guest, "thaw", thaw)
+    with heard() as told:
+        assert not quiesce.settle(running(), marker, "r1", seconds=1)
+    assert told == []
+    assert marker.exists()
+    assert "no answer" in quiesce.release(running(), marker).problem
+
+
+@pytest.mark.parametrize(
+    ("swept", "names"),
+    [
+        (Swept(), []),
+        (Swept(foreign="a job"), []),
+        (Swept(held="no answer"), []),
+        (Swept(guest="thawed"), ["guest-released"]),
+        (Swept(files=(Path("/s"),)), ["dead-run-swept"]),
+        (Swept(job="a job", guest="thawed"), ["dead-run-swept", "guest-released"]),
+    ],
+)
+def test_a_guest_that_is_let_go_tells_of_no_dead_run(swept: Swept, names: list[str]) -> None:
+    """The run may have ended in order, and its agent answered after it."""
+    with heard() as told:
+        swept.tell()
+    assert told == names

@@ -52,5 +52,6 @@ def run(args: Arguments, context: Context) -> int:
             if not quiet:
                 raise
             report = abort.AbortReport(domain=args.domain)
-    context.show(report.to_json(), "" if quiet and report.is_empty else report.message)
+    # it is in the log, too, so that a unit's journal would have it twice
+    context.show(report.to_json(), "" if quiet else report.message)
     return 0

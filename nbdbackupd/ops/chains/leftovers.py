@@ -14,7 +14,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from nbdbackupd import documents, durable, events, rundir
+from nbdbackupd import documents, durable, rundir
 from nbdbackupd.errors import FormatError
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Intent
@@ -37,9 +37,8 @@ def sweep(
     Raises the errors of libvirt and of the set: a run that can't clean up must not go on.
     """
     kept.sweep(runtime_dir)
-    swept = source_sweep.sweep(domain, rundir.socket_dir(runtime_dir, domain.uuid), scratch_dir)
-    if swept:
-        events.emit(log, events.DEAD_RUN_SWEPT, reason=swept)
+    own = rundir.socket_dir(runtime_dir, domain.uuid)
+    source_sweep.sweep(domain, own, scratch_dir).tell()
     if domain.is_active():
         # of a run that read the images of the domain while it was off
         lease.forget(rundir.domain_dir(runtime_dir, domain.uuid))

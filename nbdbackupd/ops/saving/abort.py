@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbdbackupd import durable, events, rundir
+from nbdbackupd import durable, rundir
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import BusyError
 from nbdbackupd.ops.chains.checkpoints import OWNER as CHECKPOINTS
@@ -32,7 +32,8 @@ class AbortRequest:
 class AbortReport:
     """``ended`` describes the jobs that were ended, ``left`` a foreign one that was not.
 
-    ``files`` are the scratch files and sockets that were removed, ``guest`` tells if it was held.
+    ``files`` are the scratch files and sockets that were removed, ``guest`` says what became of a
+    guest that was held.
     """
 
     domain: str
@@ -40,11 +41,6 @@ class AbortReport:
     left: str = ""
     files: tuple[str, ...] = ()
     guest: str = ""
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there was nothing at all."""
-        return not (self.ended or self.left or self.files or self.guest)
 
     @property
     def message(self) -> str:
@@ -94,11 +90,14 @@ def run(request: AbortRequest, connection: Connection) -> AbortReport:
     ):
         own = rundir.socket_dir(request.runtime_dir, domain.uuid)
         swept = sweep.sweep(domain, own, request.scratch_dir)
-        if swept:
-            events.emit(log, events.DEAD_RUN_SWEPT, reason=swept)
+        swept.tell()
         ended_guest = paused_start.release(domain, directory)
+        if ended_guest:
+            log.info("%s", ended_guest)
         ended = [swept.job] if swept.job else []
         left = swept.foreign
+        if left and not request.any:
+            log.info("left alone: %s", left)
         if left and request.any:
             jobs.abort(domain)
             ended.append(left)
@@ -108,5 +107,5 @@ def run(request: AbortRequest, connection: Connection) -> AbortReport:
         ended=tuple(ended),
         left=left,
         files=tuple(os.fspath(file) for file in swept.files),
-        guest="; ".join(text for text in (swept.guest, ended_guest) if text),
+        guest="; ".join(text for text in (swept.guest, swept.held, ended_guest) if text),
     )
