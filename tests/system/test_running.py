@@ -14,6 +14,7 @@ from typing import Any
 import nbd
 import pytest
 
+from nbdbackupd import rundir
 from nbdbackupd.app import gathering
 from nbdbackupd.errors import (
     BusyError,
@@ -98,6 +99,8 @@ def trouble() -> list[NbdbackupError]:
 
 @pytest.fixture
 def request_(lab: DaemonLab, domain: Domain, trouble: list[NbdbackupError]) -> RunningRequest:
+    # whoever holds the domain's lock has made it
+    rundir.make_domain_dir(lab.directory / "run", domain.uuid)
     return RunningRequest(
         domain=domain,
         disks=(
@@ -106,7 +109,7 @@ def request_(lab: DaemonLab, domain: Domain, trouble: list[NbdbackupError]) -> R
             RunningDisk(target="vdc", tracked=False),
         ),
         run_id="r1",
-        runtime_dir=lab.directory / "run" / f"libvirt-{domain.uuid}",
+        runtime_dir=rundir.socket_dir(lab.directory / "run", domain.uuid),
         scratch_dir=lab.directory / "scratch",
         scratch_reserve=MIB,
         on_trouble=trouble.append,
@@ -445,9 +448,7 @@ def test_sweep_resumes_a_guest_that_a_killed_run_paused(
     guest: Guest, request_: RunningRequest
 ) -> None:
     request_.runtime_dir.mkdir(parents=True)
-    held = marker(request_.runtime_dir)
-    held.parent.mkdir(parents=True)
-    held.write_text("paused")
+    marker(request_.runtime_dir).write_text("paused")
     guest.virsh("suspend", "--domain", guest.name)
     assert "resumed" in sweep(request_.domain, request_.runtime_dir, request_.scratch_dir).guest
     assert not guest.is_paused()

@@ -36,7 +36,10 @@ def test_children_die_with_a_killed_parent() -> None:
         child = int(parent.stdout.readline())
         os.kill(child, 0)
         # setpriv may not have become sleep yet
-        time.sleep(0.2)
+        deadline = time.monotonic() + 20
+        while Path(f"/proc/{child}/comm").read_text() != "sleep\n":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         parent.kill()
     deadline = time.monotonic() + 5
     while is_running(child):
