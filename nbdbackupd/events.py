@@ -300,8 +300,9 @@ THAW_FORCED: Final = Event(
     level=logging.ERROR,
     text="domain {DOMAIN}: {REASON}",
     fields=("REASON",),
-    meaning="The guest was frozen, and the freeze ended otherwise than it should: too early, or by "
-    "our deadline since the job had not begun. The point is crash consistent.",
+    meaning="The guest was frozen, and the freeze ended otherwise than it should: too early, by "
+    "our deadline since the job had not begun, or with an error of a hook in the guest. The point "
+    "is crash consistent.",
     cure="Find out what held the job up: a loaded host, storage that hangs, another job. A guest "
     "with Windows ends each freeze after 10 seconds by itself.",
 )
@@ -314,8 +315,9 @@ THAW_FAILED: Final = Event(
     fields=("REASON",),
     meaning="The guest agent did not confirm the thaw. The guest may be frozen, or will be when "
     "the agent comes to an earlier freeze; then all that writes in it hangs. The run's guard asks "
-    "for the thaw every second, for two hours, and tells when it has come (guest-released). The "
-    "next runs do not freeze this guest for a while.",
+    "for the thaw every second, or each time later, up to a minute, if the agent answers with an "
+    "error; for two hours. It tells when the thaw has come (guest-released). The next runs do not "
+    "freeze this guest for a while.",
     cure="Look into the guest: a hook of the agent that hangs, file systems that hang. 'virsh "
     "domfsthaw {DOMAIN}' thaws, too; an agent that does not answer has to be restarted.",
 )

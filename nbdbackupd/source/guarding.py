@@ -40,6 +40,9 @@ THAW_SECONDS: Final = 2 * 3600.0
 """How long an agent is asked to thaw that does not answer."""
 
 THAW_PAUSE_SECONDS: Final = 1.0
+LONGEST_THAW_PAUSE_SECONDS: Final = 60.0
+"""An agent that answers with an error does so again; one that says nothing may freeze any time."""
+
 ANSWER_SECONDS: Final = 5
 
 
@@ -52,6 +55,7 @@ class Watch:
         self._begun = time.monotonic()
         self._is_job_gone = False
         self._is_thawed = False
+        self._refusals = 0
         self._pause = PAUSE_SECONDS
         self._problem = ""
 
@@ -135,7 +139,17 @@ class Watch:
 
     def _thaw(self, domain: Domain) -> bool:
         marker = running.marker(Path(self._charge.runtime_dir))
-        return quiesce.settle(domain, marker, self._charge.run_id, seconds=ANSWER_SECONDS)
+        found = quiesce.settle(domain, marker, self._charge.run_id, seconds=ANSWER_SECONDS)
+        self._refusals = self._refusals + 1 if found.is_answered else 0
+        if found.problem:
+            self._tell(found.problem)
+        return not found.problem
+
+    @property
+    def thaw_pause(self) -> float:
+        """Seconds until the agent is asked again: longer each time that it has refused."""
+        times = 1 << min(max(self._refusals - 1, 0), 16)
+        return min(THAW_PAUSE_SECONDS * times, LONGEST_THAW_PAUSE_SECONDS)
 
     def _end_job(self, domain: Domain) -> bool:
         """End the run's job; False if it may yet begin."""
@@ -159,7 +173,7 @@ class Watch:
     def _wait(self) -> None:
         """Wait a while; the server's end of its connections cuts it short."""
         if self._is_job_gone and not self._is_thawed:
-            time.sleep(THAW_PAUSE_SECONDS)
+            time.sleep(self.thaw_pause)
         elif self._post.kept.wait_closed(self._pause):
             time.sleep(PAUSE_SECONDS)
         self._pause = min(self._pause * 2, LONGEST_PAUSE_SECONDS)
@@ -177,7 +191,7 @@ def stand(post: Post) -> None:
         if watch is None or THAW not in post.words or is_thawed:
             return -1
         is_thawed = watch.thaw()
-        return THAW_PAUSE_SECONDS
+        return watch.thaw_pause
 
     post.read(idle)
     if post.charge is not None:

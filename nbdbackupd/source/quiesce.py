@@ -102,10 +102,14 @@ def quiet(domain: Domain, wish: Quiet) -> Iterator[Moment]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Release:
-    """What became of a guest that was held: ``done`` to it, or the ``problem`` that keeps it so."""
+    """What became of a guest that was held: ``done`` to it, or the ``problem`` that keeps it so.
+
+    ``is_answered``: the problem is the agent's own answer.
+    """
 
     done: str = ""
     problem: str = ""
+    is_answered: bool = False
 
 
 def release(domain: Domain, marker: Path, *, seconds: float = ANSWER_SECONDS) -> Release:
@@ -117,14 +121,15 @@ def release(domain: Domain, marker: Path, *, seconds: float = ANSWER_SECONDS) ->
     held, _ = _held(marker)
     done = ""
     if held == FROZEN and domain.is_active():
+        answer = "the guest's agent, which an earlier run had asked to freeze, answers: "
         try:
-            count = guest.thaw(domain, seconds=seconds)
+            done = answer + _thawed(guest.thaw(domain, seconds=seconds))
         except FreezeError as err:
-            return Release(
-                problem=f"an earlier run had frozen the guest, or tried to: {err.message}"
-            )
-        done = "the guest's agent, which an earlier run had asked to freeze, answers: "
-        done += _thawed(count)
+            is_answered = isinstance(err, guest.AgentAnswerError)
+            if not isinstance(err, guest.AgentAnswerError) or not err.is_thawed:
+                text = f"an earlier run had frozen the guest, or tried to: {err.message}"
+                return Release(problem=text, is_answered=is_answered)
+            done = f"{answer}nothing is frozen, but {err.message}"
     elif held == PAUSED and domain.state() is State.PAUSED:
         domain.resume()
         done = "the guest, paused by a killed run, was resumed"
@@ -138,17 +143,17 @@ def _thawed(count: int) -> str:
     return "1 file system was thawed" if count == 1 else f"{count} file systems were thawed"
 
 
-def settle(domain: Domain, marker: Path, run_id: str, *, seconds: float) -> bool:
-    """Let a guest go that the run has left frozen or paused; whether it holds it no more.
+def settle(domain: Domain, marker: Path, run_id: str, *, seconds: float) -> Release:
+    """Let a guest go that the run has left frozen or paused.
 
     What another run holds is not touched. Raises DomainError.
     """
     if _held(marker)[1] != run_id:
-        return True
+        return Release()
     found = release(domain, marker, seconds=seconds)
     if found.done:
         events.emit(LOG, events.GUEST_RELEASED, reason=found.done)
-    return not found.problem
+    return found
 
 
 def is_held(marker: Path) -> bool:
@@ -206,7 +211,7 @@ def _frozen(domain: Domain, wish: Quiet, moment: Moment) -> Iterator[None]:
         obstacle = wish.obstacle
         if is_held(wish.marker):
             # what the agent does next is what it was asked before
-            obstacle = "its agent has not yet answered an earlier freeze"
+            obstacle = "its agent has not yet confirmed the thaw after an earlier freeze"
         if obstacle:
             moment.warnings.append(f"not frozen: {obstacle}")
     if obstacle:
@@ -319,6 +324,10 @@ class _Ice:
                 thawed = guest.thaw(self._domain, seconds=seconds)
             except NbdbackupError as err:
                 problem = err.message
+                if isinstance(err, guest.AgentAnswerError) and err.is_thawed:
+                    self._wish.marker.unlink(missing_ok=True)
+                    self._warn(events.THAW_FORCED, f"nothing is frozen any more, but {problem}")
+                    return
                 continue
             self._wish.marker.unlink(missing_ok=True)
             if thawed < self._count:

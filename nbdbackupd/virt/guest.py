@@ -4,6 +4,9 @@ Measured with libvirt 9.0.0: without a connected agent each call fails at once (
 one that hangs, a call waits for ever unless a response timeout is set. The timeout stays with
 the domain, so it is put back to libvirt's default (wait for ever) afterwards. A freeze that
 reports no file system is a success to libvirt.
+
+A thaw whose hook in the guest fails is an error, though nothing is frozen then. While something
+is, the agent refuses to list the file systems, which libvirt asks it for without a taint.
 """
 
 import math
@@ -19,8 +22,23 @@ from nbdbackupd.virt.domain import Domain
 
 # on top of the agent's own deadline, for the way through libvirt
 MARGIN_SECONDS: Final = 5.0
+COMMAND_FAILED: Final = 112  # VIR_ERR_AGENT_COMMAND_FAILED
+ANSWERS: Final = (libvirt.VIR_ERR_INTERNAL_ERROR, COMMAND_FAILED)
+"""libvirt's codes of an error that the agent has answered with; the second since 11.2."""
+
 INFO_PREFIXES: Final = ("os.", "hostname", "timezone.", "fs.")
 Result = TypeVar("Result")
+
+
+class AgentAnswerError(FreezeError):
+    """The agent has answered a thaw, with an error. ``is_thawed``: nothing is frozen all the same.
+
+    Other FreezeErrors mean that nobody has answered.
+    """
+
+    def __init__(self, message: str, *, is_thawed: bool, **fields: object) -> None:
+        super().__init__(message, **fields)
+        self.is_thawed = is_thawed
 
 
 def freeze(domain: Domain, mountpoints: Sequence[str], *, seconds: float) -> int:
@@ -36,9 +54,33 @@ def freeze(domain: Domain, mountpoints: Sequence[str], *, seconds: float) -> int
 def thaw(domain: Domain, *, seconds: float) -> int:
     """Thaw all file systems; return how many were still frozen.
 
-    Raises FreezeError.
+    Raises FreezeError, of which AgentAnswerError is the agent's own answer.
     """
-    return _ask(domain, "can't be thawed", lambda each: each.fsThaw(), seconds)
+    try:
+        return _ask(domain, "can't be thawed", lambda each: each.fsThaw(), seconds)
+    except FreezeError as err:
+        if not _is_answer(err):
+            raise
+        is_thawed = _is_thawed(domain, seconds)
+        raise AgentAnswerError(err.message, is_thawed=is_thawed, **err.fields) from err
+
+
+def _is_answer(error: FreezeError) -> bool:
+    """Whether it is what the agent said; that it said nothing has codes of its own."""
+    found = error.__cause__
+    cause = found.__cause__ if found is not None else None
+    if not isinstance(cause, libvirt.libvirtError):
+        return False
+    is_of_qemu = cause.get_error_domain() == libvirt.VIR_FROM_QEMU
+    return is_of_qemu and cause.get_error_code() in ANSWERS
+
+
+def _is_thawed(domain: Domain, seconds: float) -> bool:
+    try:
+        _ask(domain, "can't be asked for its file systems", lambda each: each.fsInfo(), seconds)
+    except FreezeError:
+        return False
+    return True
 
 
 def guest_info(domain: Domain, *, seconds: float) -> dict[str, object]:

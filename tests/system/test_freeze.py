@@ -206,7 +206,7 @@ def test_a_guest_that_freezes_late_is_thawed(
     assert marker.exists()
     # the next run does not ask again while nobody has answered
     with open_running(replace(request, run_id="r2")) as snapshot:
-        assert "has not yet answered" in snapshot.warnings[0]
+        assert "has not yet confirmed the thaw" in snapshot.warnings[0]
     wait_until(lambda: not marker.exists(), "the agent's answer", 60)
     assert_thawed(linux, Quiet(marker=marker))
     assert linux.freeze_log() == ["freeze", "thaw"]
@@ -248,12 +248,32 @@ def test_a_guard_tells_what_it_has_let_go(
     marker = tmp_path / "held"
     marker.write_text("frozen r1")
     guest_agent.freeze(domain, [], seconds=15)
-    assert quiesce.settle(domain, marker, "r2", seconds=5)
+    assert quiesce.settle(domain, marker, "r2", seconds=5) == quiesce.Release()
     assert linux.is_frozen()
     with heard() as told:
-        assert quiesce.settle(domain, marker, "r1", seconds=5)
+        assert not quiesce.settle(domain, marker, "r1", seconds=5).problem
     assert told == ["guest-released"]
     assert_thawed(linux, Quiet(marker=marker))
+
+
+def test_a_thaw_whose_hook_fails(linux: AgentGuest, domain: Domain, wish: Quiet) -> None:
+    """The agent answers with an error, and nothing is frozen: then nobody has to ask again."""
+    linux.set_freeze_hook('[ "$1" = freeze ]')
+    with heard() as told, quiesce.quiet(domain, wish) as moment:
+        assert linux.is_frozen()
+        # while it is, its agent does not list the file systems
+        assert not guest_agent._is_thawed(domain, 5)
+    assert told == ["thaw-forced"]
+    assert not moment.is_unanswered
+    assert "nothing is frozen any more, but" in moment.warnings[0]
+    assert_thawed(linux, wish)
+    # so does a guard, or the next run
+    wish.marker.write_text("frozen r1")
+    with heard() as told:
+        found = quiesce.settle(domain, wish.marker, "r1", seconds=5)
+    assert told == ["guest-released"]
+    assert "nothing is frozen, but" in found.done
+    assert_thawed(linux, wish)
 
 
 def test_guest_info_is_saved(domain: Domain) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from nbdbackupd import rundir
 from nbdbackupd.errors import FreezeError
 from nbdbackupd.source import quiesce
+from nbdbackupd.source.guarding import Watch
 from nbdbackupd.source.sweep import Swept
 from nbdbackupd.virt import guest
 from tests.lib.told import heard
@@ -71,7 +73,7 @@ def test_who_answers_the_thaw_is_let_go(
     marker.write_text("frozen r1")
     monkeypatch.setattr(guest, "thaw", lambda *_args, **_more: count)
     with heard() as told:
-        assert quiesce.settle(running(), marker, "r1", seconds=1)
+        assert quiesce.settle(running(), marker, "r1", seconds=1).done
     assert told == ["guest-released"]
     assert not marker.exists()
     marker.write_text("frozen r1")
@@ -86,10 +88,44 @@ def test_who_does_not_answer_is_held_on(tmp_path: Path, monkeypatch: pytest.Monk
     marker.write_text("frozen r1")
     monkeypatch.setattr(guest, "thaw", thaw)
     with heard() as told:
-        assert not quiesce.settle(running(), marker, "r1", seconds=1)
+        found = quiesce.settle(running(), marker, "r1", seconds=1)
     assert told == []
     assert marker.exists()
-    assert "no answer" in quiesce.release(running(), marker).problem
+    assert "no answer" in found.problem
+    assert not found.is_answered
+
+
+def test_an_agent_that_refuses_is_asked_less_and_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error each second in libvirt's journal, for two hours; one that is silent may freeze."""
+    answers: list[FreezeError] = []
+
+    def thaw(*_args: object, **_more: object) -> int:
+        raise answers[-1]
+
+    monkeypatch.setattr(guest, "thaw", thaw)
+    socket_dir = rundir.socket_dir(tmp_path, "u")
+    marker = rundir.domain_dir(tmp_path, "u") / rundir.HELD
+    marker.parent.mkdir()
+    marker.write_text("frozen r1")
+    charge: Any = SimpleNamespace(domain="vm1", runtime_dir=str(socket_dir), run_id="r1")
+    post: Any = None
+    watch = Watch(post, charge)
+    answers.append(guest.AgentAnswerError("a hook has failed", is_thawed=False))
+    pauses = []
+    for _ in range(8):
+        assert not watch._thaw(running())
+        pauses.append(watch.thaw_pause)
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
+    answers.append(FreezeError("no answer"))
+    assert not watch._thaw(running())
+    assert watch.thaw_pause == 1
+    answers.append(guest.AgentAnswerError("a hook has failed", is_thawed=True))
+    with heard() as told:
+        assert watch._thaw(running())
+    assert told == ["guest-released"]
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize(
