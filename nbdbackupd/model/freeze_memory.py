@@ -1,7 +1,8 @@
 """When to leave a guest alone whose agent let a freeze's deadline pass (F-45).
 
 Such an agent may freeze its guest late, or hang; a run each night that asks again does harm each
-night. The first time it is left alone for a day and a half, then twice as long, and so on.
+night. The first time it is left alone for a day and a half, then twice as long, and so on. A guest
+that was started anew is asked again: its agent may have been repaired, and hangs no more.
 """
 
 from dataclasses import dataclass
@@ -19,10 +20,14 @@ MOST_HOURS: Final = 12 * 24
 
 @dataclass(frozen=True, slots=True)
 class FreezeMemory:
-    """How often in a row the agent has let a deadline pass, and when it did last."""
+    """How often in a row the agent has let a deadline pass, and when it did last.
+
+    ``instance`` tells that run of the guest from others, or is empty.
+    """
 
     count: int
     last: datetime
+    instance: str = ""
 
     @property
     def until(self) -> datetime:
@@ -30,8 +35,10 @@ class FreezeMemory:
         hours = FIRST_HOURS << min(max(self.count, 1) - 1, 16)
         return self.last + timedelta(hours=min(hours, MOST_HOURS))
 
-    def obstacle(self, now: datetime) -> str:
-        """Why the guest is not frozen now, or nothing."""
+    def obstacle(self, now: datetime, instance: str = "") -> str:
+        """Why the guest, which runs as ``instance`` now, is not frozen, or nothing."""
+        if self.instance and instance and self.instance != instance:
+            return ""
         # a clock that was put back is no reason to wait for years
         if not self.last <= now < self.until:
             return ""
@@ -49,8 +56,10 @@ def once_let_go(warning: str) -> str:
     return "the guest is held no more; its agent had not confirmed the thaw in time"
 
 
-def after(known: FreezeMemory | None, now: datetime, *, is_unanswered: bool) -> FreezeMemory | None:
-    """What is to be remembered after a freeze was tried."""
+def after(
+    known: FreezeMemory | None, now: datetime, *, is_unanswered: bool, instance: str = ""
+) -> FreezeMemory | None:
+    """What is to be remembered after a freeze of the guest's ``instance`` was tried."""
     if not is_unanswered:
         return None
-    return FreezeMemory((known.count if known is not None else 0) + 1, now)
+    return FreezeMemory((known.count if known is not None else 0) + 1, now, instance)

@@ -185,10 +185,12 @@ class State:
             last = datetime.fromisoformat(_get(document, "last", str))
             if last.tzinfo is None:
                 raise FormatError("it has no time zone")
-            return FreezeMemory(_get(document, "count", int), last)
+            # an older version did not note it
+            instance = _get({"instance": "", **document}, "instance", str)
+            return FreezeMemory(_get(document, "count", int), last, instance)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, AttributeError, FormatError) as err:
+        except (OSError, ValueError, AttributeError, TypeError, FormatError) as err:
             log.info("%s is ignored: %s", self._freeze(uuid), err)
             return None
 
@@ -202,7 +204,12 @@ class State:
             if memory is None:
                 path.unlink(missing_ok=True)
                 return
-            document = {"version": VERSION, "count": memory.count, "last": memory.last.isoformat()}
+            document = {
+                "version": VERSION,
+                "count": memory.count,
+                "last": memory.last.isoformat(),
+                "instance": memory.instance,
+            }
             durable.make_directory(path.parent)
             durable.write_atomic(path, json.dumps(document).encode() + b"\n", MODE)
 

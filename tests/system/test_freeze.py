@@ -13,6 +13,7 @@ import pytest
 from nbdbackupd.errors import FreezeError
 from nbdbackupd.model.chain import Consistency
 from nbdbackupd.model.freeze_memory import FreezeMemory
+from nbdbackupd.ops.domain import domains
 from nbdbackupd.ops.saving import metadata
 from nbdbackupd.repo.state import State
 from nbdbackupd.source import quiesce
@@ -231,7 +232,10 @@ def test_an_agent_that_let_a_deadline_pass_is_left_alone(
     """G-2, F-45: for a while; 'require' asks it all the same, and an answer ends that."""
     ctl = RiggedCtl(lab.uri, lab.directory / "ctl")
     state = State(ctl.state)
-    state.remember_freeze(domain.uuid, FreezeMemory(1, datetime.now(UTC) - timedelta(hours=1)))
+    hour_ago = datetime.now(UTC) - timedelta(hours=1)
+    current = domains.instance_of(domain)
+    assert current
+    state.remember_freeze(domain.uuid, FreezeMemory(1, hour_ago, current))
     point = ctl.backup(linux.guest.name, tmp_path / "set", code=3)["point"]
     assert "has let a freeze's deadline pass" in point["warnings"][0]
     assert linux.freeze_log() == []
@@ -239,6 +243,10 @@ def test_an_agent_that_let_a_deadline_pass_is_left_alone(
     assert linux.freeze_log() == ["freeze", "thaw"]
     assert state.freeze_memory(domain.uuid) is None
     assert ctl.backup(linux.guest.name, tmp_path / "set")["point"]["consistency"] == "filesystem"
+    # and so does a guest that was started anew
+    state.remember_freeze(domain.uuid, FreezeMemory(1, hour_ago, f"{current}0"))
+    assert ctl.backup(linux.guest.name, tmp_path / "set")["point"]["consistency"] == "filesystem"
+    assert state.freeze_memory(domain.uuid) is None
 
 
 def test_a_guard_tells_what_it_has_let_go(

@@ -21,7 +21,7 @@ from nbdbackupd.model.freeze_memory import FreezeMemory
 from nbdbackupd.ops.checking import check_access, check_domain, check_request, check_set
 from nbdbackupd.ops.checking.check import CheckReport
 from nbdbackupd.ops.checking.check_request import Patient
-from nbdbackupd.ops.domain import locks
+from nbdbackupd.ops.domain import domains, locks
 from nbdbackupd.repo.state import State
 from nbdbackupd.virt import guest
 
@@ -243,7 +243,9 @@ def test_an_agent_that_runs_leave_alone_for_a_while(
 ) -> None:
     """F-45: it answers, and yet the next run would not freeze the guest."""
     monkeypatch.setattr(guest, "guest_info", lambda *_args, **_more: {})
-    State(tmp_path).remember_freeze("u", FreezeMemory(1, NOW - timedelta(hours=hours)))
+    monkeypatch.setattr(domains, "instance_of", lambda _domain: "boot 1")
+    memory = FreezeMemory(1, NOW - timedelta(hours=hours), "boot 1")
+    State(tmp_path).remember_freeze("u", memory)
     notes = Notes(Area.GUEST)
     check_domain.agent(patient(tmp_path, policy, Agent.CONNECTED), notes)
     found = notes.done()

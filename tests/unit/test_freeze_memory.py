@@ -49,11 +49,29 @@ def test_an_answer_ends_it() -> None:
     assert after(once, NOW, is_unanswered=False) is None
 
 
+def test_a_guest_that_was_started_anew_is_asked() -> None:
+    memory = after(FreezeMemory(1, NOW, "boot 1"), NOW, is_unanswered=True, instance="boot 2")
+    assert memory == FreezeMemory(2, NOW, "boot 2")
+    assert memory.obstacle(NOW, "boot 2")
+    assert not memory.obstacle(NOW, "boot 3")
+    # what is not known is no reason to ask
+    assert memory.obstacle(NOW, "")
+    assert FreezeMemory(2, NOW).obstacle(NOW, "boot 3")
+
+
+def test_a_memory_of_an_older_version_is_read(tmp_path: Path) -> None:
+    (tmp_path / "u").mkdir()
+    (tmp_path / "u" / "freeze").write_text(
+        '{"version": 1, "count": 2, "last": "2026-01-31T02:00:00+00:00"}'
+    )
+    assert State(tmp_path).freeze_memory("u") == FreezeMemory(2, NOW)
+
+
 def test_kept_in_the_state_directory(tmp_path: Path) -> None:
     state = State(tmp_path)
     assert state.freeze_memory("u") is None
-    state.remember_freeze("u", FreezeMemory(3, NOW))
-    assert State(tmp_path).freeze_memory("u") == FreezeMemory(3, NOW)
+    state.remember_freeze("u", FreezeMemory(3, NOW, "boot 1"))
+    assert State(tmp_path).freeze_memory("u") == FreezeMemory(3, NOW, "boot 1")
     assert state.freeze_memory("other") is None
     # it is no record of a chain
     assert state.records("u") == ()

@@ -11,6 +11,7 @@ from nbdbackupd.model.selection import BY_REQUEST, ImageFacts, select_disks, why
 from nbdbackupd.model.units import human_size
 from nbdbackupd.ops.checking import check_set
 from nbdbackupd.ops.checking.check_request import Patient
+from nbdbackupd.ops.domain import domains
 from nbdbackupd.ops.domain.survey import LOCAL_TYPES
 from nbdbackupd.qemu import image
 from nbdbackupd.repo.state import State
@@ -209,7 +210,9 @@ def _ask(patient: Patient, notes: Notes) -> None:
 def _remembered(patient: Patient, notes: Notes) -> None:
     """Whether runs leave the guest unfrozen for a while; 'require' asks its agent all the same."""
     memory = State(patient.request.state_dir).freeze_memory(patient.domain.uuid)
-    obstacle = memory.obstacle(patient.request.now) if memory is not None else ""
+    obstacle = ""
+    if memory is not None:
+        obstacle = memory.obstacle(patient.request.now, domains.instance_of(patient.domain))
     if obstacle and patient.request.freeze_policy == FREEZES:
         notes.warn(
             f"a run now would not freeze the guest: {obstacle}",

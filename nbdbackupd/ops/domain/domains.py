@@ -4,8 +4,10 @@ import time
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd.errors import DomainNotFoundError
+from nbdbackupd.errors import DomainNotFoundError, NbdbackupError
+from nbdbackupd.repo.runs import boot_id
 from nbdbackupd.source import kept
+from nbdbackupd.virt import instance
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain, Ending
 from nbdbackupd.virt.ended import EndedDomain
@@ -44,3 +46,16 @@ def _settled(domain: Domain) -> Domain:
     while not domain.is_active() and not domain.is_persistent() and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
     return domain
+
+
+def instance_of(domain: Domain) -> str:
+    """What tells this run of the guest from others: each start brings another; empty if not known.
+
+    libvirt's numbers begin anew with the host.
+    """
+    boot = boot_id()
+    try:
+        number = instance.number(domain)
+    except NbdbackupError:
+        return ""
+    return f"{boot} {number}" if boot and number >= 0 else ""

@@ -10,6 +10,7 @@ from nbdbackupd.errors import NbdbackupError, NotSupportedError, RepositoryError
 from nbdbackupd.model.chain import Consistency, RestorePoint
 from nbdbackupd.model.freeze_memory import FreezeMemory, after
 from nbdbackupd.ops.chains import foreign
+from nbdbackupd.ops.domain import domains
 from nbdbackupd.ops.domain.survey import Survey
 from nbdbackupd.ops.saving.backup_job import Job
 from nbdbackupd.repo.repository import Repository
@@ -116,6 +117,7 @@ def _running_request(
     request = job.request
     state = State(request.state_dir) if request.state_dir is not None else None
     memory = state.freeze_memory(job.domain.uuid) if state is not None else None
+    current = domains.instance_of(job.domain)
     return running.RunningRequest(
         domain=job.domain,
         disks=tuple(
@@ -132,17 +134,19 @@ def _running_request(
         new_checkpoint=job.checkpoint,
         freeze=request.freeze,
         was_frozen=any(point.consistency is Consistency.FILESYSTEM for point in job.known.points),
-        freeze_obstacle=memory.obstacle(request.now) if memory is not None else "",
-        on_freeze=lambda is_unanswered: _remember(job, memory, is_unanswered=is_unanswered),
+        freeze_obstacle=memory.obstacle(request.now, current) if memory is not None else "",
+        on_freeze=lambda is_unanswered: _remember(
+            job, memory, is_unanswered=is_unanswered, current=current
+        ),
         freeze_mountpoints=request.mountpoints,
         pause=request.pause,
         at_rest=job.at_rest,
     )
 
 
-def _remember(job: Job, known: FreezeMemory | None, *, is_unanswered: bool) -> None:
+def _remember(job: Job, known: FreezeMemory | None, *, is_unanswered: bool, current: str) -> None:
     """Note how the agent has answered a freeze; to be told again is better than no backup."""
-    memory = after(known, job.request.now, is_unanswered=is_unanswered)
+    memory = after(known, job.request.now, is_unanswered=is_unanswered, instance=current)
     if job.request.state_dir is None or memory == known:
         return
     try:
