@@ -153,6 +153,7 @@ EMBEDDED = """
 import os, sys
 os.environ["LIBVIRT_DEBUG"] = "error"
 from pathlib import Path
+from nbdbackupd import rundir
 from nbdbackupd.source.running import RunningDisk, RunningRequest, open_running
 from nbdbackupd.source.sweep import sweep
 from nbdbackupd.virt.connection import open_connection
@@ -162,12 +163,14 @@ uri, base, verb = sys.argv[1:]
 base = Path(base)
 with open_connection(uri) as connection:
     domain = Domain.find(connection, "vm1")
+    rundir.make_domain_dir(base / "run", domain.uuid)
+    place = rundir.socket_dir(base / "run", domain.uuid)
     if verb == "sweep":
-        swept = sweep(domain, base / "run", base / "scratch")
+        swept = sweep(domain, place, base / "scratch")
         print(bool(swept.job), len(swept.files))
         sys.exit()
     request = RunningRequest(
-        domain=domain, disks=(RunningDisk(target="vda"),), run_id="r", runtime_dir=base / "run",
+        domain=domain, disks=(RunningDisk(target="vda"),), run_id="r", runtime_dir=place,
         scratch_dir=base / "scratch", scratch_reserve=0, on_trouble=print, new_checkpoint="cp",
     )
     with open_running(request) as snapshot:

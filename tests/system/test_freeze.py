@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from nbdbackupd import rundir
 from nbdbackupd.errors import FreezeError
 from nbdbackupd.model.chain import Consistency
 from nbdbackupd.model.freeze_memory import FreezeMemory
 from nbdbackupd.ops.domain import domains
 from nbdbackupd.ops.saving import metadata
 from nbdbackupd.repo.state import State
-from nbdbackupd.source import quiesce
+from nbdbackupd.source import quiesce, running
 from nbdbackupd.source.quiesce import FreezePolicy, Quiet
 from nbdbackupd.source.running import RunningDisk, RunningRequest, open_running
 from nbdbackupd.source.sweep import Swept, sweep
@@ -62,11 +63,12 @@ def wish(tmp_path: Path) -> Quiet:
 
 
 def request_for(lab: DaemonLab, domain: Domain, policy: FreezePolicy) -> RunningRequest:
+    rundir.make_domain_dir(lab.directory / "run", domain.uuid)
     return RunningRequest(
         domain=domain,
         disks=(RunningDisk(target="vda"), RunningDisk(target="vdb")),
         run_id="r1",
-        runtime_dir=lab.directory / "run" / domain.uuid,
+        runtime_dir=rundir.socket_dir(lab.directory / "run", domain.uuid),
         scratch_dir=lab.directory / "scratch",
         scratch_reserve=0,
         on_trouble=lambda _error: None,
@@ -196,7 +198,7 @@ def test_a_guest_that_freezes_late_is_thawed(
     request = replace(
         request_for(lab, domain, FreezePolicy.AUTO), freeze_seconds=2, on_freeze=told.append
     )
-    marker = request.runtime_dir / "guest-held"
+    marker = running.marker(request.runtime_dir)
     begun = time.monotonic()
     with heard() as events, open_running(request) as snapshot:
         assert time.monotonic() - begun < 12

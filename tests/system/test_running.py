@@ -154,7 +154,7 @@ def assert_clean(request: RunningRequest) -> None:
     assert jobs.active_job(request.domain) is None
     assert scratch.leftovers(request.scratch_dir, request.domain.uuid) == []
     assert not request.socket.exists()
-    assert not (request.runtime_dir / "guest-held").exists()
+    assert not marker(request.runtime_dir).exists()
 
 
 def full(request: RunningRequest, name: str) -> str:
