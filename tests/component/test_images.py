@@ -16,7 +16,6 @@ from nbdbackupd.qemu import image
 from nbdbackupd.source.hosts import Host, Hosts
 from nbdbackupd.source.lease import Lease
 from nbdbackupd.virt.domain import Domain
-from tests.lab.process import wait_until
 from tests.lib.loops import loop
 from tests.lib.offline import test_domain as off_domain
 
@@ -145,10 +144,13 @@ def test_a_qemu_that_has_an_image_is_seen_before_anything_is_done(
     domain: Domain, device: Path, tmp_path: Path
 ) -> None:
     """H-2: whoever has it, a run that will be refused touches nothing."""
-    argv = ["qemu-io", "-f", "qcow2", "-c", "sleep 60000", str(device)]
-    with subprocess.Popen(argv) as process:
+    # asked before it has the image, it could not get it
+    argv = ["stdbuf", "-oL", "qemu-io", "-f", "qcow2", "-c", "read 0 512", "-c", "sleep 60000"]
+    with subprocess.Popen([*argv, str(device)], stdout=subprocess.PIPE, text=True) as process:
         try:
-            wait_until(lambda: image.why_locked(device, format="qcow2") is not None, "it", 30)
+            assert process.stdout is not None
+            assert "read 512/512" in process.stdout.readline()
+            assert image.why_locked(device, format="qcow2") is not None
             with (
                 pytest.raises(BusyError, match="is in use by another program"),
                 held(domain, tmp_path, Sharing()),
