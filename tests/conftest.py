@@ -40,6 +40,21 @@ def pytest_configure() -> None:
     settings.load_profile("suite")
 
 
+SLOWEST_FIRST = ("host", "system", "packages", "component")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where files are run side by side: the slow kinds first, or one processor ends alone."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+
+    def rank(item: pytest.Item) -> int:
+        kind = item.path.parent.name
+        return SLOWEST_FIRST.index(kind) if kind in SLOWEST_FIRST else len(SLOWEST_FIRST)
+
+    items.sort(key=rank)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Make captured output fit to be sent from one process to another: tests log odd bytes."""
