@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import stat
-import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,8 +38,6 @@ from nbdbackupd.virt import checkpoints, instance, jobs
 from nbdbackupd.virt.domain import Domain
 
 LOG = logging.getLogger(__name__)
-NOTICE_SECONDS: Final = 2.0
-NOTICE_POLL_SECONDS: Final = 0.1
 CLOSE_SECONDS: Final = 30.0
 """How long QEMU may take to close the connections after the job's end; 10 ms were measured."""
 
@@ -416,7 +413,7 @@ class _JobEnd:
         domain = request.domain
         try:
             job = jobs.active_job(domain)
-            if isinstance(error, SourceError) and (job is None or _is_ending(domain)):
+            if isinstance(error, SourceError) and (job is None or scratch.is_ending(domain)):
                 # what was seen of it is only the consequence
                 request.on_trouble(scratch.why_gone(domain))
             if job is not None and is_own_job(job, request.runtime_dir):
@@ -431,16 +428,6 @@ class _JobEnd:
             return
         is_held = quiesce.is_held(marker(request.runtime_dir))
         self._guard.is_settled = self._guard.kept.wait_closed(CLOSE_SECONDS) and not is_held
-
-
-def _is_ending(domain: Domain) -> bool:
-    """Tell whether the domain is off; libvirt needs 1.5 s to notice that QEMU was killed."""
-    deadline = time.monotonic() + NOTICE_SECONDS
-    while domain.is_active():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(NOTICE_POLL_SECONDS)
-    return True
 
 
 def _end_job(domain: Domain, guard: Guard) -> None:

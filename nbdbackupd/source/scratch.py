@@ -27,6 +27,8 @@ from nbdbackupd.virt.domain import Domain
 
 LOG = logging.getLogger(__name__)
 SPACE_POLL_SECONDS: Final = 0.1
+NOTICE_SECONDS: Final = 2.0
+NOTICE_POLL_SECONDS: Final = 0.1
 SHORTEST_SECONDS: Final = 0.005
 FASTEST: Final = 4 << 30
 """Bytes per second: no guest was seen to overwrite more."""
@@ -205,10 +207,25 @@ def _seen_by_guest(domain: Domain, space: _Space) -> str:
     return "no disk of the guest shows an error"
 
 
+def is_ending(domain: Domain) -> bool:
+    """Tell whether the domain is off, or its guest has shut down and QEMU is not kept for us.
+
+    libvirt needs 1.5 s to notice that QEMU was killed, and sees a job's end before the guest's.
+    """
+    deadline = time.monotonic() + NOTICE_SECONDS
+    while domain.is_active():
+        if domain.is_shut_down() and not domain.is_kept():
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(NOTICE_POLL_SECONDS)
+    return True
+
+
 def why_gone(domain: Domain) -> SourceError:
     """Say why a job of ours is no longer there, as far as that can be seen."""
     what = f"domain {domain.name} ended during the backup"
-    if domain.is_active():
+    if not is_ending(domain):
         what = f"domain {domain.name}: its backup job was ended before the copy was complete"
     return SourceError(f"{what}; nothing was saved, run again", domain=domain.name)
 
