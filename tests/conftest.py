@@ -1,12 +1,12 @@
 """Options of the whole test suite."""
 
+import importlib.util
 import os
 import random
 import signal
 from collections.abc import Generator
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,7 +34,15 @@ def pytest_configure() -> None:
     # and SIGINT in the background of a shell
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # how long an example takes says how busy the machine is, and nothing of what is tested
+    # the other release has no hypothesis, nor tests that need it
+    if importlib.util.find_spec("hypothesis") is not None:
+        give_examples_time()
+
+
+def give_examples_time() -> None:
+    """How long an example takes says how busy the machine is, and nothing of what is tested."""
+    from hypothesis import HealthCheck, settings
+
     quiet = [HealthCheck.too_slow]
     settings.register_profile("suite", deadline=None, suppress_health_check=quiet)
     settings.load_profile("suite")
