@@ -363,13 +363,13 @@ def test_after_the_guests_end(one: Appliance) -> None:
     nothing("runs again")
     # nothing was written since
     here.guest.stop()
-    nothing("0 bytes changed")
+    nothing("nothing has changed")
     here.guest.start()
     change(here, 1)
     here.guest.stop()
     saved = one.save("--shutdown")
     assert (saved.point["level"], saved.modes) == ("inc", {"vda": "delta"})
-    nothing("0 bytes changed")
+    nothing("nothing has changed")
     # a saved state is no end
     here.guest.start()
     change(here, 2)
