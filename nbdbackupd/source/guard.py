@@ -103,7 +103,24 @@ def turn(runtime_dir: Path) -> Iterator[None]:
     It is on the domain's directory; where that is gone, nobody else is there. Raises BusyError if
     the other one takes longer than anything that is to be done.
     """
-    directory = rundir.beside(runtime_dir)
+    why = f"somebody has been clearing up after an earlier run for {TURN_SECONDS:g} s"
+    with _alone_in(rundir.beside(runtime_dir), why):
+        yield
+
+
+def wait_for_guards(runtime_dir: Path) -> None:
+    """Wait until no connection of a dead run can be in its handshake. Raises BusyError."""
+    why = (
+        f"a connection of an earlier run to QEMU can't be closed, since QEMU has not answered for "
+        f"{TURN_SECONDS:g} s"
+    )
+    with _alone_in(runtime_dir, why):
+        pass
+
+
+@contextmanager
+def _alone_in(directory: Path, why: str) -> Iterator[None]:
+    """Hold the lock of a directory; where that is gone, nobody else is there."""
     deadline = time.monotonic() + TURN_SECONDS
     with ExitStack() as stack:
         with suppress(FileNotFoundError):
@@ -111,31 +128,9 @@ def turn(runtime_dir: Path) -> Iterator[None]:
             stack.callback(os.close, descriptor)
             while not _lock(descriptor):
                 if time.monotonic() > deadline:
-                    raise BusyError(
-                        f"{directory}: somebody has been clearing up after an earlier run for "
-                        f"{TURN_SECONDS:g} s: try later"
-                    )
+                    raise BusyError(f"{directory}: {why}: try later")
                 time.sleep(TURN_POLL_SECONDS)
         yield
-
-
-def wait_for_guards(runtime_dir: Path) -> None:
-    """Wait until no connection of a dead run can be in its handshake. Raises BusyError."""
-    deadline = time.monotonic() + TURN_SECONDS
-    try:
-        descriptor = _open_directory(runtime_dir)
-    except FileNotFoundError:
-        return
-    try:
-        while not _lock(descriptor):
-            if time.monotonic() > deadline:
-                raise BusyError(
-                    f"{runtime_dir}: a connection of an earlier run to QEMU can't be closed, since "
-                    f"QEMU has not answered for {TURN_SECONDS:g} s: try later"
-                )
-            time.sleep(TURN_POLL_SECONDS)
-    finally:
-        os.close(descriptor)
 
 
 def _open_directory(path: Path) -> int:
