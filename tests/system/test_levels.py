@@ -302,7 +302,7 @@ def test_one_missing_image_does_not_sink_the_rest(lab: DaemonLab, tmp_path: Path
         (warning,) = saved.warnings
         assert "disk vdb is not saved: it is a disk whose image can't be read" in warning
         assert "No such file" in warning
-        assert "--strict" in here.refuse("--strict", code=DOMAIN)
+        assert "warnings are errors (strict)" in here.refuse("--strict", code=DOMAIN)
         assert here.save("-x", "vdb").modes == {"vda": "delta"}
         here.prove_all()
         away.rename(here.guest.image("vda").with_name(away.name))
@@ -325,7 +325,7 @@ def test_old_and_foreign_formats(lab: DaemonLab, tmp_path: Path) -> None:
             assert "vdb is read in full: qcow2 of version 2 holds no bitmaps" in first
             assert f"'qemu-img amend -f qcow2 -o compat=1.1 {here.guest.image('vdb')}'" in first
             assert "vdc is read in full: format vmdk holds no bitmaps" in second
-            assert "--strict" in here.refuse("--strict", code=DOMAIN, into=tmp_path / "whole")
+            assert "warnings are errors (strict)" in here.refuse("--strict", code=DOMAIN, into=tmp_path / "whole")
         for saved in here.history:
             here.prove(saved, "--format", "raw")
         copy = here.save("-l", "copy")
