@@ -325,7 +325,8 @@ def test_old_and_foreign_formats(lab: DaemonLab, tmp_path: Path) -> None:
             assert "vdb is read in full: qcow2 of version 2 holds no bitmaps" in first
             assert f"'qemu-img amend -f qcow2 -o compat=1.1 {here.guest.image('vdb')}'" in first
             assert "vdc is read in full: format vmdk holds no bitmaps" in second
-            assert "warnings are errors (strict)" in here.refuse("--strict", code=DOMAIN, into=tmp_path / "whole")
+            refusal = here.refuse("--strict", code=DOMAIN, into=tmp_path / "whole")
+            assert "warnings are errors (strict)" in refusal
         for saved in here.history:
             here.prove(saved, "--format", "raw")
         copy = here.save("-l", "copy")
