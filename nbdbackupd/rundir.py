@@ -5,7 +5,7 @@
     boot/NAME/, NAME.lock     711  sockets of a boot; who attends to it
     called                         libvirt's daemon that called the hook last, "PID START"
     doing/RUN                 700  what a run does now, in words
-    map/ID/, mounts/ID/            a map (711), a mount (700): see ops/serving/mapped.py, browsing
+    map/ID/, mounts/ID/            a map (711), a mount (700): see ops/map/mapped.py, browsing
     slots/NUMBER              700  locks, one for each run that there may be at a time
     starting/DOMAIN.starting  700  its time is that at which a start was announced
     xml/DOMAIN.xml, .end      700  what the hook keeps of a domain: see source/kept.py

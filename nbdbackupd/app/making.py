@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nbdbackupd.app.config.settings import DomainSettings
     from nbdbackupd.model.chain import Level
     from nbdbackupd.model.policy import NextRun
-    from nbdbackupd.ops.saving.backup_request import BackupRequest
+    from nbdbackupd.ops.backup.request import BackupRequest
     from nbdbackupd.virt.domain import Domain
 
 UNSET: Final = argparse.SUPPRESS
@@ -117,7 +117,7 @@ def request(
     domain: str, directory: Path, context: Context, fields: Mapping[str, Any]
 ) -> "BackupRequest":
     """A request of now; ``fields`` may overrule what comes from the context."""
-    from nbdbackupd.ops.saving.backup_request import BackupRequest
+    from nbdbackupd.ops.backup.request import BackupRequest
 
     moment = app_context.now()
     common: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """What nbdkit's Python plugin loads to serve one disk: its callbacks, see nbdkit-python-plugin(3).
 
 Parameters: ``plan``, the descriptor of a file with a ``ServedPlan``, made by
-``ops/serving/map.py``, and ``report``, that of a socket on which damage is told, a line each
+``ops/map/map.py``, and ``report``, that of a socket on which damage is told, a line each
 (nbdkit's own log has it, too). When the other end of that is gone, so is the one who started us,
 and we go at once: nbdkit would wait for its clients, and it takes signals of a dead parent for
 itself (PR_SET_PDEATHSIG, seen with 1.32). Without ``report`` nobody needs to live.
@@ -19,7 +19,7 @@ import nbdkit
 
 from nbdbackupd import documents
 from nbdbackupd.errors import IntegrityError
-from nbdbackupd.ops.serving.served import ServedDisk, ServedPlan
+from nbdbackupd.ops.map.reader import ServedDisk, ServedPlan
 
 API_VERSION = 2
 

@@ -12,7 +12,7 @@ from nbdbackupd.errors import ConfigError, Interrupted, NbdbackupError
 if TYPE_CHECKING:
     from nbdbackupd.app.config.files import Configuration
     from nbdbackupd.model.chain import RestorePoint
-    from nbdbackupd.ops.saving.backup_request import BackupReport
+    from nbdbackupd.ops.backup.request import BackupReport
     from nbdbackupd.repo.runs import End
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from nbdbackupd.repo import runs
 from nbdbackupd.repo.runs import Begun, End, Living, Runs, Seen
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.saving.backup_request import BackupReport
+    from nbdbackupd.ops.backup.request import BackupReport
 
 log = logging.getLogger(__name__)
 

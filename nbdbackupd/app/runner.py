@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from nbdbackupd.app.config.files import Configuration
     from nbdbackupd.app.config.settings import DomainSettings
     from nbdbackupd.app.making import Planned
-    from nbdbackupd.ops.saving.backup_request import BackupReport, BackupRequest
+    from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
     from nbdbackupd.virt.connection import Connection
     from nbdbackupd.virt.domain import Domain, Ending
 
@@ -284,7 +284,7 @@ class _Run:
 
     def why_not(self) -> str:
         """Why there is nothing to do after the guest's end; empty if there is."""
-        from nbdbackupd.ops.saving import after_end
+        from nbdbackupd.ops.backup import after_end
 
         if not self.settings.on_shutdown:
             return "on_shutdown is off in its configuration"
@@ -353,7 +353,7 @@ class _Run:
 
     def in_slot(self) -> RunReport:
         """Wait for a place, then run, with the programs before and after."""
-        from nbdbackupd.ops.saving import slots
+        from nbdbackupd.ops.backup import slots
 
         self.watch.doing("waiting for a place among the concurrent runs")
         with slots.slot(
@@ -371,7 +371,7 @@ class _Run:
                 return self.with_programs()
 
     def with_programs(self) -> RunReport:
-        from nbdbackupd.ops.saving import commands
+        from nbdbackupd.ops.backup import commands
 
         settings = self.settings
         about = {
@@ -414,7 +414,7 @@ class _Run:
             return ""
 
     def _after(self, about: Mapping[str, str], timeout: float) -> tuple[str, ...]:
-        from nbdbackupd.ops.saving import commands
+        from nbdbackupd.ops.backup import commands
 
         self.watch.doing("running the programs after the backup")
         return commands.run_all(
@@ -423,7 +423,7 @@ class _Run:
 
     def backup(self) -> RunReport:
         """Choose the set, make the point, drop what older sets have left at libvirt."""
-        from nbdbackupd.ops.saving import backup
+        from nbdbackupd.ops.backup import backup
 
         # only now: a program before the run may have mounted the repository
         planned = self.plan()
@@ -475,11 +475,11 @@ class _Run:
         return kept.put_off(directory / unitname.escape(self.domain.name))
 
     def _retire(self, planned: "Planned", request: "BackupRequest", chain: str) -> tuple[str, ...]:
-        from nbdbackupd.ops.chains import retiring
+        from nbdbackupd.ops.checkpoints import retire
 
         if request.state_dir is None:
             return ()
-        order = retiring.RetireRequest(
+        order = retire.RetireRequest(
             uuid=self.domain.uuid,
             directory=planned.directory,
             chain=chain,
@@ -491,7 +491,7 @@ class _Run:
         )
         self.watch.doing("dropping checkpoints of older sets")
         try:
-            return retiring.retire(order, self.connection, self.watch.cancelled)
+            return retire.retire(order, self.connection, self.watch.cancelled)
         except Interrupted:
             # the point is made, which is what counts; the next run does the rest
             log.info("told to end: checkpoints of older sets are left to the next run")

@@ -12,7 +12,7 @@ from nbdbackupd.app.sizes import human_size
 
 if TYPE_CHECKING:
     from nbdbackupd.model.file_systems import FileSystem
-    from nbdbackupd.ops.browsing.mount import MountRequest
+    from nbdbackupd.ops.files.mount import MountRequest
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +46,9 @@ def add(parser: Parser) -> None:
 
 def request(args: Arguments, context: Context) -> "MountRequest":
     """What the options ask for. Raises as ``named.set_of``."""
-    from nbdbackupd.ops.browsing.files_readers import KERNEL
-    from nbdbackupd.ops.browsing.mount import MountRequest
-    from nbdbackupd.ops.serving.map import MapRequest
+    from nbdbackupd.ops.files.mount import MountRequest
+    from nbdbackupd.ops.files.readers import KERNEL
+    from nbdbackupd.ops.map.map import MapRequest
 
     choice = chosen(args)
     return MountRequest(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import nbd
 
-from nbdbackupd.ops.serving import map as maps
-from nbdbackupd.ops.serving.map import MapRequest, ServedDisk
+from nbdbackupd.ops.map import map as maps
+from nbdbackupd.ops.map.map import MapRequest, ServedDisk
 from scripts.benchmark.measure import Sample, Series, print_ratio, print_series, timed, verdict
 from scripts.benchmark.setting import DOMAIN, TARGET, Setting
 from tests.lib import sets

@@ -11,8 +11,8 @@ import pytest
 from nbdbackupd.crew import Crew
 from nbdbackupd.errors import NbdError
 from nbdbackupd.format.index import MAX_BLOCK
-from nbdbackupd.ops.restoring.fill import fill
-from nbdbackupd.ops.restoring.outputs import DEPTH, Output, Writer
+from nbdbackupd.ops.restore.fill import fill
+from nbdbackupd.ops.restore.outputs import DEPTH, Output, Writer
 from nbdbackupd.ops.sets import layers
 from tests.lib import sets
 from tests.lib.sets import SetBuilder

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd.errors import BusyError, DomainError, ElsewhereError
-from nbdbackupd.ops.chains import reconciling
+from nbdbackupd.ops.checkpoints import reconcile
 from nbdbackupd.ops.domain.images import Sharing, gone_to, images_of, note_saved, prove, prove_start
 from nbdbackupd.ops.domain.survey import Wish
 from nbdbackupd.qemu import image
@@ -72,7 +72,7 @@ def test_a_device_needs_to_be_closed_everywhere(
     with held(domain, tmp_path, sharing) as lease:
         assert "no host has noted" in lease.doubt(path)
         with pytest.raises(ElsewhereError):
-            reconciling.eraser(lease)("old", device)
+            reconcile.eraser(lease)("old", device)
     assert [each.name for each in image.info(device, format="qcow2").bitmaps] == ["old"]
     with pytest.raises(DomainError, match="vm1 is not started, disk vda: no host has noted"):
         prove_start(domain, sharing)
@@ -82,7 +82,7 @@ def test_a_device_needs_to_be_closed_everywhere(
     here.ended("shutdown")
     with held(domain, tmp_path, sharing) as lease:
         assert lease.doubt(path) == ""
-        reconciling.eraser(lease)("old", device)
+        reconcile.eraser(lease)("old", device)
     assert image.info(device, format="qcow2").bitmaps == ()
     prove_start(domain, sharing)
     note_saved(domain, sharing, "point-1")

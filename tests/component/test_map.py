@@ -25,11 +25,11 @@ from nbdbackupd.format.index import HEADER, MAGIC, NO_DIGEST, RECORD
 from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model.chain import DiskMode, DiskPoint, Level
 from nbdbackupd.model.choice import Choice
-from nbdbackupd.ops.restoring import restore
-from nbdbackupd.ops.restoring.restore import RestoreRequest
-from nbdbackupd.ops.serving import map as maps
-from nbdbackupd.ops.serving import mapped
-from nbdbackupd.ops.serving.map import MapRequest, ServedDisk
+from nbdbackupd.ops.map import map as maps
+from nbdbackupd.ops.map import mapped
+from nbdbackupd.ops.map.map import MapRequest, ServedDisk
+from nbdbackupd.ops.restore import restore
+from nbdbackupd.ops.restore.restore import RestoreRequest
 from tests.lib import sets
 from tests.lib.sets import Change, SetBuilder
 

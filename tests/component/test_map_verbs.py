@@ -17,7 +17,7 @@ from typing import Any
 import nbd
 import pytest
 
-from nbdbackupd.ops.serving import mapped
+from nbdbackupd.ops.map import mapped
 from tests.lib import sets
 from tests.lib.ctl import Ctl
 from tests.lib.sets import SetBuilder
@@ -402,7 +402,7 @@ def test_a_missing_plugin_is_told(ctl: Ctl, made: SetBuilder, tmp_path: Path) ->
 
 
 def test_maps_of_others_are_left_to_them(ctl: Ctl, made: SetBuilder) -> None:
-    from nbdbackupd.ops.serving import map as maps
+    from nbdbackupd.ops.map import map as maps
 
     request = maps.MapRequest(runtime_dir=ctl.runtime, source=made.path, purpose="boot")
     with maps.serving(request, cancelled=lambda: None) as up:

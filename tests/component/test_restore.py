@@ -26,8 +26,8 @@ from nbdbackupd.errors import (
 from nbdbackupd.format.index import Index, Kind
 from nbdbackupd.model.chain import DiskMode, Level
 from nbdbackupd.model.choice import Choice
-from nbdbackupd.ops.restoring import restore
-from nbdbackupd.ops.restoring.restore import RestoreReport, RestoreRequest
+from nbdbackupd.ops.restore import restore
+from nbdbackupd.ops.restore.restore import RestoreReport, RestoreRequest
 from nbdbackupd.qemu import image
 from nbdbackupd.qemu.image import CreateOptions
 from tests.lib import sets

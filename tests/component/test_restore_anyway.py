@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from nbdbackupd.ops.proving import verify
-from nbdbackupd.ops.proving.verify import VerifyRequest
-from nbdbackupd.ops.restoring import restore
-from nbdbackupd.ops.restoring.restore import RestoreRequest
+from nbdbackupd.ops.restore import restore
+from nbdbackupd.ops.restore.restore import RestoreRequest
+from nbdbackupd.ops.verify import verify
+from nbdbackupd.ops.verify.verify import VerifyRequest
 from tests.component.test_restore import built
 from tests.lib.ctl import Ctl
 from tests.lib.sets import SetBuilder, read_image

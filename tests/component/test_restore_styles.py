@@ -13,8 +13,8 @@ import pytest
 from nbdbackupd.errors import IntegrityError, NbdbackupError, RepositoryError, UsageError
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.choice import Choice
-from nbdbackupd.ops.restoring import restore
-from nbdbackupd.ops.restoring.restore_request import (
+from nbdbackupd.ops.restore import restore
+from nbdbackupd.ops.restore.request import (
     Place,
     RestoredDisk,
     RestoreReport,

@@ -21,11 +21,11 @@ from nbdbackupd.errors import (
 from nbdbackupd.format.index import HEADER, RECORD, Index, Kind
 from nbdbackupd.format.stream import StreamReader
 from nbdbackupd.model.chain import DiskMode, Level
-from nbdbackupd.ops.proving import verify
-from nbdbackupd.ops.proving.findings import MAX_PER_FILE
-from nbdbackupd.ops.proving.verify import VerifyReport, VerifyRequest
-from nbdbackupd.ops.restoring import restore
-from nbdbackupd.ops.restoring.restore import RestoreRequest
+from nbdbackupd.ops.restore import restore
+from nbdbackupd.ops.restore.restore import RestoreRequest
+from nbdbackupd.ops.verify import verify
+from nbdbackupd.ops.verify.findings import MAX_PER_FILE
+from nbdbackupd.ops.verify.verify import VerifyReport, VerifyRequest
 from nbdbackupd.repo import layout
 from tests.lib import sets
 from tests.lib.ctl import Ctl

@@ -24,7 +24,7 @@ LEVELS = ("auto",) * 8 + ("inc",) * 3 + ("diff",) * 2 + ("copy", "full")
 FAULTS = (
     "KILL@nbdbackupd.durable:write_atomic#1",
     "KILL+@nbdbackupd.durable:write_atomic#2",
-    "KILL@nbdbackupd.ops.saving.metadata:collect#1",
+    "KILL@nbdbackupd.ops.backup.metadata:collect#1",
     "KILL@nbdbackupd.nbdio.copy:copy#1",
     "KILL@nbdbackupd.nbdio.copy:copy#2",
     "KILL+@nbdbackupd.format.writer:StreamWriter.write#2",

@@ -12,8 +12,8 @@ import pytest
 from nbdbackupd import durable, rundir
 from nbdbackupd.errors import BusyError, SourceError
 from nbdbackupd.model.chain import Level
-from nbdbackupd.ops.saving import abort, backup, estimate
-from nbdbackupd.ops.saving.backup_request import BackupRequest
+from nbdbackupd.ops.backup import abort, backup, estimate
+from nbdbackupd.ops.backup.request import BackupRequest
 from nbdbackupd.source.running import RunningDisk, RunningRequest, open_running
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.connection import Connection, open_connection

@@ -272,7 +272,7 @@ class TestBoot:
     @pytest.mark.parametrize(
         "fault",
         [
-            "KILL+@nbdbackupd.ops.instant.booting:serve#1",
+            "KILL+@nbdbackupd.ops.boot.launch:serve#1",
             "TERM+@nbdbackupd.qemu.overlay:create#2",
             "KILL@nbdbackupd.virt.transient:start#1",
             "KILL+@nbdbackupd.virt.transient:start#1",
@@ -364,7 +364,7 @@ class TestLiveRestore:
             ("KILL+@nbdbackupd.virt.blockcopy:pivot#2", True),
             ("KILL+@nbdbackupd.virt.definition:define#1", True),
             ("TERM@nbdbackupd.virt.blockcopy:begin#1", True),
-            ("KILL@nbdbackupd.ops.instant.boot_images:make#2", False),
+            ("KILL@nbdbackupd.ops.boot.images:make#2", False),
         ],
     )
     def test_cut_at_a_step(

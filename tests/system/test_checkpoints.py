@@ -16,7 +16,7 @@ import pytest
 
 from nbdbackupd import durable
 from nbdbackupd.model import naming
-from nbdbackupd.ops.chains import checkpoints
+from nbdbackupd.ops.checkpoints import checkpoints
 from nbdbackupd.virt.connection import open_connection
 from nbdbackupd.virt.domain import Domain
 from tests.lab.command import run

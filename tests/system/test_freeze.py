@@ -14,8 +14,8 @@ from nbdbackupd import rundir
 from nbdbackupd.errors import FreezeError
 from nbdbackupd.model.chain import Consistency
 from nbdbackupd.model.freeze_memory import FreezeMemory
+from nbdbackupd.ops.backup import metadata
 from nbdbackupd.ops.domain import domains
-from nbdbackupd.ops.saving import metadata
 from nbdbackupd.repo.state import State
 from nbdbackupd.source import quiesce, running
 from nbdbackupd.source.quiesce import FreezePolicy, Quiet

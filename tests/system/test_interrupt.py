@@ -25,12 +25,12 @@ SOON = 8.0
 """What is "at once" in seconds on a machine that has other things to do."""
 
 MOMENTS = [
-    "TERM@nbdbackupd.ops.chains.leftovers:sweep#1",
-    "INT@nbdbackupd.ops.chains.leftovers:note#1",
+    "TERM@nbdbackupd.ops.checkpoints.leftovers:sweep#1",
+    "INT@nbdbackupd.ops.checkpoints.leftovers:note#1",
     "HUP@nbdbackupd.source.scratch:prepare#1",
     "TERM@nbdbackupd.virt.jobs:begin#1",
     "INT+@nbdbackupd.virt.jobs:begin#1",
-    "HUP@nbdbackupd.ops.saving.metadata:collect#1",
+    "HUP@nbdbackupd.ops.backup.metadata:collect#1",
     "TERM+@nbdbackupd.format.writer:StreamWriter.write#3",
     "INT@nbdbackupd.format.writer:StreamWriter.finish#1",
     "HUP@nbdbackupd.virt.jobs:abort#1",

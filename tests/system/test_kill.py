@@ -24,7 +24,7 @@ BEFORE_COMMIT = [
     "KILL+@nbdbackupd.durable:write_atomic#2",
     "KILL@nbdbackupd.virt.jobs:begin#1",
     "KILL+@nbdbackupd.virt.jobs:begin#1",
-    "KILL@nbdbackupd.ops.saving.metadata:collect#1",
+    "KILL@nbdbackupd.ops.backup.metadata:collect#1",
     "KILL@nbdbackupd.nbdio.copy:copy#2",
     "KILL+@nbdbackupd.format.writer:StreamWriter.write#3",
     "KILL@nbdbackupd.format.writer:StreamWriter.finish#2",
@@ -42,7 +42,7 @@ BEFORE_COMMIT = [
 ]
 AFTER_COMMIT = [
     f"KILL+@os:rename#{FILES + 1}",
-    "KILL@nbdbackupd.ops.chains.leftovers:forget#2",
+    "KILL@nbdbackupd.ops.checkpoints.leftovers:forget#2",
     "KILL@nbdbackupd.repo.draft:remove#1",
     "KILL+@nbdbackupd.repo.draft:remove#1",
 ]

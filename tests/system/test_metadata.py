@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd.model.domain import Domain as Definition
-from nbdbackupd.ops.saving import metadata
+from nbdbackupd.ops.backup import metadata
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Draft, Intent
 from nbdbackupd.repo.repository import Repository

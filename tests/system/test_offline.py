@@ -445,7 +445,7 @@ BEFORE_COMMIT = [
     "KILL+@os:rename#5",
 ]
 AFTER_COMMIT = [
-    "KILL@nbdbackupd.ops.chains.reconciling:advance#1",
+    "KILL@nbdbackupd.ops.checkpoints.reconcile:advance#1",
     "KILL@nbdbackupd.virt.checkpoints:redefine#1",
     "KILL+@nbdbackupd.virt.checkpoints:redefine#1",
     "KILL+@nbdbackupd.qemu.bitmaps:remove#1",

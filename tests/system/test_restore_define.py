@@ -286,8 +286,8 @@ def test_a_failed_restore_defines_nothing(production: Scene, tmp_path: Path) -> 
     ctl("restore", damaged, *words, code=40)
     ctl("restore", lost, *words, code=40)
     for fault, code in (
-        ("NOSPACE@nbdbackupd.ops.restoring.restore_files:copy#1", 50),
-        ("TERM@nbdbackupd.ops.restoring.restore_files:copy#1", 143),
+        ("NOSPACE@nbdbackupd.ops.restore.side_files:copy#1", 50),
+        ("TERM@nbdbackupd.ops.restore.side_files:copy#1", 143),
         ("KILL@os:rename#1", -9),
     ):
         with ctl.rigged(fault):

@@ -13,9 +13,9 @@ import pytest
 
 from nbdbackupd.errors import BusyError, IntegrityError, NoSpaceError, RepositoryError, UsageError
 from nbdbackupd.model.choice import Choice
-from nbdbackupd.ops.restoring import restore
-from nbdbackupd.ops.restoring.restore import RestoreReport, RestoreRequest
-from nbdbackupd.ops.restoring.restore_request import Place
+from nbdbackupd.ops.restore import restore
+from nbdbackupd.ops.restore.request import Place
+from nbdbackupd.ops.restore.restore import RestoreReport, RestoreRequest
 from tests.lib import sets
 from tests.lib.ctl import Ctl
 from tests.lib.loops import content, loop

@@ -260,11 +260,11 @@ def test_killed_at_each_step(here: Scene) -> None:
     second = here.history[-1]
     before = state(here)
     for step, is_harmless in (
-        ("nbdbackupd.ops.restoring.restore_work:write_all#1", True),
-        ("nbdbackupd.ops.restoring.restore:_set_aside#1", True),
-        ("nbdbackupd.ops.restoring.restore_work:write_all#2", False),
-        ("nbdbackupd.ops.restoring.restore:_name_all#1", False),
-        ("nbdbackupd.ops.restoring.devices:Device.finish#2", False),
+        ("nbdbackupd.ops.restore.work:write_all#1", True),
+        ("nbdbackupd.ops.restore.restore:_set_aside#1", True),
+        ("nbdbackupd.ops.restore.work:write_all#2", False),
+        ("nbdbackupd.ops.restore.restore:_name_all#1", False),
+        ("nbdbackupd.ops.restore.devices:Device.finish#2", False),
     ):
         with here.ctl.rigged(f"KILL@{step}"):
             here.ctl("restore", here.set, "--in-place", "--yes", code=-9)

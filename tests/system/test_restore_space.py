@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd.errors import NoSpaceError
-from nbdbackupd.ops.restoring import restore
-from nbdbackupd.ops.restoring.restore import RestoreRequest
-from nbdbackupd.ops.restoring.restore_request import Style
+from nbdbackupd.ops.restore import restore
+from nbdbackupd.ops.restore.request import Style
+from nbdbackupd.ops.restore.restore import RestoreRequest
 from tests.lib.sets import Change, SetBuilder
 
 pytestmark = pytest.mark.system

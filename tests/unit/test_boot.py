@@ -18,8 +18,8 @@ from nbdbackupd.errors import (
 )
 from nbdbackupd.model import bootxml
 from nbdbackupd.model.bootxml import MappedDisk
-from nbdbackupd.ops.instant import boot_record
-from nbdbackupd.ops.instant.boot_record import BootDisk, BootRecord, Phase, Places
+from nbdbackupd.ops.boot import record as boot_record
+from nbdbackupd.ops.boot.record import BootDisk, BootRecord, Phase, Places
 from nbdbackupd.repo import boot_tests
 from nbdbackupd.repo.boot_tests import BootTest
 

@@ -18,9 +18,11 @@ from nbdbackupd.model.access import Account
 from nbdbackupd.model.domain import Agent, Domain
 from nbdbackupd.model.finding import Area, Finding, Notes, Severity, worst
 from nbdbackupd.model.freeze_memory import FreezeMemory
-from nbdbackupd.ops.checking import check_access, check_domain, check_request, check_set
-from nbdbackupd.ops.checking.check import CheckReport
-from nbdbackupd.ops.checking.check_request import Patient
+from nbdbackupd.ops.check import access as check_access
+from nbdbackupd.ops.check import domain as check_domain
+from nbdbackupd.ops.check import request, sets
+from nbdbackupd.ops.check.check import CheckReport
+from nbdbackupd.ops.check.request import Patient
 from nbdbackupd.ops.domain import domains, locks
 from nbdbackupd.repo.state import State
 from nbdbackupd.virt import guest
@@ -131,8 +133,8 @@ def test_rules_of_apparmor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_path_that_is_to_be_made(tmp_path: Path) -> None:
-    assert check_request.existing(tmp_path / "a" / "b") == tmp_path
-    assert check_request.existing(tmp_path) == tmp_path
+    assert request.existing(tmp_path / "a" / "b") == tmp_path
+    assert request.existing(tmp_path) == tmp_path
     assert locks.holder(tmp_path / "lock") == ""
 
 
@@ -180,13 +182,13 @@ def test_files_that_each_point_copies_need_room(tmp_path: Path) -> None:
     kernel.write_bytes(bytes(3000))
     domain = Domain(name="vm1", uuid="u", kernel=str(kernel), initrd=f"{tmp_path}/none")
     patient = SimpleNamespace(looked=SimpleNamespace(definition=domain))
-    assert check_set._beside(cast("Patient", patient)) == 3000
+    assert sets._beside(cast("Patient", patient)) == 3000
 
 
 @pytest.mark.parametrize("is_proven", [False, True])
 def test_who_saves_to_the_root_file_system_can_say_so(*, is_proven: bool) -> None:
     notes = Notes(Area.TARGET)
-    check_set._place(Path("/"), notes, is_proven=is_proven)
+    sets._place(Path("/"), notes, is_proven=is_proven)
     (found,) = notes.done()
     assert found.severity == (Severity.OK if is_proven else Severity.WARN)
     assert ("repository.mount_point: /" in found.advice) != is_proven

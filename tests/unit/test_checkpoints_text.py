@@ -6,8 +6,8 @@ from nbdbackupd.app.verbs.checkpoints import render
 from nbdbackupd.model.chain import ImageLayer
 from nbdbackupd.model.plan import BaseDisk, DiskState
 from nbdbackupd.model.reconcile import KnownChain, View, reconcile
-from nbdbackupd.ops.chains.checkpoints import CheckpointsReport
-from nbdbackupd.ops.chains.reconciling import Done
+from nbdbackupd.ops.checkpoints.checkpoints import CheckpointsReport
+from nbdbackupd.ops.checkpoints.reconcile import Done
 
 TAG = "0a1b2c3d"
 CHAIN = f"20261121T101500-{TAG}"

@@ -22,9 +22,9 @@ from nbdbackupd.app.config.settings import DomainSettings
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError, DomainError, RepositoryError, UsageError
 from nbdbackupd.model.policy import LevelPolicy, Rotate
+from nbdbackupd.ops.backup.request import BackupRequest
 from nbdbackupd.ops.domain.images import Sharing
 from nbdbackupd.ops.domain.survey import Wish
-from nbdbackupd.ops.saving.backup_request import BackupRequest
 from nbdbackupd.source.quiesce import FreezePolicy
 from scripts import gen_config, generated
 from tests.lib.pages import TOP

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nbdbackupd.errors import NotSupportedError, UsageError
 from nbdbackupd.model import file_systems, lvm
 from nbdbackupd.model.file_systems import FileSystem
-from nbdbackupd.ops.browsing import files_readers
+from nbdbackupd.ops.files import readers
 
 MIB = 1 << 20
 ROOT = FileSystem(disk="vda", partition=2, offset=MIB, size=MIB, type="ext4", is_files=True)
@@ -77,11 +77,11 @@ def test_the_choice() -> None:
 def test_what_no_reader_takes() -> None:
     luks = replace(SWAP, type="crypto_LUKS")
     with pytest.raises(NotSupportedError, match="encrypted"):
-        files_readers.choose(luks, tool="", replay=False)
+        readers.choose(luks, tool="", replay=False)
     with pytest.raises(UsageError, match="--replay"):
-        files_readers.choose(ROOT, tool="grub-mount", replay=True)
+        readers.choose(ROOT, tool="grub-mount", replay=True)
     with pytest.raises(UsageError, match="several pieces"):
-        files_readers.choose(replace(VOLUME, offset=-1), tool="fuse2fs", replay=False)
+        readers.choose(replace(VOLUME, offset=-1), tool="fuse2fs", replay=False)
 
 
 # -- LVM

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd.errors import RepositoryError, UsageError
-from nbdbackupd.ops.browsing import files_copy, files_tar
-from nbdbackupd.ops.browsing.files import MAX_DEPTH, Problems, Tree
+from nbdbackupd.ops.files import copy, tar
+from nbdbackupd.ops.files.files import MAX_DEPTH, Problems, Tree
 
 
 def tree(root: Path, *, has_inodes: bool = True) -> Tree:
@@ -48,7 +48,7 @@ def test_a_bottomless_directory(tmp_path: Path) -> None:
     problems = Problems()
 
     def work() -> None:
-        done = files_copy.copy(tree(tmp_path), ["src"], tmp_path / "out", problems)
+        done = copy.copy(tree(tmp_path), ["src"], tmp_path / "out", problems)
         assert done.directories == MAX_DEPTH
 
     in_a_thread(work)
@@ -62,7 +62,7 @@ def test_descriptors_are_given_back(tmp_path: Path) -> None:
     (tmp_path / "src/a/b/file").write_text("x")
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - numbers
     for number in range(3):
-        files_copy.copy(tree(tmp_path / "src"), ["a"], tmp_path / f"{number}", Problems())
+        copy.copy(tree(tmp_path / "src"), ["a"], tmp_path / f"{number}", Problems())
     walk = tree(tmp_path / "src").walk((b"a",), Problems())
     next(walk)
     next(walk)
@@ -76,7 +76,7 @@ def test_two_paths_of_one_name(tmp_path: Path) -> None:
         (tmp_path / "src" / name / "same").write_text(name)
     (tmp_path / "out").mkdir()
     with pytest.raises(RepositoryError, match="same exists"):
-        files_copy.copy(tree(tmp_path / "src"), ["a/same", "b/same"], tmp_path / "out", Problems())
+        copy.copy(tree(tmp_path / "src"), ["a/same", "b/same"], tmp_path / "out", Problems())
     assert (tmp_path / "out/same").read_text() == "a"
 
 
@@ -86,15 +86,15 @@ def test_names_of_one_file_stay_within_a_copy(tmp_path: Path) -> None:
     (tmp_path / "src/a/one").write_text("x")
     os.link(tmp_path / "src/a/one", tmp_path / "src/two")
     (tmp_path / "out").mkdir()
-    files_copy.copy(tree(tmp_path / "src"), ["a", "two"], tmp_path / "out", Problems())
+    copy.copy(tree(tmp_path / "src"), ["a", "two"], tmp_path / "out", Problems())
     assert (tmp_path / "out/two").read_text() == "x"
     assert (tmp_path / "out/two").stat().st_nlink == 1
-    files_copy.copy(tree(tmp_path / "src"), ["/"], tmp_path / "all", Problems())
+    copy.copy(tree(tmp_path / "src"), ["/"], tmp_path / "all", Problems())
     assert (tmp_path / "all/two").stat().st_nlink == 2
     assert (tmp_path / "all/two").samefile(tmp_path / "all/a/one")
     assert not (tmp_path / "all/two").samefile(tmp_path / "src/two")
     # where numbers of inodes mean nothing, each name is a file of its own
-    files_copy.copy(tree(tmp_path / "src", has_inodes=False), ["/"], tmp_path / "own", Problems())
+    copy.copy(tree(tmp_path / "src", has_inodes=False), ["/"], tmp_path / "own", Problems())
     assert (tmp_path / "own/two").read_text() == "x"
     assert (tmp_path / "own/two").stat().st_nlink == 1
 
@@ -109,7 +109,7 @@ def test_contents_with_holes_anywhere(tmp_path: Path, size: int) -> None:
         "middle": (bytes(size // 2) + b"y" + bytes(size))[:size],
     }.items():
         (tmp_path / "src" / name).write_bytes(data)
-    done = files_copy.copy(tree(tmp_path), ["src"], tmp_path / "out", Problems())
+    done = copy.copy(tree(tmp_path), ["src"], tmp_path / "out", Problems())
     assert (done.files, done.size) == (4, 4 * size)
     for path in (tmp_path / "src").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
@@ -135,7 +135,7 @@ def test_paths_of_the_user(tmp_path: Path) -> None:
 
 def test_an_archive_that_does_not_become_whole(tmp_path: Path) -> None:
     def broken() -> None:
-        with files_tar.output_file(tmp_path / "a.tar") as fd:
+        with tar.output_file(tmp_path / "a.tar") as fd:
             os.write(fd, b"half")
             raise KeyError
 

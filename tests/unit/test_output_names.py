@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdbackupd.app import ctl
-from nbdbackupd.ops.restoring import output_names
-from nbdbackupd.ops.restoring.output_names import Wanted
+from nbdbackupd.ops.restore import output_names
+from nbdbackupd.ops.restore.output_names import Wanted
 
 
 def names(*disks: tuple[str, str, str, str], domain: str = "vm1") -> list[str]:

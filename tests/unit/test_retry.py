@@ -16,7 +16,7 @@ import pytest
 from nbdbackupd import durable, events, log, rundir
 from nbdbackupd.app import ctl, run_record, runner, systemd
 from nbdbackupd.errors import GaveWayError
-from nbdbackupd.ops.saving import backup
+from nbdbackupd.ops.backup import backup
 from nbdbackupd.repo import runs
 from nbdbackupd.virt import jobs, same_host
 from tests.lib import points

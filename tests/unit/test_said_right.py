@@ -15,9 +15,9 @@ from nbdbackupd.model.chain import ImageLayer, Level
 from nbdbackupd.model.domain import Disk, Domain
 from nbdbackupd.model.plan import BaseDisk, DiskState, why_full
 from nbdbackupd.model.selection import ImageFacts, select_disks, why_whole
+from nbdbackupd.ops.backup import backup
 from nbdbackupd.ops.domain.survey import Looked
-from nbdbackupd.ops.restoring.restore_request import RestoreReport
-from nbdbackupd.ops.saving import backup
+from nbdbackupd.ops.restore.request import RestoreReport
 from nbdbackupd.ops.sets import catalog
 from nbdbackupd.qemu.image import ImageInfo
 from tests.lib.pages import TOP

@@ -15,7 +15,7 @@ import pytest
 from nbdbackupd.errors import IntegrityError
 from nbdbackupd.format import blocks
 from nbdbackupd.format.index import MAX_BLOCK, RECORD, IndexHeader
-from nbdbackupd.ops.serving.served import ServedDisk, ServedFile, ServedLayer, ServedPlan
+from nbdbackupd.ops.map.reader import ServedDisk, ServedFile, ServedLayer, ServedPlan
 
 MIB = 1 << 20
 

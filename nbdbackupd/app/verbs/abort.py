@@ -29,7 +29,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
     from nbdbackupd.app import configured, run_metrics, run_record
-    from nbdbackupd.ops.saving import abort
+    from nbdbackupd.ops.backup import abort
 
     # to a unit's ExecStopPost= systemd tells how the run ended
     told = [os.environ.get(each, "") for each in ("SERVICE_RESULT", "EXIT_STATUS")]

@@ -26,7 +26,7 @@ from nbdbackupd.app.sizes import human_size, human_time
 
 if TYPE_CHECKING:
     from nbdbackupd.app.config.files import Configuration
-    from nbdbackupd.ops.saving.backup_request import BackupReport, BackupRequest
+    from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
     from nbdbackupd.virt.connection import Connection
 
 LEVELS = ("auto", "full", "inc", "diff", "copy")
@@ -195,7 +195,7 @@ def _backup(
     moved: Callable[[str, int, int, int], None],
     cancelled: Callable[[], None],
 ) -> "tuple[BackupRequest, BackupReport]":
-    from nbdbackupd.ops.saving import backup
+    from nbdbackupd.ops.backup import backup
 
     configuration = None
     if args.output is None:

@@ -23,10 +23,10 @@ from nbdbackupd.errors import DomainError, Interrupted, UsageError
 from nbdbackupd.model.units import local_time
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.instant.boot import Booted, BootRequest
-    from nbdbackupd.ops.instant.boot_record import Places
-    from nbdbackupd.ops.instant.boots import KnownBoot
-    from nbdbackupd.ops.instant.live_restore import LiveReport
+    from nbdbackupd.ops.boot.boot import Booted, BootRequest
+    from nbdbackupd.ops.boot.boots import KnownBoot
+    from nbdbackupd.ops.boot.live_restore import LiveReport
+    from nbdbackupd.ops.boot.record import Places
     from nbdbackupd.virt.connection import Connection
 
 DESCRIPTION: Final = """\
@@ -108,7 +108,7 @@ def run(args: Arguments, context: Context) -> int:
         return _stop(args.stop, context)
     if args.resume:
         return _resume(args, context)
-    from nbdbackupd.ops.instant import boot, boots
+    from nbdbackupd.ops.boot import boot, boots
 
     source = named.set_of(args.source, context, chosen(args))
     request = _request(args, context, source)
@@ -150,7 +150,7 @@ def _check(args: Arguments) -> None:
 
 
 def _request(args: Arguments, context: Context, source: Path) -> "BootRequest":
-    from nbdbackupd.ops.instant.boot import BootRequest
+    from nbdbackupd.ops.boot.boot import BootRequest
 
     output = args.live_restore.absolute() if args.live_restore is not None else None
     return BootRequest(
@@ -209,7 +209,7 @@ def _code(up: "Booted") -> int:
 
 def _wait(up: "Booted", cancel: signals.Cancel) -> None:
     """Wait until the guest has ended, or somebody asks us to end it."""
-    from nbdbackupd.ops.instant import boots
+    from nbdbackupd.ops.boot import boots
 
     def pause() -> None:
         time.sleep(POLL_SECONDS)
@@ -236,7 +236,7 @@ def _follow(
     connection: "Connection",
     cancel: signals.Cancel,
 ) -> int:
-    from nbdbackupd.ops.instant import live_restore
+    from nbdbackupd.ops.boot import live_restore
 
     with context.progress() as progress:
 
@@ -270,7 +270,7 @@ def _render(report: "LiveReport") -> str:
 
 
 def _resume(args: Arguments, context: Context) -> int:
-    from nbdbackupd.ops.instant.boot_record import Places
+    from nbdbackupd.ops.boot.record import Places
 
     places = Places.of(args.resume, context.runtime_dir.absolute(), context.scratch_dir.absolute())
     with signals.listen() as cancel, context.connection() as connection:
@@ -278,7 +278,7 @@ def _resume(args: Arguments, context: Context) -> int:
 
 
 def _stop(name: str, context: Context) -> int:
-    from nbdbackupd.ops.instant import boots
+    from nbdbackupd.ops.boot import boots
 
     with signals.listen() as cancel, context.connection() as connection:
         record = boots.stop(
@@ -291,7 +291,7 @@ def _stop(name: str, context: Context) -> int:
 
 
 def _list(context: Context) -> int:
-    from nbdbackupd.ops.instant import boots
+    from nbdbackupd.ops.boot import boots
 
     with context.connection() as connection:
         found = boots.known(

@@ -20,8 +20,8 @@ from nbdbackupd.errors import ConfigError, DomainError
 
 if TYPE_CHECKING:
     from nbdbackupd.model.finding import Finding
-    from nbdbackupd.ops.checking.check import CheckReport
-    from nbdbackupd.ops.checking.check_request import CheckRequest
+    from nbdbackupd.ops.check.check import CheckReport
+    from nbdbackupd.ops.check.request import CheckRequest
     from nbdbackupd.virt.domain import Domain
 
 DESCRIPTION = """\
@@ -65,7 +65,7 @@ def run(args: Arguments, context: Context) -> int:
     # what it warns of becomes a finding
     logging.getLogger(SURVEY_LOGGER).setLevel(logging.ERROR)
     try:
-        from nbdbackupd.ops.checking import check
+        from nbdbackupd.ops.check import check
         from nbdbackupd.virt.domain import Domain
     except ImportError as err:
         raise DomainError(f"a Python library can't be used: {err}; install it") from err
@@ -96,7 +96,7 @@ def _request(
     """What is to be looked at: a set that was named, or what ``run`` will do."""
     from nbdbackupd.app import check_run
     from nbdbackupd.model.finding import Finding
-    from nbdbackupd.ops.checking.check_request import CheckRequest
+    from nbdbackupd.ops.check.request import CheckRequest
 
     facts: dict[str, Any] = {
         "directory": args.output.absolute() if args.output is not None else None,

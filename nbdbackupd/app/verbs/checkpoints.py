@@ -11,7 +11,7 @@ from nbdbackupd.errors import DomainNotFoundError, NbdbackupError, UsageError
 
 if TYPE_CHECKING:
     from nbdbackupd.model.reconcile import Entry, KnownChain, Step
-    from nbdbackupd.ops.chains.checkpoints import CheckpointsReport, CheckpointsRequest
+    from nbdbackupd.ops.checkpoints.checkpoints import CheckpointsReport, CheckpointsRequest
 
 WARNED = 3
 JSON_VERSION = 1
@@ -79,7 +79,7 @@ def run(args: Arguments, context: Context) -> int:
         raise UsageError("give a DOMAIN, or --all with --release")
     if args.all:
         return _release_all(args, context)
-    from nbdbackupd.ops.chains import checkpoints
+    from nbdbackupd.ops.checkpoints import checkpoints
 
     request = _request(args, context, args.domain)
     with signals.listen() as cancel, context.connection() as connection:
@@ -90,7 +90,7 @@ def run(args: Arguments, context: Context) -> int:
 
 def _release_all(args: Arguments, context: Context) -> int:
     """Each domain in its turn; what one of them is in the way of does not keep the others."""
-    from nbdbackupd.ops.chains import checkpoints
+    from nbdbackupd.ops.checkpoints import checkpoints
 
     documents, lines, failed = [], [], 0
     with signals.listen() as cancel, context.connection() as connection:
@@ -114,7 +114,7 @@ def _release_all(args: Arguments, context: Context) -> int:
 
 
 def _request(args: Arguments, context: Context, domain: str) -> "CheckpointsRequest":
-    from nbdbackupd.ops.chains import checkpoints
+    from nbdbackupd.ops.checkpoints import checkpoints
 
     try:
         state_dir = configured.state_directory(domain, context).absolute()

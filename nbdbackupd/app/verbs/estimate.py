@@ -27,7 +27,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
-    from nbdbackupd.ops.saving import estimate
+    from nbdbackupd.ops.backup import estimate
 
     request = estimate.EstimateRequest(
         domain=args.domain,

@@ -15,9 +15,9 @@ from nbdbackupd.errors import FormatError, SourceError, UsageError
 from nbdbackupd.model.units import local_time
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.browsing.files import Entry
-    from nbdbackupd.ops.browsing.files_report import FilesReport
-    from nbdbackupd.ops.browsing.mount import MountedTree
+    from nbdbackupd.ops.files.files import Entry
+    from nbdbackupd.ops.files.mount import MountedTree
+    from nbdbackupd.ops.files.report import FilesReport
 
 DESCRIPTION: Final = """\
 Read single files of a restore point, without restoring disks and without root. fs: show the
@@ -46,7 +46,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 30 if something could not be read, 40 if for damage."""
     _check(args, context)
-    from nbdbackupd.ops.browsing import files_tar, mount
+    from nbdbackupd.ops.files import mount, tar
 
     request = tree_options.request(args, context)
     with signals.listen() as cancel, ExitStack() as stack:
@@ -55,7 +55,7 @@ def run(args: Arguments, context: Context) -> int:
             return 0
         output = sys.stdout.fileno()
         if args.action == "tar" and args.file:
-            output = stack.enter_context(files_tar.output_file(args.file.absolute()))
+            output = stack.enter_context(tar.output_file(args.file.absolute()))
         tree = stack.enter_context(mount.opened(request, cancelled=cancel.check))
         tree_options.warn(tree.warnings, tree.notes)
         report = _act(args, tree, output, cancel)
@@ -92,7 +92,7 @@ def _check(args: Arguments, context: Context) -> None:
 def _act(
     args: Arguments, tree: "MountedTree", output: int, cancel: signals.Cancel
 ) -> "FilesReport":
-    from nbdbackupd.ops.browsing import files_report
+    from nbdbackupd.ops.files import report as files_report
 
     paths = args.paths or ["/"]
     if args.action == "cp":

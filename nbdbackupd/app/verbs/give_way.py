@@ -41,7 +41,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
     from nbdbackupd import log
-    from nbdbackupd.ops.saving import give_way
+    from nbdbackupd.ops.backup import give_way
 
     if args.journal:
         log.to_journal(sys.stderr)
@@ -59,7 +59,7 @@ def _tell_hosts(args: Arguments, context: Context) -> str:
     from nbdbackupd.app.config.matching import labels_of
     from nbdbackupd.app.config.settings import settings_for, sharing
     from nbdbackupd.model.domain import parse_domain
-    from nbdbackupd.ops.saving import moving
+    from nbdbackupd.ops.backup import moving
 
     xml = sys.stdin.read(MAX_XML)
     domain = parse_domain(xml)

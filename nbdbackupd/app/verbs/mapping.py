@@ -16,7 +16,7 @@ from nbdbackupd.errors import RepositoryError, UsageError
 from nbdbackupd.model.units import local_time
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.serving.map import Mapping, MapRequest, Serving
+    from nbdbackupd.ops.map.map import Mapping, MapRequest, Serving
 
 MAP: Final = """\
 Serve the disks of a restore point over NBD, read-only, without restoring them: each disk is ready
@@ -127,7 +127,7 @@ def run_map(args: Arguments, context: Context) -> int:
         return _list(context)
     if args.source is None and not args.sequence:
         raise UsageError("map takes a SOURCE, or --sequence FILES")
-    from nbdbackupd.ops.serving import map as maps
+    from nbdbackupd.ops.map import map as maps
 
     request = _request(args, context)
     if request.tcp and request.insecure:
@@ -146,7 +146,7 @@ def run_map(args: Arguments, context: Context) -> int:
 
 
 def _request(args: Arguments, context: Context) -> "MapRequest":
-    from nbdbackupd.ops.serving.map import MapRequest
+    from nbdbackupd.ops.map.map import MapRequest
 
     source = None
     sequence = named.sequence_of(args.source, args.sequence, context)
@@ -201,7 +201,7 @@ def _watch(up: "Serving", cancel: signals.Cancel) -> int:
 
 
 def _list(context: Context) -> int:
-    from nbdbackupd.ops.serving import mapped
+    from nbdbackupd.ops.map import mapped
 
     found = mapped.known(context.runtime_dir.absolute())
     document = {"version": 1, "maps": [each.to_json() for each in found]}
@@ -216,7 +216,7 @@ def _list(context: Context) -> int:
 
 def run_unmap(args: Arguments, context: Context) -> int:
     """Carry ``unmap`` out."""
-    from nbdbackupd.ops.serving import mapped
+    from nbdbackupd.ops.map import mapped
 
     if bool(args.what) == args.all:
         raise UsageError("unmap takes either what to end, or --all; 'map --list' shows all maps")

@@ -52,7 +52,7 @@ def run_mount(args: Arguments, context: Context) -> int:
     """Carry ``mount`` out; 40 if damage was met, 0 when it is asked to end."""
     if args.detach and KEEPER not in os.environ:
         return _detach(context)
-    from nbdbackupd.ops.browsing import mount
+    from nbdbackupd.ops.files import mount
 
     request = tree_options.request(args, context)
     with signals.listen() as cancel:
@@ -117,7 +117,7 @@ def _render(document: dict[str, Any]) -> str:
 
 def run_unmount(args: Arguments, context: Context) -> int:
     """Carry ``unmount`` out."""
-    from nbdbackupd.ops.browsing import mount
+    from nbdbackupd.ops.files import mount
 
     directory = args.directory.absolute()
     mount.end(directory, context.runtime_dir.absolute(), lazy=args.lazy)

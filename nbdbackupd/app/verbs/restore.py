@@ -22,7 +22,7 @@ from nbdbackupd.errors import UsageError
 from nbdbackupd.model.units import local_time
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.restoring.restore import RestoreReport
+    from nbdbackupd.ops.restore.restore import RestoreReport
 
 DESCRIPTION = """\
 Bring the disks of a restore point back as images, with the domain's XML beside them. Needs
@@ -66,7 +66,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
-    from nbdbackupd.ops.restoring import restore
+    from nbdbackupd.ops.restore import restore
 
     if args.source is None and not args.sequence:
         raise UsageError("restore takes a SOURCE, or --sequence FILES")

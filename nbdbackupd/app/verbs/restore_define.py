@@ -14,8 +14,8 @@ from nbdbackupd.errors import DomainError, UsageError
 
 if TYPE_CHECKING:
     from nbdbackupd.model.definition import Consent
-    from nbdbackupd.ops.defining.adjust import Adjuster
-    from nbdbackupd.ops.restoring.definer import Definition
+    from nbdbackupd.ops.define.adjust import Adjuster
+    from nbdbackupd.ops.restore.definer import Definition
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +90,7 @@ def definer(
         return
     if args.start and not args.define:
         raise UsageError("--start goes with --define")
-    from nbdbackupd.ops.defining import adjust
+    from nbdbackupd.ops.define import adjust
 
     request = adjust.DefineRequest(
         name=args.name or "",
@@ -105,7 +105,7 @@ def definer(
         yield adjust.Adjuster(request, os.urandom, consent(cancelled))
         return
     try:
-        from nbdbackupd.ops.defining import define
+        from nbdbackupd.ops.define import define
     except ImportError as err:
         raise DomainError(f"a Python library can't be used: {err}; install it") from err
     with context.connection() as connection:

@@ -12,7 +12,7 @@ from nbdbackupd.app.context import Context, new_run_id, now
 from nbdbackupd.errors import DomainError, UsageError
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.restoring.restore_plan import Placement
+    from nbdbackupd.ops.restore.plan import Placement
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +70,7 @@ def _disks(text: str) -> tuple[tuple[str, Path | None], ...]:
 
 def wishes(args: Arguments) -> dict[str, Any]:
     """What the options mean, as members of the request. Raises UsageError."""
-    from nbdbackupd.ops.restoring.restore_request import Place, Style
+    from nbdbackupd.ops.restore.request import Place, Style
 
     given = [each for part in args.disk for each in part]
     placed = [target for target, path in given if path is not None]
@@ -109,14 +109,14 @@ def placement(
     if args.sequence:
         raise UsageError("stream files by hand have no domain: give -o, or -d DISK=PATH")
     try:
-        from nbdbackupd.ops.restoring import restore_in_place, restore_pool
+        from nbdbackupd.ops.restore import in_place, pool
     except ImportError as err:
         raise DomainError(f"a Python library can't be used: {err}; install it") from err
     with context.connection() as connection:
         if args.pool:
-            yield restore_pool.PoolPlacement(connection, args.pool)
+            yield pool.PoolPlacement(connection, args.pool)
             return
-        yield restore_in_place.InPlace(
+        yield in_place.InPlace(
             connection,
             runtime_dir=context.runtime_dir,
             run_id=new_run_id(now()),

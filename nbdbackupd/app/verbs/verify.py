@@ -14,8 +14,8 @@ from nbdbackupd.app.sizes import human_size
 from nbdbackupd.app.verbs import verify_boot
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.instant.boot_test import BootTestReport
-    from nbdbackupd.ops.proving.verify import VerifyReport
+    from nbdbackupd.ops.boot.boot_test import BootTestReport
+    from nbdbackupd.ops.verify.verify import VerifyReport
 
 DAMAGED = 40
 DESCRIPTION = """\
@@ -73,7 +73,7 @@ def _document(proof: dict[str, Any], booted: "BootTestReport | None") -> dict[st
 
 
 def _prove(args: Arguments, context: Context, path: Path, cancel: signals.Cancel) -> "VerifyReport":
-    from nbdbackupd.ops.proving import verify
+    from nbdbackupd.ops.verify import verify
 
     request = verify.VerifyRequest(
         path=path, point=args.point or "", workers=args.workers,

@@ -18,7 +18,7 @@ from nbdbackupd.app.verbs.boot import require_libvirt
 from nbdbackupd.errors import UsageError
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.instant.boot_test import BootTestReport, BootTestRequest
+    from nbdbackupd.ops.boot.boot_test import BootTestReport, BootTestRequest
 
 PREFIX: Final = "boottest_"
 DEFAULT_WAIT: Final = "agent"
@@ -105,7 +105,7 @@ def run(
     args: Arguments, context: Context, source: Path, cancel: signals.Cancel
 ) -> "BootTestReport":
     """Do the boot test, and say how it went on standard error if it has failed."""
-    from nbdbackupd.ops.instant import boot_test, boots
+    from nbdbackupd.ops.boot import boot_test, boots
 
     with context.connection() as connection:
         request = _request(args, context, source)
@@ -119,8 +119,8 @@ def run(
 
 
 def _request(args: Arguments, context: Context, source: Path) -> "BootTestRequest":
-    from nbdbackupd.ops.instant.boot_test import BootTestRequest, Sign
-    from nbdbackupd.ops.instant.booting import BootRequest
+    from nbdbackupd.ops.boot.boot_test import BootTestRequest, Sign
+    from nbdbackupd.ops.boot.launch import BootRequest
     from nbdbackupd.ops.sets import opened
 
     choice = chosen(args)

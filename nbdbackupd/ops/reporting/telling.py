@@ -13,9 +13,9 @@ from nbdbackupd.ops.sets import catalog
 if TYPE_CHECKING:
     import logging
 
-    from nbdbackupd.ops.proving.verify_request import VerifyReport
-    from nbdbackupd.ops.restoring.restore_request import RestoreReport
-    from nbdbackupd.ops.saving.backup_request import BackupReport
+    from nbdbackupd.ops.backup.request import BackupReport
+    from nbdbackupd.ops.restore.request import RestoreReport
+    from nbdbackupd.ops.verify.request import VerifyReport
 
 
 class Ending:

@@ -1,0 +1,270 @@
+"""``backup``: one run that saves one domain into one set.
+
+Life of a run: locks, a lease if the domain is off, sweep up after dead runs, read the chain,
+reconcile, decide the level, draft, open the source, copy each disk, close the source, publish.
+Only the published manifest makes the new checkpoint the base of the next run; on every other way
+out the draft and the new checkpoint go away and the old base stays what it was.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from typing import Final
+
+from nbdbackupd import durable, events, rundir
+from nbdbackupd import log as runlog
+from nbdbackupd.errors import BusyError, CheckpointError, DomainError, RepositoryError
+from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint, effective_level
+from nbdbackupd.ops.backup import recording
+from nbdbackupd.ops.backup.job import Job
+from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
+from nbdbackupd.ops.backup.sources import changed_bytes
+from nbdbackupd.ops.checkpoints import foreign, leftovers, reconcile
+from nbdbackupd.ops.checkpoints.checkpoints import OWNER as CHECKPOINTS
+from nbdbackupd.ops.checkpoints.others import OtherChain, other_chains
+from nbdbackupd.ops.domain import domains, locks
+from nbdbackupd.ops.domain.images import images_of, note_saved, prove_start
+from nbdbackupd.ops.domain.survey import Looked, Survey, Wish, look, survey_domain
+from nbdbackupd.ops.reporting import telling
+from nbdbackupd.repo import written
+from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.state import Record, State
+from nbdbackupd.source.lease import Lease
+from nbdbackupd.source.paused_start import started_paused
+from nbdbackupd.virt import checkpoints, jobs
+from nbdbackupd.virt.connection import Connection
+from nbdbackupd.virt.domain import Domain
+
+log = logging.getLogger(__name__)
+notice = functools.partial(log.log, runlog.NOTICE, "%s")
+ENCRYPTED: Final = (
+    "the image of disk {disk} is encrypted, its data in the set is not: keep the set where that "
+    "may lie"
+)
+Progress = Callable[[str, int, int, int], None]
+Cancelled = Callable[[], None]
+
+
+def run(
+    request: BackupRequest, connection: Connection, *, progress: Progress, cancelled: Cancelled
+) -> BackupReport:
+    """Save the domain; the report holds the published point.
+
+    ``progress`` gets disk, guest position reached, disk size and data bytes so far.
+
+    Raises BusyError if set or domain are locked, or it is being migrated, ElsewhereError if
+    another host has it, and the errors of all layers; whatever is raised, nothing of this run is
+    left and the old base is valid.
+    """
+    ending = telling.Ending(log, telling.backup_ending)
+    with ExitStack() as stack:
+        stack.enter_context(
+            runlog.context(DOMAIN=request.domain, RUN=request.run_id, SET=request.directory)
+        )
+        stack.enter_context(ending.told())
+        domain = _find(request, connection)
+        stack.enter_context(runlog.context(DOMAIN=domain.name, UUID=domain.uuid))
+        directory = rundir.make_domain_dir(request.runtime_dir, domain.uuid)
+        who = f"{locks.BACKUP}{domain.name}, run {request.run_id}"
+        wait = _wait(request.wait_seconds, cancelled)
+        stack.enter_context(durable.Lock(directory / rundir.LOCK, owner=who, wait=wait))
+        repository = Repository.open(request.directory)
+        repository.check_can_begin()
+        stack.enter_context(repository.lock(owner=who, wait=wait))
+        stack.enter_context(runlog.run_log(repository.log_path(request.run_id)))
+        stack.enter_context(ending.told())
+        events.emit(log, events.BACKUP_STARTED, level=request.level)
+        dead = leftovers.sweep(domain, repository, request.runtime_dir, request.scratch_dir)
+        with (
+            started_paused(domain, directory, wanted=request.start_paused) as started,
+            _images(request, domain, cancelled) as lease,
+        ):
+            report = _run_locked(
+                _Run(
+                    request=request, domain=domain, repository=repository, lease=lease,
+                    at_rest=started.at_rest, dead=dead, progress=progress, cancelled=cancelled,
+                )
+            )  # fmt: skip
+        report = replace(report, seconds=ending.seconds)
+        telling.backup(log, report)
+    return report
+
+
+def _find(request: BackupRequest, connection: Connection) -> Domain:
+    """The domain, unless a migration is under way, or it is to be started and may run elsewhere."""
+    domain = domains.find(connection, request.domain, request.runtime_dir)
+    if jobs.is_migrating(domain):
+        raise BusyError(
+            f"domain {domain.name} is being migrated: try again when that has ended",
+            domain=domain.name,
+        )
+    if request.start_paused and not domain.is_active():
+        prove_start(domain, request.sharing)
+    return domain
+
+
+def _images(
+    request: BackupRequest, domain: Domain, cancelled: Cancelled
+) -> AbstractContextManager[Lease | None]:
+    sharing = replace(request.sharing, wish=_wish(request))
+    return images_of(domain, request.runtime_dir, request.run_id, cancelled, sharing)
+
+
+def _wish(request: BackupRequest) -> Wish:
+    return Wish(include=request.include, exclude=request.exclude, raw=request.raw)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """One run with its locks held; ``lease``: the domain is off.
+
+    ``at_rest``: it was started paused for this run; what its disks are while nobody resumes it.
+    ``dead`` are the checkpoints of dead runs.
+    """
+
+    request: BackupRequest
+    domain: Domain
+    repository: Repository
+    lease: Lease | None
+    at_rest: Consistency | None
+    dead: frozenset[str]
+    progress: Progress
+    cancelled: Cancelled
+
+
+def _run_locked(run: _Run) -> BackupReport:
+    """Reconcile, decide, make the point, let the base advance."""
+    request, domain, repository = run.request, run.domain, run.repository
+    if request.only_off and run.lease is None:
+        return BackupReport(point=None, skipped="the domain runs")
+    erase = reconcile.eraser(run.lease) if run.lease is not None else None
+    state = State(request.state_dir) if request.state_dir is not None else None
+    known = repository.load()
+    _check_binding(domain, known)
+    looked = look(domain)
+    records = state.records(domain.uuid) if state is not None else ()
+    chain = reconcile.of_set(repository, known, records)
+    dead = run.dead
+    left = reconcile.prepare(domain, chain, looked, dead, erase=erase, cancelled=run.cancelled)
+    if not left & dead:
+        leftovers.finish(domain, repository, request.runtime_dir)
+    level = effective_level(request.level, known)
+    parent = known.head if level in (Level.INC, Level.DIFF) else None
+    if parent is not None:
+        repository.check_present(known.points)
+    wish = _wish(request)
+    survey = survey_domain(domain, wish, level, parent, looked)
+    doubts = _doubts(run.lease, survey)
+    if doubts:
+        # neither needs a bitmap of its own: a differential from the same base, or a copy
+        level = Level.COPY if parent is None else Level.DIFF
+        survey = survey_domain(domain, wish, level, parent, looked)
+    run.cancelled()
+    beside = _others(run, looked, records, known, dead)
+    small = _below_threshold(run, survey, parent)
+    if small:
+        return BackupReport(point=None, skipped=small, is_current=True)
+    point, seconds = recording.record(
+        Job(
+            request=request, domain=domain, repository=repository, survey=survey, level=level,
+            known=known, parent=parent, progress=run.progress, cancelled=run.cancelled,
+            lease=run.lease, at_rest=run.at_rest,
+            warnings=(*doubts, *(str(each) for each in beside if each.is_gone)),
+        )
+    )  # fmt: skip
+    if run.lease is not None:
+        note_saved(domain, request.sharing, point.id)
+    if state is not None:
+        written.note(state.directory, point)
+    reconcile.advance(domain, repository, point, parent, looked, state=state, erase=erase)
+    encrypted = [each.target for each in point.disks if each.target in looked.encrypted]
+    notes = [ENCRYPTED.format(disk=target) for target in encrypted]
+    notes += [str(each) for each in beside if not each.is_gone]
+    return BackupReport(point=point, disk_seconds=seconds, notes=tuple(notes))
+
+
+def _wait(seconds: float, cancelled: Cancelled) -> durable.Wait:
+    """The check of the bitmaps after a start is ours, and short."""
+    return durable.Wait(
+        seconds=seconds, cancelled=cancelled, brief=CHECKPOINTS, told=notice, option="--wait"
+    )
+
+
+def _doubts(lease: Lease | None, survey: Survey) -> tuple[str, ...]:
+    """Why images may be open on another host, or a start not be seen; each is a warning.
+
+    Raises DomainError if one even looks as if it were: its bitmaps are in use.
+    """
+    if lease is None:
+        return ()
+    found = []
+    for target, state in survey.states.items():
+        for path in dict.fromkeys(layer.path for layer in state.layers):
+            why = lease.doubt(path)
+            if why and not all(state.bitmaps.get(path, {}).values()):
+                raise DomainError(
+                    f"disk {target} may be in use: a QEMU has opened the bitmaps of {path} and not "
+                    f"closed them, and {why}"
+                )
+            if why:
+                found.append(f"disk {target} is read without a bitmap of its own: {why}")
+    if lease.is_read_only and not found:
+        found.append(f"the disks are read without bitmaps of their own: {lease.unhooked}")
+    return tuple(found)
+
+
+def _check_binding(domain: Domain, known: BackupSet) -> None:
+    """A chain belongs to a UUID; the name is a label (F-30)."""
+    for point in known.points:
+        if point.uuid != domain.uuid:
+            raise RepositoryError(
+                f"the set belongs to domain {point.domain} with UUID {point.uuid}, "
+                f"not to {domain.name} with UUID {domain.uuid}: give another directory with -o"
+            )
+
+
+def _others(
+    run: _Run, looked: Looked, records: Collection[Record], known: BackupSet, dead: Collection[str]
+) -> tuple[OtherChain, ...]:
+    """Other chains whose bitmaps the domain carries (L-1)."""
+    names = {
+        name
+        for state in looked.states.values()
+        for bitmaps in state.bitmaps.values()
+        for name in bitmaps
+    }
+    return other_chains(
+        run.domain.name,
+        names.union(checkpoints.names(run.domain)).difference(dead),
+        records,
+        [point.chain for point in known.points],
+        retired=run.request.retired,
+    )
+
+
+def _below_threshold(run: _Run, survey: Survey, parent: RestorePoint | None) -> str:
+    """Why the run can be left out, or nothing: then it must go on."""
+    request = run.request
+    if request.threshold is None or parent is None:
+        return ""
+    if any(not plan.delta for plan in survey.plans):
+        return ""
+    if foreign.why_other(run.domain, run.repository, parent):
+        return ""
+    try:
+        sizes = changed_bytes(
+            run.domain, run.repository, parent, survey,
+            held=run.lease, runtime_dir=request.runtime_dir, cancelled=run.cancelled,
+        )  # fmt: skip
+    except CheckpointError:
+        return ""
+    if any(plan.target not in sizes for plan in survey.plans):
+        return ""
+    amount = sum(sizes[plan.target] for plan in survey.plans)
+    if amount >= request.threshold:
+        return ""
+    if not amount:
+        return "nothing has changed since the newest point"
+    return f"{amount} bytes changed, less than the threshold of {request.threshold}"

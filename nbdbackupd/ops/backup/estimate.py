@@ -1,0 +1,168 @@
+"""``estimate``: what the next increment into a set would save, disk by disk."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbdbackupd import durable, rundir
+from nbdbackupd.errors import CheckpointError, RepositoryError
+from nbdbackupd.model.chain import Level, RestorePoint
+from nbdbackupd.model.selection import BY_REQUEST
+from nbdbackupd.ops.backup.sources import changed_bytes
+from nbdbackupd.ops.domain.images import ALONE, Sharing, images_of
+from nbdbackupd.ops.domain.survey import Survey, Wish, survey_domain
+from nbdbackupd.repo.repository import Repository
+from nbdbackupd.source import running
+from nbdbackupd.source.lease import Lease
+from nbdbackupd.virt.connection import Connection
+from nbdbackupd.virt.domain import Domain
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EstimateRequest:
+    """Which domain, and the set that the increment would go to."""
+
+    domain: str
+    directory: Path
+    runtime_dir: Path
+    run_id: str
+    sharing: Sharing = ALONE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiskEstimate:
+    """Guest bytes that would be read of one disk.
+
+    With a ``reason`` (or mode ``full``) the disk would be read whole: then ``bytes`` is its
+    virtual size, the most that it can be, since holes are not saved.
+    """
+
+    target: str
+    mode: str
+    bytes: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EstimateReport:
+    """All disks of the next point; ``base`` is the point that it would start from, if any."""
+
+    domain: str
+    base: str
+    disks: tuple[DiskEstimate, ...]
+
+    @property
+    def total(self) -> int:
+        """The sum of all disks, in bytes."""
+        return sum(disk.bytes for disk in self.disks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain values."""
+        return {
+            "version": 1,
+            "domain": self.domain,
+            "base": self.base,
+            "bytes": self.total,
+            "disks": [
+                {
+                    "target": disk.target,
+                    "mode": disk.mode,
+                    "bytes": disk.bytes,
+                    "reason": disk.reason,
+                }
+                for disk in self.disks
+            ],
+        }
+
+
+def run(
+    request: EstimateRequest,
+    connection: Connection,
+    *,
+    cancelled: Callable[[], None] = lambda: None,
+) -> EstimateReport:
+    """Ask what changed since the set's newest point; nothing is saved.
+
+    A checkpoint that libvirt has lost is made known to it again, as the next backup would do. The
+    images of a domain that is off are opened for it, and let go if somebody starts it. Raises
+    BusyError if a run reads them just now, RepositoryError if the set belongs to another domain,
+    and the errors of reading the set.
+    """
+    domain = Domain.find(connection, request.domain)
+    repository = Repository.open(request.directory)
+    head = repository.load().head
+    if head is not None and head.uuid != domain.uuid:
+        raise RepositoryError(f"the set belongs to domain {head.domain}, not to {domain.name}")
+    with ExitStack() as stack:
+        lease = None
+        if not domain.is_active():
+            directory = rundir.make_domain_dir(request.runtime_dir, domain.uuid)
+            lock = durable.Lock(directory / rundir.LOCK, owner=f"estimate of {domain.name}")
+            stack.enter_context(lock)
+            lease = stack.enter_context(
+                images_of(domain, request.runtime_dir, request.run_id, cancelled, request.sharing)
+            )
+        survey = survey_domain(domain, _wish(domain, head), Level.INC, head)
+        measuring = _Measuring(
+            request=request, domain=domain, repository=repository, lease=lease, cancelled=cancelled
+        )
+        disks = _disks(measuring, head, survey)
+    return EstimateReport(domain=domain.name, base=head.id if head is not None else "", disks=disks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Measuring:
+    """What asking for changes needs; ``lease``: the domain is off."""
+
+    request: EstimateRequest
+    domain: Domain
+    repository: Repository
+    lease: Lease | None
+    cancelled: Callable[[], None]
+
+    def changes(self, head: RestorePoint, survey: Survey) -> dict[str, int]:
+        """The bytes that changed, by disk. Raises CheckpointError if nobody knows."""
+        return changed_bytes(
+            self.domain, self.repository, head, survey,
+            held=self.lease, runtime_dir=self.request.runtime_dir, cancelled=self.cancelled,
+        )  # fmt: skip
+
+
+def _wish(domain: Domain, head: RestorePoint | None) -> Wish:
+    """Take the same disks as the last point did, and new ones."""
+    if head is None:
+        return Wish()
+    known = {disk.target for disk in domain.definition().disks}
+    return Wish(
+        exclude=tuple(
+            skip.target
+            for skip in head.skipped
+            if skip.target in known and skip.reason in BY_REQUEST
+        ),
+        raw=any(disk.format == "raw" for disk in head.disks),
+    )
+
+
+def _disks(
+    measuring: _Measuring, head: RestorePoint | None, survey: Survey
+) -> tuple[DiskEstimate, ...]:
+    sizes: dict[str, int] = {}
+    lost = ""
+    if head is not None and any(plan.delta for plan in survey.plans):
+        try:
+            sizes = measuring.changes(head, survey)
+        except CheckpointError as err:
+            lost = err.message
+    found = []
+    for plan in survey.plans:
+        if plan.delta and plan.target in sizes:
+            found.append(DiskEstimate(target=plan.target, mode="delta", bytes=sizes[plan.target]))
+            continue
+        reason = plan.reason
+        if plan.delta:
+            reason = lost or running.unsound(head.checkpoint if head is not None else "")
+        size = survey.states[plan.target].size
+        found.append(DiskEstimate(target=plan.target, mode="full", bytes=size, reason=reason))
+    return tuple(found)

@@ -1,0 +1,155 @@
+"""The source of a run: the domain's running QEMU, or its images while it is off."""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from nbdbackupd import rundir
+from nbdbackupd.errors import NbdbackupError, NotSupportedError, RepositoryError
+from nbdbackupd.model.chain import Consistency, RestorePoint
+from nbdbackupd.model.freeze_memory import FreezeMemory, after
+from nbdbackupd.ops.backup.job import Job
+from nbdbackupd.ops.checkpoints import foreign
+from nbdbackupd.ops.domain import domains
+from nbdbackupd.ops.domain.survey import Survey
+from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.state import State
+from nbdbackupd.source import Snapshot, kept, offline, running
+from nbdbackupd.source.lease import Lease
+from nbdbackupd.source.offline import OfflineDisk, OfflineRequest
+from nbdbackupd.virt.domain import Domain, Ending
+
+log = logging.getLogger(__name__)
+
+
+def open_source(
+    job: Job, on_trouble: Callable[[NbdbackupError], None]
+) -> AbstractContextManager[Snapshot]:
+    """The disks of the domain at one instant, as exports, for the body.
+
+    ``on_trouble`` is told, from another thread, what ends the source in the middle. Raises the
+    errors of the source when it is entered.
+    """
+    if job.lease is None:
+        if job.request.by_nbdinfo and job.survey.definition.has_iothreads:
+            raise NotSupportedError(
+                f"domain {job.domain.name} has iothreads, and nbdinfo closes its connection first: "
+                f"its QEMU might end by that; use '--extents own'",
+                domain=job.domain.name,
+            )
+        return running.open_running(_running_request(job, on_trouble))
+    return offline.open_offline(
+        OfflineRequest(
+            domain=job.domain,
+            disks=_offline_disks(job.survey),
+            socket=rundir.offline_socket(job.request.runtime_dir, job.domain.uuid),
+            lease=job.lease,
+            on_trouble=on_trouble,
+            cancelled=job.cancelled,
+            base_checkpoint=job.parent.checkpoint if job.parent is not None else "",
+            new_checkpoint=job.checkpoint,
+            created=int(job.request.now.timestamp()),
+            ending=_ending(job),
+        )
+    )
+
+
+def _ending(job: Job) -> Ending:
+    """How the guest ended, as libvirt's hook noted it: libvirt forgets it when it restarts."""
+    known = kept.read(job.request.runtime_dir, job.domain.name)
+    if known is not None and known.end is not None and known.uuid == job.domain.uuid:
+        return known.end.ending
+    return job.request.ending
+
+
+def changed_bytes(
+    domain: Domain,
+    repository: Repository,
+    parent: RestorePoint,
+    survey: Survey,
+    *,
+    held: Lease | None,
+    runtime_dir: Path,
+    cancelled: Callable[[], None],
+) -> dict[str, int]:
+    """The bytes that changed since ``parent``, for each disk whose changes are known.
+
+    Raises CheckpointError if libvirt can't tell for any disk, and the errors of the source.
+    """
+    if held is None:
+        targets = [plan.target for plan in survey.plans if plan.delta]
+        stored = foreign.stored_xml(repository, parent)
+        return running.changed_bytes(domain, parent.checkpoint, stored, targets)
+    return offline.changed_bytes(
+        OfflineRequest(
+            domain=domain,
+            disks=_offline_disks(survey),
+            socket=rundir.offline_socket(runtime_dir, domain.uuid),
+            lease=held,
+            on_trouble=_ignore,
+            cancelled=cancelled,
+            base_checkpoint=parent.checkpoint,
+        )
+    )
+
+
+def _ignore(_error: NbdbackupError) -> None:
+    """Nothing is read that could be wrong."""
+
+
+def _offline_disks(survey: Survey) -> tuple[OfflineDisk, ...]:
+    return tuple(
+        OfflineDisk(
+            target=plan.target,
+            layers=survey.states[plan.target].layers,
+            delta=plan.delta,
+            tracked=plan.tracked,
+            bitmap_layers=plan.bitmap_layers,
+        )
+        for plan in survey.plans
+    )
+
+
+def _running_request(
+    job: Job, on_trouble: Callable[[NbdbackupError], None]
+) -> running.RunningRequest:
+    request = job.request
+    state = State(request.state_dir) if request.state_dir is not None else None
+    memory = state.freeze_memory(job.domain.uuid) if state is not None else None
+    current = domains.instance_of(job.domain)
+    return running.RunningRequest(
+        domain=job.domain,
+        disks=tuple(
+            running.RunningDisk(target=plan.target, delta=plan.delta, tracked=plan.tracked)
+            for plan in job.survey.plans
+        ),
+        run_id=request.run_id,
+        runtime_dir=rundir.socket_dir(request.runtime_dir, job.domain.uuid),
+        scratch_dir=request.scratch_dir,
+        scratch_reserve=request.scratch_reserve,
+        on_trouble=on_trouble,
+        base_checkpoint=job.parent.checkpoint if job.parent is not None else "",
+        base_xml=foreign.stored_xml(job.repository, job.parent),
+        new_checkpoint=job.checkpoint,
+        freeze=request.freeze,
+        was_frozen=any(point.consistency is Consistency.FILESYSTEM for point in job.known.points),
+        freeze_obstacle=memory.obstacle(request.now, current) if memory is not None else "",
+        on_freeze=lambda is_unanswered: _remember(
+            job, memory, is_unanswered=is_unanswered, current=current
+        ),
+        freeze_mountpoints=request.mountpoints,
+        pause=request.pause,
+        at_rest=job.at_rest,
+    )
+
+
+def _remember(job: Job, known: FreezeMemory | None, *, is_unanswered: bool, current: str) -> None:
+    """Note how the agent has answered a freeze; to be told again is better than no backup."""
+    memory = after(known, job.request.now, is_unanswered=is_unanswered, instance=current)
+    if job.request.state_dir is None or memory == known:
+        return
+    try:
+        State(job.request.state_dir).remember_freeze(job.domain.uuid, memory)
+    except RepositoryError as err:
+        log.info("domain %s: its freeze is not remembered: %s", job.domain.name, err)

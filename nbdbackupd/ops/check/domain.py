@@ -1,0 +1,220 @@
+"""The domain itself: what libvirt can do with it, its images, its guest agent."""
+
+from pathlib import Path
+
+from nbdbackupd.errors import FreezeError, NbdbackupError
+from nbdbackupd.model import domain as domain_model
+from nbdbackupd.model.chain import Level
+from nbdbackupd.model.domain import Agent
+from nbdbackupd.model.finding import Notes
+from nbdbackupd.model.selection import BY_REQUEST, ImageFacts, select_disks, why_whole
+from nbdbackupd.model.units import human_size
+from nbdbackupd.ops.check import sets
+from nbdbackupd.ops.check.request import Patient
+from nbdbackupd.ops.domain import domains
+from nbdbackupd.ops.domain.survey import LOCAL_TYPES
+from nbdbackupd.qemu import image
+from nbdbackupd.repo.state import State
+from nbdbackupd.virt import features, guest
+
+AGENT_SECONDS = 3.0
+FREEZES = "auto"
+REQUIRES = "require"
+QCOW2 = "qcow2"
+RAW = "raw"
+
+
+def features_of(patient: Patient, notes: Notes) -> None:
+    """Whether libvirt backs up this domain, and how well."""
+    domain = patient.domain
+    match features.has_backup(domain):
+        case True:
+            notes.ok("its emulator can be backed up")
+        case False:
+            notes.fail(
+                "libvirt can't back up a domain with this emulator",
+                "use libvirt 7.6 and QEMU 5.2 or newer",
+            )
+        case None:
+            notes.warn("libvirt does not say whether it can back up this domain")
+    if features.has_checkpoints(domain):
+        notes.ok("checkpoints are supported")
+    else:
+        notes.fail("libvirt has no checkpoints", "use libvirt 7.6 or newer")
+    if features.has_begin_flag(domain, features.PRESERVE_SHUTDOWN_FLAG):
+        notes.ok("a guest that shuts down during a backup is kept until the backup ends")
+    else:
+        notes.ok("a guest that shuts down during a backup ends that run; the next one makes it up")
+    if not patient.looked.is_active:
+        notes.ok("the domain is off: what only a running one shows was not looked at")
+
+
+def disks(patient: Patient, notes: Notes) -> None:
+    """Which disks a backup takes, and what is wrong with their images."""
+    looked = patient.looked
+    facts = looked.facts
+    head = sets.head(patient)
+    before = head.disks if head is not None else ()
+    skipped_before = head.skipped if head is not None else ()
+    left_out = {each.target for each in skipped_before if each.reason in BY_REQUEST}
+    raw = any(disk.format == RAW for disk in before)
+    try:
+        # this level takes every disk that can be saved at all
+        found = select_disks(looked.definition, facts, level=Level.COPY, raw=raw)
+    except NbdbackupError as err:
+        notes.fail(err.message)
+        return
+    for skipped in found.skipped:
+        text = f"{skipped.target} is not saved: it is {skipped.reason}"
+        if skipped.target in left_out:
+            notes.ok(f"{skipped.target} is not saved, nor was it in the last point")
+        elif skipped in found.unsaved:
+            notes.warn(text, f"if that is meant, exclude it: {_exclude(skipped.target)}")
+        else:
+            notes.ok(text)
+    for chosen in found.chosen:
+        if chosen.target in left_out:
+            notes.ok(f"{chosen.target} was left out of the last point")
+        disk = looked.definition.disk(chosen.target)
+        why, _ = why_whole(disk, facts.get(disk.target, ImageFacts()))
+        _disk(patient, disk, why, notes)
+
+
+def _disk(patient: Patient, disk: domain_model.Disk, why: str, notes: Notes) -> None:
+    chain = patient.looked.chains.get(disk.target)
+    if chain is None:
+        _unseen(disk, notes)
+        return
+    for layer in chain:
+        _layer(disk, layer, is_active=patient.looked.is_active, notes=notes)
+    top = chain[0]
+    text = f"{disk.target}: {top.format}, {human_size(top.virtual_size)}"
+    if len(chain) > 1:
+        text += f", {len(chain) - 1} backing image{'s' * (len(chain) > 2)}"
+    old = f"set it with 'qemu-img amend -f qcow2 -o compat=1.1 {top.filename}' while it is off"
+    if disk.format == RAW:
+        # only here if the last point holds it, so that is known and wanted
+        notes.ok(f"{text}; saved whole each time: a raw image records no changes")
+    elif disk.format != QCOW2:
+        notes.warn(f"{text}; saved whole each time: it records no changes", "convert it to qcow2")
+    elif not top.can_hold_bitmaps:
+        notes.warn(f"{text}; saved whole each time: version 2 records no changes", old)
+    elif why:
+        notes.ok(f"{text}; saved whole each time: {why}")
+    else:
+        notes.ok(f"{text}; its changes can be tracked")
+    if disk.shareable:
+        notes.warn(
+            f"{disk.target} is shareable: what other domains write to it is not recorded",
+            f"leave it out ({_exclude(disk.target)}), or make fulls only",
+        )
+
+
+def _exclude(target: str) -> str:
+    return f"disks.exclude [{target}], or 'backup -x {target}'"
+
+
+def _unseen(disk: domain_model.Disk, notes: Notes) -> None:
+    """An image that qemu-img could not read; asked again for the reason."""
+    if disk.type not in LOCAL_TYPES:
+        notes.ok(f"{disk.target}: {disk.format} of kind {disk.type}, not to be seen from here")
+        return
+    try:
+        image.info_chain(Path(disk.source), format=disk.format)
+    except NbdbackupError as err:
+        notes.fail(
+            f"{disk.target}: {err.message}", "see that all images of its backing chain are there"
+        )
+
+
+def _layer(
+    disk: domain_model.Disk, layer: image.ImageInfo, *, is_active: bool, notes: Notes
+) -> None:
+    """What an image's header says against it."""
+    name = f"{disk.target}: image {layer.filename}"
+    if layer.corrupt:
+        notes.fail(
+            f"{name} is marked corrupt",
+            f"power the guest off, then 'qemu-img check -r all {layer.filename}'; make a full then",
+        )
+    if layer.dirty and not is_active:
+        # a running guest with lazy refcounts has it set all the time
+        notes.warn(
+            f"{name} was not closed cleanly",
+            "QEMU repairs it when the guest starts; or 'qemu-img check -r leaks'",
+        )
+    if layer.encrypted:
+        notes.warn(
+            f"{name} is encrypted: a backup of it is not", "keep the target where that is right"
+        )
+    if layer.data_file and not _is_readable(layer):
+        notes.fail(f"{name}: its data file {layer.data_file} can't be read")
+
+
+def _is_readable(layer: image.ImageInfo) -> bool:
+    path = Path(layer.filename).parent / layer.data_file
+    try:
+        with path.open("rb"):
+            return True
+    except OSError:
+        return False
+
+
+def agent(patient: Patient, notes: Notes) -> None:
+    """Whether the guest can be frozen; a backup of one that can't is crash consistent, or fails."""
+    policy = patient.request.freeze_policy
+    kind = patient.looked.definition.agent
+    if not patient.looked.is_active:
+        channel = "has no channel for" if kind is Agent.ABSENT else "has a channel for"
+        notes.ok(f"the domain is off, and {channel} a guest agent")
+    elif policy not in (FREEZES, REQUIRES):
+        notes.ok(f"the guest is not frozen, as freeze.policy says: {policy}")
+    elif kind is Agent.ABSENT:
+        cure = f"add a channel {domain_model.AGENT_CHANNEL} to the domain; install qemu-guest-agent"
+        _unfrozen(patient, notes, "no channel for a guest agent", f"{cure} in the guest")
+    elif kind is Agent.DISCONNECTED:
+        cure = "install qemu-guest-agent in the guest, and start it"
+        _unfrozen(patient, notes, "the guest agent is not connected", cure)
+    else:
+        _ask(patient, notes)
+
+
+def _unfrozen(patient: Patient, notes: Notes, problem: str, cure: str) -> None:
+    """A guest that can't be frozen: whether its runs fail at that, the policy decides."""
+    if patient.request.freeze_policy == REQUIRES:
+        notes.fail(
+            f"{problem}, and freeze.policy is 'require': no run saves the running guest",
+            f"{cure}; or set freeze.policy to 'auto'",
+        )
+    else:
+        notes.warn(problem, f"{cure}; else its points are crash consistent")
+
+
+def _ask(patient: Patient, notes: Notes) -> None:
+    busy = patient.domain_holder()
+    if busy:
+        # our question would set the agent's timeout that this run relies on
+        notes.ok(f"the guest agent is connected; not asked, since {busy} may talk to it")
+        return
+    try:
+        found = guest.guest_info(patient.domain, seconds=AGENT_SECONDS)
+    except FreezeError as err:
+        problem = f"the guest agent is connected and does not answer: {err.message}"
+        _unfrozen(patient, notes, problem, "restart qemu-guest-agent in the guest")
+    else:
+        system = found.get("os.pretty-name") or found.get("os.name") or "unknown system"
+        notes.ok(f"the guest agent answers: {system}")
+    _remembered(patient, notes)
+
+
+def _remembered(patient: Patient, notes: Notes) -> None:
+    """Whether runs leave the guest unfrozen for a while; 'require' asks its agent all the same."""
+    memory = State(patient.request.state_dir).freeze_memory(patient.domain.uuid)
+    obstacle = ""
+    if memory is not None:
+        obstacle = memory.obstacle(patient.request.now, domains.instance_of(patient.domain))
+    if obstacle and patient.request.freeze_policy == FREEZES:
+        notes.warn(
+            f"a run now would not freeze the guest: {obstacle}",
+            "look into the guest: a hook of the agent, or file systems, that hang in a freeze",
+        )

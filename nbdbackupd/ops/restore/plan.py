@@ -1,0 +1,299 @@
+"""What a restore will do: all that can be proven is proven, and nothing is written yet."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from nbdbackupd.errors import (
+    UsageError,
+)
+from nbdbackupd.model.chain import DiskPoint, RestorePoint
+from nbdbackupd.ops.restore import options as restore_options
+from nbdbackupd.ops.restore import output_names, side_files, sites
+from nbdbackupd.ops.restore.options import Choice
+from nbdbackupd.ops.restore.request import RestoreRequest, Style
+from nbdbackupd.ops.restore.side_files import FileCopy
+from nbdbackupd.ops.restore.sites import Site
+from nbdbackupd.ops.restore.steps import Step, steps_of
+from nbdbackupd.ops.sets import layers as layering
+from nbdbackupd.ops.sets import opened, sequence
+from nbdbackupd.ops.sets.layers import Layer
+from nbdbackupd.ops.sets.opened import OpenedSet
+from nbdbackupd.qemu.image import CreateOptions
+from nbdbackupd.repo import written
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One disk to write, and where to; ``steps`` are its points, oldest first, the wanted last."""
+
+    target: str
+    options: CreateOptions
+    site: Site
+    steps: tuple[Step, ...]
+    style: Style = Style.PLAIN
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The open layers of the wanted point, newest first."""
+        return self.steps[-1].layers
+
+    @property
+    def size(self) -> int:
+        """The disk's, in bytes."""
+        return self.layers[0].size
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Where something is written: of a chain the older images, too, in the order of points."""
+        return (*(step.site for step in self.steps if step.site is not None), self.site)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """All that is to be done, everything but the blocks proven.
+
+    ``source`` must live as long: what is unpacked of an archive goes with it.
+    """
+
+    point: str
+    domain: str
+    created: str
+    jobs: tuple[Job, ...]
+    files: tuple[FileCopy, ...] = ()
+    live: FileCopy | None = None
+    warnings: tuple[str, ...] = ()
+    source: OpenedSet | None = None
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Where all disks go."""
+        return tuple(site for job in self.jobs for site in job.sites)
+
+
+class Placement(Protocol):
+    """Chooses where disks go, in place of the request's output directory.
+
+    Its methods are called in this order, ``check`` often, before and after the last ones.
+    ``warnings`` are those of ``begin``.
+    """
+
+    warnings: tuple[str, ...]
+
+    def begin(self, point: RestorePoint, disks: tuple[DiskPoint, ...], stack: ExitStack) -> None:
+        """Look whether these disks can be placed; ``stack`` is that of the run."""
+
+    def format(self, disk: DiskPoint) -> str:
+        """The format that the disk must have there; empty for any."""
+
+    def place(
+        self, point: RestorePoint, made: Mapping[DiskPoint, Choice], stack: ExitStack
+    ) -> Mapping[str, Site]:
+        """The place of each disk, by target."""
+
+    def files(self, directory: Path, point: RestorePoint) -> tuple[FileCopy, ...]:
+        """Files of the point, in the set's ``directory``, that are to go somewhere."""
+
+    def check(self, *, is_overwritten: bool = False) -> None:
+        """Raise if the restore must end; from any thread. ``is_overwritten``: as ``settle``."""
+
+    def adopt(self) -> None:
+        """Change what libvirt says of the disks, when all that can go wrong is behind us."""
+
+    def settle(self, *, is_overwritten: bool) -> None:
+        """Raise if what was restored must not replace what is there now.
+
+        ``is_overwritten``: a device has lost what it held, so that it is too late to give way.
+        """
+
+
+def of_set(
+    request: RestoreRequest,
+    placement: Placement | None,
+    stack: ExitStack,
+    cancelled: Callable[[], None],
+) -> Plan:
+    """The plan for a point of a set. Raises as ``restore.run``."""
+    assert request.source is not None  # noqa: S101 - for the type checker
+    source, point = opened.open_point(request.source, request.choice)
+    stack.enter_context(closing(source))
+    targets = dict.fromkeys((*request.disks, *(place.target for place in request.places)))
+    disks = [point.disk(target) for target in targets] or list(point.disks)
+    if placement is not None:
+        placement.begin(point, tuple(disks), stack)
+    made = {disk: _choose(request, source, point, disk, placement) for disk in disks}
+    found = _sites(request, placement, point, made, stack)
+    jobs = tuple(
+        Job(
+            target=disk.target,
+            options=each.options,
+            site=found[disk.target],
+            steps=steps_of(
+                source, point, disk.target, found[disk.target],
+                style=request.style, since=request.since, stack=stack, check=cancelled,
+            ),
+            style=request.style,
+        )
+        for disk, each in made.items()
+    )  # fmt: skip
+    files = _files(request, source, point, placement)
+    return Plan(
+        point=point.id,
+        domain=point.domain,
+        created=point.created,
+        jobs=jobs,
+        files=files,
+        live=side_files.live_xml(source.path, point),
+        warnings=(
+            *source.warnings,
+            *written.warnings(request.state_dirs, source.known.needed(point)),
+            *(placement.warnings if placement is not None else ()),
+            *_told(made, found),
+            *(text for job in jobs for text in _sizes(job)),
+        ),
+        source=source,
+    )
+
+
+def _told(made: Mapping[DiskPoint, Choice], found: Mapping[str, Site]) -> tuple[str, ...]:
+    return tuple(
+        text
+        for disk, each in made.items()
+        for text in each.told(disk.target, data_file=found[disk.target].has_data_file)
+    )
+
+
+def _files(
+    request: RestoreRequest,
+    source: OpenedSet,
+    point: RestorePoint,
+    placement: Placement | None,
+) -> tuple[FileCopy, ...]:
+    files: tuple[FileCopy, ...] = ()
+    if request.output is not None:
+        files = side_files.plan(source.path, point, request.output)
+    if placement is not None:
+        files += placement.files(source.path, point)
+    for each in files:
+        layering.check_size(each.source, each.stored.size, point=point.id)
+    return files
+
+
+def _sizes(job: Job) -> tuple[str, ...]:
+    sizes = {step.layers[0].size for step in job.steps}
+    if job.style is not Style.SNAPSHOTS or len(sizes) == 1:
+        return ()
+    return (
+        f"disk {job.target}: some snapshots are of other sizes than the image: apply them with "
+        f"'qemu-img snapshot -a', since 'qemu-img convert -l' gives them its size",
+    )
+
+
+def _choose(
+    request: RestoreRequest,
+    source: OpenedSet,
+    point: RestorePoint,
+    disk: DiskPoint,
+    placement: Placement | None,
+) -> Choice:
+    path = next((each.path for each in request.places if each.target == disk.target), None)
+    wanted = request.format
+    if placement is not None:
+        wanted = placement.format(disk) or wanted
+    elif wanted is None and path is not None and path.is_block_device():
+        wanted = "raw"
+    elif request.style is not Style.PLAIN:
+        wanted = "qcow2"
+    chosen = restore_options.choose(
+        source.path, point, disk, wanted=wanted, preallocate=request.preallocate
+    )
+    if request.style is Style.PLAIN:
+        return chosen
+    return Choice(
+        format=chosen.format,
+        options=sites.with_plain_options(chosen.options),
+        warnings=chosen.warnings,
+        data_file=chosen.data_file,
+    )
+
+
+def _sites(
+    request: RestoreRequest,
+    placement: Placement | None,
+    point: RestorePoint,
+    made: Mapping[DiskPoint, Choice],
+    stack: ExitStack,
+) -> Mapping[str, Site]:
+    if placement is not None:
+        return placement.place(point, made, stack)
+    names = names_of(point, made)
+    given = {place.target: place.path for place in request.places}
+    found: dict[str, Site] = {}
+    for disk in made:
+        if disk.target in given:
+            about = about_disk(point, disk.target)
+            least = sites.room(disk.size, made[disk].format)
+            found[disk.target] = sites.at(given[disk.target], least, about, stack)
+        elif request.output is None:
+            raise UsageError(f"disk {disk.target} has no place: give -o, or -d {disk.target}=PATH")
+        else:
+            found[disk.target] = sites.NewFile(request.output / names[disk.target])
+    if request.style is Style.CHAIN:
+        found = {target: sites.ChainFile(site.final) for target, site in found.items()}
+    finals = [site.final.resolve() for site in found.values()]
+    if len(set(finals)) < len(finals):
+        raise UsageError("two disks can't go to one place")
+    return found
+
+
+def names_of(point: RestorePoint, made: Mapping[DiskPoint, Choice]) -> dict[str, str]:
+    """The file names of the images, by target."""
+    return output_names.choose(
+        [
+            output_names.Wanted(
+                target=disk.target, source=disk.source, original=disk.format, format=each.format
+            )
+            for disk, each in made.items()
+        ],
+        point.domain,
+    )
+
+
+def about_disk(point: RestorePoint, target: str) -> str:
+    """What stands on a device that is not complete."""
+    return f"Disk {target} of domain {point.domain}, restore point {point.id}"
+
+
+def of_sequence(request: RestoreRequest, stack: ExitStack, cancelled: Callable[[], None]) -> Plan:
+    """The plan for stream files given by hand. Raises as ``restore.run``."""
+    given = sequence.load(request.sequence, stack, cancelled)
+    wrong = [place.target for place in request.places if place.target != given.disk]
+    if wrong:
+        raise UsageError(f"the stream files are of disk {given.disk}, not of {wrong[0]}")
+    wanted = request.format
+    path = request.places[0].path if request.places else None
+    if wanted is None and path is not None and path.is_block_device():
+        wanted = "raw"
+    format_, warnings = restore_options.choose_format(given.format, wanted, given.disk)
+    if path is not None:
+        least = sites.room(given.layers[0].size, format_)
+        site = sites.at(path, least, f"Disk {given.disk}", stack)
+    elif request.output is not None:
+        naming = output_names.Wanted(
+            target=given.disk, source="", original=given.format, format=format_
+        )
+        site = sites.NewFile(request.output / output_names.choose([naming], "")[given.disk])
+    else:
+        raise UsageError("the disk has no place: give -o, or -d DISK=PATH")
+    job = Job(
+        target=given.disk,
+        options=restore_options.plain(format_, preallocate=request.preallocate),
+        site=site,
+        steps=(Step(point="", layers=given.layers, is_whole=True),),
+    )
+    return Plan(
+        point=given.point, domain="", created=given.created, jobs=(job,),
+        warnings=(*given.warnings, *warnings),
+    )  # fmt: skip

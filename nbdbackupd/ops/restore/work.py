@@ -1,0 +1,181 @@
+"""Carrying out what a restore has planned: filling the images, several disks at a time."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from nbdbackupd import durable
+from nbdbackupd.crew import Crew
+from nbdbackupd.errors import NbdbackupError
+from nbdbackupd.nbdio.throttle import Throttle
+from nbdbackupd.ops.restore import content, outputs
+from nbdbackupd.ops.restore.content import Item
+from nbdbackupd.ops.restore.fill import fill
+from nbdbackupd.ops.restore.outputs import Output
+from nbdbackupd.ops.restore.plan import Job
+from nbdbackupd.ops.restore.request import Progress, RestoredDisk, RestoreRequest, Style
+from nbdbackupd.ops.restore.sites import Site, Work
+from nbdbackupd.ops.restore.steps import Step
+from nbdbackupd.qemu import image, snapshots
+
+log = logging.getLogger(__name__)
+
+
+def write_all(
+    jobs: Sequence[Job],
+    request: RestoreRequest,
+    pace: Throttle | None,
+    progress: Progress,
+    cancelled: Callable[[], None],
+) -> tuple[RestoredDisk, ...]:
+    """Fill what each job needs, ``request.jobs`` of them at a time; the first error ends all.
+
+    Raises as ``restore.run``.
+    """
+    for job in jobs:
+        progress(job.target, 0, job.size * len(job.steps))
+    count = min(request.jobs, len(jobs))
+    if count <= 1:
+        return tuple(_Writer(job, request, pace, progress, cancelled).run() for job in jobs)
+    done: dict[str, RestoredDisk] = {}
+    # the largest first: else it may be what all the others wait for at the end
+    waiting = sorted(jobs, key=lambda job: job.size)
+    crew = Crew(cancelled)
+
+    def work() -> None:
+        while waiting:
+            try:
+                job = waiting.pop()
+            except IndexError:
+                return
+            done[job.target] = _Writer(job, request, pace, progress, crew.check).run()
+
+    crew.run({f"disk-{number}": work for number in range(count)})
+    return tuple(done[job.target] for job in jobs)
+
+
+class _Writer:
+    """One disk being written, whose thread asks ``cancelled``."""
+
+    def __init__(
+        self,
+        job: Job,
+        request: RestoreRequest,
+        pace: Throttle | None,
+        progress: Progress,
+        cancelled: Callable[[], None],
+    ) -> None:
+        self._job = job
+        self._request = request
+        self._pace = pace
+        self._progress = progress
+        self._cancelled = cancelled
+        self._finished = 0
+
+    def run(self) -> RestoredDisk:
+        """Fill all images of the disk. Raises as ``restore.run``."""
+        job, begun = self._job, time.monotonic()
+        try:
+            with durable.translate_os_errors("restore", job.site.incomplete):
+                written = self._write()
+        except NbdbackupError as err:
+            err.fields.setdefault("disk", job.target)
+            raise
+        seconds = time.monotonic() - begun
+        log.info("disk %s restored, %d bytes written in %.1f s", job.target, written, seconds)
+        older = tuple(step.site.final for step in job.steps if step.site is not None)
+        return RestoredDisk(
+            target=job.target, path=job.site.final, format=job.options.format, size=job.size,
+            data_bytes=written, seconds=seconds, images=older,
+            points=tuple(step.point for step in job.steps if step.point),
+        )  # fmt: skip
+
+    def _write(self) -> int:
+        if self._job.style is Style.CHAIN:
+            return self._chain()
+        if self._job.style is Style.SNAPSHOTS:
+            return self._snapshots()
+        return self._whole(self._job.steps[-1], self._job.site)
+
+    def _chain(self) -> int:
+        """An image for each point; one that read the whole disk stands by itself."""
+        written = 0
+        below: Site | None = None
+        overlays: list[tuple[Path, Site]] = []
+        for step in self._job.steps:
+            site = step.site or self._job.site
+            if step.is_whole or below is None:
+                written += self._whole(step, site)
+            else:
+                path = site.incomplete
+                os.close(outputs.create_private(path))
+                snapshots.create_overlay(
+                    path, step.layers[0].size, self._job.options, below.incomplete
+                )
+                written += self._on_top(step, path, content.delta(step.layers[0]))
+                overlays.append((path, below))
+            below = site
+        for path, _ in overlays:
+            self._cancelled()
+            image.check(path, format="qcow2")
+        for path, lower in overlays:
+            snapshots.name_backing(path, lower.final)
+            durable.fsync_file(path)
+        return written
+
+    def _snapshots(self) -> int:
+        """One image; each step writes what changed, and is kept by a snapshot."""
+        site, written = self._job.site, 0
+        before: Step | None = None
+        for step in self._job.steps:
+            path = site.incomplete
+            if before is None:
+                written += self._whole(step, site)
+            else:
+                older, newer = before.layers, step.layers
+                if newer[0].size != older[0].size:
+                    snapshots.resize(path, newer[0].size, shrink=newer[0].size < older[0].size)
+                changes = (
+                    content.difference(newer, older)
+                    if step.is_whole
+                    else content.delta(newer[0])
+                )  # fmt: skip
+                written += self._on_top(step, path, changes)
+            snapshots.take(path, step.point)
+            before = step
+        self._cancelled()
+        image.check(site.incomplete, format="qcow2")
+        durable.fsync_file(site.incomplete)
+        return written
+
+    def _whole(self, step: Step, site: Site) -> int:
+        crew = Crew(self._cancelled)
+        with site.open(self._work(step, crew)) as output:
+            return self._fill(output, step, crew, None)
+
+    def _on_top(self, step: Step, path: Path, items: Iterator[Item]) -> int:
+        crew = Crew(self._cancelled)
+        with outputs.changed(
+            path, workers=self._request.workers, cancelled=self._cancelled, check=crew.check
+        ) as output:
+            return self._fill(output, step, crew, items)
+
+    def _work(self, step: Step, crew: Crew) -> Work:
+        return Work(
+            size=step.layers[0].size, options=self._job.options, workers=self._request.workers,
+            cancelled=self._cancelled, check=crew.check,
+        )  # fmt: skip
+
+    def _fill(self, output: Output, step: Step, crew: Crew, items: Iterator[Item] | None) -> int:
+        job = self._job
+        total, before = job.size * len(job.steps), self._finished
+
+        def tell(done: int) -> None:
+            self._progress(job.target, min(total, before + min(done, job.size)), total)
+
+        written = fill(output, step.layers, crew=crew, progress=tell, items=items, pace=self._pace)
+        self._finished += job.size
+        self._progress(job.target, self._finished, total)
+        return written

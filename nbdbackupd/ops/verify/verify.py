@@ -1,0 +1,240 @@
+"""``verify``: prove a backup set, and name everything that is wrong with it.
+
+Manifests and their links, presence and size of every file, each index against its manifest, each
+stream against its index, every block against its SHA-256, that each disk is covered completely.
+What is found is returned, not raised: one damaged file must not hide the next.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from nbdbackupd import durable
+from nbdbackupd import log as runlog
+from nbdbackupd.errors import (
+    ChainBrokenError,
+    FormatError,
+    IntegrityError,
+    RepositoryError,
+    UsageError,
+)
+from nbdbackupd.files import open_regular
+from nbdbackupd.format import manifest
+from nbdbackupd.model.chain import BackupSet, RestorePoint, StoredFile
+from nbdbackupd.model.choice import Choice
+from nbdbackupd.ops.reporting import telling
+from nbdbackupd.ops.sets import layers, opened, originals
+from nbdbackupd.ops.verify.blocks import Prover
+from nbdbackupd.ops.verify.disk import DiskCheck
+from nbdbackupd.ops.verify.findings import Findings, Problem
+from nbdbackupd.ops.verify.peer import PeerCheck
+from nbdbackupd.ops.verify.request import VerifyReport, VerifyRequest
+from nbdbackupd.repo import layout, peer, written
+from nbdbackupd.repo.repository import refuse_links
+
+__all__ = ["Progress", "VerifyReport", "VerifyRequest", "run"]
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+STREAM_SUFFIXES: Final = frozenset({".data", ".raw"})
+
+
+def run(
+    request: VerifyRequest, *, progress: Progress, cancelled: Callable[[], None]
+) -> VerifyReport:
+    """Verify; ``progress`` gets a label, and bytes done and in all of that file.
+
+    ``cancelled`` is polled and raises to end the run. Raises UsageError, and RepositoryError if
+    there is no set or no such point; never for damage.
+    """
+    if request.workers < 1:
+        raise UsageError("at least one worker is needed")
+    refuse_links(request.path)
+    with runlog.context(SET=request.path):
+        place = peer.place_of(request.path)
+        theirs = place is not None and peer.is_peer(place)
+        verify = _verify_peer if theirs else _verify
+        report = verify(request, progress, cancelled)
+        telling.verified(log, report)
+    return report
+
+
+def _verify(
+    request: VerifyRequest, progress: Progress, cancelled: Callable[[], None]
+) -> VerifyReport:
+    begun = time.monotonic()
+    findings = Findings()
+    # before the manifests: a backup that publishes meanwhile must not seem to have lost its own
+    streams = _list_streams(request.path)
+    found = _load_points(request.path, findings)
+    if not findings.problems():
+        _check_strays(request.path, streams, found, findings)
+    known = _link(found, findings)
+    chosen = _choose(known, request.point, findings)
+    files = size = 0
+    with Prover(request.workers, cancelled) as prover:
+        for point, targets in chosen:
+            for stored in point.files:
+                _check_file(request.path, point, stored, findings, cancelled)
+                files, size = files + 1, size + stored.size
+            for disk in point.disks:
+                if disk.target not in targets:
+                    continue
+
+                def tell(done: int, label: str = disk.target, total: int = disk.file_size) -> None:
+                    progress(label, done, total)
+
+                DiskCheck(
+                    directory=request.path, point=point, disk=disk, findings=findings,
+                    prover=prover, progress=tell, cancelled=cancelled,
+                ).run()  # fmt: skip
+                files, size = files + 2, size + disk.file_size + disk.index.size
+    problems = findings.problems()
+    return VerifyReport(
+        points=len(chosen), files=files, checked_bytes=size, problems=problems,
+        seconds=time.monotonic() - begun,
+        warnings=(
+            *written.warnings(request.state_dirs, [point for point, _ in chosen]),
+            *(() if problems else _useless(request.path, chosen)),
+        ),
+    )  # fmt: skip
+
+
+def _useless(directory: Path, chosen: list[tuple[RestorePoint, frozenset[str]]]) -> tuple[str, ...]:
+    """What a restore can do without and is of no use: no damage, but worth a word."""
+    return tuple(
+        f"{text}: restored images get qemu-img's own options"
+        for point, targets in chosen
+        for text in originals.problems(directory, point)
+        if targets
+    )
+
+
+def _verify_peer(
+    request: VerifyRequest, progress: Progress, cancelled: Callable[[], None]
+) -> VerifyReport:
+    """A set that virtnbdbackup wrote, see ``verify_peer``."""
+    begun = time.monotonic()
+    findings = Findings()
+    source = opened.open_set(request.path, sound=True)
+    if not request.point or not source.known.points:
+        for message in source.problems:
+            findings.add(Problem(message=message))
+    chosen = _choose(source.known, request.point, findings) if source.known.points else []
+    check = PeerCheck(source=source, findings=findings, progress=progress, cancelled=cancelled)
+    files, size = check.run(chosen)
+    return VerifyReport(
+        points=len(chosen), files=files, checked_bytes=size, problems=findings.problems(),
+        seconds=time.monotonic() - begun,
+        warnings=(*source.hints, *_useless(source.path, chosen)),
+    )  # fmt: skip
+
+
+def _load_points(path: Path, findings: Findings) -> list[RestorePoint]:
+    """The points whose manifests can be read, in the order of their numbers."""
+    folder = path / layout.POINTS
+    with durable.translate_os_errors("read", folder):
+        names = sorted(
+            entry.name
+            for entry in folder.iterdir()
+            if entry.suffix == layout.MANIFEST_SUFFIX and not entry.name.startswith(".")
+        )
+    if not names:
+        raise RepositoryError(f"{path} holds no restore point: is it a backup set?")
+    found = []
+    for name in names:
+        file = f"{layout.POINTS}/{name}"
+        try:
+            point = manifest.parse(_read_manifest(folder / name))
+            if name != layout.manifest(point.sequence, point.id):
+                raise IntegrityError(f"manifest is of another point: {point.id}")
+        except (FormatError, OSError) as err:
+            findings.add_error(err, point="", disk="", file=file)
+        else:
+            found.append(point)
+    return sorted(found, key=lambda each: each.sequence)
+
+
+def _list_streams(path: Path) -> list[str]:
+    with durable.translate_os_errors("read", path):
+        return sorted(each.name for each in path.iterdir() if each.suffix in STREAM_SUFFIXES)
+
+
+def _check_strays(
+    path: Path, streams: list[str], found: list[RestorePoint], findings: Findings
+) -> None:
+    """A stream that no manifest names tells of a lost one; but a draft's are on their way in."""
+    named = {disk.file for point in found for disk in point.disks}
+    for draft in path.glob(f"{layout.DRAFT_PREFIX}*/{layout.DRAFT_MANIFEST}"):
+        try:
+            named |= {disk.file for disk in manifest.parse(_read_manifest(draft)).disks}
+        except (FormatError, OSError) as err:
+            log.warning("%s can't be read: %s", draft, err)
+    for name in streams:
+        if name not in named:
+            message = "stream of no restore point: its manifest is missing"
+            findings.add(Problem(message=message, file=name))
+
+
+def _read_manifest(path: Path) -> bytes:
+    with os.fdopen(open_regular(path), "rb") as file:
+        return file.read(manifest.MAX_SIZE + 1)
+
+
+def _link(found: list[RestorePoint], findings: Findings) -> BackupSet:
+    """The points as a set; if they do not hang together, that is a problem of its own."""
+    try:
+        return BackupSet.from_points(found)
+    except ChainBrokenError as err:
+        findings.add(Problem(message=err.message))
+        return BackupSet(tuple(found))
+
+
+def _choose(
+    known: BackupSet, ident: str, findings: Findings
+) -> list[tuple[RestorePoint, frozenset[str]]]:
+    """The points to look at, oldest first, each with the disks that matter."""
+    if not ident:
+        everything = [
+            (each, frozenset(disk.target for disk in each.disks)) for each in known.points
+        ]
+        for point in known.points:
+            for disk in point.disks:
+                _path(known, point, disk.target, findings)
+        return everything
+    point = Choice(point=ident).find(known)
+    needed: dict[str, set[str]] = {point.id: set()}
+    for disk in point.disks:
+        for each in _path(known, point, disk.target, findings):
+            needed.setdefault(each.id, set()).add(disk.target)
+    return [(each, frozenset(needed[each.id])) for each in known.points if each.id in needed]
+
+
+def _path(
+    known: BackupSet, point: RestorePoint, target: str, findings: Findings
+) -> tuple[RestorePoint, ...]:
+    try:
+        return known.path(point, target)
+    except (ChainBrokenError, RepositoryError) as err:
+        findings.add(Problem(message=err.message, point=point.id, disk=target))
+        return (point,)
+
+
+def _check_file(
+    directory: Path,
+    point: RestorePoint,
+    stored: StoredFile,
+    findings: Findings,
+    cancelled: Callable[[], None],
+) -> None:
+    path = directory / stored.name
+    try:
+        layers.check_size(path, stored.size)
+        if layers.sha256_file(path, cancelled) != stored.sha256:
+            raise IntegrityError("SHA-256 of the file is not the manifest's")
+    except (FormatError, OSError) as err:
+        findings.add_error(err, point=point.id, disk=stored.disk, file=stored.name)
