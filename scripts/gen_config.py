@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from nbdbackupd.app.config import manpage, sample
+from nbdbackupd.config import manpage, sample
 from scripts.generated import TOP, main
 
 

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbdbackupd.app import sizes
+from nbdbackupd import units
 
 if TYPE_CHECKING:
     from nbdbackupd.model.choice import Choice
@@ -48,7 +48,7 @@ def directory(text: str) -> Path:
 def size(text: str) -> int:
     """An argument in bytes, for argparse."""
     try:
-        return sizes.parse_size(text)
+        return units.parse_size(text)
     except ValueError as err:
         raise argparse.ArgumentTypeError(str(err)) from err
 
@@ -56,7 +56,7 @@ def size(text: str) -> int:
 def rate(text: str) -> int:
     """An argument in bytes per second, 64 KiB or more, for argparse."""
     value = size(text)
-    if value < sizes.LEAST_RATE:
+    if value < units.LEAST_RATE:
         raise argparse.ArgumentTypeError(f"a rate of at least 64K is needed, not {text!r}")
     return value
 
@@ -75,7 +75,7 @@ def seconds(text: str) -> float:
 def duration(text: str) -> float:
     """``36h``, ``3d`` as seconds, for argparse."""
     try:
-        return sizes.parse_duration(text)
+        return units.parse_duration(text)
     except ValueError as err:
         raise argparse.ArgumentTypeError(str(err)) from err
 

@@ -5,14 +5,15 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from nbdbackupd.app import configured, making, notification, systemd
+from nbdbackupd.app import configured, making, notification
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError, NbdbackupError, ProcessError
 from nbdbackupd.model.finding import Area, Finding, Notes
+from nbdbackupd.systemd import units
 
 if TYPE_CHECKING:
-    from nbdbackupd.app.config.settings import DomainSettings
+    from nbdbackupd.config.settings import DomainSettings
     from nbdbackupd.virt.domain import Domain
 
 GUESTS: Final = "libvirt-guests.service"
@@ -96,14 +97,12 @@ def _telling(settings: "DomainSettings", notes: Notes) -> None:
 
 def _end_of_host(notes: Notes) -> None:
     """A-2: guests are shut down with the host, and then saved, only while libvirt is there."""
-    if not systemd.is_booted() or shutil.which("systemctl") is None:
+    if not units.is_booted() or shutil.which("systemctl") is None:
         return
     try:
-        guests = systemd.properties(GUESTS, "LoadState", "ActiveState", "After")
+        guests = units.properties(GUESTS, "LoadState", "ActiveState", "After")
         active = [
-            each
-            for each in DAEMONS
-            if systemd.properties(each, "LoadState")["LoadState"] == "loaded"
+            each for each in DAEMONS if units.properties(each, "LoadState")["LoadState"] == "loaded"
         ]
     except ProcessError as err:
         notes.warn(f"how the host shuts guests down is not known: {err}")

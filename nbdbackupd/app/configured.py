@@ -11,8 +11,8 @@ from nbdbackupd.app.context import DEFAULT_URI, Context, default_state_dir
 from nbdbackupd.errors import ConfigError, DomainError
 
 if TYPE_CHECKING:
-    from nbdbackupd.app.config.files import Configuration
-    from nbdbackupd.app.config.settings import DomainSettings
+    from nbdbackupd.config.files import Configuration
+    from nbdbackupd.config.settings import DomainSettings
     from nbdbackupd.ops.domain.images import Sharing
     from nbdbackupd.virt.domain import Domain
 
@@ -23,7 +23,7 @@ def read(context: Context, *, event_fault: Callable[[str], str] | None = None) -
     ``event_fault`` is as of ``files.read_all``. Raises ConfigError if the directory was given and
     is none.
     """
-    from nbdbackupd.app.config import files, schema
+    from nbdbackupd.config import files, schema
 
     directory = (context.config_dir or schema.DIRECTORY).absolute()
     if context.config_dir is not None and not directory.is_dir():
@@ -36,7 +36,7 @@ def connected(configuration: "Configuration", context: Context) -> Context:
 
     Raises ConfigError if the configuration has a problem, or lacks its credential.
     """
-    from nbdbackupd.app.config.settings import global_settings, password_file
+    from nbdbackupd.config.settings import global_settings, password_file
 
     settings = global_settings(configuration)
     return replace(
@@ -54,7 +54,7 @@ def settings_of(
 
     The UUID is empty if it was not asked. Raises ConfigError, DomainError.
     """
-    from nbdbackupd.app.config.settings import needs_libvirt, settings_for
+    from nbdbackupd.config.settings import needs_libvirt, settings_for
 
     asking = needs_libvirt(name, configuration)
     if not asking:
@@ -91,7 +91,7 @@ def sharing_of(name: str, context: Context) -> "Sharing":
 
     A configuration that can't be read is no reason to refuse; it may know of other hosts, though.
     """
-    from nbdbackupd.app.config.settings import sharing
+    from nbdbackupd.config.settings import sharing
     from nbdbackupd.ops.domain import images
 
     given = context.state_dir.absolute() if context.is_state_given else None
@@ -125,14 +125,14 @@ def state_directories(context: Context) -> tuple[Path, ...]:
 
 def settings_of_domain(domain: "Domain", configuration: "Configuration") -> "DomainSettings":
     """The settings of a domain that libvirt knows. Raises ConfigError, DomainError."""
-    from nbdbackupd.app.config.settings import settings_for
+    from nbdbackupd.config.settings import settings_for
 
     return settings_for(domain.name, domain.uuid, labels(domain), configuration)
 
 
 def labels(domain: "Domain") -> Mapping[str, str]:
     """The labels of a domain; those of the running one win over those of its definition."""
-    from nbdbackupd.app.config.matching import labels_of
+    from nbdbackupd.config.matching import labels_of
 
     # a transient domain has no definition: libvirt then tells what it would be
     return {**labels_of(domain.xml(inactive=True)), **labels_of(domain.xml())}

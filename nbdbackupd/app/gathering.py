@@ -24,12 +24,12 @@ from nbdbackupd.errors import (
 from nbdbackupd.ops.sets.homes import MARK
 
 if TYPE_CHECKING:
-    from nbdbackupd.app.config.files import Configuration
-    from nbdbackupd.app.config.settings import DomainSettings
-    from nbdbackupd.app.systemd import Service, Timer
+    from nbdbackupd.config.files import Configuration
+    from nbdbackupd.config.settings import DomainSettings
     from nbdbackupd.model.health import Limits
-    from nbdbackupd.ops.reporting.status import DomainStatus, StatusReport, Stored
+    from nbdbackupd.ops.status.status import DomainStatus, StatusReport, Stored
     from nbdbackupd.repo.runs import Seen
+    from nbdbackupd.systemd.units import Service, Timer
     from nbdbackupd.virt.connection import Connection
 
 
@@ -76,8 +76,8 @@ class _Known:
 
     def names(self) -> list[str]:
         """All domains that anybody knows, in the order of names."""
-        from nbdbackupd.app.config import timers
-        from nbdbackupd.app.config.matching import is_uuid
+        from nbdbackupd.config import timers
+        from nbdbackupd.config.matching import is_uuid
         from nbdbackupd.model import unitname
 
         loaded = (unitname.domain_of(unit) for unit in self.units.timers)
@@ -98,7 +98,7 @@ def gather(
     Raises ConfigError if the configuration has a problem, DomainNotFoundError for a name that
     nobody knows. What can't be asked is told in the report's notes.
     """
-    from nbdbackupd.ops.reporting.status import StatusReport
+    from nbdbackupd.ops.status.status import StatusReport
 
     configuration = configured.read(context).require_sound()
     notes: list[str] = []
@@ -141,7 +141,7 @@ def record_host(connection: "Connection", configuration: "Configuration", direct
 
     Raises DomainError, RepositoryError, NoSpaceError.
     """
-    from nbdbackupd.ops.reporting import metrics
+    from nbdbackupd.ops.status import metrics
 
     units = ask_systemd([])
     domains = _domains_of(connection, configuration)
@@ -165,7 +165,7 @@ def _inventory(
     configuration: "Configuration", units: Units, domains: Iterable[str]
 ) -> tuple[str, ...]:
     """The domains that are this host's: libvirt knows them, a file names them, or a timer."""
-    from nbdbackupd.app.config import timers
+    from nbdbackupd.config import timers
     from nbdbackupd.model import unitname
 
     loaded = filter(None, map(unitname.domain_of, units.timers))
@@ -174,8 +174,8 @@ def _inventory(
 
 def ask_systemd(notes: list[str]) -> Units:
     """The timers and services of our runs; a note if systemd can't be asked."""
-    from nbdbackupd.app import systemd
     from nbdbackupd.model.unitname import RUNNER
+    from nbdbackupd.systemd import units as systemd
 
     if not systemd.is_booted():
         notes.append("systemd does not run this host: no schedules")
@@ -299,8 +299,8 @@ def _unscheduled(
 
     What the end of the guest saves needs no timer, unless a file of the domain wants one.
     """
-    from nbdbackupd.app import systemd
     from nbdbackupd.model import unitname
+    from nbdbackupd.systemd import units as systemd
 
     if not units.is_known or settings.schedule_calendar == ():
         return ""
@@ -328,9 +328,9 @@ def _folders(
     configuration: "Configuration", domains: "dict[str, tuple[str, DomainSettings]] | None"
 ) -> dict[str, tuple[Path, str]]:
     """The directories of domains: of those that libvirt knows by name, else by their own."""
-    from nbdbackupd.app.config.settings import global_settings
-    from nbdbackupd.ops.reporting import status
+    from nbdbackupd.config.settings import global_settings
     from nbdbackupd.ops.sets import homes, sets
+    from nbdbackupd.ops.status import status
 
     path = "repository.path"
     repositories: Iterable[Path] = (
@@ -361,7 +361,7 @@ def _look(name: str, known: _Known, context: Context, notes: list[str]) -> "Doma
     from nbdbackupd.app import run_record
     from nbdbackupd.model import unitname
     from nbdbackupd.model.health import Facts
-    from nbdbackupd.ops.reporting import status
+    from nbdbackupd.ops.status import status
 
     uuid, settings = _settings(name, known, notes)
     timer = _timer(known.units, name, uuid)
@@ -421,7 +421,7 @@ def _concerns(found: "Stored", context: Context, uuid: str) -> tuple[str, ...]:
 
 
 def _settings(name: str, known: _Known, notes: list[str]) -> "tuple[str, DomainSettings]":
-    from nbdbackupd.app.config.settings import needs_libvirt, settings_for
+    from nbdbackupd.config.settings import needs_libvirt, settings_for
 
     if known.domains is not None and name in known.domains:
         return known.domains[name]
@@ -431,8 +431,8 @@ def _settings(name: str, known: _Known, notes: list[str]) -> "tuple[str, DomainS
 
 
 def _stored(name: str, settings: "DomainSettings", known: _Known) -> "Stored":
-    from nbdbackupd.app.config.settings import check_mounted
-    from nbdbackupd.ops.reporting import status
+    from nbdbackupd.config.settings import check_mounted
+    from nbdbackupd.ops.status import status
     from nbdbackupd.repo import layout
 
     # sets of a domain that files no longer send here are still where they are

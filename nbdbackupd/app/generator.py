@@ -25,8 +25,8 @@ from nbdbackupd import plain
 from nbdbackupd.model import unitname
 
 if TYPE_CHECKING:
-    from nbdbackupd.app.config.files import Configuration
-    from nbdbackupd.app.config.timers import TimerSettings
+    from nbdbackupd.config.files import Configuration
+    from nbdbackupd.config.timers import TimerSettings
 
 UNITS: Final = Path("/etc/systemd/system")
 GENERATED: Final = Path("/run/systemd/generator")
@@ -82,7 +82,7 @@ def generate(
     that of libvirt's domains; ``units`` is where the administrator's links are. ``tell`` gets a
     line for each thing that is wrong.
     """
-    from nbdbackupd.app.config import calendar, files, inventory, schema, timers
+    from nbdbackupd.config import calendar, files, inventory, schema, timers
 
     configuration = files.read_all(
         config or schema.DIRECTORY, event_fault=cache(calendar.systemd_fault)
@@ -127,7 +127,7 @@ def refresh(
     that are no longer wanted end, as of domains that are gone, unless a file has an error.
     False if systemd did not do all of it, which is told.
     """
-    from nbdbackupd.app.config import files, schema
+    from nbdbackupd.config import files, schema
 
     with tempfile.TemporaryDirectory() as directory:
         made = Path(directory)
@@ -145,8 +145,8 @@ def refresh(
 
 def _begin(tell: Tell, timers: Collection[str]) -> bool:
     """Start those of the timers that are not active; none that the administrator has masked."""
-    from nbdbackupd.app import systemd
     from nbdbackupd.errors import ProcessError
+    from nbdbackupd.systemd import units as systemd
 
     if not timers:
         return True
@@ -202,7 +202,7 @@ def enabled_names(units: Path) -> tuple[str, ...]:
 
 
 def _main_only(configuration: "Configuration") -> "Configuration":
-    from nbdbackupd.app.config.files import Configuration
+    from nbdbackupd.config.files import Configuration
 
     files = tuple(file for file in configuration.files if file.match is None)
     return Configuration(files=files, problems=configuration.problems)

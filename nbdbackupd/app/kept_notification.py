@@ -17,7 +17,7 @@ from nbdbackupd.errors import NbdbackupError
 from nbdbackupd.repo import layout
 
 if TYPE_CHECKING:
-    from nbdbackupd.app.config.settings import DomainSettings
+    from nbdbackupd.config.settings import DomainSettings
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from nbdbackupd.errors import UsageError
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from nbdbackupd.app.config.settings import DomainSettings
+    from nbdbackupd.config.settings import DomainSettings
     from nbdbackupd.model.chain import Level
     from nbdbackupd.model.policy import NextRun
     from nbdbackupd.ops.backup.request import BackupRequest
@@ -67,7 +67,7 @@ def plan(domain: "Domain", settings: "DomainSettings", now: "datetime", wanted: 
     Raises RepositoryError if the repository is not mounted or can't be read, NoFullError for a
     level that needs a full that is not there.
     """
-    from nbdbackupd.app.config import settings as app_settings
+    from nbdbackupd.config import settings as app_settings
     from nbdbackupd.ops.sets import homes, sets
 
     app_settings.check_mounted(settings)

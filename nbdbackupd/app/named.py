@@ -11,7 +11,7 @@ from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError, FormatError, RepositoryError, UsageError
 
 if TYPE_CHECKING:
-    from nbdbackupd.app.config.files import Configuration
+    from nbdbackupd.config.files import Configuration
     from nbdbackupd.model.choice import Choice
     from nbdbackupd.ops.sets.lookup import DomainSets
 
@@ -29,7 +29,7 @@ def domain_of(source: Path, context: Context) -> "DomainSets | None":
     """
     if os.path.lexists(source) or os.sep in str(source):
         return None
-    from nbdbackupd.app.config.settings import global_settings
+    from nbdbackupd.config.settings import global_settings
     from nbdbackupd.ops.sets import lookup
 
     configuration = configured.read(context)
@@ -56,8 +56,8 @@ def _absent(name: str, configuration: "Configuration") -> str:
 
     Labels would need libvirt: a file that needs them counts as if it were not there.
     """
-    from nbdbackupd.app.config.matching import is_uuid
-    from nbdbackupd.app.config.settings import settings_for, why_absent
+    from nbdbackupd.config.matching import is_uuid
+    from nbdbackupd.config.settings import settings_for, why_absent
 
     return "" if is_uuid(name) else why_absent(settings_for(name, "", {}, configuration))
 
@@ -72,7 +72,7 @@ def _way_out(name: str, configuration: "Configuration") -> str:
 
     It is not looked for in any place but to be named: which one the broken file meant is unknown.
     """
-    from nbdbackupd.app.config import schema
+    from nbdbackupd.config import schema
     from nbdbackupd.ops.sets import lookup
 
     default: Path = schema.BY_PATH[PATH].default

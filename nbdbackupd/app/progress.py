@@ -5,7 +5,7 @@ import time
 from typing import Self, TextIO
 
 from nbdbackupd import plain
-from nbdbackupd.app.sizes import human_size, human_time
+from nbdbackupd.units import human_size, human_time
 
 EVERY_SECONDS = 0.2
 PLAIN_SECONDS = 10.0

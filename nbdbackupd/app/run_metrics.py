@@ -10,7 +10,7 @@ from nbdbackupd.app import context as app_context
 from nbdbackupd.errors import ConfigError, Interrupted, NbdbackupError
 
 if TYPE_CHECKING:
-    from nbdbackupd.app.config.files import Configuration
+    from nbdbackupd.config.files import Configuration
     from nbdbackupd.model.chain import RestorePoint
     from nbdbackupd.ops.backup.request import BackupReport
     from nbdbackupd.repo.runs import End
@@ -23,7 +23,7 @@ def unseen(end: "End", configuration: "Configuration") -> None:
 
     Its exit status is the shell's for a kill: nobody saw another one.
     """
-    from nbdbackupd.app.config.settings import global_settings
+    from nbdbackupd.config.settings import global_settings
 
     try:
         directory = global_settings(configuration).monitoring_metrics_directory
@@ -69,7 +69,7 @@ class RunMetrics:
     ) -> None:
         if self._directory is None:
             return
-        from nbdbackupd.ops.reporting import metrics
+        from nbdbackupd.ops.status import metrics
 
         facts = metrics.RunFacts(
             domain=self._domain,

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Final
 
 from nbdbackupd import rundir
 from nbdbackupd.app import context as app_context
-from nbdbackupd.app import notification, systemd
+from nbdbackupd.app import notification
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import BusyError, Interrupted, NbdbackupError
 from nbdbackupd.model import unitname
 from nbdbackupd.repo import runs
 from nbdbackupd.repo.runs import Begun, End, Living, Runs, Seen
+from nbdbackupd.systemd import units
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.backup.request import BackupReport
@@ -52,7 +53,7 @@ class RunRecord:
         is_busy = isinstance(err, BusyError)
         if isinstance(err, Interrupted):
             reason = f"it was told to end ({signal.Signals(err.signum).name})"
-            if self._living is not None and self._living.run.unit and systemd.is_stopping():
+            if self._living is not None and self._living.run.unit and units.is_stopping():
                 self._living.is_unfinished = True
                 reason = "the host was going down"
         by_unit = self._living is not None and self._living.run.unit

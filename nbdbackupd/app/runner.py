@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from nbdbackupd import events, plain
 from nbdbackupd import log as runlog
-from nbdbackupd.app import configured, inhibit, kept_notification, making
+from nbdbackupd.app import configured, kept_notification, making
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.run_metrics import RunMetrics
@@ -25,11 +25,12 @@ from nbdbackupd.errors import (
     Interrupted,
     NbdbackupError,
 )
+from nbdbackupd.systemd import inhibit
 
 if TYPE_CHECKING:
-    from nbdbackupd.app.config.files import Configuration
-    from nbdbackupd.app.config.settings import DomainSettings
     from nbdbackupd.app.making import Planned
+    from nbdbackupd.config.files import Configuration
+    from nbdbackupd.config.settings import DomainSettings
     from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
     from nbdbackupd.virt.connection import Connection
     from nbdbackupd.virt.domain import Domain, Ending
@@ -185,12 +186,12 @@ def _wait(gap: float, err: BusyError, wish: Wish, watch: Watch, record: RunRecor
 
 def _told(wish: Wish, context: Context, watch: Watch) -> RunReport:
     """One try."""
-    from nbdbackupd.ops.reporting import telling
+    from nbdbackupd.ops.domain import endings
 
     with ExitStack() as stack:
         stack.enter_context(runlog.context(DOMAIN=wish.domain))
         if not wish.dry_run:
-            stack.enter_context(telling.Ending(log, telling.backup_ending).told())
+            stack.enter_context(endings.Ending(log, endings.backup_ending).told())
         report = _find_and_run(wish, context, watch)
         if report.result == "skipped" and report.backup is None:
             events.emit(log, events.BACKUP_SKIPPED, reason=report.reason)
@@ -198,8 +199,8 @@ def _told(wish: Wish, context: Context, watch: Watch) -> RunReport:
 
 
 def _find_and_run(wish: Wish, context: Context, watch: Watch) -> RunReport:
-    from nbdbackupd.app.config.matching import is_uuid
-    from nbdbackupd.app.config.settings import global_settings
+    from nbdbackupd.config.matching import is_uuid
+    from nbdbackupd.config.settings import global_settings
     from nbdbackupd.ops.domain import domains
 
     configuration = configured.read(context).require_sound()
@@ -243,7 +244,7 @@ def _find_and_run(wish: Wish, context: Context, watch: Watch) -> RunReport:
 
 def _report_gone(name: str, configuration: "Configuration", err: DomainNotFoundError) -> RunReport:
     """That a domain has moved to another host is no failure of its timer on this one."""
-    from nbdbackupd.app.config.settings import settings_for, sharing
+    from nbdbackupd.config.settings import settings_for, sharing
     from nbdbackupd.ops.domain import images
 
     where = images.gone_to(name, sharing(settings_for(name, "", {}, configuration)))
@@ -298,7 +299,7 @@ class _Run:
 
         Nothing is touched. Raises BusyError, RepositoryError, DomainError.
         """
-        from nbdbackupd.app.config.settings import sharing
+        from nbdbackupd.config.settings import sharing
         from nbdbackupd.ops.domain import images
 
         if self.domain.is_active():
@@ -318,7 +319,7 @@ class _Run:
 
     def _elsewhere(self, err: ElsewhereError) -> RunReport:
         """That another host has it is no failure; that none has ever saved it is worth a word."""
-        from nbdbackupd.app.config.settings import sharing
+        from nbdbackupd.config.settings import sharing
         from nbdbackupd.repo.state import State
 
         shared = sharing(self.settings).state_dir
@@ -450,7 +451,7 @@ class _Run:
         )  # fmt: skip
 
     def _fields(self, directory: Path) -> dict[str, Any]:
-        from nbdbackupd.app.config.settings import request_fields
+        from nbdbackupd.config.settings import request_fields
 
         # level auto: should another run have begun the set meanwhile, this one goes on with it
         fields = request_fields(self.settings) | {"retired": directory}

@@ -8,7 +8,7 @@ from nbdbackupd import log as runlog
 from nbdbackupd.app import named, tables
 from nbdbackupd.app.arguments import Arguments, Parser, add_point, chosen, names
 from nbdbackupd.app.context import Context
-from nbdbackupd.app.sizes import human_size
+from nbdbackupd.units import human_size
 
 if TYPE_CHECKING:
     from nbdbackupd.model.file_systems import FileSystem

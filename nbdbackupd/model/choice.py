@@ -6,7 +6,7 @@ from typing import Final
 
 from nbdbackupd.errors import RepositoryError, UsageError
 from nbdbackupd.model.chain import BackupSet, RestorePoint
-from nbdbackupd.model.units import local_time
+from nbdbackupd.units import local_time
 
 LATEST: Final = "latest"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from nbdbackupd.errors import UsageError
-from nbdbackupd.model.units import human_size
+from nbdbackupd.units import human_size
 
 EXT: Final = frozenset({"ext2", "ext3", "ext4"})
 """Types that fuse2fs reads."""

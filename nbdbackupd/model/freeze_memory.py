@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from nbdbackupd.model.units import local_time
+from nbdbackupd.units import local_time
 
 MAY_BE_FROZEN: Final = "THE GUEST MAY BE FROZEN, OR FREEZE LATE"
 """How the warning of a point begins whose thaw was not answered in time."""

@@ -26,7 +26,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Final, Generic, Protocol, TypeVar
 
-from nbdbackupd.crew import Crew
 from nbdbackupd.errors import NbdError
 from nbdbackupd.model import extents as model
 from nbdbackupd.model.extents import Segment
@@ -42,6 +41,7 @@ from nbdbackupd.nbdio.client import (
 from nbdbackupd.nbdio.extents import ExtentReader
 from nbdbackupd.nbdio.requests import Requests
 from nbdbackupd.nbdio.throttle import Throttle
+from nbdbackupd.threads import Threads
 
 B = TypeVar("B")
 TICK: Final = 0.1
@@ -145,8 +145,8 @@ class _Pipeline(Generic[B]):
         self._tuning = tuning
         self._arena = arena
         self._progress = progress
-        self._crew = Crew(patience.cancelled)
-        self.patience = replace(patience, cancelled=self._crew.check)
+        self._threads = Threads(patience.cancelled)
+        self.patience = replace(patience, cancelled=self._threads.check)
         self._plan: Iterator[Segment] = iter(())
         self._plan_lock = threading.Lock()
         self._tickets = 0
@@ -173,7 +173,7 @@ class _Pipeline(Generic[B]):
             bodies[f"read-{number}"] = lambda: self._read(endpoint)
         for number in range(self._tuning.workers):
             bodies[f"work-{number}"] = self._work_off
-        self._crew.run(bodies)
+        self._threads.run(bodies)
         self._prove()
 
     def _prove(self) -> None:
@@ -199,7 +199,7 @@ class _Pipeline(Generic[B]):
         ):
             exhausted = False
             while not exhausted or requests.in_flight:
-                self._crew.check()
+                self._threads.check()
                 while not exhausted and requests.in_flight < self._tuning.depth:
                     if not self._may_read(wait=not requests.in_flight):
                         break
@@ -220,7 +220,7 @@ class _Pipeline(Generic[B]):
         while self._throttle is not None and (delay := self._throttle.delay()) > 0:
             if not wait:
                 return False
-            self._crew.check()
+            self._threads.check()
             time.sleep(min(delay, TICK))
         return True
 
@@ -232,7 +232,7 @@ class _Pipeline(Generic[B]):
             except queue.Empty:
                 if not wait:
                     return None
-            self._crew.check()
+            self._threads.check()
 
     def _submit_next(self, connection: Connection, requests: Requests, slot: int) -> bool:
         """Begin to read the next piece of the plan into ``slot``; False if there is none.
@@ -240,7 +240,7 @@ class _Pipeline(Generic[B]):
         Zero segments need no buffer and go straight to the workers.
         """
         with self._plan_lock:
-            self._crew.check()
+            self._threads.check()
             while (segment := next(self._plan, None)) is not None:
                 ticket = self._tickets
                 self._tickets += 1
@@ -273,13 +273,13 @@ class _Pipeline(Generic[B]):
             try:
                 item = self._work.get(timeout=TICK)
             except queue.Empty:
-                self._crew.check()
+                self._threads.check()
                 continue
             if item is None:
                 with self._order_lock:
                     self._written += written
                 return
-            self._crew.check()
+            self._threads.check()
             ticket, segment, slot = item
             if segment.zero:
                 block = self._sink.zero(segment.offset, segment.length)

@@ -15,7 +15,7 @@ from typing import Final
 
 import pytest
 
-from nbdbackupd.model.units import local_time
+from nbdbackupd.units import local_time
 from tests.lib import trees
 from tests.lib.ctl import PYTHON, ROOT, Ctl
 from tests.lib.sets import Change, SetBuilder

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from nbdbackupd.crew import Crew
 from nbdbackupd.errors import NbdError
 from nbdbackupd.format.index import MAX_BLOCK
 from nbdbackupd.ops.restore.fill import fill
 from nbdbackupd.ops.restore.outputs import DEPTH, Output, Writer
 from nbdbackupd.ops.sets import layers
+from nbdbackupd.threads import Threads
 from tests.lib import sets
 from tests.lib.sets import SetBuilder
 
@@ -87,7 +87,7 @@ def filled(tmp_path: Path, *, fail_at_flush: bool) -> tuple[bytes, bytes]:
             for point in reversed(made.points)
         ]
         output = Output(writers=3, writer=writer)
-        fill(output, opened, crew=Crew(lambda: None), progress=lambda _: None)
+        fill(output, opened, threads=Threads(lambda: None), progress=lambda _: None)
     assert all(len(each.free) == DEPTH for each in writers), "a slot was lost"
     return bytes(image), made.images[-1]["vda"]
 

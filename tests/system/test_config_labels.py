@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdbackupd.app.config import manpage
+from nbdbackupd.config import manpage
 from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec
 from tests.lab.guest import GuestOptions

@@ -8,8 +8,8 @@ import pytest
 
 from nbdbackupd.errors import ChainBrokenError, FormatError, IntegrityError, RepositoryError
 from nbdbackupd.model.chain import DiskMode, Layout, Level
-from nbdbackupd.model.units import human_size
 from nbdbackupd.ops.sets import catalog
+from nbdbackupd.units import human_size
 from tests.lib import chains, points
 
 

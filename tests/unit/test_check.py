@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from nbdbackupd.app import check_run, systemd
+from nbdbackupd.app import check_run
 from nbdbackupd.app.verbs import check as verb
 from nbdbackupd.model import access
 from nbdbackupd.model.access import Account
@@ -25,6 +25,7 @@ from nbdbackupd.ops.check.check import CheckReport
 from nbdbackupd.ops.check.request import Patient
 from nbdbackupd.ops.domain import domains, locks
 from nbdbackupd.repo.state import State
+from nbdbackupd.systemd import units
 from nbdbackupd.virt import guest
 
 OWNER, GROUP, OTHER = 65001, 65002, 65003
@@ -168,7 +169,7 @@ esac
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(systemd, "BOOTED", tmp_path)
+    monkeypatch.setattr(units, "BOOTED", tmp_path)
     notes = Notes(Area.CONFIGURATION)
     check_run._end_of_host(notes)
     (found,) = notes.done()

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nbdbackupd.app.config import calendar, files, kinds, reading, sample, schema
-from nbdbackupd.app.config.files import Configuration
-from nbdbackupd.app.config.settings import settings_for
-from nbdbackupd.app.sizes import parse_duration, parse_size
+from nbdbackupd.config import calendar, files, kinds, reading, sample, schema
+from nbdbackupd.config.files import Configuration
+from nbdbackupd.config.settings import settings_for
 from nbdbackupd.errors import ConfigError
+from nbdbackupd.units import parse_duration, parse_size
 
 
 def read(directory: Path, main: str | bytes = "", **others: str | bytes) -> Configuration:
@@ -249,7 +249,7 @@ PIECES = st.sampled_from(
 @example("\x85a: 1", True)
 @example("a: 1\r\nb: 2", True)
 def test_no_text_breaks_the_reader(text: str, is_main: bool) -> None:
-    from nbdbackupd.app.config.interpreting import Interpreter
+    from nbdbackupd.config.interpreting import Interpreter
 
     reader = Interpreter(Path("/f"), is_main=is_main)
     with contextlib.suppress(reading.Unreadable):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd.app import ctl
-from nbdbackupd.app.config import inventory
+from nbdbackupd.config import inventory
 from nbdbackupd.virt import same_host
 from tests.lib import points
 

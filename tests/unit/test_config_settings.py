@@ -16,10 +16,10 @@ import pytest
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app import making
 from nbdbackupd.app import parser as app_parser
-from nbdbackupd.app.config import files, matching, schema, settings
-from nbdbackupd.app.config.files import Configuration
-from nbdbackupd.app.config.settings import DomainSettings
 from nbdbackupd.app.context import Context
+from nbdbackupd.config import files, matching, schema, settings
+from nbdbackupd.config.files import Configuration
+from nbdbackupd.config.settings import DomainSettings
 from nbdbackupd.errors import ConfigError, DomainError, RepositoryError, UsageError
 from nbdbackupd.model.policy import LevelPolicy, Rotate
 from nbdbackupd.ops.backup.request import BackupRequest

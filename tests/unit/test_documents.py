@@ -13,9 +13,9 @@ from nbdbackupd.format import manifest, sizes, stream
 from nbdbackupd.model import bootxml, definition, hostpaths, jobxml
 from nbdbackupd.model.domain import parse_domain
 from nbdbackupd.qemu import image
-from nbdbackupd.repo import peer
 from nbdbackupd.repo.draft import Intent
 from nbdbackupd.repo.state import Record
+from nbdbackupd.repo.virtnbdbackup import peer
 
 MANY = documents.MAX_VALUES + 1
 JSON = {

@@ -19,11 +19,11 @@ from uuid import UUID
 
 import pytest
 
-from nbdbackupd import crew, events, log
+from nbdbackupd import events, log, threads
 from nbdbackupd.app import ctl
 from nbdbackupd.errors import BusyError, DomainError, GaveWayError, Interrupted
 from nbdbackupd.events import ALL, Event
-from nbdbackupd.ops.reporting import telling
+from nbdbackupd.ops.domain import endings
 from scripts import gen_events, generated
 from tests.lib.pages import TOP
 
@@ -105,7 +105,7 @@ def test_threads_speak_in_the_context_of_their_run() -> None:
         logger.warning("from a thread")
 
     with journal() as (fake, _), log.context(RUN="r7"):
-        crew.Crew(lambda: None).run({"one": say, "two": say})
+        threads.Threads(lambda: None).run({"one": say, "two": say})
         timer = threading.Timer(0, log.carried(say))
         timer.start()
         timer.join(10)
@@ -336,8 +336,8 @@ def test_systemd_takes_the_catalogue(tmp_path: Path) -> None:
     ],
 )
 def test_an_ending_is_told_once_where_it_is_seen_first(error: BaseException, event: Event) -> None:
-    outer = telling.Ending(logger, telling.backup_ending)
-    inner = telling.Ending(logger, telling.backup_ending)
+    outer = endings.Ending(logger, endings.backup_ending)
+    inner = endings.Ending(logger, endings.backup_ending)
     with journal() as (fake, _):
         with pytest.raises(type(error)), outer.told(), log.context(RUN="r"), inner.told():
             raise error

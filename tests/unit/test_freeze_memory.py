@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd.model.freeze_memory import FreezeMemory, after
-from nbdbackupd.model.units import local_time
 from nbdbackupd.repo.state import State
+from nbdbackupd.units import local_time
 
 NOW = datetime(2026, 1, 31, 2, 0, tzinfo=UTC)
 

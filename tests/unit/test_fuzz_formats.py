@@ -29,9 +29,9 @@ from nbdbackupd.format.index import HEADER, RECORD, Index
 from nbdbackupd.format.stream import StreamReader
 from nbdbackupd.ops.sets import import_files, opened, sequence
 from nbdbackupd.ops.sets.layers import MAX_STORED, IndexedLayer, Layer, ScannedLayer
-from nbdbackupd.repo import peer
 from nbdbackupd.repo.draft import Intent
 from nbdbackupd.repo.importing import Stage
+from nbdbackupd.repo.virtnbdbackup import peer
 from tests.lib.points import full_point
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdbackupd.app import generator
-from nbdbackupd.app.config import schema, timers
+from nbdbackupd.config import schema, timers
 from nbdbackupd.model import throwaway, unitname
 from tests.lib.pages import TOP
 

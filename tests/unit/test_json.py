@@ -73,10 +73,10 @@ REPORTS: Final = {
         ("app/verbs/config.py", "_document"),
         ("app/verbs/config.py", "_sample"),
     ],
-    "status": [("ops/reporting/status.py", "to_json"), ("ops/reporting/status.py", "describe")],
+    "status": [("ops/status/status.py", "to_json"), ("ops/status/status.py", "describe")],
     "timers": [("app/verbs/timers.py", "_document"), ("app/verbs/timers.py", "_entry")],
     "notify": [("app/verbs/notify.py", "_tell")],
-    "log": [("ops/reporting/journal.py", "to_json"), ("ops/reporting/journal.py", "describe")],
+    "log": [("ops/status/journal.py", "to_json"), ("ops/status/journal.py", "describe")],
 }
 
 

@@ -13,8 +13,8 @@ from nbdbackupd import events
 from nbdbackupd.app import ctl
 from nbdbackupd.app.verbs import log as verb
 from nbdbackupd.errors import NotSupportedError, ProcessError, UsageError
-from nbdbackupd.ops.reporting import journal
-from nbdbackupd.ops.reporting.journal import Entry, Query
+from nbdbackupd.ops.status import journal
+from nbdbackupd.ops.status.journal import Entry, Query
 
 
 def matches(query: Query) -> list[str]:

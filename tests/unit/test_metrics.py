@@ -10,8 +10,8 @@ import pytest
 
 from nbdbackupd.errors import FormatError, RepositoryError
 from nbdbackupd.model.chain import DiskMode, Level
-from nbdbackupd.ops.reporting import metrics
-from nbdbackupd.ops.reporting.metrics import RunFacts
+from nbdbackupd.ops.status import metrics
+from nbdbackupd.ops.status.metrics import RunFacts
 from tests.lib import points
 
 NOW = datetime(2026, 2, 1, 3, 0, 0, 500000, tzinfo=UTC)

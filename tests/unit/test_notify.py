@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from nbdbackupd import events
-from nbdbackupd.app import notification, systemd
+from nbdbackupd.app import notification
 from nbdbackupd.app.notification import Notice
 from nbdbackupd.model import unitname
 from nbdbackupd.repo import runs
+from nbdbackupd.systemd import units
 from tests.lib.pages import TOP
 
 # what systemctl 252 prints for a service that failed
@@ -463,7 +464,7 @@ def test_how_services_stand(host: Host, monkeypatch: pytest.MonkeyPatch) -> None
     second = second.replace("@1769911265", "").replace("ExecMainStatus=20", "ExecMainStatus=")
     host.state.write_text(host.state.read_text() + "\n" + second)
     monkeypatch.setenv("PATH", f"{host.programs}:/usr/bin:/bin")
-    one, two = systemd.services("*.service")
+    one, two = units.services("*.service")
     assert (one.unit, one.exit_status, one.is_running) == ("nbdbackup@vm1.service", 20, False)
     assert one.started is not None
     assert one.ended is not None

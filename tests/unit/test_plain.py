@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd import log, plain, proc
-from nbdbackupd.app import asking, notification, progress, streams, systemd, tables
+from nbdbackupd.app import asking, notification, progress, streams, tables
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import check
 from nbdbackupd.errors import FormatError, ProcessError
 from nbdbackupd.format import manifest, stream
-from nbdbackupd.repo import peer
+from nbdbackupd.repo.virtnbdbackup import peer
+from nbdbackupd.systemd import units
 from tests.lib import points
 
 EVIL = "a\x1b[2J\nwarning: b\r\x07\x9b31m\u202ec\u200bd\ud800-\udcff\u2028e\x00"
@@ -96,7 +97,7 @@ def test_progress_tables_questions_and_findings(
         asking.ask("This will be overwritten", (EVIL,), "refused", lambda: None)
     answers.close()
     assert harmless(asked.getvalue())
-    assert harmless(systemd._clean(EVIL))
+    assert harmless(units._clean(EVIL))
 
 
 def test_mail_and_what_programs_said() -> None:

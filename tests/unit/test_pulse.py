@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdbackupd.app.pulse import Pulse
+from nbdbackupd.systemd.notify import Pulse
 
 MINUTES = 60 * 10**6
 

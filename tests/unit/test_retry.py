@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from nbdbackupd import durable, events, log, rundir
-from nbdbackupd.app import ctl, run_record, runner, systemd
+from nbdbackupd.app import ctl, run_record, runner
 from nbdbackupd.errors import GaveWayError
 from nbdbackupd.ops.backup import backup
 from nbdbackupd.repo import runs
+from nbdbackupd.systemd import units
 from nbdbackupd.virt import jobs, same_host
 from tests.lib import points
 
@@ -147,7 +148,7 @@ def test_w7_who_gave_way_is_not_asked_twice(host: Host, monkeypatch: pytest.Monk
 @pytest.mark.usefixtures("busy")
 def test_w7_told_to_end_while_it_waits(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "RETRY_SECONDS", (60.0,))
-    monkeypatch.setattr(systemd, "is_stopping", lambda: True)
+    monkeypatch.setattr(units, "is_stopping", lambda: True)
     doing = run_record.RunRecord.doing
 
     def told(self: run_record.RunRecord, text: str) -> None:

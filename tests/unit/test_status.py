@@ -18,14 +18,15 @@ import pytest
 
 from nbdbackupd import durable, rundir
 from nbdbackupd.app import context as app_context
-from nbdbackupd.app import ctl, run_record, systemd, tables
+from nbdbackupd.app import ctl, run_record, tables
 from nbdbackupd.model import throwaway, unitname
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.freeze_memory import MAY_BE_FROZEN
 from nbdbackupd.model.health import Facts, Health, Limits, age_text, judge
-from nbdbackupd.ops.reporting import metrics
+from nbdbackupd.ops.status import metrics
 from nbdbackupd.repo import boot_tests, layout, runs
 from nbdbackupd.repo.repository import Repository
+from nbdbackupd.systemd import units
 from tests.lib import chains
 from tests.lib.pages import TOP
 
@@ -129,7 +130,7 @@ def host(
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
     monkeypatch.setenv("TZ", "UTC")
     monkeypatch.setenv("NBDBACKUP_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setattr(systemd, "BOOTED", tmp_path)
+    monkeypatch.setattr(units, "BOOTED", tmp_path)
     monkeypatch.setattr(app_context, "now", lambda: NOW)
     return Host(tmp_path, capsys)
 
@@ -360,7 +361,7 @@ def test_a_schedule_that_is_enabled_needs_a_timer(
     host.file("a", "match: {name: vm1}")
     for name in ("vm1", "vm2"):
         host.save(name, NOW)
-    monkeypatch.setattr(systemd, "RUNNER", host.config)
+    monkeypatch.setattr(units, "RUNNER", host.config)
     found = host.status()
     # the main file alone begins no timer: who set it there did not mean each domain
     assert (found["vm2"]["health"], found["vm2"]["protected"]) == ("ok", True)
@@ -373,7 +374,7 @@ def test_a_schedule_that_is_enabled_needs_a_timer(
     assert host.run("status")[0] == 3
     assert host.run("status", "--nagios")[0] == 1
     # its package has been removed, and the commands are still there
-    monkeypatch.setattr(systemd, "RUNNER", host.config / "gone")
+    monkeypatch.setattr(units, "RUNNER", host.config / "gone")
     assert host.status()["vm1"]["reasons"][0].endswith(": install the package nbdbackupd")
     host.systemd(timer("vm1"))
     assert host.status()["vm1"]["health"] == "ok"
@@ -673,7 +674,7 @@ def test_no_timers(host: Host) -> None:
 
 
 def test_timers_without_systemd(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(systemd, "BOOTED", Path("/nonexistent"))
+    monkeypatch.setattr(units, "BOOTED", Path("/nonexistent"))
     code, out = host.run("timers", "--json")
     assert code == 10
     assert "systemd does not run this host" in json.loads(out)["error"]["message"]

@@ -6,7 +6,7 @@ from datetime import datetime
 
 import pytest
 
-from nbdbackupd.model.units import local_time
+from nbdbackupd.units import local_time
 
 
 @pytest.fixture(autouse=True)

@@ -22,10 +22,10 @@ from nbdbackupd.app.arguments import (
 )
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.making import UNSET
-from nbdbackupd.app.sizes import human_size, human_time
+from nbdbackupd.units import human_size, human_time
 
 if TYPE_CHECKING:
-    from nbdbackupd.app.config.files import Configuration
+    from nbdbackupd.config.files import Configuration
     from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
     from nbdbackupd.virt.connection import Connection
 
@@ -162,7 +162,8 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 with warnings."""
-    from nbdbackupd.app import preload, pulse, run_record
+    from nbdbackupd.app import preload, run_record
+    from nbdbackupd.systemd import notify
 
     with ExitStack() as stack:
         record = run_record.RunRecord(context)
@@ -170,7 +171,7 @@ def run(args: Arguments, context: Context) -> int:
             # into a directory of the user's own, status has nothing to say about it
             record = stack.enter_context(run_record.begun(args.domain, context))
         preload.preload()
-        beat = pulse.Pulse({}, tell=record.doing)
+        beat = notify.Pulse({}, tell=record.doing)
         cancel = stack.enter_context(signals.listen())
         progress = stack.enter_context(context.progress())
 
@@ -218,7 +219,7 @@ def _request(
     settings: dict[str, Any] = {}
     name, directory = args.domain, args.output
     if configuration is not None:
-        from nbdbackupd.app.config.settings import request_fields
+        from nbdbackupd.config.settings import request_fields
         from nbdbackupd.ops.domain import domains
 
         domain = domains.find(connection, args.domain, context.runtime_dir.absolute())

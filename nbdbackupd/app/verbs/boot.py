@@ -20,7 +20,7 @@ from nbdbackupd.app.arguments import (
 from nbdbackupd.app.context import Context, now
 from nbdbackupd.app.verbs import restore_define
 from nbdbackupd.errors import DomainError, Interrupted, UsageError
-from nbdbackupd.model.units import local_time
+from nbdbackupd.units import local_time
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.boot.boot import Booted, BootRequest

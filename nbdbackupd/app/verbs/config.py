@@ -14,10 +14,10 @@ from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError, DomainNotFoundError, NbdbackupError, UsageError
 
 if TYPE_CHECKING:
-    from nbdbackupd.app.config.files import Configuration
-    from nbdbackupd.app.config.reading import Problem
-    from nbdbackupd.app.config.remarks import Known
-    from nbdbackupd.app.config.settings import DomainSettings
+    from nbdbackupd.config.files import Configuration
+    from nbdbackupd.config.reading import Problem
+    from nbdbackupd.config.remarks import Known
+    from nbdbackupd.config.settings import DomainSettings
 
 JSON_VERSION = 1
 WARNED = 3
@@ -50,7 +50,7 @@ def run(args: Arguments, context: Context) -> int:
         raise UsageError(f"config {args.action} {wants}")
     if args.action == "sample":
         return _sample(context)
-    from nbdbackupd.app.config import calendar
+    from nbdbackupd.config import calendar
 
     if args.action == "check":
         return _check(configured.read(context, event_fault=calendar.systemd_fault), context)
@@ -58,7 +58,7 @@ def run(args: Arguments, context: Context) -> int:
 
 
 def _sample(context: Context) -> int:
-    from nbdbackupd.app.config import sample
+    from nbdbackupd.config import sample
 
     text = sample.render()
     context.show({"version": JSON_VERSION, "sample": text}, text.rstrip("\n"))
@@ -93,8 +93,8 @@ def _check(configuration: "Configuration", context: Context) -> int:
 def _remarks(configuration: "Configuration", context: Context) -> "tuple[Problem, ...]":
     """What is sound and still can't work, as far as libvirt, or else its files, tell."""
     from nbdbackupd.app import notification
-    from nbdbackupd.app.config import calendar, remarks, schema
-    from nbdbackupd.app.config.reading import Problem
+    from nbdbackupd.config import calendar, remarks, schema
+    from nbdbackupd.config.reading import Problem
 
     found = remarks.remarks(configuration, _domains(configuration, context), calendar.is_over)
     directory = context.config_dir or schema.DIRECTORY
@@ -110,8 +110,8 @@ def _remarks(configuration: "Configuration", context: Context) -> "tuple[Problem
 
 def _domains(configuration: "Configuration", context: Context) -> "list[Known] | None":
     """The domains that libvirt knows; if it can't be asked, those of its files; None without."""
-    from nbdbackupd.app.config import inventory
-    from nbdbackupd.app.config.remarks import Known
+    from nbdbackupd.config import inventory
+    from nbdbackupd.config.remarks import Known
 
     try:
         from nbdbackupd.model import throwaway
@@ -140,8 +140,8 @@ def _domains(configuration: "Configuration", context: Context) -> "list[Known] |
 
 
 def _foreign_hosts(configuration: "Configuration") -> "list[Problem]":
-    from nbdbackupd.app.config import address
-    from nbdbackupd.app.config.reading import Problem
+    from nbdbackupd.config import address
+    from nbdbackupd.config.reading import Problem
 
     path = "libvirt.uri"
     uris = [file.values[path] for file in configuration.files if path in file.values]
@@ -156,7 +156,7 @@ def _show(domain: str, configuration: "Configuration", context: Context) -> int:
 
 
 def _document(settings: "DomainSettings", name: str, uuid: str) -> dict[str, Any]:
-    from nbdbackupd.app.config.schema import SETTINGS
+    from nbdbackupd.config.schema import SETTINGS
 
     def plain(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -182,7 +182,7 @@ def _document(settings: "DomainSettings", name: str, uuid: str) -> dict[str, Any
 
 
 def _render(settings: "DomainSettings", name: str) -> str:
-    from nbdbackupd.app.config.schema import SETTINGS
+    from nbdbackupd.config.schema import SETTINGS
 
     rows = [
         (

@@ -7,7 +7,7 @@ from nbdbackupd.app import configured, signals
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app.arguments import Arguments, directory
 from nbdbackupd.app.context import Context
-from nbdbackupd.app.sizes import human_size
+from nbdbackupd.units import human_size
 
 DESCRIPTION = "Tell what the next increment into a set would save, disk by disk; saves nothing."
 

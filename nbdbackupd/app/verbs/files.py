@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 from nbdbackupd.app import named, signals, streams, tables, tree_options
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
-from nbdbackupd.app.sizes import human_size
 from nbdbackupd.errors import FormatError, SourceError, UsageError
-from nbdbackupd.model.units import local_time
+from nbdbackupd.units import human_size, local_time
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.files.files import Entry

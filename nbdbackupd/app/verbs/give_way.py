@@ -56,8 +56,8 @@ def run(args: Arguments, context: Context) -> int:
 def _tell_hosts(args: Arguments, context: Context) -> str:
     """By the XML alone: libvirt can't be asked while its hook is at work."""
     from nbdbackupd.app import configured
-    from nbdbackupd.app.config.matching import labels_of
-    from nbdbackupd.app.config.settings import settings_for, sharing
+    from nbdbackupd.config.matching import labels_of
+    from nbdbackupd.config.settings import settings_for, sharing
     from nbdbackupd.model.domain import parse_domain
     from nbdbackupd.ops.backup import moving
 

@@ -11,10 +11,10 @@ from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments, directory
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import Interrupted, UsageError
-from nbdbackupd.model.units import local_time
+from nbdbackupd.units import local_time
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.reporting.journal import Entry, Query
+    from nbdbackupd.ops.status.journal import Entry, Query
 
 MAX_LINES: Final = 1_000_000
 PRIORITIES: Final = ("panic", "alert", "critical", "error", "warning", "notice", "info", "debug")
@@ -60,7 +60,7 @@ def lines(text: str) -> int:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
-    from nbdbackupd.ops.reporting import journal
+    from nbdbackupd.ops.status import journal
 
     query = journal.Query(
         domain=args.domain, run=args.run_id, since=args.since, count=args.lines,
@@ -85,7 +85,7 @@ def run(args: Arguments, context: Context) -> int:
 
 
 def _entries(args: Arguments, query: "Query", cancel: signals.Cancel) -> "Iterator[Entry]":
-    from nbdbackupd.ops.reporting import journal
+    from nbdbackupd.ops.status import journal
 
     if args.output is None:
         return journal.read(query, cancel.check)

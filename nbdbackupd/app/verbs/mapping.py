@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 from nbdbackupd.app import named, signals
 from nbdbackupd.app.arguments import Arguments, add_point, chosen, names, size
 from nbdbackupd.app.context import Context
-from nbdbackupd.app.sizes import human_size
 from nbdbackupd.errors import RepositoryError, UsageError
-from nbdbackupd.model.units import local_time
+from nbdbackupd.units import human_size, local_time
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.map.map import Mapping, MapRequest, Serving

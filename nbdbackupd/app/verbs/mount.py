@@ -10,9 +10,8 @@ from typing import Any, Final
 from nbdbackupd.app import named, signals, streams, tree_options
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
-from nbdbackupd.app.sizes import human_size
 from nbdbackupd.errors import FormatError
-from nbdbackupd.model.units import local_time
+from nbdbackupd.units import human_size, local_time
 
 MOUNT: Final = """\
 Show the files of a restore point in an empty directory, read-only, without restoring disks and

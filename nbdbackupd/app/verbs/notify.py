@@ -15,14 +15,14 @@ from nbdbackupd.app import context as app_context
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError, DomainError, NbdbackupError, ProcessError
-from nbdbackupd.model.units import local_time
+from nbdbackupd.units import local_time
 
 if TYPE_CHECKING:
-    from nbdbackupd.app.config.files import Configuration
     from nbdbackupd.app.kept_notification import Wishes
     from nbdbackupd.app.notification import Notice, Text
-    from nbdbackupd.app.systemd import Service
+    from nbdbackupd.config.files import Configuration
     from nbdbackupd.repo.runs import End
+    from nbdbackupd.systemd.units import Service
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def run(args: Arguments, context: Context) -> int:
 
 def _tell(args: Arguments, context: Context) -> int:
     from nbdbackupd.app import notification
-    from nbdbackupd.app.config import schema
+    from nbdbackupd.config import schema
 
     configuration = configured.read(context)
     notice = _notice(args.unit, configuration)
@@ -107,19 +107,20 @@ def _tell(args: Arguments, context: Context) -> int:
 
 
 def _notice(unit: str, configuration: "Configuration") -> "Notice":
-    from nbdbackupd.app import notification, systemd
+    from nbdbackupd.app import notification
     from nbdbackupd.app.notification import Notice
     from nbdbackupd.model import unitname
+    from nbdbackupd.systemd import units
 
     service, remarks = None, []
     try:
-        service = next(iter(systemd.services(unit)), None)
+        service = next(iter(units.services(unit)), None)
     except ProcessError as err:
         remarks.append(f"How the unit stands is not known: {err}")
     invocation, result, status = _how_it_ended(unit, service)
     lines: tuple[str, ...] = ()
     try:
-        lines = systemd.journal(unit, invocation, LINES)
+        lines = units.journal(unit, invocation, LINES)
     except ProcessError as err:
         remarks.append(f"The journal can't be read: {err}")
     domain = unitname.domain_of(unit)
@@ -183,9 +184,9 @@ def _how_it_ended(unit: str, service: "Service | None") -> tuple[str, str, str]:
 def _wishes(domain: str, configuration: "Configuration", context: Context) -> "Wishes":
     """As the files say. What can't be read of them is as it last could, or else root is told."""
     from nbdbackupd.app import kept_notification
-    from nbdbackupd.app.config import schema, timers
-    from nbdbackupd.app.config.settings import global_settings
     from nbdbackupd.app.kept_notification import PATHS, Wishes
+    from nbdbackupd.config import schema, timers
+    from nbdbackupd.config.settings import global_settings
 
     with suppress(ConfigError, DomainError, ImportError):
         configuration.require_sound()

@@ -16,10 +16,9 @@ from nbdbackupd.app.arguments import (
     positive,
 )
 from nbdbackupd.app.context import Context
-from nbdbackupd.app.sizes import human_size, human_time
 from nbdbackupd.app.verbs import restore_define, restore_targets
 from nbdbackupd.errors import UsageError
-from nbdbackupd.model.units import local_time
+from nbdbackupd.units import human_size, human_time, local_time
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.restore.restore import RestoreReport

@@ -47,7 +47,8 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 with warnings."""
-    from nbdbackupd.app import preload, pulse, run_record, runner
+    from nbdbackupd.app import preload, run_record, runner
+    from nbdbackupd.systemd import notify
 
     wish = runner.Wish(
         domain=args.domain, shutdown=args.shutdown, dry_run=args.dry_run, wait=args.wait,
@@ -58,7 +59,7 @@ def run(args: Arguments, context: Context) -> int:
         if not args.dry_run:
             record = stack.enter_context(run_record.begun(args.domain, context))
             preload.preload()
-        beat = pulse.Pulse(os.environ, tell=record.doing)
+        beat = notify.Pulse(os.environ, tell=record.doing)
         cancel = stack.enter_context(signals.listen())
         progress = stack.enter_context(context.progress())
 

@@ -11,7 +11,7 @@ from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError, NbdbackupError, UsageError
 
 if TYPE_CHECKING:
-    from nbdbackupd.ops.reporting.status import StatusReport
+    from nbdbackupd.ops.status.status import StatusReport
 
 WARNED = 3
 UNKNOWN = 3
@@ -54,7 +54,7 @@ def run(args: Arguments, context: Context) -> int:
         return _show(args, context)
     if context.json:
         raise UsageError("--nagios and --json exclude one another")
-    from nbdbackupd.ops.reporting import status
+    from nbdbackupd.ops.status import status
 
     try:
         report = _gather(args, context)
@@ -88,7 +88,7 @@ def _show(args: Arguments, context: Context) -> int:
 def render(report: "StatusReport") -> str:
     """A table, below it what is wrong with each domain, and what could not be asked."""
     from nbdbackupd.app import tables
-    from nbdbackupd.ops.reporting import status
+    from nbdbackupd.ops.status import status
 
     coloured = tables.wants_colour(sys.stdout, os.environ)
     lines = []
@@ -110,8 +110,8 @@ def render(report: "StatusReport") -> str:
 
 def _write_metrics(report: "StatusReport", args: Arguments, context: Context) -> None:
     from nbdbackupd.app import configured
-    from nbdbackupd.app.config.settings import global_settings
-    from nbdbackupd.ops.reporting import metrics
+    from nbdbackupd.config.settings import global_settings
+    from nbdbackupd.ops.status import metrics
 
     if args.domain:
         raise UsageError("--metrics is about all domains: give none")

@@ -13,8 +13,8 @@ from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nbdbackupd.app.systemd import Service, Timer
     from nbdbackupd.repo.runs import End
+    from nbdbackupd.systemd.units import Service, Timer
 
 JSON_VERSION = 1
 PATTERN = "nbdbackup*.timer"
@@ -98,19 +98,19 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out. Raises ConfigError without systemd, ProcessError if it can't be asked."""
-    from nbdbackupd.app import systemd
     from nbdbackupd.model import unitname
+    from nbdbackupd.systemd import units
 
-    if not systemd.is_booted():
+    if not units.is_booted():
         raise ConfigError(
             "systemd does not run this host, so there are no timers: let another scheduler call "
             "'nbdbackupctl run DOMAIN'"
         )
-    found = systemd.timers(PATTERN)
+    found = units.timers(PATTERN)
     if args.domain:
         found = tuple(each for each in found if unitname.domain_of(each.unit) in args.domain)
     started = [each.activates for each in found if each.activates]
-    services = {each.unit: each for each in systemd.services(*started)} if started else {}
+    services = {each.unit: each for each in units.services(*started)} if started else {}
     lines = [
         Line(timer=each, service=services.get(each.activates), end=_end(each)) for each in found
     ]
@@ -190,7 +190,7 @@ def _kind(unit: str) -> str:
 
 
 def _length(seconds: float) -> str:
-    from nbdbackupd.app.sizes import human_time
+    from nbdbackupd.units import human_time
 
     return human_time(max(0.0, seconds))
 

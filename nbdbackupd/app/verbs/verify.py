@@ -10,8 +10,8 @@ from nbdbackupd import plain
 from nbdbackupd.app import configured, named, signals, streams
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, chosen, positive
 from nbdbackupd.app.context import Context
-from nbdbackupd.app.sizes import human_size
 from nbdbackupd.app.verbs import verify_boot
+from nbdbackupd.units import human_size
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.boot.boot_test import BootTestReport

@@ -12,10 +12,10 @@ from nbdbackupd import plain
 from nbdbackupd.app import configured, signals, streams
 from nbdbackupd.app.arguments import Arguments, chosen, duration, size
 from nbdbackupd.app.context import Context, now
-from nbdbackupd.app.sizes import human_time
 from nbdbackupd.app.verbs import restore_define
 from nbdbackupd.app.verbs.boot import require_libvirt
 from nbdbackupd.errors import UsageError
+from nbdbackupd.units import human_time
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.boot.boot_test import BootTestReport, BootTestRequest

@@ -24,10 +24,9 @@ from nbdbackupd.ops.backup.sources import changed_bytes
 from nbdbackupd.ops.checkpoints import foreign, leftovers, reconcile
 from nbdbackupd.ops.checkpoints.checkpoints import OWNER as CHECKPOINTS
 from nbdbackupd.ops.checkpoints.others import OtherChain, other_chains
-from nbdbackupd.ops.domain import domains, locks
+from nbdbackupd.ops.domain import domains, endings, locks
 from nbdbackupd.ops.domain.images import images_of, note_saved, prove_start
 from nbdbackupd.ops.domain.survey import Looked, Survey, Wish, look, survey_domain
-from nbdbackupd.ops.reporting import telling
 from nbdbackupd.repo import written
 from nbdbackupd.repo.repository import Repository
 from nbdbackupd.repo.state import Record, State
@@ -58,7 +57,7 @@ def run(
     another host has it, and the errors of all layers; whatever is raised, nothing of this run is
     left and the old base is valid.
     """
-    ending = telling.Ending(log, telling.backup_ending)
+    ending = endings.Ending(log, endings.backup_ending)
     with ExitStack() as stack:
         stack.enter_context(
             runlog.context(DOMAIN=request.domain, RUN=request.run_id, SET=request.directory)
@@ -88,7 +87,7 @@ def run(
                 )
             )  # fmt: skip
         report = replace(report, seconds=ending.seconds)
-        telling.backup(log, report)
+        endings.backup(log, report)
     return report
 
 

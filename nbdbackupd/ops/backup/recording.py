@@ -17,7 +17,6 @@ from nbdbackupd.errors import DomainError, GaveWayError, NbdbackupError
 from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model.chain import DiskMode, DiskPoint, Level, RestorePoint, StoredFile
 from nbdbackupd.model.plan import DiskState
-from nbdbackupd.model.units import local_time
 from nbdbackupd.nbdio import copy
 from nbdbackupd.nbdio.client import Patience
 from nbdbackupd.nbdio.throttle import Throttle
@@ -32,6 +31,7 @@ from nbdbackupd.repo.draft import Draft, Intent
 from nbdbackupd.repo.repository import CHECKPOINT_XML
 from nbdbackupd.repo.state import State
 from nbdbackupd.source import Export, Snapshot
+from nbdbackupd.units import local_time
 
 log = logging.getLogger(__name__)
 

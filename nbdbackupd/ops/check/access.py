@@ -12,9 +12,9 @@ from nbdbackupd import rundir
 from nbdbackupd.model import access
 from nbdbackupd.model.access import Account
 from nbdbackupd.model.finding import Notes
-from nbdbackupd.model.units import human_size
 from nbdbackupd.ops.check.request import Patient, existing
 from nbdbackupd.source import scratch
+from nbdbackupd.units import human_size
 from nbdbackupd.virt import features
 
 ACL = "system.posix_acl_access"

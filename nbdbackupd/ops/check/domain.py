@@ -8,13 +8,13 @@ from nbdbackupd.model.chain import Level
 from nbdbackupd.model.domain import Agent
 from nbdbackupd.model.finding import Notes
 from nbdbackupd.model.selection import BY_REQUEST, ImageFacts, select_disks, why_whole
-from nbdbackupd.model.units import human_size
 from nbdbackupd.ops.check import sets
 from nbdbackupd.ops.check.request import Patient
 from nbdbackupd.ops.domain import domains
 from nbdbackupd.ops.domain.survey import LOCAL_TYPES
 from nbdbackupd.qemu import image
 from nbdbackupd.repo.state import State
+from nbdbackupd.units import human_size
 from nbdbackupd.virt import features, guest
 
 AGENT_SECONDS = 3.0

@@ -9,12 +9,12 @@ from nbdbackupd.model.chain import BackupSet, RestorePoint
 from nbdbackupd.model.finding import Notes
 from nbdbackupd.model.naming import tag_of, tag_of_chain
 from nbdbackupd.model.reconcile import WHY, Action, Entry, Fate, KnownChain, Plan, reconcile
-from nbdbackupd.model.units import human_size
 from nbdbackupd.ops.check.request import Patient, existing
 from nbdbackupd.ops.checkpoints import leftovers, others
 from nbdbackupd.ops.checkpoints import reconcile as reconciling
 from nbdbackupd.repo.repository import Repository
 from nbdbackupd.repo.state import State
+from nbdbackupd.units import human_size
 from nbdbackupd.virt import checkpoints as virt_checkpoints
 
 WILL = {Action.REDEFINE: "is to be made known to libvirt", Action.REMOVE: "is to be removed"}

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nbdbackupd.crew import Crew
 from nbdbackupd.ops.files import copy as files_copy
 from nbdbackupd.ops.files import tar
 from nbdbackupd.ops.files.copy import Copied
 from nbdbackupd.ops.files.files import Entry, Problems, Tree
 from nbdbackupd.ops.files.mount import MountedTree
+from nbdbackupd.threads import Threads
 
 Result = TypeVar("Result")
 
@@ -125,12 +125,12 @@ def _run(
             mounted.abort()
             raise
 
-    crew = Crew(watch)
+    threads = Threads(watch)
     tree = Tree(
         root=mounted.path,
         follows_links=mounted.reader.follows_links,
         has_inodes=mounted.has_inodes,
-        check=crew.check,
+        check=threads.check,
     )
-    crew.run({"files": lambda: found.append(work(tree))})
+    threads.run({"files": lambda: found.append(work(tree))})
     return found[0]

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from nbdbackupd.crew import Crew
 from nbdbackupd.errors import IntegrityError
 from nbdbackupd.format.index import Record
 from nbdbackupd.model.flatten import Part
@@ -21,6 +20,7 @@ from nbdbackupd.ops.restore.content import Item, Zero
 from nbdbackupd.ops.restore.outputs import Output, Writer
 from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets.layers import Layer
+from nbdbackupd.threads import Threads
 
 WAIT_SECONDS: Final = 0.1
 
@@ -63,7 +63,7 @@ def fill(
     output: Output,
     layers: Sequence[Layer],
     *,
-    crew: Crew,
+    threads: Threads,
     progress: Callable[[int], None],
     items: Iterator[Item] | None = None,
     pace: Throttle | None = None,
@@ -72,7 +72,7 @@ def fill(
 
     Without ``items`` that is the whole flattened disk. ``progress`` gets the guest bytes dealt
     with so far, from one thread at a time; ``pace`` limits the bytes per second. Raises
-    IntegrityError for damaged blocks, errors of the output, and what cancels the crew.
+    IntegrityError for damaged blocks, errors of the output, and what cancels the threads.
     """
     wanted = content.whole(layers) if items is None else items
     feed = _Feed(wanted, progress, zeroes=output.zeroes)
@@ -81,16 +81,16 @@ def fill(
         scratch = memoryview(mmap.mmap(-1, layering.MAX_STORED))
         with output.writer() as writer:
             while (item := feed.next()) is not None:
-                crew.check()
+                threads.check()
                 if isinstance(item, Zero):
                     writer.zero(item.offset, item.length)
                 else:
-                    _wait(pace, item, crew.check)
+                    _wait(pace, item, threads.check)
                     _copy(item, layers[item.layer], writer, scratch)
                 feed.finished(item)
             writer.flush()
 
-    crew.run({f"restore-{number}": work for number in range(output.writers)})
+    threads.run({f"restore-{number}": work for number in range(output.writers)})
     if items is None and feed.done != layers[0].size:
         raise IntegrityError("a part of the disk was not written", **layers[0].where)
     progress(layers[0].size)

@@ -19,7 +19,7 @@ from nbdbackupd import log as runlog
 from nbdbackupd.errors import BusyError, GaveWayError, NbdbackupError, UsageError
 from nbdbackupd.model.choice import NEWEST
 from nbdbackupd.nbdio.throttle import Throttle
-from nbdbackupd.ops.reporting import telling
+from nbdbackupd.ops.domain import endings
 from nbdbackupd.ops.restore import plan as restore_plan
 from nbdbackupd.ops.restore import side_files, sites, work
 from nbdbackupd.ops.restore.definer import Definer, Definition, Planned, PlannedDisk
@@ -61,7 +61,7 @@ def run(
     ``definer`` raises.
     """
     _check_request(request)
-    ending = telling.Ending(log, telling.restore_ending)
+    ending = endings.Ending(log, endings.restore_ending)
     with runlog.context(SET=request.source or ""), ending.told():
         with ExitStack() as stack:
             check = cancelled if placement is None else _also(cancelled, placement.check)
@@ -78,7 +78,7 @@ def run(
         definition = definer.finish() if definer is not None else None
     report = _report(plan, disks, definition, ending.seconds)
     with runlog.context(DOMAIN=plan.domain, SET=request.source or ""):
-        telling.restored(log, report)
+        endings.restored(log, report)
     return report
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nbdbackupd import durable
-from nbdbackupd.crew import Crew
 from nbdbackupd.errors import NbdbackupError
 from nbdbackupd.nbdio.throttle import Throttle
 from nbdbackupd.ops.restore import content, outputs
@@ -19,6 +18,7 @@ from nbdbackupd.ops.restore.request import Progress, RestoredDisk, RestoreReques
 from nbdbackupd.ops.restore.sites import Site, Work
 from nbdbackupd.ops.restore.steps import Step
 from nbdbackupd.qemu import image, snapshots
+from nbdbackupd.threads import Threads
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def write_all(
     done: dict[str, RestoredDisk] = {}
     # the largest first: else it may be what all the others wait for at the end
     waiting = sorted(jobs, key=lambda job: job.size)
-    crew = Crew(cancelled)
+    threads = Threads(cancelled)
 
     def work() -> None:
         while waiting:
@@ -50,9 +50,9 @@ def write_all(
                 job = waiting.pop()
             except IndexError:
                 return
-            done[job.target] = _Writer(job, request, pace, progress, crew.check).run()
+            done[job.target] = _Writer(job, request, pace, progress, threads.check).run()
 
-    crew.run({f"disk-{number}": work for number in range(count)})
+    threads.run({f"disk-{number}": work for number in range(count)})
     return tuple(done[job.target] for job in jobs)
 
 
@@ -151,31 +151,35 @@ class _Writer:
         return written
 
     def _whole(self, step: Step, site: Site) -> int:
-        crew = Crew(self._cancelled)
-        with site.open(self._work(step, crew)) as output:
-            return self._fill(output, step, crew, None)
+        threads = Threads(self._cancelled)
+        with site.open(self._work(step, threads)) as output:
+            return self._fill(output, step, threads, None)
 
     def _on_top(self, step: Step, path: Path, items: Iterator[Item]) -> int:
-        crew = Crew(self._cancelled)
+        threads = Threads(self._cancelled)
         with outputs.changed(
-            path, workers=self._request.workers, cancelled=self._cancelled, check=crew.check
+            path, workers=self._request.workers, cancelled=self._cancelled, check=threads.check
         ) as output:
-            return self._fill(output, step, crew, items)
+            return self._fill(output, step, threads, items)
 
-    def _work(self, step: Step, crew: Crew) -> Work:
+    def _work(self, step: Step, threads: Threads) -> Work:
         return Work(
             size=step.layers[0].size, options=self._job.options, workers=self._request.workers,
-            cancelled=self._cancelled, check=crew.check,
+            cancelled=self._cancelled, check=threads.check,
         )  # fmt: skip
 
-    def _fill(self, output: Output, step: Step, crew: Crew, items: Iterator[Item] | None) -> int:
+    def _fill(
+        self, output: Output, step: Step, threads: Threads, items: Iterator[Item] | None
+    ) -> int:
         job = self._job
         total, before = job.size * len(job.steps), self._finished
 
         def tell(done: int) -> None:
             self._progress(job.target, min(total, before + min(done, job.size)), total)
 
-        written = fill(output, step.layers, crew=crew, progress=tell, items=items, pace=self._pace)
+        written = fill(
+            output, step.layers, threads=threads, progress=tell, items=items, pace=self._pace
+        )
         self._finished += job.size
         self._progress(job.target, self._finished, total)
         return written

@@ -11,12 +11,12 @@ from nbdbackupd.format import stream
 from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model.chain import DiskPoint, Layout, RestorePoint
 from nbdbackupd.model.choice import Choice
-from nbdbackupd.model.units import human_size, local_time
 from nbdbackupd.ops.sets import opened
 from nbdbackupd.repo import boot_tests, layout
 from nbdbackupd.repo.boot_tests import BootTest
-from nbdbackupd.repo.peer_place import Folder, is_archive
 from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.virtnbdbackup.place import Folder, is_archive
+from nbdbackupd.units import human_size, local_time
 
 JSON_VERSION: Final = 1
 GAP: Final = "  "

@@ -28,10 +28,11 @@ from nbdbackupd.model.chain import DiskMode, DiskPoint, Layout, RestorePoint, St
 from nbdbackupd.ops.sets import catalog, import_files, opened, originals, peer_index
 from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets.opened import OpenedSet
-from nbdbackupd.repo import importing, layout, peer
+from nbdbackupd.repo import importing, layout
 from nbdbackupd.repo.importing import Stage
-from nbdbackupd.repo.peer_place import Folder, is_archive, read_small
 from nbdbackupd.repo.repository import CHECKPOINT_XML, Repository
+from nbdbackupd.repo.virtnbdbackup import peer
+from nbdbackupd.repo.virtnbdbackup.place import Folder, is_archive, read_small
 
 log = logging.getLogger(__name__)
 

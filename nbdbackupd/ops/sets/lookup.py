@@ -10,10 +10,10 @@ from typing import Final
 from nbdbackupd import plain
 from nbdbackupd.errors import FormatError, RepositoryError, UsageError
 from nbdbackupd.model.choice import NEWEST, Choice
-from nbdbackupd.model.units import local_time
 from nbdbackupd.ops.sets.homes import MARK, homes_in, label_of, owner
 from nbdbackupd.ops.sets.sets import DomainSet, sets_of
 from nbdbackupd.repo import layout
+from nbdbackupd.units import local_time
 
 SHOWN: Final = 3
 UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")

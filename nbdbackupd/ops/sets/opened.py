@@ -18,9 +18,10 @@ from nbdbackupd.model.choice import Choice
 from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets.frames import FrameCache
 from nbdbackupd.ops.sets.layers import Layer, RawLayer, ScannedLayer
-from nbdbackupd.repo import layout, peer, peer_points
-from nbdbackupd.repo.peer_place import Archive, Place
+from nbdbackupd.repo import layout
 from nbdbackupd.repo.repository import Repository, refuse_links
+from nbdbackupd.repo.virtnbdbackup import peer, points
+from nbdbackupd.repo.virtnbdbackup.place import Archive, Place
 
 MAX_MEMBER: Final = 1 << 30
 """Bytes of a file beside the streams (an initrd) that is taken out of an archive."""
@@ -128,7 +129,7 @@ def open_point(path: Path, choice: Choice) -> tuple[OpenedSet, RestorePoint]:
 
 
 def _open_peer_set(path: Path, place: Place, *, sound: bool) -> OpenedSet:
-    found = peer_points.build(peer.read_files(place))
+    found = points.build(peer.read_files(place))
     if found.problems and not sound:
         more = len(found.problems) - 1
         rest = f" (and {more} more problem{'s' * (more > 1)})" if more else ""

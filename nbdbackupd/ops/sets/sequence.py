@@ -20,8 +20,8 @@ from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets import peer_index
 from nbdbackupd.ops.sets.layers import IndexedLayer, Layer, RawLayer, ScannedLayer
 from nbdbackupd.repo import layout
-from nbdbackupd.repo.peer import read_files
-from nbdbackupd.repo.peer_place import Folder
+from nbdbackupd.repo.virtnbdbackup.peer import read_files
+from nbdbackupd.repo.virtnbdbackup.place import Folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

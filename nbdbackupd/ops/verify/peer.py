@@ -20,7 +20,7 @@ from nbdbackupd.ops.sets.layers import Layer
 from nbdbackupd.ops.sets.opened import OpenedSet
 from nbdbackupd.ops.verify.findings import Findings
 from nbdbackupd.repo import layout
-from nbdbackupd.repo.peer_place import Place
+from nbdbackupd.repo.virtnbdbackup.place import Place
 
 BLOCK: Final = 1 << 20
 

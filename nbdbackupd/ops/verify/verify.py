@@ -25,15 +25,16 @@ from nbdbackupd.files import open_regular
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import BackupSet, RestorePoint, StoredFile
 from nbdbackupd.model.choice import Choice
-from nbdbackupd.ops.reporting import telling
+from nbdbackupd.ops.domain import endings
 from nbdbackupd.ops.sets import layers, opened, originals
 from nbdbackupd.ops.verify.blocks import Prover
 from nbdbackupd.ops.verify.disk import DiskCheck
 from nbdbackupd.ops.verify.findings import Findings, Problem
 from nbdbackupd.ops.verify.peer import PeerCheck
 from nbdbackupd.ops.verify.request import VerifyReport, VerifyRequest
-from nbdbackupd.repo import layout, peer, written
+from nbdbackupd.repo import layout, written
 from nbdbackupd.repo.repository import refuse_links
+from nbdbackupd.repo.virtnbdbackup import peer
 
 __all__ = ["Progress", "VerifyReport", "VerifyRequest", "run"]
 
@@ -59,7 +60,7 @@ def run(
         theirs = place is not None and peer.is_peer(place)
         verify = _verify_peer if theirs else _verify
         report = verify(request, progress, cancelled)
-        telling.verified(log, report)
+        endings.verified(log, report)
     return report
 
 

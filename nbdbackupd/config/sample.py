@@ -3,9 +3,9 @@
 import textwrap
 from typing import Final
 
-from nbdbackupd.app.config import schema
-from nbdbackupd.app.config.kinds import spoken
-from nbdbackupd.app.config.schema import MATCHERS, SECTIONS, Setting
+from nbdbackupd.config import schema
+from nbdbackupd.config.kinds import spoken
+from nbdbackupd.config.schema import MATCHERS, SECTIONS, Setting
 
 WIDTH: Final = 88
 TITLE: Final = f"Configuration of nbdbackupd: {schema.DIRECTORY}/{schema.MAIN}"

@@ -1,11 +1,8 @@
 """Bytes and times as people write and read them."""
 
 import re
+from datetime import datetime
 from typing import Final
-
-from nbdbackupd.model.units import human_size
-
-__all__ = ["human_size", "human_time", "parse_duration", "parse_size"]
 
 LEAST_RATE: Final = 64 << 10
 """Bytes per second: slower than this a single block of a disk would take minutes."""
@@ -55,3 +52,27 @@ def human_time(seconds: float) -> str:
     hours, rest = divmod(whole, 3600)
     minutes, left = divmod(rest, 60)
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+def human_size(size: int) -> str:
+    """``1.5 GiB``: three significant digits at most, units are powers of 1024."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    if unit == "B":
+        return f"{size} B"
+    return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+
+
+def local_time(moment: str | datetime) -> str:
+    """``2026-01-31 23:59:59 CET``: in this host's zone, which is named; JSON has RFC 3339 UTC.
+
+    A text that is no time stays what it is: it came from a set.
+    """
+    try:
+        found = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
+    except ValueError:
+        return str(moment)
+    return f"{found.astimezone():%Y-%m-%d %H:%M:%S %Z}"

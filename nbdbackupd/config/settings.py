@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdbackupd import events
-from nbdbackupd.app.config import files as config_files
-from nbdbackupd.app.config.files import ConfigFile, Configuration
-from nbdbackupd.app.config.matching import is_uuid
-from nbdbackupd.app.config.schema import BY_PATH, SETTINGS
+from nbdbackupd.config import files as config_files
+from nbdbackupd.config.files import ConfigFile, Configuration
+from nbdbackupd.config.matching import is_uuid
+from nbdbackupd.config.schema import BY_PATH, SETTINGS
 from nbdbackupd.errors import ConfigError, RepositoryError
 from nbdbackupd.model.policy import LevelPolicy, Rotate
 

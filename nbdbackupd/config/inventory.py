@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd.app.config.matching import labels_of
+from nbdbackupd.config.matching import labels_of
 from nbdbackupd.errors import DomainError
 from nbdbackupd.model import throwaway
 

@@ -14,7 +14,7 @@ class _Stopped(Exception):  # noqa: N818 - never leaves this module
     """Another thread failed; this one just ends."""
 
 
-class Crew:
+class Threads:
     """Threads with one fate; made for one ``run``."""
 
     def __init__(self, cancelled: Callable[[], None]) -> None:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd.app.config import kinds
-from nbdbackupd.app.config.kinds import Kind, choice, count, listed, optional
+from nbdbackupd.config import kinds
+from nbdbackupd.config.kinds import Kind, choice, count, listed, optional
 
 DIRECTORY: Final = Path("/etc/nbdbackup")
 MAIN: Final = "nbdbackup.yaml"

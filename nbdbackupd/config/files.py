@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nbdbackupd.app.config import interpreting, reading, schema
-from nbdbackupd.app.config.interpreting import Value
-from nbdbackupd.app.config.matching import Match
-from nbdbackupd.app.config.reading import Problem
+from nbdbackupd.config import interpreting, reading, schema
+from nbdbackupd.config.interpreting import Value
+from nbdbackupd.config.matching import Match
+from nbdbackupd.config.reading import Problem
 from nbdbackupd.errors import ConfigError
 
 

@@ -10,13 +10,13 @@ from nbdbackupd import plain, rundir
 from nbdbackupd.errors import FormatError, NbdbackupError
 from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.model.health import Facts, Health, Limits, Verdict, age_text, judge
-from nbdbackupd.model.units import human_size
 from nbdbackupd.ops.domain.locks import holder
 from nbdbackupd.ops.sets.catalog import stored_bytes
 from nbdbackupd.ops.sets.sets import DomainSet, sets_of
 from nbdbackupd.repo import boot_tests, layout
 from nbdbackupd.repo.boot_tests import BootTest
 from nbdbackupd.repo.runs import End
+from nbdbackupd.units import human_size
 
 JSON_VERSION: Final = 1
 NAGIOS: Final = {Health.OK: 0, Health.WARNING: 1, Health.CRITICAL: 2, Health.UNKNOWN: 3}

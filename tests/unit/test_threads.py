@@ -6,33 +6,33 @@ import time
 
 import pytest
 
-from nbdbackupd.crew import Crew
+from nbdbackupd.threads import Threads
 
 
 def never() -> None:
     """Nothing cancels."""
 
 
-def wait_for_the_others(crew: Crew) -> None:
+def wait_for_the_others(threads: Threads) -> None:
     while True:
-        crew.check()
+        threads.check()
         time.sleep(0.01)
 
 
 def test_all_bodies_run() -> None:
     ran: list[int] = []
-    Crew(never).run({f"t{number}": functools.partial(ran.append, number) for number in range(5)})
+    Threads(never).run({f"t{number}": functools.partial(ran.append, number) for number in range(5)})
     assert sorted(ran) == [0, 1, 2, 3, 4]
 
 
 def test_first_error_ends_all() -> None:
-    crew = Crew(never)
+    threads = Threads(never)
 
     def fail() -> None:
         raise ValueError("first")
 
     with pytest.raises(ValueError, match="first"):
-        crew.run({"waits": lambda: wait_for_the_others(crew), "fails": fail})
+        threads.run({"waits": lambda: wait_for_the_others(threads), "fails": fail})
 
 
 def test_cancelling_ends_all() -> None:
@@ -42,14 +42,14 @@ def test_cancelling_ends_all() -> None:
         if time.monotonic() - begun > 0.2:
             raise KeyboardInterrupt
 
-    crew = Crew(cancelled)
+    threads = Threads(cancelled)
     with pytest.raises(KeyboardInterrupt):
-        crew.run({"one": lambda: wait_for_the_others(crew)})
+        threads.run({"one": lambda: wait_for_the_others(threads)})
 
 
 def test_a_thread_that_cannot_start_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
     start = threading.Thread.start
-    crew = Crew(never)
+    threads = Threads(never)
     before = threading.active_count()
 
     def limited(thread: threading.Thread) -> None:
@@ -59,5 +59,7 @@ def test_a_thread_that_cannot_start_ends_all(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(threading.Thread, "start", limited)
     with pytest.raises(RuntimeError, match="can't start"):
-        crew.run({name: lambda: wait_for_the_others(crew) for name in ("one", "two", "three")})
+        threads.run(
+            {name: lambda: wait_for_the_others(threads) for name in ("one", "two", "three")}
+        )
     assert threading.active_count() == before

@@ -13,8 +13,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd.app.config import calendar
-from nbdbackupd.app.sizes import LEAST_RATE, parse_duration, parse_size
+from nbdbackupd.config import calendar
+from nbdbackupd.units import LEAST_RATE, parse_duration, parse_size
 
 TRUE: Final = frozenset({"true", "yes", "on"})
 FALSE: Final = frozenset({"false", "no", "off"})

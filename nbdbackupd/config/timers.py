@@ -9,10 +9,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from nbdbackupd.app.config.files import ConfigFile, Configuration
-from nbdbackupd.app.config.inventory import Defined
-from nbdbackupd.app.config.matching import is_uuid
-from nbdbackupd.app.config.schema import MATCH
+from nbdbackupd.config.files import ConfigFile, Configuration
+from nbdbackupd.config.inventory import Defined
+from nbdbackupd.config.matching import is_uuid
+from nbdbackupd.config.schema import MATCH
 
 CALENDAR: Final = "schedule.calendar"
 RANDOM_DELAY: Final = "schedule.random_delay"

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from xml.etree import ElementTree as ET
 
 from nbdbackupd import documents
-from nbdbackupd.app.config.schema import LABELS_URI
+from nbdbackupd.config.schema import LABELS_URI
 from nbdbackupd.errors import DomainError
 
 

@@ -8,10 +8,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd.app.config import kinds, reading, schema
-from nbdbackupd.app.config.matching import Match
-from nbdbackupd.app.config.reading import MappingNode, Node, Problem, ScalarNode, SequenceNode
-from nbdbackupd.app.config.schema import BY_PATH, MATCH, MATCHERS, METADATA, SECTIONS, Setting
+from nbdbackupd.config import kinds, reading, schema
+from nbdbackupd.config.matching import Match
+from nbdbackupd.config.reading import MappingNode, Node, Problem, ScalarNode, SequenceNode
+from nbdbackupd.config.schema import BY_PATH, MATCH, MATCHERS, METADATA, SECTIONS, Setting
 
 SECRETS: Final = frozenset({"password", "passwd", "passphrase", "secret", "token", "key"})
 MAX_ITEMS: Final = 1000

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd.app.config.files import ConfigFile, Configuration
-from nbdbackupd.app.config.matching import Match, is_uuid
-from nbdbackupd.app.config.reading import Problem
-from nbdbackupd.app.config.schema import MATCH
+from nbdbackupd.config.files import ConfigFile, Configuration
+from nbdbackupd.config.matching import Match, is_uuid
+from nbdbackupd.config.reading import Problem
+from nbdbackupd.config.schema import MATCH
 
 DISKS: Final = ("disks.include", "disks.exclude")
 COMMANDS: Final = ("commands.pre", "commands.post", "notification.command")

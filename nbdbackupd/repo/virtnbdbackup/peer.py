@@ -28,7 +28,7 @@ from nbdbackupd.model import jobxml
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.domain import Domain, parse_domain
 from nbdbackupd.repo import layout
-from nbdbackupd.repo.peer_place import Archive, Folder, Place, is_archive
+from nbdbackupd.repo.virtnbdbackup.place import Archive, Folder, Place, is_archive
 
 MAX_FILE: Final = 16 << 20
 """A small file (XML, JSON, checksum) of more bytes is refused unread."""

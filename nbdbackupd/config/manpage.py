@@ -5,8 +5,8 @@ import textwrap
 from typing import Final
 
 from nbdbackupd import __version__
-from nbdbackupd.app.config import sample, schema
-from nbdbackupd.app.config.schema import DIRECTORY, DOMAINS, LABELS_URI, MAIN, MATCHERS, Setting
+from nbdbackupd.config import sample, schema
+from nbdbackupd.config.schema import DIRECTORY, DOMAINS, LABELS_URI, MAIN, MATCHERS, Setting
 
 DATE: Final = "2026-11-21"
 
@@ -86,7 +86,7 @@ FILES: Final = (
 def render() -> str:
     """The page, in roff."""
     lines = [
-        '.\\" Made by scripts/gen-config from the schema in nbdbackupd/app/config; do not edit.',
+        '.\\" Made by scripts/gen-config from the schema in nbdbackupd/config; do not edit.',
         f'.TH {_plain(MAIN.upper())} 5 "{DATE}" "nbdbackupd {__version__}" "File Formats"',
         ".SH NAME",
         rf"{MAIN} \- configuration of nbdbackupd",

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final, TypeAlias
 
 from nbdbackupd.model.chain import Level
-from nbdbackupd.repo.peer import PeerFile, PeerFiles
+from nbdbackupd.repo.virtnbdbackup.peer import PeerFile, PeerFiles
 
 Run: TypeAlias = tuple[Level, str]
 """Level, and what the names of the run's small files carry: its ident."""

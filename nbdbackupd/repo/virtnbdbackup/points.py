@@ -26,8 +26,8 @@ from nbdbackupd.model.chain import (
     StoredFile,
 )
 from nbdbackupd.model.domain import Domain
-from nbdbackupd.repo import peer_runs
-from nbdbackupd.repo.peer import PeerFile, PeerFiles
+from nbdbackupd.repo.virtnbdbackup import runs
+from nbdbackupd.repo.virtnbdbackup.peer import PeerFile, PeerFiles
 
 CHAIN: Final = "virtnbdbackup"
 NO_INDEX: Final = StoredFile("", "disk-index", 0, "")
@@ -51,7 +51,7 @@ def build(found: PeerFiles) -> PeerSet:
     """Make points of the files and prove that they hang together."""
     problems = list(found.problems)
     points = []
-    for key, files in peer_runs.group(found).items():
+    for key, files in runs.group(found).items():
         try:
             points.append(_point(key, files, found))
         except ChainBrokenError as err:

@@ -1,0 +1,1 @@
+"""What systemd is told and asked: readiness, delay of a shutdown, units."""
