@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from nbdbackupd.app import configured, making, notification
-from nbdbackupd.app import context as app_context
-from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError, NbdbackupError, ProcessError
 from nbdbackupd.model.finding import Area, Finding, Notes
+from nbdbackupd.model.host import Host
 from nbdbackupd.systemd import units
 
 if TYPE_CHECKING:
@@ -20,10 +19,10 @@ GUESTS: Final = "libvirt-guests.service"
 DAEMONS: Final = ("libvirtd.service", "virtqemud.service")
 
 
-def settings_of(domain: "Domain", context: Context) -> "DomainSettings | Finding":
+def settings_of(domain: "Domain", host: Host) -> "DomainSettings | Finding":
     """The settings of a domain, or why no run will get as far as that."""
     try:
-        return configured.settings_of_domain(domain, configured.read(context).require_sound())
+        return configured.settings_of_domain(domain, configured.read(host).require_sound())
     except ConfigError as err:
         return Finding.fail(
             Area.CONFIGURATION, f"no run begins: {err.message}",
@@ -31,10 +30,12 @@ def settings_of(domain: "Domain", context: Context) -> "DomainSettings | Finding
         )  # fmt: skip
 
 
-def look(domain: "Domain", settings: "DomainSettings") -> tuple[Path | None, tuple[Finding, ...]]:
+def look(
+    domain: "Domain", settings: "DomainSettings", host: Host
+) -> tuple[Path | None, tuple[Finding, ...]]:
     """The set that the next run goes to, None if that can't be told, and all findings."""
     notes = Notes(Area.CONFIGURATION)
-    directory = _plan(domain, settings, notes)
+    directory = _plan(domain, settings, host, notes)
     _programs(settings, notes)
     _telling(settings, notes)
     if settings.on_shutdown:
@@ -42,11 +43,11 @@ def look(domain: "Domain", settings: "DomainSettings") -> tuple[Path | None, tup
     return directory, notes.done()
 
 
-def _plan(domain: "Domain", settings: "DomainSettings", notes: Notes) -> Path | None:
+def _plan(domain: "Domain", settings: "DomainSettings", host: Host, notes: Notes) -> Path | None:
     from nbdbackupd.model.chain import Level
 
     try:
-        planned = making.plan(domain, settings, app_context.now(), Level.AUTO)
+        planned = making.plan(domain, settings, host.now(), Level.AUTO)
     except NbdbackupError as err:
         if settings.commands_pre:
             notes.warn(err.message, "a program before the run (commands.pre) has to fix that")

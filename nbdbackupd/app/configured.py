@@ -1,14 +1,13 @@
 """The configuration as verbs use it: read, connected to libvirt, merged for one domain."""
 
 import contextlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbdbackupd.app.context import DEFAULT_URI, Context, default_state_dir
 from nbdbackupd.errors import ConfigError, DomainError
+from nbdbackupd.model.host import DEFAULT_URI, Host
 
 if TYPE_CHECKING:
     from nbdbackupd.config.files import Configuration
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from nbdbackupd.virt.domain import Domain
 
 
-def read(context: Context, *, event_fault: Callable[[str], str] | None = None) -> "Configuration":
+def read(host: Host, *, event_fault: Callable[[str], str] | None = None) -> "Configuration":
     """Read all files of ``--config-dir`` or ``/etc/nbdbackup``; their problems are in the result.
 
     ``event_fault`` is as of ``files.read_all``. Raises ConfigError if the directory was given and
@@ -25,13 +24,13 @@ def read(context: Context, *, event_fault: Callable[[str], str] | None = None) -
     """
     from nbdbackupd.config import files, schema
 
-    directory = (context.config_dir or schema.DIRECTORY).absolute()
-    if context.config_dir is not None and not directory.is_dir():
+    directory = (host.config_dir or schema.DIRECTORY).absolute()
+    if host.config_dir is not None and not directory.is_dir():
         raise ConfigError(f"no configuration directory {directory}: give an existing one")
     return files.read_all(directory, event_fault=event_fault)
 
 
-def connected(configuration: "Configuration", context: Context) -> Context:
+def connected(configuration: "Configuration", host: Host) -> Host:
     """The context with the connection of the configuration where the command line has none.
 
     Raises ConfigError if the configuration has a problem, or lacks its credential.
@@ -40,15 +39,15 @@ def connected(configuration: "Configuration", context: Context) -> Context:
 
     settings = global_settings(configuration)
     return replace(
-        context,
-        uri=settings.libvirt_uri if context.uri == DEFAULT_URI else context.uri,
-        user=context.user or settings.libvirt_user or "",
-        password_file=context.password_file or password_file(settings, os.environ),
+        host,
+        uri=settings.libvirt_uri if host.uri == DEFAULT_URI else host.uri,
+        user=host.user or settings.libvirt_user or "",
+        password_file=host.password_file or password_file(settings, host.credentials),
     )
 
 
 def settings_of(
-    name: str, configuration: "Configuration", context: Context
+    name: str, configuration: "Configuration", host: Host
 ) -> "tuple[str, str, DomainSettings]":
     """Name, UUID and settings of a domain; libvirt is asked only if they depend on it.
 
@@ -62,8 +61,8 @@ def settings_of(
     from nbdbackupd.ops.domain import domains
 
     try:
-        with connected(configuration, context).connection(any_host=True) as connection:
-            domain = domains.find(connection, name, context.runtime_dir.absolute())
+        with domains.connect(connected(configuration, host), any_host=True) as connection:
+            domain = domains.find(connection, name, host.runtime_dir)
             return domain.name, domain.uuid, settings_of_domain(domain, configuration)
     except DomainError as err:
         raise type(err)(
@@ -72,21 +71,21 @@ def settings_of(
         ) from err
 
 
-def state_directory(name: str, context: Context) -> Path:
+def state_directory(name: str, host: Host) -> Path:
     """Where the bases of a domain's chains are noted, if the command line does not say it.
 
     As the configuration has it, where a file sets it, since ``run`` writes there. Raises
     ConfigError, DomainError.
     """
-    if context.is_state_given:
-        return context.state_dir
-    _, _, settings = settings_of(name, read(context), context)
+    if host.is_state_given:
+        return host.state_dir
+    _, _, settings = settings_of(name, read(host), host)
     if settings.is_default("checkpoint_directory"):
-        return context.state_dir
+        return host.state_dir
     return settings.checkpoint_directory
 
 
-def sharing_of(name: str, context: Context) -> "Sharing":
+def sharing_of(name: str, host: Host) -> "Sharing":
     """What is known of other hosts, for a verb that is told all else by its options.
 
     A configuration that can't be read is no reason to refuse; it may know of other hosts, though.
@@ -94,30 +93,30 @@ def sharing_of(name: str, context: Context) -> "Sharing":
     from nbdbackupd.config.settings import sharing
     from nbdbackupd.ops.domain import images
 
-    given = context.state_dir.absolute() if context.is_state_given else None
-    if given == default_state_dir(os.environ):
+    given = host.state_dir if host.is_state_given else None
+    if given == host.own_state_dir:
         given = None
     try:
-        _, _, settings = settings_of(name, read(context), context)
+        _, _, settings = settings_of(name, read(host), host)
     except (ConfigError, DomainError):
         return images.Sharing(state_dir=given, devices=images.SHARED)
     found = sharing(settings)
-    return replace(found, state_dir=given) if context.is_state_given else found
+    return replace(found, state_dir=given) if host.is_state_given else found
 
 
-def state_directories(context: Context) -> tuple[Path, ...]:
+def state_directories(host: Host) -> tuple[Path, ...]:
     """All places where this host may have noted something; a configuration that fails names none.
 
     For what only reads, and has to do without: a restore on the worst day.
     """
-    found = [context.state_dir.absolute()]
-    if context.is_state_given:
+    found = [host.state_dir]
+    if host.is_state_given:
         return tuple(found)
     # where there is no PyYAML, there is no configuration either
     with contextlib.suppress(ConfigError, ImportError):
         found += [
             file.values["checkpoint_directory"].value
-            for file in read(context).files
+            for file in read(host).files
             if "checkpoint_directory" in file.values
         ]
     return tuple(dict.fromkeys(found))

@@ -1,42 +1,32 @@
-"""What all verbs share: connection settings, directories, output."""
+"""What all verbs share: the host as the options have it, and output."""
 
 import json
 import logging
 import os
-import secrets
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbdbackupd import plain, rundir
-from nbdbackupd.errors import ConfigError
+from nbdbackupd.model.host import DEFAULT_URI, Host
 
 if TYPE_CHECKING:
     from nbdbackupd.app.arguments import Arguments
     from nbdbackupd.app.progress import Progress
     from nbdbackupd.virt.connection import Connection
 
-DEFAULT_URI = "qemu:///system"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
-    """Settings from the global options and the environment."""
+    """What talks to the person or program that called us; and the host, as the options have it."""
 
-    uri: str
-    user: str
-    password_file: Path | None
+    host: Host
     json: bool
     progress_style: str
-    runtime_dir: Path
-    scratch_dir: Path
-    state_dir: Path
-    is_state_given: bool = False
-    config_dir: Path | None = None
 
     @classmethod
     def from_args(cls, args: "Arguments") -> "Context":
@@ -44,39 +34,17 @@ class Context:
         # read when libvirt is imported; else its embedded driver fills stderr with notices
         os.environ.setdefault("LIBVIRT_DEBUG", "error")
         _setup_log(args)
-        runtime = getattr(args, "runtime_dir", None) or default_runtime_dir(os.environ)
         return cls(
-            uri=getattr(args, "connect", "") or DEFAULT_URI,
-            user=getattr(args, "user", "") or "",
-            password_file=getattr(args, "password_file", None),
+            host=_host(args),
             json=getattr(args, "json", False),
             progress_style=getattr(args, "progress", "auto"),
-            runtime_dir=runtime,
-            scratch_dir=getattr(args, "scratch_dir", None) or default_scratch_dir(os.environ),
-            state_dir=getattr(args, "checkpoint_dir", None) or default_state_dir(os.environ),
-            is_state_given=getattr(args, "checkpoint_dir", None) is not None,
-            config_dir=getattr(args, "config_dir", None),
         )
 
-    @contextmanager
-    def connection(self, *, any_host: bool = False) -> "Iterator[Connection]":
-        """Open the libvirt connection of the global options.
+    def connection(self) -> "AbstractContextManager[Connection]":
+        """The libvirt connection of the global options, see ``domains.connect``."""
+        from nbdbackupd.ops.domain import domains
 
-        Only who touches no file of a guest takes ``any_host``. Raises ConfigError if the
-        password file can't be read, DomainError if libvirt can't be reached or is another host's.
-        """
-        from nbdbackupd import log
-        from nbdbackupd.virt import connection
-
-        password = self._password()
-        with (
-            log.hidden(password),
-            connection.open_connection(
-                self.uri, user=self.user, password=password,
-                runtime_dir=None if any_host else self.runtime_dir,
-            ) as opened,
-        ):  # fmt: skip
-            yield opened
+        return domains.connect(self.host)
 
     @contextmanager
     def progress(self) -> "Iterator[Progress]":
@@ -97,26 +65,31 @@ class Context:
         elif text:
             print(text if painted else plain.lines(text))
 
-    def _password(self) -> str:
-        if self.password_file is None:
-            return ""
-        try:
-            return self.password_file.read_text().rstrip("\n")
-        except (OSError, UnicodeDecodeError) as err:
-            raise ConfigError(f"can't read the password file {self.password_file}: {err}") from err
-
 
 def now() -> datetime:
-    """The time of the run, UTC."""
+    """The time, UTC."""
     return datetime.now(UTC)
 
 
-def new_run_id(moment: datetime) -> str:
-    """``20260131t235959-1a2b3c4d``: sorts by time, never the same twice.
-
-    It becomes part of names of files, and some file systems know no capitals.
-    """
-    return f"{moment:%Y%m%dt%H%M%S}-{secrets.token_hex(4)}"
+def _host(args: "Arguments") -> Host:
+    own = default_state_dir(os.environ)
+    given = getattr(args, "checkpoint_dir", None)
+    runtime = getattr(args, "runtime_dir", None) or default_runtime_dir(os.environ)
+    scratch = getattr(args, "scratch_dir", None) or default_scratch_dir(os.environ)
+    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+    return Host(
+        uri=getattr(args, "connect", "") or DEFAULT_URI,
+        user=getattr(args, "user", "") or "",
+        password_file=getattr(args, "password_file", None),
+        runtime_dir=runtime.absolute(),
+        scratch_dir=scratch.absolute(),
+        state_dir=(given or own).absolute(),
+        own_state_dir=own.absolute(),
+        clock=now,
+        is_state_given=given is not None,
+        config_dir=getattr(args, "config_dir", None),
+        credentials=Path(credentials) if credentials else None,
+    )
 
 
 def default_runtime_dir(environ: Mapping[str, str]) -> Path:
@@ -139,11 +112,6 @@ def default_state_dir(environ: Mapping[str, str]) -> Path:
     """
     given = environ.get("NBDBACKUP_STATE_DIR")
     return Path(given) if given else _own_dir(environ) / "state"
-
-
-def host_state_dir() -> Path:
-    """Where this host keeps what is about itself, whatever ``checkpoint_directory`` says."""
-    return default_state_dir(os.environ)
 
 
 def _own_dir(environ: Mapping[str, str]) -> Path:

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 
 from nbdbackupd import rundir
 from nbdbackupd.app import configured
-from nbdbackupd.app import context as app_context
-from nbdbackupd.app.context import Context
 from nbdbackupd.errors import (
     DomainError,
     DomainNotFoundError,
@@ -21,6 +19,7 @@ from nbdbackupd.errors import (
     RepositoryError,
     UsageError,
 )
+from nbdbackupd.model.host import Host
 from nbdbackupd.ops.sets.homes import MARK
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ class _Known:
 
 def gather(
     names: Sequence[str],
-    context: Context,
+    host: Host,
     *,
     warning: float | None = None,
     critical: float | None = None,
@@ -100,9 +99,9 @@ def gather(
     """
     from nbdbackupd.ops.status.status import StatusReport
 
-    configuration = configured.read(context).require_sound()
+    configuration = configured.read(host).require_sound()
     notes: list[str] = []
-    domains = _ask_libvirt(configuration, context, notes)
+    domains = _ask_libvirt(configuration, host, notes)
     known = _Known(
         configuration=configuration,
         domains=domains,
@@ -126,17 +125,19 @@ def gather(
                 f"no domain {name}: neither libvirt, nor the configuration, nor a repository "
                 f"knows it{hint}"
             )
-    moment = app_context.now()
+    moment = host.now()
     chosen = [name for name in every if name in names] if names else every
     return StatusReport(
         moment=moment,
         inventory=known.inventory(),
-        domains=tuple(_look(name, known, context, notes) for name in chosen),
+        domains=tuple(_look(name, known, host, notes) for name in chosen),
         notes=tuple(dict.fromkeys(notes)),
     )
 
 
-def record_host(connection: "Connection", configuration: "Configuration", directory: Path) -> None:
+def record_host(
+    connection: "Connection", configuration: "Configuration", directory: Path, moment: datetime
+) -> None:
     """Count the domains, and those that nobody protects, and write the host's metrics.
 
     Raises DomainError, RepositoryError, NoSpaceError.
@@ -156,7 +157,7 @@ def record_host(connection: "Connection", configuration: "Configuration", direct
         directory,
         domains=len(covered),
         unprotected=covered.count(False),
-        moment=app_context.now(),
+        moment=moment,
     )
     metrics.forget_others(directory, _inventory(configuration, units, domains))
 
@@ -212,14 +213,16 @@ def failure_of(service: "Service | None", seen: "Seen", found: "Stored") -> str:
 
 
 def _ask_libvirt(
-    configuration: "Configuration", context: Context, notes: list[str]
+    configuration: "Configuration", host: Host, notes: list[str]
 ) -> "dict[str, tuple[str, DomainSettings]] | None":
     try:
+        from nbdbackupd.ops.domain import domains
         from nbdbackupd.source import hooked
 
-        with configured.connected(configuration, context).connection(any_host=True) as connection:
+        reached = configured.connected(configuration, host)
+        with domains.connect(reached, any_host=True) as connection:
             notes += waiting(connection)
-            hook = hooked.look(connection, context.runtime_dir.absolute())
+            hook = hooked.look(connection, host.runtime_dir)
             if hook.is_installed:
                 notes.append(f"libvirt does not call our hook yet: {hook.why}")
             return _domains_of(connection, configuration)
@@ -357,7 +360,7 @@ def _folders(
     return found
 
 
-def _look(name: str, known: _Known, context: Context, notes: list[str]) -> "DomainStatus":
+def _look(name: str, known: _Known, host: Host, notes: list[str]) -> "DomainStatus":
     from nbdbackupd.app import run_record
     from nbdbackupd.model import unitname
     from nbdbackupd.model.health import Facts
@@ -371,14 +374,14 @@ def _look(name: str, known: _Known, context: Context, notes: list[str]) -> "Doma
         service = known.units.services.get(unit)
     found = _stored(name, settings, known)
     newest = found.newest
-    seen = run_record.look(name, uuid)
+    seen = run_record.look(host, name, uuid)
     is_known = None if known.domains is None else name in known.domains
     is_covered = _is_covered(settings, timer, known.configuration)
     facts = Facts(
         newest=found.instant,
         problem=found.problem,
         damage=found.damage,
-        warnings=_concerns(found, context, uuid),
+        warnings=_concerns(found, host, uuid),
         failure=run_record.failure_text(seen, found.instant) or failure_of(service, seen, found),
         is_covered=is_covered,
         unscheduled=(
@@ -391,27 +394,27 @@ def _look(name: str, known: _Known, context: Context, notes: list[str]) -> "Doma
         is_known=is_known,
     )
     return status.status_of(
-        name, found, facts, known.limits(settings), app_context.now(),
+        name, found, facts, known.limits(settings), host.now(),
         next=timer.next if timer is not None else None,
-        busy=status.busy(context.runtime_dir, uuid or (newest.uuid if newest is not None else "")),
+        busy=status.busy(host.runtime_dir, uuid or (newest.uuid if newest is not None else "")),
         last_run=seen.end,
         runs=tuple(
             status.LiveRun(
-                unit=run.unit, begun=run.begun, doing=run_record.doing(run, context) or "begins"
+                unit=run.unit, begun=run.begun, doing=run_record.doing(run, host) or "begins"
             )
             for run in seen.alive
         ),
     )  # fmt: skip
 
 
-def _concerns(found: "Stored", context: Context, uuid: str) -> tuple[str, ...]:
+def _concerns(found: "Stored", host: Host, uuid: str) -> tuple[str, ...]:
     """What the newest point lacks; that its guest may be frozen only as long as it may be.
 
     Without ``uuid`` nothing is known of the guest: it may be that of another host.
     """
     from nbdbackupd.model.freeze_memory import once_let_go
 
-    held = rundir.domain_dir(context.runtime_dir, uuid) / rundir.HELD
+    held = rundir.domain_dir(host.runtime_dir, uuid) / rundir.HELD
     try:
         is_let_go = bool(uuid) and not held.exists()
     except OSError:

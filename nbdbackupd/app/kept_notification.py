@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdbackupd import documents, durable
-from nbdbackupd.app import context as app_context
 from nbdbackupd.errors import NbdbackupError
 from nbdbackupd.repo import layout
 
@@ -55,15 +54,18 @@ PATHS: Final = (
 """The settings that ``Wishes`` are made of."""
 
 
-def keep(domain: str, settings: "DomainSettings") -> None:
-    """Note whom to tell of a domain's runs, or of all others' if the name is empty."""
+def keep(directory: Path, domain: str, settings: "DomainSettings") -> None:
+    """Note whom to tell of a domain's runs, or of all others' if the name is empty.
+
+    ``directory`` is where the host keeps what is about itself.
+    """
     wishes = Wishes.of({path: settings.get(path) for path in PATHS})
     document = {
         "version": VERSION, "events": wishes.events, "mail": wishes.mail,
         "command": wishes.command, "password_file": wishes.password_file,
     }  # fmt: skip
     data = json.dumps(document, indent=1).encode() + b"\n"
-    path = _path(domain)
+    path = _path(directory, domain)
     try:
         if path.is_file() and path.read_bytes() == data:
             return
@@ -74,9 +76,9 @@ def keep(domain: str, settings: "DomainSettings") -> None:
         log.warning("whom to tell is not noted for the time when it can't be read: %s", err)
 
 
-def kept(domain: str) -> Wishes | None:
+def kept(directory: Path, domain: str) -> Wishes | None:
     """What was noted last of a domain, or else of all; None if that is nothing that can be read."""
-    for path in (_path(domain), _path("")):
+    for path in (_path(directory, domain), _path(directory, "")):
         try:
             with path.open("rb") as file:
                 document = documents.parse_json(file.read(MAX_SIZE))
@@ -99,6 +101,6 @@ def _texts(found: object) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _path(domain: str) -> Path:
+def _path(directory: Path, domain: str) -> Path:
     name = f"{layout.escape(domain, layout.MAX_DOMAIN)}.json" if domain else COMMON
-    return app_context.host_state_dir() / DIRECTORY / name
+    return directory / DIRECTORY / name

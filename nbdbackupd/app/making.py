@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdbackupd import __version__
-from nbdbackupd.app import context as app_context
 from nbdbackupd.app.arguments import Arguments
-from nbdbackupd.app.context import Context
 from nbdbackupd.errors import UsageError
+from nbdbackupd.model.host import Host, new_run_id
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -113,24 +112,22 @@ def _holding(args: Arguments, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"pause": False, "freeze": policy, "mountpoints": chosen}
 
 
-def request(
-    domain: str, directory: Path, context: Context, fields: Mapping[str, Any]
-) -> "BackupRequest":
-    """A request of now; ``fields`` may overrule what comes from the context."""
+def request(domain: str, directory: Path, host: Host, fields: Mapping[str, Any]) -> "BackupRequest":
+    """A request of now; ``fields`` may overrule what comes from the host."""
     from nbdbackupd.ops.backup.request import BackupRequest
 
-    moment = app_context.now()
+    moment = host.now()
     common: dict[str, Any] = {
-        "scratch_dir": context.scratch_dir,
-        "state_dir": context.state_dir,
+        "scratch_dir": host.scratch_dir,
+        "state_dir": host.state_dir,
         "workers": default_workers(),
     }
     return BackupRequest(
         domain=domain,
         directory=directory.absolute(),
-        runtime_dir=context.runtime_dir.absolute(),
+        runtime_dir=host.runtime_dir,
         program=f"nbdbackupd {__version__}",
-        run_id=app_context.new_run_id(moment),
+        run_id=new_run_id(moment),
         now=moment,
         **{**common, **{name: _absolute(value) for name, value in fields.items()}},
     )

@@ -32,7 +32,7 @@ def domain_of(source: Path, context: Context) -> "DomainSets | None":
     from nbdbackupd.config.settings import global_settings
     from nbdbackupd.ops.sets import lookup
 
-    configuration = configured.read(context)
+    configuration = configured.read(context.host)
     try:
         repository = global_settings(configuration).repository_path
     except ConfigError as err:

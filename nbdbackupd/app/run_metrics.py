@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbdbackupd.app import context as app_context
 from nbdbackupd.errors import ConfigError, Interrupted, NbdbackupError
+from nbdbackupd.model.host import Host
 
 if TYPE_CHECKING:
     from nbdbackupd.config.files import Configuration
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def unseen(end: "End", configuration: "Configuration") -> None:
+def unseen(end: "End", configuration: "Configuration", host: Host) -> None:
     """Write the metrics of a run that could not do so itself, if that is configured.
 
     Its exit status is the shell's for a kill: nobody saw another one.
@@ -29,7 +29,7 @@ def unseen(end: "End", configuration: "Configuration") -> None:
         directory = global_settings(configuration).monitoring_metrics_directory
     except ConfigError:
         return
-    RunMetrics(directory, end.domain).failed(Interrupted(signal.SIGKILL))
+    RunMetrics(directory, end.domain, host).failed(Interrupted(signal.SIGKILL))
 
 
 class RunMetrics:
@@ -38,9 +38,10 @@ class RunMetrics:
     What goes wrong here costs a warning: it must not make a failure of a backup.
     """
 
-    def __init__(self, directory: Path | None, domain: str) -> None:
+    def __init__(self, directory: Path | None, domain: str, host: Host) -> None:
         self._directory = directory
         self._domain = domain
+        self._host = host
         self._begun = time.monotonic()
 
     def failed(self, err: BaseException) -> None:
@@ -73,7 +74,7 @@ class RunMetrics:
 
         facts = metrics.RunFacts(
             domain=self._domain,
-            ended=app_context.now(),
+            ended=self._host.now(),
             seconds=time.monotonic() - self._begun,
             exit_status=exit_status,
             succeeded=succeeded,

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from nbdbackupd import rundir
-from nbdbackupd.app import context as app_context
 from nbdbackupd.app import notification
-from nbdbackupd.app.context import Context
 from nbdbackupd.errors import BusyError, Interrupted, NbdbackupError
 from nbdbackupd.model import unitname
+from nbdbackupd.model.host import Host, new_run_id
 from nbdbackupd.repo import runs
 from nbdbackupd.repo.runs import Begun, End, Living, Runs, Seen
 from nbdbackupd.systemd import units
@@ -35,8 +34,9 @@ TROUBLE: Final = (NbdbackupError, OSError)
 class RunRecord:
     """The record of one run, which may be tried several times; see ``begun``."""
 
-    def __init__(self, context: Context, living: Living | None = None) -> None:
-        self._directory = context.runtime_dir / rundir.DOING
+    def __init__(self, host: Host, living: Living | None = None) -> None:
+        self._host = host
+        self._directory = host.runtime_dir / rundir.DOING
         self._living = living
 
     def doing(self, text: str) -> None:
@@ -79,45 +79,45 @@ class RunRecord:
         if self._living is None:
             return
         try:
-            ended = stamp(app_context.now())
+            ended = stamp(self._host.now())
             self._living.end(ended=ended, result=result, status=status, reason=reason, **facts)
         except TROUBLE as err:
             log.warning("how this run ended is not noted: %s", err)
 
 
 @contextlib.contextmanager
-def begun(domain: str, context: Context) -> Iterator[RunRecord]:
+def begun(domain: str, host: Host) -> Iterator[RunRecord]:
     """Note that a run of a domain lives, as long as the block does."""
-    moment = app_context.now()
+    moment = host.now()
     run = Begun(
-        ident=own_unit() or f"hand-{app_context.new_run_id(moment)}",
+        ident=own_unit() or f"hand-{new_run_id(moment)}",
         domain=domain, host=platform.node(), boot=runs.boot_id(), begun=stamp(moment),
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         try:
-            living = stack.enter_context(Runs(app_context.host_state_dir()).living(run))
+            living = stack.enter_context(Runs(host.own_state_dir).living(run))
         except TROUBLE as err:
             log.warning("this run is not noted: %s", err)
-            yield RunRecord(context)
+            yield RunRecord(host)
             return
         try:
-            yield RunRecord(context, living)
+            yield RunRecord(host, living)
         finally:
-            _forget_doing(context, run.ident)
+            _forget_doing(host, run.ident)
 
 
-def _forget_doing(context: Context, ident: str) -> None:
+def _forget_doing(host: Host, ident: str) -> None:
     """Remove what a run said of itself, and those that were killed."""
-    known = Runs(app_context.host_state_dir())
+    known = Runs(host.own_state_dir)
     with contextlib.suppress(OSError):
-        for path in (context.runtime_dir / rundir.DOING).iterdir():
+        for path in (host.runtime_dir / rundir.DOING).iterdir():
             if path.name == ident or not known.is_alive(path.name):
                 path.unlink()
 
 
-def look(*names: str) -> Seen:
+def look(host: Host, *names: str) -> Seen:
     """What is known of the runs of a domain with these names, its UUID among them."""
-    return Runs(app_context.host_state_dir()).look(*names, boot=runs.boot_id())
+    return Runs(host.own_state_dir).look(*names, boot=runs.boot_id())
 
 
 def failure_text(seen: Seen, newest: datetime | None) -> str:
@@ -135,10 +135,10 @@ def by(run: Begun | End) -> str:
     return run.unit or "hand"
 
 
-def settle(domain: str, reason: str = runs.KILLED) -> tuple[End, ...]:
+def settle(host: Host, domain: str, reason: str = runs.KILLED) -> tuple[End, ...]:
     """Remember the ends of a domain's runs that nobody saw; they are returned."""
     try:
-        return Runs(app_context.host_state_dir()).settle(domain, boot=runs.boot_id(), reason=reason)
+        return Runs(host.own_state_dir).settle(domain, boot=runs.boot_id(), reason=reason)
     except TROUBLE as err:
         log.warning("how runs of %s ended is not noted: %s", domain, err)
         return ()
@@ -153,10 +153,10 @@ def why_killed(result: str, status: str) -> str:
     return meaning or (f"it was killed ({shown})" if result else runs.KILLED)
 
 
-def doing(run: Begun, context: Context) -> str:
+def doing(run: Begun, host: Host) -> str:
     """What a living run does now, in its own words; empty if it has not said it."""
     try:
-        with (context.runtime_dir / rundir.DOING / run.ident).open(errors="replace") as file:
+        with (host.runtime_dir / rundir.DOING / run.ident).open(errors="replace") as file:
             return file.read(MAX_DOING)
     except OSError:
         return ""

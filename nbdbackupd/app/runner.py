@@ -1,20 +1,17 @@
 """A run as the configuration says: what the units do for one domain."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdbackupd import events, plain
 from nbdbackupd import log as runlog
 from nbdbackupd.app import configured, kept_notification, making
-from nbdbackupd.app import context as app_context
-from nbdbackupd.app.context import Context
 from nbdbackupd.app.run_metrics import RunMetrics
 from nbdbackupd.app.run_record import RunRecord
 from nbdbackupd.errors import (
@@ -25,6 +22,7 @@ from nbdbackupd.errors import (
     Interrupted,
     NbdbackupError,
 )
+from nbdbackupd.model.host import Host
 from nbdbackupd.systemd import inhibit
 
 if TYPE_CHECKING:
@@ -129,7 +127,7 @@ class RunReport:
         }
 
 
-def run(wish: Wish, context: Context, watch: Watch, record: RunRecord) -> RunReport:
+def run(wish: Wish, host: Host, watch: Watch, record: RunRecord) -> RunReport:
     """Save a domain as the configuration says, trying again if that is wished.
 
     Raises ConfigError, DomainNotFoundError (not after the guest's end), BusyError if there is no
@@ -140,7 +138,7 @@ def run(wish: Wish, context: Context, watch: Watch, record: RunRecord) -> RunRep
     gaps = iter(RETRY_SECONDS if wish.retry else ())
     while True:
         try:
-            report = _told(wish, context, watch)
+            report = _told(wish, host, watch)
         except BusyError as err:
             if wish.shutdown and isinstance(err, GaveWayError):
                 # it runs again: its next end begins this anew, and so does its timer
@@ -153,7 +151,7 @@ def run(wish: Wish, context: Context, watch: Watch, record: RunRecord) -> RunRep
             if gap is None or time.monotonic() - begun > RETRY_WITHIN_SECONDS:
                 record.failed(err)
                 raise
-            _wait(gap, err, wish, watch, record)
+            _wait(gap, err, wish=wish, host=host, watch=watch, record=record)
         except BaseException as err:
             record.failed(err)
             raise
@@ -164,9 +162,11 @@ def run(wish: Wish, context: Context, watch: Watch, record: RunRecord) -> RunRep
             return report
 
 
-def _wait(gap: float, err: BusyError, wish: Wish, watch: Watch, record: RunRecord) -> None:
+def _wait(
+    gap: float, err: BusyError, *, wish: Wish, host: Host, watch: Watch, record: RunRecord
+) -> None:
     """Let those go first who come first; raises what ends the run meanwhile."""
-    moment = app_context.now() + timedelta(seconds=gap)
+    moment = host.now() + timedelta(seconds=gap)
     at = f"{moment.astimezone():%H:%M %Z}"
     record.failed(err, again=moment)
     with runlog.context(DOMAIN=wish.domain):
@@ -184,7 +184,7 @@ def _wait(gap: float, err: BusyError, wish: Wish, watch: Watch, record: RunRecor
         raise
 
 
-def _told(wish: Wish, context: Context, watch: Watch) -> RunReport:
+def _told(wish: Wish, host: Host, watch: Watch) -> RunReport:
     """One try."""
     from nbdbackupd.ops.domain import endings
 
@@ -192,23 +192,23 @@ def _told(wish: Wish, context: Context, watch: Watch) -> RunReport:
         stack.enter_context(runlog.context(DOMAIN=wish.domain))
         if not wish.dry_run:
             stack.enter_context(endings.Ending(log, endings.backup_ending).told())
-        report = _find_and_run(wish, context, watch)
+        report = _find_and_run(wish, host, watch)
         if report.result == "skipped" and report.backup is None:
             events.emit(log, events.BACKUP_SKIPPED, reason=report.reason)
     return report
 
 
-def _find_and_run(wish: Wish, context: Context, watch: Watch) -> RunReport:
+def _find_and_run(wish: Wish, host: Host, watch: Watch) -> RunReport:
     from nbdbackupd.config.matching import is_uuid
     from nbdbackupd.config.settings import global_settings
     from nbdbackupd.ops.domain import domains
 
-    configuration = configured.read(context).require_sound()
-    context = configured.connected(configuration, context)
+    configuration = configured.read(host).require_sound()
+    host = configured.connected(configuration, host)
     with ExitStack() as stack:
         try:
-            connection = stack.enter_context(context.connection())
-            domain = domains.find(connection, wish.domain, context.runtime_dir.absolute())
+            connection = stack.enter_context(domains.connect(host))
+            domain = domains.find(connection, wish.domain, host.runtime_dir)
         except DomainNotFoundError as err:
             if not wish.shutdown:
                 return _report_gone(wish.domain, configuration, err)
@@ -219,14 +219,14 @@ def _find_and_run(wish: Wish, context: Context, watch: Watch) -> RunReport:
             # libvirt is away, so there is only the name, and what holds for all domains
             if not (wish.dry_run or is_uuid(wish.domain)):
                 directory = global_settings(configuration).monitoring_metrics_directory
-                RunMetrics(directory, wish.domain).failed(err)
+                RunMetrics(directory, wish.domain, host).failed(err)
             raise
         settings = configured.settings_of_domain(domain, configuration)
         if not wish.dry_run:
-            kept_notification.keep(domain.name, settings)
-            kept_notification.keep("", global_settings(configuration))
+            kept_notification.keep(host.own_state_dir, domain.name, settings)
+            kept_notification.keep(host.own_state_dir, "", global_settings(configuration))
         one = _Run(
-            wish=wish, context=context, watch=watch, connection=connection, domain=domain,
+            wish=wish, host=host, watch=watch, connection=connection, domain=domain,
             settings=settings,
         )  # fmt: skip
         why_not = one.why_not() if wish.shutdown else ""
@@ -238,7 +238,7 @@ def _find_and_run(wish: Wish, context: Context, watch: Watch) -> RunReport:
         if wish.dry_run:
             return one.plan_only()
         report = one.recorded()
-        _record_host(connection, configuration, settings)
+        _record_host(connection, configuration, settings, host.now())
         return report
 
 
@@ -254,7 +254,10 @@ def _report_gone(name: str, configuration: "Configuration", err: DomainNotFoundE
 
 
 def _record_host(
-    connection: "Connection", configuration: "Configuration", settings: "DomainSettings"
+    connection: "Connection",
+    configuration: "Configuration",
+    settings: "DomainSettings",
+    moment: datetime,
 ) -> None:
     """Write the metrics of the host, if that is configured: of domains that nobody protects."""
     from nbdbackupd.app import gathering
@@ -262,7 +265,8 @@ def _record_host(
     if settings.monitoring_metrics_directory is None:
         return
     try:
-        gathering.record_host(connection, configuration, settings.monitoring_metrics_directory)
+        directory = settings.monitoring_metrics_directory
+        gathering.record_host(connection, configuration, directory, moment)
     except NbdbackupError as err:
         log.warning("the metrics of this host are not written: %s", err)
 
@@ -272,7 +276,7 @@ class _Run:
     """One run of a domain that was found."""
 
     wish: Wish
-    context: Context
+    host: Host
     watch: Watch
     connection: "Connection"
     domain: "Domain"
@@ -334,7 +338,7 @@ class _Run:
     def plan(self) -> "Planned":
         from nbdbackupd.model.chain import Level
 
-        return making.plan(self.domain, self.settings, app_context.now(), Level.AUTO)
+        return making.plan(self.domain, self.settings, self.host.now(), Level.AUTO)
 
     def plan_only(self) -> RunReport:
         planned = self.plan()
@@ -343,7 +347,9 @@ class _Run:
 
     def recorded(self) -> RunReport:
         """Run, and write the metrics of it, good or bad."""
-        run_metrics = RunMetrics(self.settings.monitoring_metrics_directory, self.domain.name)
+        run_metrics = RunMetrics(
+            self.settings.monitoring_metrics_directory, self.domain.name, self.host
+        )
         try:
             report = self.in_slot()
         except BaseException as err:
@@ -358,7 +364,7 @@ class _Run:
 
         self.watch.doing("waiting for a place among the concurrent runs")
         with slots.slot(
-            self.context.runtime_dir.absolute(),
+            self.host.runtime_dir,
             self.settings.limits_concurrent_runs,
             owner=f"run of {self.domain.name}",
             wait_seconds=SLOT_SECONDS if self.wish.wait is None else self.wish.wait,
@@ -431,7 +437,7 @@ class _Run:
         self.watch.doing(f"saving into {planned.set}: {planned.next.reason}")
         log.info("set %s, level %s: %s", planned.set, planned.next.level, planned.next.reason)
         request = making.request(
-            self.domain.uuid, planned.set, self.context, self._fields(planned.directory)
+            self.domain.uuid, planned.set, self.host, self._fields(planned.directory)
         )
         try:
             made = backup.run(
@@ -472,7 +478,7 @@ class _Run:
         from nbdbackupd.model import unitname
         from nbdbackupd.source import kept
 
-        directory = app_context.default_state_dir(os.environ) / PENDING
+        directory = self.host.own_state_dir / PENDING
         return kept.put_off(directory / unitname.escape(self.domain.name))
 
     def _retire(self, planned: "Planned", request: "BackupRequest", chain: str) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ def request(args: Arguments, context: Context) -> "MountRequest":
     choice = chosen(args)
     return MountRequest(
         map=MapRequest(
-            runtime_dir=context.runtime_dir.absolute(),
+            runtime_dir=context.host.runtime_dir,
             source=named.set_of(args.source, context, choice),
             disks=args.disk,
             choice=choice,

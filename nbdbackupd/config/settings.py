@@ -223,20 +223,21 @@ def level_policy(settings: DomainSettings) -> LevelPolicy:
     )
 
 
-def password_file(settings: DomainSettings, environ: Mapping[str, str]) -> Path | None:
+def password_file(settings: DomainSettings, credentials: Path | None) -> Path | None:
     """The file that holds the password for libvirt, or None if there is none.
+
+    ``credentials`` is the directory where systemd has put those of the unit.
 
     Raises ConfigError for a credential where systemd has passed none.
     """
     if settings.libvirt_password_credential is None:
         return settings.libvirt_password_file
-    directory = environ.get(CREDENTIALS)
-    if not directory:
+    if credentials is None:
         raise ConfigError(
             f"credential {settings.libvirt_password_credential} is not there: ${CREDENTIALS} is "
             f"not set; run within a unit that has LoadCredential=, or use libvirt.password_file"
         )
-    return Path(directory, settings.libvirt_password_credential)
+    return credentials / settings.libvirt_password_credential
 
 
 def check_mounted(settings: DomainSettings) -> None:

@@ -21,6 +21,7 @@ from nbdbackupd.config import files, matching, schema, settings
 from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.settings import DomainSettings
 from nbdbackupd.errors import ConfigError, DomainError, RepositoryError, UsageError
+from nbdbackupd.model.host import DEFAULT_URI
 from nbdbackupd.model.policy import LevelPolicy, Rotate
 from nbdbackupd.ops.backup.request import BackupRequest
 from nbdbackupd.ops.domain.images import Sharing
@@ -105,13 +106,11 @@ def test_defaults_are_those_of_the_command(monkeypatch: pytest.MonkeyPatch) -> N
     bare = settings.request_fields(got)
     # no option given decides nothing
     assert making.given(parse(), bare) == {}
-    context = Context.from_args(parse())
-    without, with_files = (
-        making.request("vm", Path("/x"), context, fields) for fields in ({}, bare)
-    )
+    host = Context.from_args(parse()).host
+    without, with_files = (making.request("vm", Path("/x"), host, fields) for fields in ({}, bare))
     same: dict[str, Any] = {"run_id": "", "now": datetime(2026, 1, 31, tzinfo=UTC)}
     assert replace(without, **same) == replace(with_files, **same)
-    assert got.libvirt_uri == app_context.DEFAULT_URI
+    assert got.libvirt_uri == DEFAULT_URI
     with monkeypatch.context() as patch:
         patch.setattr(os, "geteuid", lambda: 0)
         assert got.scratch_directory == app_context.default_scratch_dir({})
@@ -344,13 +343,13 @@ def test_mount_point(tmp_path: Path) -> None:
 
 def test_password(tmp_path: Path) -> None:
     by_file = settings.global_settings(read(tmp_path / "a", "libvirt: {password_file: /p}"))
-    assert settings.password_file(by_file, {}) == Path("/p")
+    assert settings.password_file(by_file, None) == Path("/p")
     main = "libvirt: {password_credential: pw}"
     by_name = settings.global_settings(read(tmp_path / "b", main))
-    assert settings.password_file(by_name, {"CREDENTIALS_DIRECTORY": "/c"}) == Path("/c/pw")
+    assert settings.password_file(by_name, Path("/c")) == Path("/c/pw")
     with pytest.raises(ConfigError, match="LoadCredential"):
-        settings.password_file(by_name, {})
-    assert settings.password_file(defaults(), {}) is None
+        settings.password_file(by_name, None)
+    assert settings.password_file(defaults(), None) is None
 
 
 # -- the verb

@@ -1,26 +1,33 @@
 """What verbs take from the configuration."""
 
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from nbdbackupd.app import configured
-from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError
+from nbdbackupd.model.host import Host
 
 
-def context(directory: Path) -> Context:
-    return Context(
-        uri="test:///default", user="", password_file=None, json=False, progress_style="none",
-        runtime_dir=directory, scratch_dir=directory, state_dir=Path("/default"),
+def host(directory: Path) -> Host:
+    return Host(
+        uri="test:///default",
+        user="",
+        password_file=None,
+        runtime_dir=directory,
+        scratch_dir=directory,
+        state_dir=Path("/default"),
+        own_state_dir=Path("/default"),
+        clock=lambda: datetime.now(UTC),
         config_dir=directory,
-    )  # fmt: skip
+    )
 
 
 def test_bases_are_noted_where_runs_note_them(tmp_path: Path) -> None:
     main = tmp_path / "nbdbackup.yaml"
-    here = context(tmp_path)
+    here = host(tmp_path)
     assert configured.state_directory("vm1", here) == Path("/default")
     main.write_text("checkpoint_directory: /shared/state\n")
     assert configured.state_directory("vm1", here) == Path("/shared/state")

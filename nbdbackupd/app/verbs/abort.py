@@ -33,17 +33,17 @@ def run(args: Arguments, context: Context) -> int:
 
     # to a unit's ExecStopPost= systemd tells how the run ended
     told = [os.environ.get(each, "") for each in ("SERVICE_RESULT", "EXIT_STATUS")]
-    ends = run_record.settle(args.domain, run_record.why_killed(*told))
+    ends = run_record.settle(context.host, args.domain, run_record.why_killed(*told))
     if ends:
-        run_metrics.unseen(ends[-1], configured.read(context))
+        run_metrics.unseen(ends[-1], configured.read(context.host), context.host)
     quiet = getattr(args, "quiet", False)
     with context.connection() as connection:
         try:
             report = abort.run(
                 abort.AbortRequest(
                     domain=args.domain,
-                    runtime_dir=context.runtime_dir.absolute(),
-                    scratch_dir=context.scratch_dir.absolute(),
+                    runtime_dir=context.host.runtime_dir,
+                    scratch_dir=context.host.scratch_dir,
                     any=args.any,
                 ),
                 connection,

@@ -3,12 +3,12 @@
 import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbdbackupd import log as runlog
 from nbdbackupd.app import configured, making, signals
-from nbdbackupd.app import context as app_context
 from nbdbackupd.app.arguments import (
     Arguments,
     add_checkpoint_dir,
@@ -166,10 +166,10 @@ def run(args: Arguments, context: Context) -> int:
     from nbdbackupd.systemd import notify
 
     with ExitStack() as stack:
-        record = run_record.RunRecord(context)
+        record = run_record.RunRecord(context.host)
         if args.output is None:
             # into a directory of the user's own, status has nothing to say about it
-            record = stack.enter_context(run_record.begun(args.domain, context))
+            record = stack.enter_context(run_record.begun(args.domain, context.host))
         preload.preload()
         beat = notify.Pulse({}, tell=record.doing)
         cancel = stack.enter_context(signals.listen())
@@ -200,8 +200,8 @@ def _backup(
 
     configuration = None
     if args.output is None:
-        configuration = configured.read(context)
-        context = configured.connected(configuration, context)
+        configuration = configured.read(context.host)
+        context = replace(context, host=configured.connected(configuration, context.host))
     with context.connection() as connection:
         request = _request(args, context, connection, configuration)
         return request, backup.run(request, connection, progress=moved, cancelled=cancelled)
@@ -222,10 +222,10 @@ def _request(
         from nbdbackupd.config.settings import request_fields
         from nbdbackupd.ops.domain import domains
 
-        domain = domains.find(connection, args.domain, context.runtime_dir.absolute())
+        domain = domains.find(connection, args.domain, context.host.runtime_dir)
         found = configured.settings_of_domain(domain, configuration)
         settings = request_fields(found)
-        planned = making.plan(domain, found, app_context.now(), level)
+        planned = making.plan(domain, found, context.host.now(), level)
         name, directory = domain.uuid, planned.set
     fields = {
         "level": level,
@@ -234,8 +234,8 @@ def _request(
         **settings,
         **making.given(args, settings),
     }
-    if configuration is None or context.is_state_given:
-        fields["sharing"] = configured.sharing_of(name, context)
+    if configuration is None or context.host.is_state_given:
+        fields["sharing"] = configured.sharing_of(name, context.host)
     # the context has them where they are given
     for option, field in (("scratch_dir", "scratch_dir"), ("checkpoint_dir", "state_dir")):
         if getattr(args, option) is not None:
@@ -244,7 +244,7 @@ def _request(
     if shared is not None:
         # the base is noted where all hosts look for it
         fields["state_dir"] = shared
-    return making.request(name, directory, context, fields)
+    return making.request(name, directory, context.host, fields)
 
 
 def render(report: "BackupReport") -> str:

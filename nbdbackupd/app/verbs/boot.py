@@ -155,8 +155,8 @@ def _request(args: Arguments, context: Context, source: Path) -> "BootRequest":
     output = args.live_restore.absolute() if args.live_restore is not None else None
     return BootRequest(
         source=source,
-        runtime_dir=context.runtime_dir.absolute(),
-        scratch_dir=context.scratch_dir.absolute(),
+        runtime_dir=context.host.runtime_dir,
+        scratch_dir=context.host.scratch_dir,
         started=now(),
         choice=chosen(args),
         name=args.name or "",
@@ -169,7 +169,7 @@ def _request(args: Arguments, context: Context, source: Path) -> "BootRequest":
         attended=output is None and not args.detach,
         console=output is None,
         trusted=args.trust_definition,
-        state_dirs=configured.state_directories(context),
+        state_dirs=configured.state_directories(context.host),
     )
 
 
@@ -272,7 +272,7 @@ def _render(report: "LiveReport") -> str:
 def _resume(args: Arguments, context: Context) -> int:
     from nbdbackupd.ops.boot.record import Places
 
-    places = Places.of(args.resume, context.runtime_dir.absolute(), context.scratch_dir.absolute())
+    places = Places.of(args.resume, context.host.runtime_dir, context.host.scratch_dir)
     with signals.listen() as cancel, context.connection() as connection:
         return _follow(places, args, context, connection, cancel)
 
@@ -282,7 +282,7 @@ def _stop(name: str, context: Context) -> int:
 
     with signals.listen() as cancel, context.connection() as connection:
         record = boots.stop(
-            name, context.runtime_dir.absolute(), context.scratch_dir.absolute(), connection,
+            name, context.host.runtime_dir, context.host.scratch_dir, connection,
             cancelled=cancel.check,
         )  # fmt: skip
     document = {"version": 1, "ended": record.name, "point": record.point}
@@ -294,9 +294,7 @@ def _list(context: Context) -> int:
     from nbdbackupd.ops.boot import boots
 
     with context.connection() as connection:
-        found = boots.known(
-            context.runtime_dir.absolute(), context.scratch_dir.absolute(), connection
-        )
+        found = boots.known(context.host.runtime_dir, context.host.scratch_dir, connection)
     document = {"version": 1, "boots": [each.to_json() for each in found]}
     context.show(document, "\n".join(map(_line, found)) or "nothing is booted")
     return 0

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from nbdbackupd import plain
 from nbdbackupd.app import configured
-from nbdbackupd.app import context as app_context
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, directory, size
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError, DomainError
@@ -84,10 +83,11 @@ def _connected(args: Arguments, context: Context) -> Context:
     if args.output is not None:
         return context
     try:
-        return configured.connected(configured.read(context), context)
+        host = configured.connected(configured.read(context.host), context.host)
     except ConfigError:
         # that becomes a finding
         return context
+    return replace(context, host=host)
 
 
 def _request(
@@ -100,23 +100,23 @@ def _request(
 
     facts: dict[str, Any] = {
         "directory": args.output.absolute() if args.output is not None else None,
-        "scratch_dir": context.scratch_dir.absolute(),
+        "scratch_dir": context.host.scratch_dir,
         "scratch_reserve": DEFAULT_RESERVE,
-        "state_dir": context.state_dir.absolute(),
-        "now": app_context.now(),
+        "state_dir": context.host.state_dir,
+        "now": context.host.now(),
     }
     findings: tuple[Finding, ...] = ()
-    settings = check_run.settings_of(domain, context)
+    settings = check_run.settings_of(domain, context.host)
     if isinstance(settings, Finding):
         if args.output is None:
             findings = (settings,)
     else:
         facts |= {
-            "state_dir": configured.state_directory(args.domain, context).absolute(),
-            "sharing": configured.sharing_of(args.domain, context),
+            "state_dir": configured.state_directory(args.domain, context.host).absolute(),
+            "sharing": configured.sharing_of(args.domain, context.host),
         }
         if args.output is None:
-            facts["directory"], findings = check_run.look(domain, settings)
+            facts["directory"], findings = check_run.look(domain, settings, context.host)
             if args.scratch_dir is None and not settings.is_default("scratch.directory"):
                 facts["scratch_dir"] = settings.scratch_directory
             facts["scratch_reserve"] = settings.scratch_reserve
@@ -125,7 +125,7 @@ def _request(
             facts["freeze_policy"] = settings.freeze_policy
     if args.scratch_reserve is not None:
         facts["scratch_reserve"] = args.scratch_reserve
-    runtime_dir = context.runtime_dir.absolute()
+    runtime_dir = context.host.runtime_dir
     return CheckRequest(domain=domain.uuid, runtime_dir=runtime_dir, **facts), findings
 
 

@@ -4,10 +4,10 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from nbdbackupd.app import configured, signals
-from nbdbackupd.app import context as app_context
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, directory, seconds
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import DomainNotFoundError, NbdbackupError, UsageError
+from nbdbackupd.model.host import new_run_id
 
 if TYPE_CHECKING:
     from nbdbackupd.model.reconcile import Entry, KnownChain, Step
@@ -117,18 +117,18 @@ def _request(args: Arguments, context: Context, domain: str) -> "CheckpointsRequ
     from nbdbackupd.ops.checkpoints import checkpoints
 
     try:
-        state_dir = configured.state_directory(domain, context).absolute()
+        state_dir = configured.state_directory(domain, context.host).absolute()
     except DomainNotFoundError:
         if not args.started:
             raise
         # whether there is one matters no more
-        state_dir = context.state_dir.absolute()
-    now = app_context.now()
+        state_dir = context.host.state_dir
+    now = context.host.now()
     return checkpoints.CheckpointsRequest(
         domain=domain,
-        runtime_dir=context.runtime_dir.absolute(),
+        runtime_dir=context.host.runtime_dir,
         state_dir=state_dir,
-        run_id=app_context.new_run_id(now),
+        run_id=new_run_id(now),
         directory=args.output.absolute() if args.output else None,
         repair=args.repair,
         drop=args.drop,
@@ -137,7 +137,7 @@ def _request(args: Arguments, context: Context, domain: str) -> "CheckpointsRequ
         dry_run=args.dry_run,
         wait_seconds=args.wait,
         started=args.started,
-        sharing=configured.sharing_of(domain, context),
+        sharing=configured.sharing_of(domain, context.host),
     )
 
 

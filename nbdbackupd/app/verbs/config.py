@@ -53,8 +53,8 @@ def run(args: Arguments, context: Context) -> int:
     from nbdbackupd.config import calendar
 
     if args.action == "check":
-        return _check(configured.read(context, event_fault=calendar.systemd_fault), context)
-    return _show(args.domain, configured.read(context).require_sound(), context)
+        return _check(configured.read(context.host, event_fault=calendar.systemd_fault), context)
+    return _show(args.domain, configured.read(context.host).require_sound(), context)
 
 
 def _sample(context: Context) -> int:
@@ -97,7 +97,7 @@ def _remarks(configuration: "Configuration", context: Context) -> "tuple[Problem
     from nbdbackupd.config.reading import Problem
 
     found = remarks.remarks(configuration, _domains(configuration, context), calendar.is_over)
-    directory = context.config_dir or schema.DIRECTORY
+    directory = context.host.config_dir or schema.DIRECTORY
     try:
         fault = notification.template_fault(directory)
     except ConfigError as err:
@@ -116,11 +116,12 @@ def _domains(configuration: "Configuration", context: Context) -> "list[Known] |
     try:
         from nbdbackupd.model import throwaway
         from nbdbackupd.model.domain import parse_domain
+        from nbdbackupd.ops.domain import domains
         from nbdbackupd.virt.domain import Domain
 
         found = []
-        context = configured.connected(configuration, context)
-        with context.connection(any_host=True) as connection:
+        host = configured.connected(configuration, context.host)
+        with domains.connect(host, any_host=True) as connection:
             for name, uuid in connection.domains():
                 with contextlib.suppress(DomainNotFoundError):
                     domain = Domain(connection, name, uuid)
@@ -150,7 +151,7 @@ def _foreign_hosts(configuration: "Configuration") -> "list[Problem]":
 
 
 def _show(domain: str, configuration: "Configuration", context: Context) -> int:
-    name, uuid, found = configured.settings_of(domain, configuration, context)
+    name, uuid, found = configured.settings_of(domain, configuration, context.host)
     context.show(_document(found, name, uuid), _render(found, name))
     return 0
 

@@ -4,9 +4,9 @@ import argparse
 from typing import Any
 
 from nbdbackupd.app import configured, signals
-from nbdbackupd.app import context as app_context
 from nbdbackupd.app.arguments import Arguments, directory
 from nbdbackupd.app.context import Context
+from nbdbackupd.model.host import new_run_id
 from nbdbackupd.units import human_size
 
 DESCRIPTION = "Tell what the next increment into a set would save, disk by disk; saves nothing."
@@ -32,9 +32,9 @@ def run(args: Arguments, context: Context) -> int:
     request = estimate.EstimateRequest(
         domain=args.domain,
         directory=args.output.absolute(),
-        runtime_dir=context.runtime_dir.absolute(),
-        run_id=app_context.new_run_id(app_context.now()),
-        sharing=configured.sharing_of(args.domain, context),
+        runtime_dir=context.host.runtime_dir,
+        run_id=new_run_id(context.host.now()),
+        sharing=configured.sharing_of(args.domain, context.host),
     )
     with signals.listen() as cancel, context.connection() as connection:
         report = estimate.run(request, connection, cancelled=cancel.check)

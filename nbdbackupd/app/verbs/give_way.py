@@ -48,7 +48,7 @@ def run(args: Arguments, context: Context) -> int:
     if args.hosts:
         print(_tell_hosts(args, context))
         return 0
-    report = give_way.run(args.domain, context.runtime_dir.absolute())
+    report = give_way.run(args.domain, context.host.runtime_dir)
     context.show(report.to_json(), report.message)
     return 0
 
@@ -63,6 +63,6 @@ def _tell_hosts(args: Arguments, context: Context) -> str:
 
     xml = sys.stdin.read(MAX_XML)
     domain = parse_domain(xml)
-    configuration = configured.read(context)
+    configuration = configured.read(context.host)
     settings = settings_for(domain.name, domain.uuid, labels_of(xml), configuration)
     return moving.run(args.hosts, args.reason, domain, sharing(settings))

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from nbdbackupd import plain
-from nbdbackupd.app import context as app_context
 from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments, directory
 from nbdbackupd.app.context import Context
+from nbdbackupd.model.host import new_run_id
 
 WARNED = 3
 DESCRIPTION = """\
@@ -49,7 +49,7 @@ def run(args: Arguments, context: Context) -> int:
 
     request = import_set.ImportRequest(
         source=args.source.absolute(),
-        run_id=app_context.new_run_id(app_context.now()),
+        run_id=new_run_id(context.host.now()),
         output=args.output.absolute() if args.output else None,
         link=args.link,
         sound=args.sound,

@@ -152,7 +152,7 @@ def _request(args: Arguments, context: Context) -> "MapRequest":
     if args.source is not None and not sequence:
         source = named.set_of(args.source, context, chosen(args))
     return MapRequest(
-        runtime_dir=context.runtime_dir.absolute(),
+        runtime_dir=context.host.runtime_dir,
         source=source,
         sequence=sequence,
         choice=chosen(args),
@@ -202,7 +202,7 @@ def _watch(up: "Serving", cancel: signals.Cancel) -> int:
 def _list(context: Context) -> int:
     from nbdbackupd.ops.map import mapped
 
-    found = mapped.known(context.runtime_dir.absolute())
+    found = mapped.known(context.host.runtime_dir)
     document = {"version": 1, "maps": [each.to_json() for each in found]}
     lines = []
     for each in found:
@@ -219,7 +219,7 @@ def run_unmap(args: Arguments, context: Context) -> int:
 
     if bool(args.what) == args.all:
         raise UsageError("unmap takes either what to end, or --all; 'map --list' shows all maps")
-    runtime_dir = context.runtime_dir.absolute()
+    runtime_dir = context.host.runtime_dir
     found = mapped.known(runtime_dir)
     chosen = [each for each in found if args.all or _is_meant(each, args.what)]
     if not args.all and not chosen:

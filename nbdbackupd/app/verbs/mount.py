@@ -119,6 +119,6 @@ def run_unmount(args: Arguments, context: Context) -> int:
     from nbdbackupd.ops.files import mount
 
     directory = args.directory.absolute()
-    mount.end(directory, context.runtime_dir.absolute(), lazy=args.lazy)
+    mount.end(directory, context.host.runtime_dir, lazy=args.lazy)
     context.show({"version": 1, "directory": str(directory)}, f"{directory} is unmounted")
     return 0

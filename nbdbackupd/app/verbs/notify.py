@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from nbdbackupd import events, plain
 from nbdbackupd.app import configured
-from nbdbackupd.app import context as app_context
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError, DomainError, NbdbackupError, ProcessError
+from nbdbackupd.model.host import Host
 from nbdbackupd.units import local_time
 
 if TYPE_CHECKING:
@@ -83,14 +83,14 @@ def _tell(args: Arguments, context: Context) -> int:
     from nbdbackupd.app import notification
     from nbdbackupd.config import schema
 
-    configuration = configured.read(context)
-    notice = _notice(args.unit, configuration)
+    configuration = configured.read(context.host)
+    notice = _notice(args.unit, configuration, context.host)
     wishes = _wishes(notice.domain, configuration, context)
-    directory = context.config_dir or schema.DIRECTORY
+    directory = context.host.config_dir or schema.DIRECTORY
     text = _without_secrets(notification.render(notice, directory), wishes, context)
     told: list[str] = []
     if not args.print and notice.event in wishes.events:
-        told = _deliver(text, notice, wishes)
+        told = _deliver(text, notice, wishes, context.host)
     document = {
         "version": JSON_VERSION,
         "unit": notice.unit,
@@ -106,7 +106,7 @@ def _tell(args: Arguments, context: Context) -> int:
     return 0
 
 
-def _notice(unit: str, configuration: "Configuration") -> "Notice":
+def _notice(unit: str, configuration: "Configuration", host: Host) -> "Notice":
     from nbdbackupd.app import notification
     from nbdbackupd.app.notification import Notice
     from nbdbackupd.model import unitname
@@ -124,7 +124,7 @@ def _notice(unit: str, configuration: "Configuration") -> "Notice":
     except ProcessError as err:
         remarks.append(f"The journal can't be read: {err}")
     domain = unitname.domain_of(unit)
-    end = _record(unit, domain, service, (result, status))
+    end = _record(unit, domain, service, (result, status), host)
     problem = str(configuration.problems[0]) if configuration.problems else ""
     # once is enough
     if problem and (end is None or problem not in end.reason):
@@ -151,15 +151,15 @@ def _notice(unit: str, configuration: "Configuration") -> "Notice":
 
 
 def _record(
-    unit: str, domain: str, service: "Service | None", told: tuple[str, str]
+    unit: str, domain: str, service: "Service | None", told: tuple[str, str], host: Host
 ) -> "End | None":
     """What the run noted of its end itself, or what is noted now that it could not."""
     from nbdbackupd.app import run_record
 
     if not domain:
         return None
-    run_record.settle(domain, run_record.why_killed(*told))
-    end = run_record.look(domain).end
+    run_record.settle(host, domain, run_record.why_killed(*told))
+    end = run_record.look(host, domain).end
     if end is None or end.unit != unit:
         return None
     # the unit may have failed before the run began
@@ -192,10 +192,10 @@ def _wishes(domain: str, configuration: "Configuration", context: Context) -> "W
         configuration.require_sound()
         found = global_settings(configuration)
         if domain:
-            _, _, found = configured.settings_of(domain, configuration, context)
-        kept_notification.keep(domain, found)
+            _, _, found = configured.settings_of(domain, configuration, context.host)
+        kept_notification.keep(context.host.own_state_dir, domain, found)
         return Wishes.of({path: found.get(path) for path in PATHS})
-    known = kept_notification.kept(domain)
+    known = kept_notification.kept(context.host.own_state_dir, domain)
     values = {path: schema.BY_PATH[path].default for path in PATHS}
     if known is not None:
         values |= dict(zip(PATHS, (known.events, known.mail, known.command), strict=False))
@@ -209,7 +209,7 @@ def _without_secrets(text: "Text", wishes: "Wishes", context: Context) -> "Text"
     """The text without the password for libvirt, wherever that came from."""
     from nbdbackupd.app.notification import Text
 
-    files = [context.password_file, wishes.password_file]
+    files = [context.host.password_file, wishes.password_file]
     subject, body = text.subject, text.body
     for file in files:
         with suppress(OSError, UnicodeDecodeError):
@@ -220,13 +220,13 @@ def _without_secrets(text: "Text", wishes: "Wishes", context: Context) -> "Text"
     return Text(subject=subject, body=body)
 
 
-def _deliver(text: "Text", notice: "Notice", wishes: "Wishes") -> list[str]:
+def _deliver(text: "Text", notice: "Notice", wishes: "Wishes", host: Host) -> list[str]:
     from nbdbackupd.app import notification
 
     told, failed = [], []
     if wishes.mail:
         try:
-            notification.send_mail(text, wishes.mail, app_context.now())
+            notification.send_mail(text, wishes.mail, host.now())
             told.append("mail")
         except NbdbackupError as err:
             failed.append(err)

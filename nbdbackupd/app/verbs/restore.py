@@ -82,7 +82,7 @@ def run(args: Arguments, context: Context) -> int:
         preallocate=args.preallocate,
         force=args.force,
         workers=args.workers,
-        state_dirs=configured.state_directories(context),
+        state_dirs=configured.state_directories(context.host),
         **restore_targets.wishes(args),
     )
     with (

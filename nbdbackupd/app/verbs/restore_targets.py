@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from nbdbackupd.app import asking, configured
 from nbdbackupd.app.arguments import Arguments, names, positive, rate
-from nbdbackupd.app.context import Context, new_run_id, now
+from nbdbackupd.app.context import Context
 from nbdbackupd.errors import DomainError, UsageError
+from nbdbackupd.model.host import new_run_id
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.restore.plan import Placement
@@ -118,11 +119,11 @@ def placement(
             return
         yield in_place.InPlace(
             connection,
-            runtime_dir=context.runtime_dir,
-            run_id=new_run_id(now()),
+            runtime_dir=context.host.runtime_dir,
+            run_id=new_run_id(context.host.now()),
             force=args.force,
             cancelled=cancelled,
-            sharing=lambda domain: configured.sharing_of(domain, context),
+            sharing=lambda domain: configured.sharing_of(domain, context.host),
         )
 
 

@@ -55,9 +55,9 @@ def run(args: Arguments, context: Context) -> int:
         retry=args.retry,
     )  # fmt: skip
     with ExitStack() as stack:
-        record = run_record.RunRecord(context)
+        record = run_record.RunRecord(context.host)
         if not args.dry_run:
-            record = stack.enter_context(run_record.begun(args.domain, context))
+            record = stack.enter_context(run_record.begun(args.domain, context.host))
             preload.preload()
         beat = notify.Pulse(os.environ, tell=record.doing)
         cancel = stack.enter_context(signals.listen())
@@ -78,7 +78,7 @@ def run(args: Arguments, context: Context) -> int:
         watch = runner.Watch(
             progress=moved, cancelled=cancelled, doing=beat.status, alive=beat.alive, anew=anew
         )
-        report = runner.run(wish, context, watch, record)
+        report = runner.run(wish, context.host, watch, record)
         text = render(report)
         beat.status(text.partition("\n")[0])
     context.show(report.to_json(), text)

@@ -72,7 +72,7 @@ def run(args: Arguments, context: Context) -> int:
 def _gather(args: Arguments, context: Context) -> "StatusReport":
     from nbdbackupd.app import gathering
 
-    return gathering.gather(args.domain, context, warning=args.warning, critical=args.critical)
+    return gathering.gather(args.domain, context.host, warning=args.warning, critical=args.critical)
 
 
 def _show(args: Arguments, context: Context) -> int:
@@ -115,7 +115,7 @@ def _write_metrics(report: "StatusReport", args: Arguments, context: Context) ->
 
     if args.domain:
         raise UsageError("--metrics is about all domains: give none")
-    directory = global_settings(configured.read(context)).monitoring_metrics_directory
+    directory = global_settings(configured.read(context.host)).monitoring_metrics_directory
     if directory is None:
         raise ConfigError("no directory for metrics: set monitoring.metrics_directory")
     metrics.record_host(

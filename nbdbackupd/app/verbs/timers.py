@@ -11,6 +11,7 @@ from nbdbackupd import plain
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError
+from nbdbackupd.model.host import Host
 
 if TYPE_CHECKING:
     from nbdbackupd.repo.runs import End
@@ -112,19 +113,20 @@ def run(args: Arguments, context: Context) -> int:
     started = [each.activates for each in found if each.activates]
     services = {each.unit: each for each in units.services(*started)} if started else {}
     lines = [
-        Line(timer=each, service=services.get(each.activates), end=_end(each)) for each in found
+        Line(timer=each, service=services.get(each.activates), end=_end(each, context.host))
+        for each in found
     ]
     context.show(_document(lines), _render(lines), painted=True)
     return 0
 
 
-def _end(timer: "Timer") -> "End | None":
+def _end(timer: "Timer", host: Host) -> "End | None":
     """The newest end that a run noted, if it was one of this timer."""
     from nbdbackupd.app import run_record
     from nbdbackupd.model import unitname
 
     domain = unitname.domain_of(timer.unit)
-    end = run_record.look(domain).end if domain else None
+    end = run_record.look(host, domain).end if domain else None
     return end if end is not None and end.unit == timer.activates else None
 
 

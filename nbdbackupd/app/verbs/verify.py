@@ -77,7 +77,7 @@ def _prove(args: Arguments, context: Context, path: Path, cancel: signals.Cancel
 
     request = verify.VerifyRequest(
         path=path, point=args.point or "", workers=args.workers,
-        state_dirs=configured.state_directories(context),
+        state_dirs=configured.state_directories(context.host),
     )  # fmt: skip
     with context.progress() as progress:
 

@@ -131,15 +131,15 @@ def _request(args: Arguments, context: Context, source: Path) -> "BootTestReques
     request = BootTestRequest(
         boot=BootRequest(
             source=source,
-            runtime_dir=context.runtime_dir.absolute(),
-            scratch_dir=context.scratch_dir.absolute(),
+            runtime_dir=context.host.runtime_dir,
+            scratch_dir=context.host.scratch_dir,
             started=now(),
             choice=choice,
             name=name,
             memory=args.boot_memory or 0,
             with_us=True,
             trusted=args.trust_definition,
-            state_dirs=configured.state_directories(context),
+            state_dirs=configured.state_directories(context.host),
             unattended=True,
         ),
         sign=Sign(awaited.kind),

@@ -1,13 +1,20 @@
-"""Finding a domain, also a transient one that has ended and that libvirt has forgotten."""
+"""Reaching libvirt, and finding a domain there.
+
+Also a transient one that has ended and that libvirt has forgotten.
+"""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd.errors import DomainNotFoundError, NbdbackupError
+from nbdbackupd import log
+from nbdbackupd.errors import ConfigError, DomainNotFoundError, NbdbackupError
+from nbdbackupd.model.host import Host
 from nbdbackupd.repo.runs import boot_id
 from nbdbackupd.source import kept
-from nbdbackupd.virt import instance
+from nbdbackupd.virt import connection, instance
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain, Ending
 from nbdbackupd.virt.ended import EndedDomain
@@ -16,14 +23,43 @@ SETTLE_SECONDS: Final = 10.0
 POLL_SECONDS: Final = 0.1
 
 
-def find(connection: Connection, name: str, runtime_dir: Path) -> Domain:
+@contextmanager
+def connect(host: Host, *, any_host: bool = False) -> Iterator[Connection]:
+    """Open the connection to libvirt.
+
+    Only who touches no file of a guest takes ``any_host``. Raises ConfigError if the password file
+    can't be read, DomainError if libvirt can't be reached or is another host's.
+    """
+    password = _password(host.password_file)
+    with (
+        log.hidden(password),
+        connection.open_connection(
+            host.uri,
+            user=host.user,
+            password=password,
+            runtime_dir=None if any_host else host.runtime_dir,
+        ) as opened,
+    ):
+        yield opened
+
+
+def _password(file: Path | None) -> str:
+    if file is None:
+        return ""
+    try:
+        return file.read_text().rstrip("\n")
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"can't read the password file {file}: {err}") from err
+
+
+def find(libvirt: Connection, name: str, runtime_dir: Path) -> Domain:
     """Find a domain by name or UUID; if libvirt does not know it, by what its hook has kept.
 
     That is for a transient domain that has ended here. One that was undefined, or that may live
     on elsewhere, is not found. Raises DomainNotFoundError, DomainError.
     """
     try:
-        return _settled(Domain.find(connection, name))
+        return _settled(Domain.find(libvirt, name))
     except DomainNotFoundError as err:
         known = kept.read(runtime_dir, name)
         if known is None:
@@ -33,7 +69,7 @@ def find(connection: Connection, name: str, runtime_dir: Path) -> Domain:
             fields = {**err.fields, "reason": why_not}
             raise DomainNotFoundError(f"{err.message}; {why_not}", **fields) from err
         ending = known.end.ending if known.end is not None else Ending.UNKNOWN
-        return EndedDomain(connection, known.name, known.uuid, kept=known.xml, ending=ending)
+        return EndedDomain(libvirt, known.name, known.uuid, kept=known.xml, ending=ending)
 
 
 def _settled(domain: Domain) -> Domain:
