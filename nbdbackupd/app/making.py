@@ -1,25 +1,11 @@
 """From options and settings to a request for a backup: explicit options win."""
 
 import argparse
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from nbdbackupd import __version__
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.errors import UsageError
-from nbdbackupd.model.host import Host, new_run_id
-
-if TYPE_CHECKING:
-    from datetime import datetime
-
-    from nbdbackupd.config.settings import DomainSettings
-    from nbdbackupd.model.chain import Level
-    from nbdbackupd.model.policy import NextRun
-    from nbdbackupd.ops.backup.request import BackupRequest
-    from nbdbackupd.virt.domain import Domain
 
 UNSET: Final = argparse.SUPPRESS
 """The default of options that a setting can stand for: absent tells from given."""
@@ -39,40 +25,6 @@ FIELDS: Final = {
     "limit_rate": "limit_rate",
 }
 """Options, by their names in ``Arguments``, and the fields of a request that they decide."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Planned:
-    """Where the next run of a domain goes; ``directory`` holds its sets."""
-
-    settings: "DomainSettings"
-    directory: Path
-    next: "NextRun"
-
-    @property
-    def set(self) -> Path:
-        """The set's directory."""
-        return self.directory / self.next.directory
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What must not pass unnoticed: a set that can't be continued."""
-        return (self.next.problem,) if self.next.problem else ()
-
-
-def plan(domain: "Domain", settings: "DomainSettings", now: "datetime", wanted: "Level") -> Planned:
-    """Choose set and level by the settings; nothing is created.
-
-    Raises RepositoryError if the repository is not mounted or can't be read, NoFullError for a
-    level that needs a full that is not there.
-    """
-    from nbdbackupd.config import settings as app_settings
-    from nbdbackupd.ops.sets import homes, sets
-
-    app_settings.check_mounted(settings)
-    directory = homes.home_of(settings.repository_path, domain.name, domain.uuid)
-    chosen = sets.next_run(directory, domain.uuid, app_settings.level_policy(settings), now, wanted)
-    return Planned(settings=settings, directory=directory, next=chosen)
 
 
 def given(args: Arguments, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,33 +62,3 @@ def _holding(args: Arguments, settings: Mapping[str, Any]) -> dict[str, Any]:
         policy = FreezePolicy(freeze)
     chosen = mountpoints or settings.get("mountpoints", ())
     return {"pause": False, "freeze": policy, "mountpoints": chosen}
-
-
-def request(domain: str, directory: Path, host: Host, fields: Mapping[str, Any]) -> "BackupRequest":
-    """A request of now; ``fields`` may overrule what comes from the host."""
-    from nbdbackupd.ops.backup.request import BackupRequest
-
-    moment = host.now()
-    common: dict[str, Any] = {
-        "scratch_dir": host.scratch_dir,
-        "state_dir": host.state_dir,
-        "workers": default_workers(),
-    }
-    return BackupRequest(
-        domain=domain,
-        directory=directory.absolute(),
-        runtime_dir=host.runtime_dir,
-        program=f"nbdbackupd {__version__}",
-        run_id=new_run_id(moment),
-        now=moment,
-        **{**common, **{name: _absolute(value) for name, value in fields.items()}},
-    )
-
-
-def default_workers() -> int:
-    """One thread for each processor, at most 8."""
-    return min(8, os.cpu_count() or 2)
-
-
-def _absolute(value: Any) -> Any:
-    return value.absolute() if isinstance(value, Path) else value

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbdbackupd.app import configured
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError, FormatError, RepositoryError, UsageError
+from nbdbackupd.ops.domain import configured
 
 if TYPE_CHECKING:
     from nbdbackupd.config.files import Configuration
@@ -57,9 +57,10 @@ def _absent(name: str, configuration: "Configuration") -> str:
     Labels would need libvirt: a file that needs them counts as if it were not there.
     """
     from nbdbackupd.config.matching import is_uuid
-    from nbdbackupd.config.settings import settings_for, why_absent
+    from nbdbackupd.config.settings import settings_for
+    from nbdbackupd.ops.domain import mounted
 
-    return "" if is_uuid(name) else why_absent(settings_for(name, "", {}, configuration))
+    return "" if is_uuid(name) else mounted.why_absent(settings_for(name, "", {}, configuration))
 
 
 def _repositories(configuration: "Configuration") -> list[Path]:

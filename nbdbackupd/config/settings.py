@@ -1,24 +1,16 @@
 """What the configuration says for one domain, and what that means for a backup."""
 
-import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from nbdbackupd import events
 from nbdbackupd.config import files as config_files
 from nbdbackupd.config.files import ConfigFile, Configuration
 from nbdbackupd.config.matching import is_uuid
 from nbdbackupd.config.schema import BY_PATH, SETTINGS
-from nbdbackupd.errors import ConfigError, RepositoryError
+from nbdbackupd.errors import ConfigError
 from nbdbackupd.model.policy import LevelPolicy, Rotate
-
-if TYPE_CHECKING:
-    from nbdbackupd.ops.domain.images import Sharing
-
-log = logging.getLogger(__name__)
 
 DEFAULT: Final = "default"
 CREDENTIALS: Final = "CREDENTIALS_DIRECTORY"
@@ -190,7 +182,6 @@ def request_fields(settings: DomainSettings) -> dict[str, Any]:
         "wait_seconds": settings.limits_wait,
         "timeout_seconds": settings.limits_timeout,
         "limit_rate": settings.limits_bandwidth,
-        "sharing": sharing(settings),
     }
     if not settings.is_default("scratch.directory"):
         found["scratch_dir"] = settings.scratch_directory
@@ -199,19 +190,6 @@ def request_fields(settings: DomainSettings) -> dict[str, Any]:
     if settings.limits_workers is not None:
         found["workers"] = settings.limits_workers
     return found
-
-
-def sharing(settings: DomainSettings) -> "Sharing":
-    """What the settings say of other hosts: a state directory that is set may be theirs, too."""
-    from nbdbackupd.ops.domain.images import Sharing
-    from nbdbackupd.ops.domain.survey import Wish
-
-    is_own = settings.is_default("checkpoint_directory")
-    return Sharing(
-        state_dir=None if is_own else settings.checkpoint_directory,
-        devices=settings.block_devices,
-        wish=Wish(include=settings.disks_include, exclude=settings.disks_exclude),
-    )
 
 
 def level_policy(settings: DomainSettings) -> LevelPolicy:
@@ -238,68 +216,3 @@ def password_file(settings: DomainSettings, credentials: Path | None) -> Path | 
             f"not set; run within a unit that has LoadCredential=, or use libvirt.password_file"
         )
     return credentials / settings.libvirt_password_credential
-
-
-def check_mounted(settings: DomainSettings) -> None:
-    """Prove by the marker or mount point that the repository is what it should be.
-
-    Raises RepositoryError if it is not, or can't be looked at; that is an event, too.
-    """
-    try:
-        check_shared(settings.repository_path, MOUNTS.read_text(errors="replace"))
-        _prove_mounted(settings)
-    except RepositoryError as err:
-        events.emit(log, events.REPOSITORY_NOT_MOUNTED, reason=err)
-        raise
-
-
-def why_absent(settings: DomainSettings) -> str:
-    """Why the repository is not what it should be; empty if it is, as far as can be seen."""
-    try:
-        _prove_mounted(settings)
-    except RepositoryError as err:
-        return err.message
-    path = settings.repository_path
-    return "" if path.is_dir() else f"there is no repository {path}"
-
-
-MOUNTS: Final = Path("/proc/self/mountinfo")
-PRIVATE: Final = "/systemd-private-"
-"""In the root of a mount that is a unit's own (PrivateTmp=)."""
-
-
-def check_shared(path: Path, mounts: str) -> None:
-    """Prove that what is written to a path stays there when the unit has ended.
-
-    ``mounts`` is the text of /proc/self/mountinfo, proc(5). Raises RepositoryError.
-    """
-    real = os.path.realpath(path)
-    for line in mounts.splitlines():
-        words = line.split()
-        if len(words) > 4 and PRIVATE in words[3] and f"{real}/".startswith(f"{words[4]}/"):
-            raise RepositoryError(
-                f"{path} lies in {words[4]}, of which this unit has one of its own that ends with "
-                f"it: choose another repository.path"
-            )
-
-
-def _prove_mounted(settings: DomainSettings) -> None:
-    mount_point, marker = settings.repository_mount_point, settings.repository_marker
-    if mount_point is not None and not os.path.ismount(mount_point):
-        raise RepositoryError(
-            f"nothing is mounted on {mount_point}, which holds the repository "
-            f"{settings.repository_path}; mount it, or fix repository.mount_point "
-            f"({settings.origins['repository.mount_point']})"
-        )
-    if marker is None:
-        return
-    path = settings.repository_path / marker
-    try:
-        path.stat()
-    except FileNotFoundError as err:
-        raise RepositoryError(
-            f"the repository's marker {path} is missing: mount the repository, or, if it is new, "
-            f"make the file ({settings.origins['repository.marker']})"
-        ) from err
-    except OSError as err:
-        raise RepositoryError(f"can't look at the marker {path}: {err.strerror}") from err

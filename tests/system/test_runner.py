@@ -214,7 +214,7 @@ def test_checkpoints_of_a_chain_without_a_record(one: Appliance) -> None:
     full = one.save()
     shutil.rmtree(here.ctl.state)
     # told to end when the point is made: it counts, and what is left is dropped later
-    with here.ctl.rigged(LATER, "TERM@nbdbackupd.ops.checkpoints.retire:checkpoints.run#1"):
+    with here.ctl.rigged(LATER, "TERM@nbdbackupd.ops.run.retire:checkpoints.run#1"):
         second = one.save()
     assert second.set != full.set
     assert len(here.checkpoints()) == 2

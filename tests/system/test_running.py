@@ -15,7 +15,6 @@ import nbd
 import pytest
 
 from nbdbackupd import rundir
-from nbdbackupd.app import gathering
 from nbdbackupd.errors import (
     BusyError,
     ConfigError,
@@ -26,6 +25,7 @@ from nbdbackupd.errors import (
     SourceError,
 )
 from nbdbackupd.model.chain import Consistency
+from nbdbackupd.ops.status import gather
 from nbdbackupd.source import Snapshot, guard, scratch
 from nbdbackupd.source.quiesce import FreezePolicy
 from nbdbackupd.source.running import RunningDisk, RunningRequest, marker, open_running
@@ -429,7 +429,7 @@ def test_a_guest_that_is_kept_until_the_job_ends_is_told(
     monkeypatch.setattr(Domain, "is_kept", lambda _domain: True)
     with heard() as told, open_running(request_):
         wait_until(lambda: told == ["guest-waits"], "the word", 20)
-        (note,) = gathering.waiting(request_.domain.connection)
+        (note,) = gather.waiting(request_.domain.connection)
         assert "virsh resume" in note
 
 

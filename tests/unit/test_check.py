@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import pytest
 
-from nbdbackupd.app import check_run
 from nbdbackupd.app.verbs import check as verb
 from nbdbackupd.model import access
 from nbdbackupd.model.access import Account
@@ -20,7 +19,7 @@ from nbdbackupd.model.finding import Area, Finding, Notes, Severity, worst
 from nbdbackupd.model.freeze_memory import FreezeMemory
 from nbdbackupd.ops.check import access as check_access
 from nbdbackupd.ops.check import domain as check_domain
-from nbdbackupd.ops.check import request, sets
+from nbdbackupd.ops.check import request, run, sets
 from nbdbackupd.ops.check.check import CheckReport
 from nbdbackupd.ops.check.request import Patient
 from nbdbackupd.ops.domain import domains, locks
@@ -171,7 +170,7 @@ esac
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(units, "BOOTED", tmp_path)
     notes = Notes(Area.CONFIGURATION)
-    check_run._end_of_host(notes)
+    run._end_of_host(notes)
     (found,) = notes.done()
     assert found.severity.value == severity
     assert words in f"{found.text} {found.advice}"

@@ -23,7 +23,9 @@ from nbdbackupd.config.settings import DomainSettings
 from nbdbackupd.errors import ConfigError, DomainError, RepositoryError, UsageError
 from nbdbackupd.model.host import DEFAULT_URI
 from nbdbackupd.model.policy import LevelPolicy, Rotate
+from nbdbackupd.ops.backup import prepare
 from nbdbackupd.ops.backup.request import BackupRequest
+from nbdbackupd.ops.domain import configured, mounted
 from nbdbackupd.ops.domain.images import Sharing
 from nbdbackupd.ops.domain.survey import Wish
 from nbdbackupd.source.quiesce import FreezePolicy
@@ -107,7 +109,7 @@ def test_defaults_are_those_of_the_command(monkeypatch: pytest.MonkeyPatch) -> N
     # no option given decides nothing
     assert making.given(parse(), bare) == {}
     host = Context.from_args(parse()).host
-    without, with_files = (making.request("vm", Path("/x"), host, fields) for fields in ({}, bare))
+    without, with_files = (prepare.request("vm", Path("/x"), host, fields) for fields in ({}, bare))
     same: dict[str, Any] = {"run_id": "", "now": datetime(2026, 1, 31, tzinfo=UTC)}
     assert replace(without, **same) == replace(with_files, **same)
     assert got.libvirt_uri == DEFAULT_URI
@@ -150,15 +152,15 @@ limits: {workers: 3, wait: 5m, timeout: 10, bandwidth: 64K}
         "wait_seconds": 300.0,
         "timeout_seconds": 10.0,
         "limit_rate": 64 << 10,
-        "sharing": Sharing(
-            state_dir=Path("/c"),
-            devices="local",
-            wish=Wish(include=("vda", "vdb"), exclude=("vdc",)),
-        ),
     }
+    assert configured.sharing(got) == Sharing(
+        state_dir=Path("/c"),
+        devices="local",
+        wish=Wish(include=("vda", "vdb"), exclude=("vdc",)),
+    )
     # what a run is, and what a configuration has no business with
     others = {"domain", "directory", "run_id", "now", "runtime_dir", "program"}
-    others |= {"level", "layout", "by_nbdinfo", "only_off", "ending", "retired"}
+    others |= {"sharing", "level", "layout", "by_nbdinfo", "only_off", "ending", "retired"}
     assert set(found) | others == {each.name for each in fields(BackupRequest)}
     pause = read(tmp_path / "b", "freeze: {policy: pause}")
     found = settings.request_fields(settings.settings_for("vm", "", {}, pause))
@@ -316,15 +318,15 @@ def test_marker(tmp_path: Path) -> None:
     got = settings.settings_for("vm", "", {}, read(tmp_path / "a", main))
     for _ in range(2):
         with pytest.raises(RepositoryError, match=r"marker .*\.here is missing.*yaml:3"):
-            settings.check_mounted(got)
+            mounted.check(got)
         repository.mkdir(exist_ok=True)
     (repository / ".here").touch()
-    settings.check_mounted(got)
+    mounted.check(got)
     repository.rename(tmp_path / "moved")
     repository.write_text("")
     with pytest.raises(RepositoryError, match="can't look at the marker"):
-        settings.check_mounted(got)
-    settings.check_mounted(defaults())
+        mounted.check(got)
+    mounted.check(defaults())
 
 
 def test_mount_point(tmp_path: Path) -> None:
@@ -335,10 +337,10 @@ def test_mount_point(tmp_path: Path) -> None:
         found = read(tmp_path / f"c{len(str(mount_point))}", main)
         got = settings.settings_for("vm", "", {}, found)
         if is_mounted:
-            settings.check_mounted(got)
+            mounted.check(got)
         else:
             with pytest.raises(RepositoryError, match=f"nothing is mounted on {mount_point}"):
-                settings.check_mounted(got)
+                mounted.check(got)
 
 
 def test_password(tmp_path: Path) -> None:
@@ -507,6 +509,6 @@ def test_a_repository_in_a_units_own_directory() -> None:
     )
     for path in ("/var/tmp/backup", "/var/tmp"):
         with pytest.raises(RepositoryError, match="lies in /var/tmp"):
-            settings.check_shared(Path(path), mounts)
-    settings.check_shared(Path("/var/tmpx"), mounts)
-    settings.check_shared(Path("/backup"), mounts)
+            mounted.check_shared(Path(path), mounts)
+    mounted.check_shared(Path("/var/tmpx"), mounts)
+    mounted.check_shared(Path("/backup"), mounts)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nbdbackupd.app import configured
 from nbdbackupd.errors import ConfigError
 from nbdbackupd.model.host import Host
+from nbdbackupd.ops.domain import configured
 
 
 def host(directory: Path) -> Host:

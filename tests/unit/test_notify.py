@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from nbdbackupd import events
-from nbdbackupd.app import notification
-from nbdbackupd.app.notification import Notice
 from nbdbackupd.model import unitname
+from nbdbackupd.ops.notify import notification
+from nbdbackupd.ops.notify.notification import Notice
 from nbdbackupd.repo import runs
 from nbdbackupd.systemd import units
 from tests.lib.pages import TOP
@@ -407,7 +407,7 @@ def test_without_jinja2(tmp_path: Path) -> None:
     (tmp_path / "jinja2.py").write_text("raise ImportError('gone')")
     script = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r});"
-        "from nbdbackupd.app import notification as n; from pathlib import Path;"
+        "from nbdbackupd.ops.notify import notification as n; from pathlib import Path;"
         "notice = n.Notice(event='failure', unit='u', domain='', host='h', what='w', result='r',"
         " meaning='', started='', ended='', lines=());"
         "n.render(notice, Path('/nonexistent'))"

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd import log, plain, proc
-from nbdbackupd.app import asking, notification, progress, streams, tables
+from nbdbackupd.app import asking, progress, streams, tables
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import check
 from nbdbackupd.errors import FormatError, ProcessError
 from nbdbackupd.format import manifest, stream
+from nbdbackupd.ops.notify import notification
 from nbdbackupd.repo.virtnbdbackup import peer
 from nbdbackupd.systemd import units
 from tests.lib import points

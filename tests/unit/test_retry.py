@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from nbdbackupd import durable, events, log, rundir
-from nbdbackupd.app import ctl, run_record, runner
+from nbdbackupd.app import ctl
 from nbdbackupd.errors import GaveWayError
 from nbdbackupd.ops.backup import backup
+from nbdbackupd.ops.run import record, runner
 from nbdbackupd.repo import runs
 from nbdbackupd.systemd import units
 from nbdbackupd.virt import jobs, same_host
@@ -57,7 +58,7 @@ def host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Host:
     monkeypatch.setenv("NBDBACKUP_STATE_DIR", str(tmp_path / "state"))
-    monkeypatch.setattr(run_record, "own_unit", lambda: UNIT)
+    monkeypatch.setattr(record, "own_unit", lambda: UNIT)
     monkeypatch.setattr(runner, "RETRY_SECONDS", (0.3, 0.3, 0.3))
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.05)
     # this driver has no files, and can't prove whose they are, and no jobs
@@ -149,14 +150,14 @@ def test_w7_who_gave_way_is_not_asked_twice(host: Host, monkeypatch: pytest.Monk
 def test_w7_told_to_end_while_it_waits(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "RETRY_SECONDS", (60.0,))
     monkeypatch.setattr(units, "is_stopping", lambda: True)
-    doing = run_record.RunRecord.doing
+    doing = record.RunRecord.doing
 
-    def told(self: run_record.RunRecord, text: str) -> None:
+    def told(self: record.RunRecord, text: str) -> None:
         doing(self, text)
         if text.startswith("tried again at "):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(run_record.RunRecord, "doing", told)
+    monkeypatch.setattr(record.RunRecord, "doing", told)
     code, _ = host.run("--retry", "--wait", "0")
     assert code == 143
     seen = host.look()
@@ -174,7 +175,7 @@ def test_w6_a_run_that_was_killed_is_told_by_its_unit(
     folder.mkdir()
     (host.root / "etc/nbdbackup.yaml").write_text(f"monitoring: {{metrics_directory: {folder}}}")
     known = runs.Runs(host.root / "state")
-    now = run_record.stamp(datetime.now(UTC))
+    now = record.stamp(datetime.now(UTC))
     run = runs.Begun(ident=UNIT, domain="vm1", host="here", boot=runs.boot_id(), begun=now)
     with known.living(run) as living:
         living.is_unfinished = True

@@ -20,7 +20,7 @@ from nbdbackupd.errors import (
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.choice import Choice
 from nbdbackupd.model.policy import LevelPolicy, NextRun, Rotate
-from nbdbackupd.ops.backup import commands, slots
+from nbdbackupd.ops.run import commands, slots
 from nbdbackupd.ops.sets import homes, lookup, sets
 from nbdbackupd.repo.repository import Repository
 from tests.lib import chains, points

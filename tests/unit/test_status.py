@@ -18,11 +18,12 @@ import pytest
 
 from nbdbackupd import durable, rundir
 from nbdbackupd.app import context as app_context
-from nbdbackupd.app import ctl, run_record, tables
+from nbdbackupd.app import ctl, tables
 from nbdbackupd.model import throwaway, unitname
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.freeze_memory import MAY_BE_FROZEN
 from nbdbackupd.model.health import Facts, Health, Limits, age_text, judge
+from nbdbackupd.ops.run import record
 from nbdbackupd.ops.status import metrics
 from nbdbackupd.repo import boot_tests, layout, runs
 from nbdbackupd.repo.repository import Repository
@@ -275,8 +276,8 @@ def end(minutes: int, result: str = runs.FAILED, status: int = 50, **more: str) 
     began = NOW - timedelta(minutes=minutes)
     facts = {"unit": "nbdbackup@vm1.service", "reason": "No space left on device", **more}
     return runs.End(
-        domain="vm1", host="here", begun=run_record.stamp(began),
-        ended=run_record.stamp(began + timedelta(minutes=1)), result=result, status=status, **facts,
+        domain="vm1", host="here", begun=record.stamp(began),
+        ended=record.stamp(began + timedelta(minutes=1)), result=result, status=status, **facts,
     )  # fmt: skip
 
 
@@ -415,7 +416,7 @@ def test_a3_runs_that_live(host: Host) -> None:
     known = runs.Runs(host.root / "state")
     doing = host.root / "run/doing"
     doing.mkdir(parents=True)
-    begun = run_record.stamp(NOW - timedelta(minutes=5))
+    begun = record.stamp(NOW - timedelta(minutes=5))
     with ExitStack() as stack:
         for ident in ("nbdbackup@vm1.service", "hand-1"):
             run = runs.Begun(

@@ -28,14 +28,15 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
-    from nbdbackupd.app import configured, run_metrics, run_record
     from nbdbackupd.ops.backup import abort
+    from nbdbackupd.ops.domain import configured
+    from nbdbackupd.ops.run import metrics, record
 
     # to a unit's ExecStopPost= systemd tells how the run ended
     told = [os.environ.get(each, "") for each in ("SERVICE_RESULT", "EXIT_STATUS")]
-    ends = run_record.settle(context.host, args.domain, run_record.why_killed(*told))
+    ends = record.settle(context.host, args.domain, record.why_killed(*told))
     if ends:
-        run_metrics.unseen(ends[-1], configured.read(context.host), context.host)
+        metrics.unseen(ends[-1], configured.read(context.host), context.host)
     quiet = getattr(args, "quiet", False)
     with context.connection() as connection:
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbdbackupd import log as runlog
-from nbdbackupd.app import configured, making, signals
+from nbdbackupd.app import making, signals
 from nbdbackupd.app.arguments import (
     Arguments,
     add_checkpoint_dir,
@@ -22,6 +22,7 @@ from nbdbackupd.app.arguments import (
 )
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.making import UNSET
+from nbdbackupd.ops.domain import configured
 from nbdbackupd.units import human_size, human_time
 
 if TYPE_CHECKING:
@@ -162,7 +163,8 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 with warnings."""
-    from nbdbackupd.app import preload, run_record
+    from nbdbackupd.app import preload
+    from nbdbackupd.ops.run import record as run_record
     from nbdbackupd.systemd import notify
 
     with ExitStack() as stack:
@@ -214,6 +216,7 @@ def _request(
     configuration: "Configuration | None",
 ) -> "BackupRequest":
     from nbdbackupd.model.chain import Layout, Level
+    from nbdbackupd.ops.backup import prepare
 
     level = Level(args.level)
     settings: dict[str, Any] = {}
@@ -224,8 +227,8 @@ def _request(
 
         domain = domains.find(connection, args.domain, context.host.runtime_dir)
         found = configured.settings_of_domain(domain, configuration)
-        settings = request_fields(found)
-        planned = making.plan(domain, found, context.host.now(), level)
+        settings = request_fields(found) | {"sharing": configured.sharing(found)}
+        planned = prepare.plan(domain, found, context.host.now(), level)
         name, directory = domain.uuid, planned.set
     fields = {
         "level": level,
@@ -244,7 +247,7 @@ def _request(
     if shared is not None:
         # the base is noted where all hosts look for it
         fields["state_dir"] = shared
-    return making.request(name, directory, context.host, fields)
+    return prepare.request(name, directory, context.host, fields)
 
 
 def render(report: "BackupReport") -> str:

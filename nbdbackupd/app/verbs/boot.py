@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from nbdbackupd.app import configured, named, signals
+from nbdbackupd.app import named, signals
 from nbdbackupd.app.arguments import (
     Arguments,
     add_checkpoint_dir,
@@ -20,6 +20,7 @@ from nbdbackupd.app.arguments import (
 from nbdbackupd.app.context import Context, now
 from nbdbackupd.app.verbs import restore_define
 from nbdbackupd.errors import DomainError, Interrupted, UsageError
+from nbdbackupd.ops.domain import configured
 from nbdbackupd.units import local_time
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from nbdbackupd import plain
-from nbdbackupd.app import configured
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, directory, size
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError, DomainError
+from nbdbackupd.ops.domain import configured
 
 if TYPE_CHECKING:
     from nbdbackupd.model.finding import Finding
@@ -94,8 +94,8 @@ def _request(
     args: Arguments, context: Context, domain: "Domain"
 ) -> "tuple[CheckRequest, tuple[Finding, ...]]":
     """What is to be looked at: a set that was named, or what ``run`` will do."""
-    from nbdbackupd.app import check_run
     from nbdbackupd.model.finding import Finding
+    from nbdbackupd.ops.check import run as check_run
     from nbdbackupd.ops.check.request import CheckRequest
 
     facts: dict[str, Any] = {

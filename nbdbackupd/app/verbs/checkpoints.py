@@ -3,11 +3,12 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from nbdbackupd.app import configured, signals
+from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, directory, seconds
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import DomainNotFoundError, NbdbackupError, UsageError
 from nbdbackupd.model.host import new_run_id
+from nbdbackupd.ops.domain import configured
 
 if TYPE_CHECKING:
     from nbdbackupd.model.reconcile import Entry, KnownChain, Step

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbdbackupd import plain
-from nbdbackupd.app import configured
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError, DomainNotFoundError, NbdbackupError, UsageError
+from nbdbackupd.ops.domain import configured
 
 if TYPE_CHECKING:
     from nbdbackupd.config.files import Configuration
@@ -92,9 +92,9 @@ def _check(configuration: "Configuration", context: Context) -> int:
 
 def _remarks(configuration: "Configuration", context: Context) -> "tuple[Problem, ...]":
     """What is sound and still can't work, as far as libvirt, or else its files, tell."""
-    from nbdbackupd.app import notification
     from nbdbackupd.config import calendar, remarks, schema
     from nbdbackupd.config.reading import Problem
+    from nbdbackupd.ops.notify import notification
 
     found = remarks.remarks(configuration, _domains(configuration, context), calendar.is_over)
     directory = context.host.config_dir or schema.DIRECTORY

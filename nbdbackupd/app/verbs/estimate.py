@@ -3,10 +3,11 @@
 import argparse
 from typing import Any
 
-from nbdbackupd.app import configured, signals
+from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments, directory
 from nbdbackupd.app.context import Context
 from nbdbackupd.model.host import new_run_id
+from nbdbackupd.ops.domain import configured
 from nbdbackupd.units import human_size
 
 DESCRIPTION = "Tell what the next increment into a set would save, disk by disk; saves nothing."

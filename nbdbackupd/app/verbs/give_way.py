@@ -55,14 +55,14 @@ def run(args: Arguments, context: Context) -> int:
 
 def _tell_hosts(args: Arguments, context: Context) -> str:
     """By the XML alone: libvirt can't be asked while its hook is at work."""
-    from nbdbackupd.app import configured
     from nbdbackupd.config.matching import labels_of
-    from nbdbackupd.config.settings import settings_for, sharing
+    from nbdbackupd.config.settings import settings_for
     from nbdbackupd.model.domain import parse_domain
     from nbdbackupd.ops.backup import moving
+    from nbdbackupd.ops.domain import configured
 
     xml = sys.stdin.read(MAX_XML)
     domain = parse_domain(xml)
     configuration = configured.read(context.host)
     settings = settings_for(domain.name, domain.uuid, labels_of(xml), configuration)
-    return moving.run(args.hosts, args.reason, domain, sharing(settings))
+    return moving.run(args.hosts, args.reason, domain, configured.sharing(settings))

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdbackupd import events, plain
-from nbdbackupd.app import configured
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import ConfigError, DomainError, NbdbackupError, ProcessError
 from nbdbackupd.model.host import Host
+from nbdbackupd.ops.domain import configured
 from nbdbackupd.units import local_time
 
 if TYPE_CHECKING:
-    from nbdbackupd.app.kept_notification import Wishes
-    from nbdbackupd.app.notification import Notice, Text
     from nbdbackupd.config.files import Configuration
+    from nbdbackupd.ops.notify.kept import Wishes
+    from nbdbackupd.ops.notify.notification import Notice, Text
     from nbdbackupd.repo.runs import End
     from nbdbackupd.systemd.units import Service
 
@@ -80,8 +80,8 @@ def run(args: Arguments, context: Context) -> int:
 
 
 def _tell(args: Arguments, context: Context) -> int:
-    from nbdbackupd.app import notification
     from nbdbackupd.config import schema
+    from nbdbackupd.ops.notify import notification
 
     configuration = configured.read(context.host)
     notice = _notice(args.unit, configuration, context.host)
@@ -107,9 +107,9 @@ def _tell(args: Arguments, context: Context) -> int:
 
 
 def _notice(unit: str, configuration: "Configuration", host: Host) -> "Notice":
-    from nbdbackupd.app import notification
-    from nbdbackupd.app.notification import Notice
     from nbdbackupd.model import unitname
+    from nbdbackupd.ops.notify import notification
+    from nbdbackupd.ops.notify.notification import Notice
     from nbdbackupd.systemd import units
 
     service, remarks = None, []
@@ -154,12 +154,12 @@ def _record(
     unit: str, domain: str, service: "Service | None", told: tuple[str, str], host: Host
 ) -> "End | None":
     """What the run noted of its end itself, or what is noted now that it could not."""
-    from nbdbackupd.app import run_record
+    from nbdbackupd.ops.run import record
 
     if not domain:
         return None
-    run_record.settle(host, domain, run_record.why_killed(*told))
-    end = run_record.look(host, domain).end
+    record.settle(host, domain, record.why_killed(*told))
+    end = record.look(host, domain).end
     if end is None or end.unit != unit:
         return None
     # the unit may have failed before the run began
@@ -183,19 +183,19 @@ def _how_it_ended(unit: str, service: "Service | None") -> tuple[str, str, str]:
 
 def _wishes(domain: str, configuration: "Configuration", context: Context) -> "Wishes":
     """As the files say. What can't be read of them is as it last could, or else root is told."""
-    from nbdbackupd.app import kept_notification
-    from nbdbackupd.app.kept_notification import PATHS, Wishes
     from nbdbackupd.config import schema, timers
     from nbdbackupd.config.settings import global_settings
+    from nbdbackupd.ops.notify import kept
+    from nbdbackupd.ops.notify.kept import PATHS, Wishes
 
     with suppress(ConfigError, DomainError, ImportError):
         configuration.require_sound()
         found = global_settings(configuration)
         if domain:
             _, _, found = configured.settings_of(domain, configuration, context.host)
-        kept_notification.keep(context.host.own_state_dir, domain, found)
+        kept.keep(context.host.own_state_dir, domain, found)
         return Wishes.of({path: found.get(path) for path in PATHS})
-    known = kept_notification.kept(context.host.own_state_dir, domain)
+    known = kept.kept(context.host.own_state_dir, domain)
     values = {path: schema.BY_PATH[path].default for path in PATHS}
     if known is not None:
         values |= dict(zip(PATHS, (known.events, known.mail, known.command), strict=False))
@@ -207,7 +207,7 @@ def _wishes(domain: str, configuration: "Configuration", context: Context) -> "W
 
 def _without_secrets(text: "Text", wishes: "Wishes", context: Context) -> "Text":
     """The text without the password for libvirt, wherever that came from."""
-    from nbdbackupd.app.notification import Text
+    from nbdbackupd.ops.notify.notification import Text
 
     files = [context.host.password_file, wishes.password_file]
     subject, body = text.subject, text.body
@@ -221,7 +221,7 @@ def _without_secrets(text: "Text", wishes: "Wishes", context: Context) -> "Text"
 
 
 def _deliver(text: "Text", notice: "Notice", wishes: "Wishes", host: Host) -> list[str]:
-    from nbdbackupd.app import notification
+    from nbdbackupd.ops.notify import notification
 
     told, failed = [], []
     if wishes.mail:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbdbackupd.app import configured, named, signals
+from nbdbackupd.app import named, signals
 from nbdbackupd.app.arguments import (
     Arguments,
     add_checkpoint_dir,
@@ -18,6 +18,7 @@ from nbdbackupd.app.arguments import (
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import restore_define, restore_targets
 from nbdbackupd.errors import UsageError
+from nbdbackupd.ops.domain import configured
 from nbdbackupd.units import human_size, human_time, local_time
 
 if TYPE_CHECKING:

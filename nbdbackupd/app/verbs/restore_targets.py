@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbdbackupd.app import asking, configured
+from nbdbackupd.app import asking
 from nbdbackupd.app.arguments import Arguments, names, positive, rate
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import DomainError, UsageError
 from nbdbackupd.model.host import new_run_id
+from nbdbackupd.ops.domain import configured
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.restore.plan import Placement

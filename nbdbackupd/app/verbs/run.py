@@ -11,7 +11,7 @@ from nbdbackupd.app.arguments import Arguments, seconds
 from nbdbackupd.app.context import Context
 
 if TYPE_CHECKING:
-    from nbdbackupd.app.runner import RunReport
+    from nbdbackupd.ops.run.runner import RunReport
 
 DESCRIPTION = """\
 Save a domain as the configuration says: into the set whose turn it is, within the limit of
@@ -47,7 +47,9 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 with warnings."""
-    from nbdbackupd.app import preload, run_record, runner
+    from nbdbackupd.app import preload
+    from nbdbackupd.ops.run import record as run_record
+    from nbdbackupd.ops.run import runner
     from nbdbackupd.systemd import notify
 
     wish = runner.Wish(

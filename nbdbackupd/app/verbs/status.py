@@ -70,9 +70,9 @@ def run(args: Arguments, context: Context) -> int:
 
 
 def _gather(args: Arguments, context: Context) -> "StatusReport":
-    from nbdbackupd.app import gathering
+    from nbdbackupd.ops.status import gather
 
-    return gathering.gather(args.domain, context.host, warning=args.warning, critical=args.critical)
+    return gather.gather(args.domain, context.host, warning=args.warning, critical=args.critical)
 
 
 def _show(args: Arguments, context: Context) -> int:
@@ -109,8 +109,8 @@ def render(report: "StatusReport") -> str:
 
 
 def _write_metrics(report: "StatusReport", args: Arguments, context: Context) -> None:
-    from nbdbackupd.app import configured
     from nbdbackupd.config.settings import global_settings
+    from nbdbackupd.ops.domain import configured
     from nbdbackupd.ops.status import metrics
 
     if args.domain:

@@ -36,7 +36,7 @@ class Line:
     @property
     def result(self) -> str:
         """How the last run ended: ``done``, ``failed (exit status 20)``, ``running``, or ``-``."""
-        from nbdbackupd.app import notification
+        from nbdbackupd.ops.notify import notification
 
         service = self.service
         if service is not None and service.is_running:
@@ -122,11 +122,11 @@ def run(args: Arguments, context: Context) -> int:
 
 def _end(timer: "Timer", host: Host) -> "End | None":
     """The newest end that a run noted, if it was one of this timer."""
-    from nbdbackupd.app import run_record
     from nbdbackupd.model import unitname
+    from nbdbackupd.ops.run import record
 
     domain = unitname.domain_of(timer.unit)
-    end = run_record.look(host, domain).end if domain else None
+    end = record.look(host, domain).end if domain else None
     return end if end is not None and end.unit == timer.activates else None
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbdbackupd import plain
-from nbdbackupd.app import configured, named, signals, streams
+from nbdbackupd.app import named, signals, streams
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, chosen, positive
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import verify_boot
+from nbdbackupd.ops.domain import configured
 from nbdbackupd.units import human_size
 
 if TYPE_CHECKING:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from nbdbackupd import plain
-from nbdbackupd.app import configured, signals, streams
+from nbdbackupd.app import signals, streams
 from nbdbackupd.app.arguments import Arguments, chosen, duration, size
 from nbdbackupd.app.context import Context, now
 from nbdbackupd.app.verbs import restore_define
 from nbdbackupd.app.verbs.boot import require_libvirt
 from nbdbackupd.errors import UsageError
+from nbdbackupd.ops.domain import configured
 from nbdbackupd.units import human_time
 
 if TYPE_CHECKING:

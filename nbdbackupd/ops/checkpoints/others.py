@@ -51,7 +51,7 @@ def other_chains(
 ) -> tuple[OtherChain, ...]:
     """The chains of which ``names``, checkpoints and bitmaps, tell; ``mine``: ids to leave out.
 
-    The sets in directory ``retired`` are somebody else's care (ops/checkpoints/retire.py).
+    The sets in directory ``retired`` are somebody else's care (ops/run/retire.py).
     """
     known = {tag_of_chain(record.chain): record for record in records}
     tags = {tag_of(name) for name in names} - {tag_of_chain(chain) for chain in mine} - {""}

@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from nbdbackupd.app import configured, making, notification
 from nbdbackupd.errors import ConfigError, NbdbackupError, ProcessError
 from nbdbackupd.model.finding import Area, Finding, Notes
 from nbdbackupd.model.host import Host
+from nbdbackupd.ops.backup import prepare
+from nbdbackupd.ops.domain import configured
+from nbdbackupd.ops.notify import notification
 from nbdbackupd.systemd import units
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def _plan(domain: "Domain", settings: "DomainSettings", host: Host, notes: Notes
     from nbdbackupd.model.chain import Level
 
     try:
-        planned = making.plan(domain, settings, host.now(), Level.AUTO)
+        planned = prepare.plan(domain, settings, host.now(), Level.AUTO)
     except NbdbackupError as err:
         if settings.commands_pre:
             notes.warn(err.message, "a program before the run (commands.pre) has to fix that")

@@ -90,8 +90,7 @@ def sharing_of(name: str, host: Host) -> "Sharing":
 
     A configuration that can't be read is no reason to refuse; it may know of other hosts, though.
     """
-    from nbdbackupd.config.settings import sharing
-    from nbdbackupd.ops.domain import images
+    from nbdbackupd.ops.domain.images import SHARED, Sharing
 
     given = host.state_dir if host.is_state_given else None
     if given == host.own_state_dir:
@@ -99,7 +98,7 @@ def sharing_of(name: str, host: Host) -> "Sharing":
     try:
         _, _, settings = settings_of(name, read(host), host)
     except (ConfigError, DomainError):
-        return images.Sharing(state_dir=given, devices=images.SHARED)
+        return Sharing(state_dir=given, devices=SHARED)
     found = sharing(settings)
     return replace(found, state_dir=given) if host.is_state_given else found
 
@@ -135,3 +134,16 @@ def labels(domain: "Domain") -> Mapping[str, str]:
 
     # a transient domain has no definition: libvirt then tells what it would be
     return {**labels_of(domain.xml(inactive=True)), **labels_of(domain.xml())}
+
+
+def sharing(settings: "DomainSettings") -> "Sharing":
+    """What the settings say of other hosts: a state directory that is set may be theirs, too."""
+    from nbdbackupd.ops.domain.images import Sharing
+    from nbdbackupd.ops.domain.survey import Wish
+
+    is_own = settings.is_default("checkpoint_directory")
+    return Sharing(
+        state_dir=None if is_own else settings.checkpoint_directory,
+        devices=settings.block_devices,
+        wish=Wish(include=settings.disks_include, exclude=settings.disks_exclude),
+    )

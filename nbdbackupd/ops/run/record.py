@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from nbdbackupd import rundir
-from nbdbackupd.app import notification
 from nbdbackupd.errors import BusyError, Interrupted, NbdbackupError
 from nbdbackupd.model import unitname
 from nbdbackupd.model.host import Host, new_run_id
+from nbdbackupd.ops.notify import notification
 from nbdbackupd.repo import runs
 from nbdbackupd.repo.runs import Begun, End, Living, Runs, Seen
 from nbdbackupd.systemd import units

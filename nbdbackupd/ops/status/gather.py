@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdbackupd import rundir
-from nbdbackupd.app import configured
 from nbdbackupd.errors import (
     DomainError,
     DomainNotFoundError,
@@ -20,6 +19,7 @@ from nbdbackupd.errors import (
     UsageError,
 )
 from nbdbackupd.model.host import Host
+from nbdbackupd.ops.domain import configured
 from nbdbackupd.ops.sets.homes import MARK
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def ask_systemd(notes: list[str]) -> Units:
 
 def failure_of(service: "Service | None", seen: "Seen", found: "Stored") -> str:
     """How a unit failed without a word of the run itself; empty if it did not, or not since."""
-    from nbdbackupd.app import notification
+    from nbdbackupd.ops.notify import notification
 
     if service is None or service.active != "failed" or service.ended is None:
         return ""
@@ -361,9 +361,9 @@ def _folders(
 
 
 def _look(name: str, known: _Known, host: Host, notes: list[str]) -> "DomainStatus":
-    from nbdbackupd.app import run_record
     from nbdbackupd.model import unitname
     from nbdbackupd.model.health import Facts
+    from nbdbackupd.ops.run import record
     from nbdbackupd.ops.status import status
 
     uuid, settings = _settings(name, known, notes)
@@ -374,7 +374,7 @@ def _look(name: str, known: _Known, host: Host, notes: list[str]) -> "DomainStat
         service = known.units.services.get(unit)
     found = _stored(name, settings, known)
     newest = found.newest
-    seen = run_record.look(host, name, uuid)
+    seen = record.look(host, name, uuid)
     is_known = None if known.domains is None else name in known.domains
     is_covered = _is_covered(settings, timer, known.configuration)
     facts = Facts(
@@ -382,7 +382,7 @@ def _look(name: str, known: _Known, host: Host, notes: list[str]) -> "DomainStat
         problem=found.problem,
         damage=found.damage,
         warnings=_concerns(found, host, uuid),
-        failure=run_record.failure_text(seen, found.instant) or failure_of(service, seen, found),
+        failure=record.failure_text(seen, found.instant) or failure_of(service, seen, found),
         is_covered=is_covered,
         unscheduled=(
             _unscheduled(name, settings, known.units, timer, known.configuration)
@@ -400,7 +400,7 @@ def _look(name: str, known: _Known, host: Host, notes: list[str]) -> "DomainStat
         last_run=seen.end,
         runs=tuple(
             status.LiveRun(
-                unit=run.unit, begun=run.begun, doing=run_record.doing(run, host) or "begins"
+                unit=run.unit, begun=run.begun, doing=record.doing(run, host) or "begins"
             )
             for run in seen.alive
         ),
@@ -434,7 +434,7 @@ def _settings(name: str, known: _Known, notes: list[str]) -> "tuple[str, DomainS
 
 
 def _stored(name: str, settings: "DomainSettings", known: _Known) -> "Stored":
-    from nbdbackupd.config.settings import check_mounted
+    from nbdbackupd.ops.domain import mounted
     from nbdbackupd.ops.status import status
     from nbdbackupd.repo import layout
 
@@ -444,7 +444,7 @@ def _stored(name: str, settings: "DomainSettings", known: _Known) -> "Stored":
     directory, uuid = known.folders.get(name, (default, asked))
     more = [default] if asked and default != directory else []
     try:
-        check_mounted(settings)
+        mounted.check(settings)
     except RepositoryError as err:
         return status.Stored(directory=directory, problem=" ".join(str(err).split()))
     return status.stored(directory, uuid, *more)

@@ -11,9 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from nbdbackupd import events, plain
 from nbdbackupd import log as runlog
-from nbdbackupd.app import configured, kept_notification, making
-from nbdbackupd.app.run_metrics import RunMetrics
-from nbdbackupd.app.run_record import RunRecord
 from nbdbackupd.errors import (
     BusyError,
     DomainNotFoundError,
@@ -23,12 +20,17 @@ from nbdbackupd.errors import (
     NbdbackupError,
 )
 from nbdbackupd.model.host import Host
+from nbdbackupd.ops.backup import prepare
+from nbdbackupd.ops.domain import configured
+from nbdbackupd.ops.notify import kept as kept_notification
+from nbdbackupd.ops.run.metrics import RunMetrics
+from nbdbackupd.ops.run.record import RunRecord
 from nbdbackupd.systemd import inhibit
 
 if TYPE_CHECKING:
-    from nbdbackupd.app.making import Planned
     from nbdbackupd.config.files import Configuration
     from nbdbackupd.config.settings import DomainSettings
+    from nbdbackupd.ops.backup.prepare import Planned
     from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
     from nbdbackupd.virt.connection import Connection
     from nbdbackupd.virt.domain import Domain, Ending
@@ -244,10 +246,10 @@ def _find_and_run(wish: Wish, host: Host, watch: Watch) -> RunReport:
 
 def _report_gone(name: str, configuration: "Configuration", err: DomainNotFoundError) -> RunReport:
     """That a domain has moved to another host is no failure of its timer on this one."""
-    from nbdbackupd.config.settings import settings_for, sharing
+    from nbdbackupd.config.settings import settings_for
     from nbdbackupd.ops.domain import images
 
-    where = images.gone_to(name, sharing(settings_for(name, "", {}, configuration)))
+    where = images.gone_to(name, configured.sharing(settings_for(name, "", {}, configuration)))
     if not where:
         raise err
     return RunReport(domain=name, uuid="", result="skipped", reason=where)
@@ -260,13 +262,13 @@ def _record_host(
     moment: datetime,
 ) -> None:
     """Write the metrics of the host, if that is configured: of domains that nobody protects."""
-    from nbdbackupd.app import gathering
+    from nbdbackupd.ops.status import gather
 
     if settings.monitoring_metrics_directory is None:
         return
     try:
         directory = settings.monitoring_metrics_directory
-        gathering.record_host(connection, configuration, directory, moment)
+        gather.record_host(connection, configuration, directory, moment)
     except NbdbackupError as err:
         log.warning("the metrics of this host are not written: %s", err)
 
@@ -289,7 +291,7 @@ class _Run:
 
     def why_not(self) -> str:
         """Why there is nothing to do after the guest's end; empty if there is."""
-        from nbdbackupd.ops.backup import after_end
+        from nbdbackupd.ops.run import after_end
 
         if not self.settings.on_shutdown:
             return "on_shutdown is off in its configuration"
@@ -303,7 +305,6 @@ class _Run:
 
         Nothing is touched. Raises BusyError, RepositoryError, DomainError.
         """
-        from nbdbackupd.config.settings import sharing
         from nbdbackupd.ops.domain import images
 
         if self.domain.is_active():
@@ -311,7 +312,7 @@ class _Run:
         if self.settings.standby:
             return self.report("skipped", "it is off here, and this host only stands by for it")
         try:
-            found = images.prove(self.domain, sharing(self.settings))
+            found = images.prove(self.domain, configured.sharing(self.settings))
         except ElsewhereError as err:
             return self._elsewhere(err)
         if found.saver is None:
@@ -323,10 +324,9 @@ class _Run:
 
     def _elsewhere(self, err: ElsewhereError) -> RunReport:
         """That another host has it is no failure; that none has ever saved it is worth a word."""
-        from nbdbackupd.config.settings import sharing
         from nbdbackupd.repo.state import State
 
-        shared = sharing(self.settings).state_dir
+        shared = configured.sharing(self.settings).state_dir
         if shared is None:
             return self.report("skipped", err.message)
         points = sorted(record.point for record in State(shared).records(self.domain.uuid))
@@ -338,7 +338,7 @@ class _Run:
     def plan(self) -> "Planned":
         from nbdbackupd.model.chain import Level
 
-        return making.plan(self.domain, self.settings, self.host.now(), Level.AUTO)
+        return prepare.plan(self.domain, self.settings, self.host.now(), Level.AUTO)
 
     def plan_only(self) -> RunReport:
         planned = self.plan()
@@ -360,7 +360,7 @@ class _Run:
 
     def in_slot(self) -> RunReport:
         """Wait for a place, then run, with the programs before and after."""
-        from nbdbackupd.ops.backup import slots
+        from nbdbackupd.ops.run import slots
 
         self.watch.doing("waiting for a place among the concurrent runs")
         with slots.slot(
@@ -378,7 +378,7 @@ class _Run:
                 return self.with_programs()
 
     def with_programs(self) -> RunReport:
-        from nbdbackupd.ops.backup import commands
+        from nbdbackupd.ops.run import commands
 
         settings = self.settings
         about = {
@@ -421,7 +421,7 @@ class _Run:
             return ""
 
     def _after(self, about: Mapping[str, str], timeout: float) -> tuple[str, ...]:
-        from nbdbackupd.ops.backup import commands
+        from nbdbackupd.ops.run import commands
 
         self.watch.doing("running the programs after the backup")
         return commands.run_all(
@@ -436,7 +436,7 @@ class _Run:
         planned = self.plan()
         self.watch.doing(f"saving into {planned.set}: {planned.next.reason}")
         log.info("set %s, level %s: %s", planned.set, planned.next.level, planned.next.reason)
-        request = making.request(
+        request = prepare.request(
             self.domain.uuid, planned.set, self.host, self._fields(planned.directory)
         )
         try:
@@ -460,7 +460,10 @@ class _Run:
         from nbdbackupd.config.settings import request_fields
 
         # level auto: should another run have begun the set meanwhile, this one goes on with it
-        fields = request_fields(self.settings) | {"retired": directory}
+        fields = request_fields(self.settings) | {
+            "retired": directory,
+            "sharing": configured.sharing(self.settings),
+        }
         if self.wish.shutdown:
             fields |= {
                 "only_off": True,
@@ -482,7 +485,7 @@ class _Run:
         return kept.put_off(directory / unitname.escape(self.domain.name))
 
     def _retire(self, planned: "Planned", request: "BackupRequest", chain: str) -> tuple[str, ...]:
-        from nbdbackupd.ops.checkpoints import retire
+        from nbdbackupd.ops.run import retire
 
         if request.state_dir is None:
             return ()

@@ -1,0 +1,1 @@
+"""Whom the end of a unit is told, and how it gets there."""
