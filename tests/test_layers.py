@@ -1,6 +1,6 @@
 """Who may import whom, and who alone may use which library.
 
-app → ops → {source, repo} → {virt, qemu, nbdio, format} → model → base
+app → ops → {config, source, repo} → {virt, qemu, nbdio, format, systemd} → model → base
 """
 
 import ast
@@ -26,11 +26,17 @@ ALLOWED: Final = {
     **{name: BASE | {"model", name} for name in LOWEST},
     "source": BASE | {"model", "virt", "qemu", "source"},
     "repo": BASE | {"model", "format", "repo"},
-    "config": BASE | {"model", "config", "source", "ops"},
+    "config": BASE | {"model", "config", "source"},
     "ops": BASE | LOWEST | {"model", "source", "repo", "config", "ops"},
     "app": BASE | LOWEST | {"model", "source", "repo", "config", "ops", "app"},
 }
 """For each layer the parts of the package that it may import."""
+
+ROOMS: Final = (
+    "sets", "domain", "checkpoints", "backup", "notify", "status", "run", "restore", "define",
+    "verify", "map", "files", "boot", "check",
+)  # fmt: skip
+"""The folders of ops: each may use those before it, also for types only."""
 
 OWNERS: Final = {
     "libvirt": "virt",
@@ -116,6 +122,62 @@ def faults(path: Path, source: str) -> list[str]:
             line = node.lineno if isinstance(node, ast.expr) else 0
             found.append(f"{path}:{line}: only {owner} may use {used}")
     return found
+
+
+def uses() -> dict[str, set[str]]:
+    """For each module of the package those that it imports, late or for types only as well."""
+    names = {".".join(path.with_suffix("").parts): path for path in sources()}
+    found: dict[str, set[str]] = {}
+    for name, path in names.items():
+        targets = [
+            each.removeprefix("nbdbackupd.")
+            for each in imported(ast.parse((PACKAGE / path).read_text()), path)
+            if each.startswith("nbdbackupd.")
+        ]
+        # a name of a module, or of something in it
+        modules = {each if each in names else each.rpartition(".")[0] for each in targets}
+        found[name] = modules & set(names) - {name}
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that use one another in a ring; empty if there is none."""
+    done: set[str] = set()
+    for start, followers in graph.items():
+        way, open_ends = [start], [sorted(followers)]
+        while way:
+            if not open_ends[-1]:
+                done.add(way.pop())
+                open_ends.pop()
+                continue
+            follower = open_ends[-1].pop()
+            if follower in way:
+                return [*way[way.index(follower) :], follower]
+            if follower not in done:
+                way.append(follower)
+                open_ends.append(sorted(graph[follower]))
+    return []
+
+
+def test_no_module_uses_itself_through_others() -> None:
+    graph = uses()
+    assert len(graph["ops.backup.backup"]) > 10
+    assert circle(graph) == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_rooms_of_ops_have_an_order() -> None:
+    folders = {path.name for path in (PACKAGE / "ops").iterdir() if (path / "__init__.py").exists()}
+    assert folders == set(ROOMS)
+    found = [
+        f"{name} uses {other}"
+        for name, others in uses().items()
+        for other in others
+        if name.startswith("ops.") and other.startswith("ops.")
+        and ROOMS.index(other.split(".")[1]) > ROOMS.index(name.split(".")[1])
+    ]  # fmt: skip
+    assert not found, "\n".join(found)
 
 
 def sources() -> list[Path]:

@@ -404,7 +404,7 @@ def test_kill_leaves_only_incomplete_files(tmp_path: Path, output: str) -> None:
     program = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from nbdbackupd.ops.restoring import restore\n"
+        "from nbdbackupd.ops.restore import restore\n"
         "source, out, form = sys.argv[1:]\n"
         "request = restore.RestoreRequest(source=Path(source), output=Path(out), format=form)\n"
         "def progress(*_):\n"
@@ -432,8 +432,8 @@ def test_restore_needs_no_libvirt(tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from nbdbackupd.ops.proving import verify\n"
-        "from nbdbackupd.ops.restoring import restore\n"
+        "from nbdbackupd.ops.verify import verify\n"
+        "from nbdbackupd.ops.restore import restore\n"
         "try:\n"
         "    import libvirt\n"
         "except ImportError:\n"

@@ -22,7 +22,7 @@ from nbdbackupd.ops.check import domain as check_domain
 from nbdbackupd.ops.check import request, run, sets
 from nbdbackupd.ops.check.check import CheckReport
 from nbdbackupd.ops.check.request import Patient
-from nbdbackupd.ops.domain import domains, locks
+from nbdbackupd.ops.domain import accounts, domains, locks
 from nbdbackupd.repo.state import State
 from nbdbackupd.systemd import units
 from nbdbackupd.virt import guest
@@ -63,7 +63,7 @@ def test_mode_bits_as_the_kernel_reads_them(tmp_path: Path, mode: int) -> None:
 def test_ancestors_follow_links(tmp_path: Path) -> None:
     (tmp_path / "real" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to("real")
-    found = list(check_access.ancestors(tmp_path / "link" / "deep" / "missing"))
+    found = list(accounts.ancestors(tmp_path / "link" / "deep" / "missing"))
     assert found[0] == Path("/")
     assert found[-3:] == [
         tmp_path / "real",

@@ -23,6 +23,7 @@ from nbdbackupd import events, log, threads
 from nbdbackupd.app import ctl
 from nbdbackupd.errors import BusyError, DomainError, GaveWayError, Interrupted
 from nbdbackupd.events import ALL, Event
+from nbdbackupd.ops.backup import outcome
 from nbdbackupd.ops.domain import endings
 from scripts import gen_events, generated
 from tests.lib.pages import TOP
@@ -336,8 +337,8 @@ def test_systemd_takes_the_catalogue(tmp_path: Path) -> None:
     ],
 )
 def test_an_ending_is_told_once_where_it_is_seen_first(error: BaseException, event: Event) -> None:
-    outer = endings.Ending(logger, endings.backup_ending)
-    inner = endings.Ending(logger, endings.backup_ending)
+    outer = endings.Ending(logger, outcome.event_of)
+    inner = endings.Ending(logger, outcome.event_of)
     with journal() as (fake, _):
         with pytest.raises(type(error)), outer.told(), log.context(RUN="r"), inner.told():
             raise error

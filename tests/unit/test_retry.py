@@ -17,7 +17,8 @@ from nbdbackupd import durable, events, log, rundir
 from nbdbackupd.app import ctl
 from nbdbackupd.errors import GaveWayError
 from nbdbackupd.ops.backup import backup
-from nbdbackupd.ops.run import record, runner
+from nbdbackupd.ops.run import runner
+from nbdbackupd.ops.status import record
 from nbdbackupd.repo import runs
 from nbdbackupd.systemd import units
 from nbdbackupd.virt import jobs, same_host

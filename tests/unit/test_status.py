@@ -23,8 +23,7 @@ from nbdbackupd.model import throwaway, unitname
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.freeze_memory import MAY_BE_FROZEN
 from nbdbackupd.model.health import Facts, Health, Limits, age_text, judge
-from nbdbackupd.ops.run import record
-from nbdbackupd.ops.status import metrics
+from nbdbackupd.ops.status import metrics, record
 from nbdbackupd.repo import boot_tests, layout, runs
 from nbdbackupd.repo.repository import Repository
 from nbdbackupd.systemd import units

@@ -30,7 +30,8 @@ def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
     from nbdbackupd.ops.backup import abort
     from nbdbackupd.ops.domain import configured
-    from nbdbackupd.ops.run import metrics, record
+    from nbdbackupd.ops.run import metrics
+    from nbdbackupd.ops.status import record
 
     # to a unit's ExecStopPost= systemd tells how the run ended
     told = [os.environ.get(each, "") for each in ("SERVICE_RESULT", "EXIT_STATUS")]

@@ -164,7 +164,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 with warnings."""
     from nbdbackupd.app import preload
-    from nbdbackupd.ops.run import record as run_record
+    from nbdbackupd.ops.status import record as run_record
     from nbdbackupd.systemd import notify
 
     with ExitStack() as stack:

@@ -154,7 +154,7 @@ def _record(
     unit: str, domain: str, service: "Service | None", told: tuple[str, str], host: Host
 ) -> "End | None":
     """What the run noted of its end itself, or what is noted now that it could not."""
-    from nbdbackupd.ops.run import record
+    from nbdbackupd.ops.status import record
 
     if not domain:
         return None

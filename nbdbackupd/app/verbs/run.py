@@ -48,8 +48,8 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 with warnings."""
     from nbdbackupd.app import preload
-    from nbdbackupd.ops.run import record as run_record
     from nbdbackupd.ops.run import runner
+    from nbdbackupd.ops.status import record as run_record
     from nbdbackupd.systemd import notify
 
     wish = runner.Wish(

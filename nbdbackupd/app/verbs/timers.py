@@ -123,7 +123,7 @@ def run(args: Arguments, context: Context) -> int:
 def _end(timer: "Timer", host: Host) -> "End | None":
     """The newest end that a run noted, if it was one of this timer."""
     from nbdbackupd.model import unitname
-    from nbdbackupd.ops.run import record
+    from nbdbackupd.ops.status import record
 
     domain = unitname.domain_of(timer.unit)
     end = record.look(host, domain).end if domain else None

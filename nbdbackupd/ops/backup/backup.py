@@ -17,7 +17,7 @@ from nbdbackupd import durable, events, rundir
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import BusyError, CheckpointError, DomainError, RepositoryError
 from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint, effective_level
-from nbdbackupd.ops.backup import recording
+from nbdbackupd.ops.backup import outcome, recording
 from nbdbackupd.ops.backup.job import Job
 from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
 from nbdbackupd.ops.backup.sources import changed_bytes
@@ -57,7 +57,7 @@ def run(
     another host has it, and the errors of all layers; whatever is raised, nothing of this run is
     left and the old base is valid.
     """
-    ending = endings.Ending(log, endings.backup_ending)
+    ending = endings.Ending(log, outcome.event_of)
     with ExitStack() as stack:
         stack.enter_context(
             runlog.context(DOMAIN=request.domain, RUN=request.run_id, SET=request.directory)
@@ -87,7 +87,7 @@ def run(
                 )
             )  # fmt: skip
         report = replace(report, seconds=ending.seconds)
-        endings.backup(log, report)
+        outcome.tell(log, report)
     return report
 
 

@@ -1,10 +1,7 @@
 """Whether QEMU gets to its scratch files and its socket, and whether there is room for them."""
 
-import grp
 import os
-import pwd
 import stat
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,11 +10,11 @@ from nbdbackupd.model import access
 from nbdbackupd.model.access import Account
 from nbdbackupd.model.finding import Notes
 from nbdbackupd.ops.check.request import Patient, existing
+from nbdbackupd.ops.domain import accounts
 from nbdbackupd.source import scratch
 from nbdbackupd.units import human_size
 from nbdbackupd.virt import features
 
-ACL = "system.posix_acl_access"
 ENFORCE = Path("/sys/fs/selinux/enforce")
 APPARMOR_RULES = (
     Path("/etc/apparmor.d/local/abstractions/libvirt-qemu"),
@@ -67,8 +64,8 @@ def paths(patient: Patient, notes: Notes) -> None:
     if owner is None:
         notes.warn("libvirt does not tell under which account QEMU runs; paths were not looked at")
         return
-    who = account(*owner)
-    name = name_of(who.uid)
+    who = accounts.account(*owner)
+    name = accounts.name_of(who.uid)
     _way("the scratch directory", request.scratch_dir, who, notes)
     # the last directory is given to QEMU's account when a job begins
     _way("the directory of the NBD socket", patient.socket_dir.parent, who, notes)
@@ -77,17 +74,9 @@ def paths(patient: Patient, notes: Notes) -> None:
     notes.ok(f"QEMU runs as {name}, in {len(who.groups)} group{'s' * (len(who.groups) != 1)}")
 
 
-def account(uid: int, gid: int) -> Account:
-    """The account with the groups that libvirt gives to QEMU: initgroups(3)'s."""
-    groups = {gid}
-    with suppress(KeyError, OSError):
-        groups |= set(os.getgrouplist(pwd.getpwuid(uid).pw_name, gid))
-    return Account(uid, frozenset(groups))
-
-
 def _way(what: str, path: Path, who: Account, notes: Notes) -> None:
     """Note the first directory that ``who`` can't pass; what is missing will be made passable."""
-    for directory in ancestors(path):
+    for directory in accounts.ancestors(path):
         try:
             status = directory.stat()
         except FileNotFoundError:
@@ -99,11 +88,11 @@ def _way(what: str, path: Path, who: Account, notes: Notes) -> None:
         if access.allows(status.st_mode, owner, who, access.PASS):
             continue
         text = (
-            f"QEMU ({name_of(who.uid)}) can't pass {directory} (mode "
-            f"{stat.S_IMODE(status.st_mode):o}, owner {name_of(status.st_uid)}, group "
-            f"{group_of(status.st_gid)}) to {what} {path}"
+            f"QEMU ({accounts.name_of(who.uid)}) can't pass {directory} (mode "
+            f"{stat.S_IMODE(status.st_mode):o}, owner {accounts.name_of(status.st_uid)}, group "
+            f"{accounts.group_of(status.st_gid)}) to {what} {path}"
         )
-        if has_acl(directory):
+        if accounts.has_acl(directory):
             notes.warn(f"{text}, unless its ACL lets it", f"see 'getfacl {directory}'")
             continue
         notes.fail(text, f"'chmod o+x {directory}', or choose another directory")
@@ -111,42 +100,11 @@ def _way(what: str, path: Path, who: Account, notes: Notes) -> None:
     notes.ok(f"QEMU gets to {what} {path}")
 
 
-def ancestors(path: Path) -> Iterator[Path]:
-    """The path and all above it, the root first; links as the kernel follows them."""
-    real = path.resolve()
-    yield from reversed(real.parents)
-    yield real
-
-
 def _writable(path: Path, notes: Notes) -> None:
     directory = existing(path)
     # that it is no directory was said already
     if directory.is_dir() and not os.access(directory, os.W_OK | os.X_OK):
         notes.fail(f"this account can't write to {directory}", "run as root, or give another one")
-
-
-def has_acl(path: Path) -> bool:
-    """Whether rights are given beyond the mode."""
-    try:
-        return ACL in os.listxattr(path)
-    except OSError:
-        return False
-
-
-def name_of(uid: int) -> str:
-    """The account's name, or its number in words."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"uid {uid}"
-
-
-def group_of(gid: int) -> str:
-    """The group's name, or its number in words."""
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return f"gid {gid}"
 
 
 def confinement(patient: Patient, notes: Notes) -> None:

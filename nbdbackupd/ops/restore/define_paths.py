@@ -10,7 +10,7 @@ from typing import Final
 from nbdbackupd.errors import ConfigError, DomainError, NbdbackupError
 from nbdbackupd.model import access, hostpaths
 from nbdbackupd.model.hostpaths import Conflict, PathUse
-from nbdbackupd.ops.check import access as check_access
+from nbdbackupd.ops.domain import accounts
 from nbdbackupd.qemu import image
 
 log = logging.getLogger(__name__)
@@ -85,10 +85,10 @@ def check_way(owner: tuple[int, int] | None, paths: Iterable[Path]) -> None:
     """
     if owner is None:
         return
-    who = check_access.account(*owner)
+    who = accounts.account(*owner)
     seen: set[Path] = set()
     for path in paths:
-        for directory in check_access.ancestors(path):
+        for directory in accounts.ancestors(path):
             if directory in seen:
                 continue
             seen.add(directory)
@@ -97,13 +97,11 @@ def check_way(owner: tuple[int, int] | None, paths: Iterable[Path]) -> None:
             except OSError:
                 break
             ids = (status.st_uid, status.st_gid)
-            if access.allows(status.st_mode, ids, who, access.PASS) or check_access.has_acl(
-                directory
-            ):
+            if access.allows(status.st_mode, ids, who, access.PASS) or accounts.has_acl(directory):
                 continue
             raise ConfigError(
-                f"QEMU ({check_access.name_of(who.uid)}) can't pass {directory} "
+                f"QEMU ({accounts.name_of(who.uid)}) can't pass {directory} "
                 f"(mode {stat.S_IMODE(status.st_mode):o}, "
-                f"owner {check_access.name_of(status.st_uid)}, "
-                f"group {check_access.group_of(status.st_gid)}): 'chmod o+x' it, or give another -o"
+                f"owner {accounts.name_of(status.st_uid)}, "
+                f"group {accounts.group_of(status.st_gid)}): 'chmod o+x' it, or give another -o"
             )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from nbdbackupd import durable
+from nbdbackupd import durable, events
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import BusyError, GaveWayError, NbdbackupError, UsageError
 from nbdbackupd.model.choice import NEWEST
@@ -61,7 +61,7 @@ def run(
     ``definer`` raises.
     """
     _check_request(request)
-    ending = endings.Ending(log, endings.restore_ending)
+    ending = endings.Ending(log, lambda _: events.RESTORE_FAILED)
     with runlog.context(SET=request.source or ""), ending.told():
         with ExitStack() as stack:
             check = cancelled if placement is None else _also(cancelled, placement.check)
@@ -78,7 +78,13 @@ def run(
         definition = definer.finish() if definer is not None else None
     report = _report(plan, disks, definition, ending.seconds)
     with runlog.context(DOMAIN=plan.domain, SET=request.source or ""):
-        endings.restored(log, report)
+        events.emit(
+            log,
+            events.RESTORE_DONE,
+            point=report.point,
+            bytes=sum(disk.data_bytes for disk in report.disks),
+            duration_usec=events.usec(report.seconds),
+        )
     return report
 
 

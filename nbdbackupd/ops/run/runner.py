@@ -24,7 +24,7 @@ from nbdbackupd.ops.backup import prepare
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.ops.notify import kept as kept_notification
 from nbdbackupd.ops.run.metrics import RunMetrics
-from nbdbackupd.ops.run.record import RunRecord
+from nbdbackupd.ops.status.record import RunRecord
 from nbdbackupd.systemd import inhibit
 
 if TYPE_CHECKING:
@@ -188,12 +188,13 @@ def _wait(
 
 def _told(wish: Wish, host: Host, watch: Watch) -> RunReport:
     """One try."""
+    from nbdbackupd.ops.backup import outcome
     from nbdbackupd.ops.domain import endings
 
     with ExitStack() as stack:
         stack.enter_context(runlog.context(DOMAIN=wish.domain))
         if not wish.dry_run:
-            stack.enter_context(endings.Ending(log, endings.backup_ending).told())
+            stack.enter_context(endings.Ending(log, outcome.event_of).told())
         report = _find_and_run(wish, host, watch)
         if report.result == "skipped" and report.backup is None:
             events.emit(log, events.BACKUP_SKIPPED, reason=report.reason)

@@ -363,8 +363,7 @@ def _folders(
 def _look(name: str, known: _Known, host: Host, notes: list[str]) -> "DomainStatus":
     from nbdbackupd.model import unitname
     from nbdbackupd.model.health import Facts
-    from nbdbackupd.ops.run import record
-    from nbdbackupd.ops.status import status
+    from nbdbackupd.ops.status import record, status
 
     uuid, settings = _settings(name, known, notes)
     timer = _timer(known.units, name, uuid)

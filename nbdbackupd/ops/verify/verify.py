@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd import durable
+from nbdbackupd import durable, events
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import (
     ChainBrokenError,
@@ -25,7 +25,6 @@ from nbdbackupd.files import open_regular
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import BackupSet, RestorePoint, StoredFile
 from nbdbackupd.model.choice import Choice
-from nbdbackupd.ops.domain import endings
 from nbdbackupd.ops.sets import layers, opened, originals
 from nbdbackupd.ops.verify.blocks import Prover
 from nbdbackupd.ops.verify.disk import DiskCheck
@@ -60,8 +59,19 @@ def run(
         theirs = place is not None and peer.is_peer(place)
         verify = _verify_peer if theirs else _verify
         report = verify(request, progress, cancelled)
-        endings.verified(log, report)
+        _tell(report)
     return report
+
+
+def _tell(report: VerifyReport) -> None:
+    """Tell what was found, as an event."""
+    size, duration = report.checked_bytes, events.usec(report.seconds)
+    if not report.problems:
+        events.emit(log, events.VERIFY_SOUND, bytes=size, duration_usec=duration)
+        return
+    first, more = report.problems[0].text, len(report.problems) - 1
+    reason = " ".join(first.split()) + (f", and {more} more" if more else "")
+    events.emit(log, events.VERIFY_DAMAGED, reason=reason, bytes=size, duration_usec=duration)
 
 
 def _verify(
