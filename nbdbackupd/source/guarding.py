@@ -119,6 +119,8 @@ class Watch:
                 if is_settled and not self._is_job_gone:
                     self._is_job_gone = self._end_job(domain)
         except DomainNotFoundError:
+            # a transient guest that has ended: there is nobody to be thawed
+            quiesce.forget(running.marker(Path(self._charge.runtime_dir)), self._charge.run_id)
             return True
         except Exception as err:  # noqa: BLE001 - the end of a guard may be that of the guest
             self._tell(str(err))

@@ -156,6 +156,12 @@ def settle(domain: Domain, marker: Path, run_id: str, *, seconds: float) -> Rele
     return found
 
 
+def forget(marker: Path, run_id: str) -> None:
+    """Remove the marker of a run's guest that is no more."""
+    if _held(marker)[1] == run_id:
+        marker.unlink(missing_ok=True)
+
+
 def is_held(marker: Path) -> bool:
     """Tell whether a run has frozen or paused the guest, and nobody knows that it was let go."""
     return marker.exists()

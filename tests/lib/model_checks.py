@@ -138,12 +138,14 @@ def is_held(world: World) -> bool:
 
 
 def leftovers(world: World) -> list[str]:
-    """Jobs and scratch files: what may harm a guest, or keep others away from it."""
+    """Jobs, scratch files, a word that a guest is held which is off: what may mislead or harm."""
     left = [str(each) for each in world.ctl.scratch.glob("*")]
     if world.is_active:
         left += [str(each) for each in world.guest.block_jobs()]
         job = world.lab.virsh("domjobinfo", "--domain", world.guest.name).splitlines()[0]
         left += [job] if "None" not in job else []
+    else:
+        left += [str(each) for each in world.ctl.runtime.rglob("guest-held")]
     return left
 
 

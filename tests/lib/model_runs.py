@@ -325,7 +325,8 @@ def take_up(
     if point["level"] in ("full", "inc"):
         target.head = point["checkpoint"]
         target.tag = point["checkpoint"].split(".")[1]
-        target.sure = set(world.sizes)
+        # a disk whose data lie in a raw file is read in full each time
+        target.sure = {each for each in world.sizes if not world.has_data_file(each)}
         target.chains = dict(world.chains)
 
 

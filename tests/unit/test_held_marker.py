@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from nbdbackupd import rundir
-from nbdbackupd.errors import FreezeError
-from nbdbackupd.source import quiesce
+from nbdbackupd.errors import DomainNotFoundError, FreezeError
+from nbdbackupd.source import guarding, quiesce
 from nbdbackupd.source.guarding import Watch
 from nbdbackupd.source.sweep import Swept
 from nbdbackupd.virt import guest
@@ -126,6 +126,28 @@ def test_an_agent_that_refuses_is_asked_less_and_less(
         assert watch._thaw(running())
     assert told == ["guest-released"]
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(("owner", "stays"), [("r1", False), ("r2", True)])
+def test_a_guest_that_is_no_more_is_held_by_nobody(
+    owner: str, stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transient one that has ended: libvirt has forgotten it. What another run says stays."""
+
+    def open_connection(*_args: object, **_more: object) -> Any:
+        raise DomainNotFoundError("no domain")
+
+    monkeypatch.setattr(guarding, "open_connection", open_connection)
+    marker = rundir.domain_dir(tmp_path, "u") / rundir.HELD
+    marker.parent.mkdir()
+    marker.write_text(f"frozen {owner}")
+    socket_dir = rundir.socket_dir(tmp_path, "u")
+    charge: Any = SimpleNamespace(
+        domain="vm1", runtime_dir=str(socket_dir), run_id="r1", uri="", user="", password=""
+    )
+    post: Any = None
+    assert Watch(post, charge)._try(is_settled=True)
+    assert marker.exists() == stays
 
 
 @pytest.mark.parametrize(
