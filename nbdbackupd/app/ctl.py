@@ -13,7 +13,7 @@ from nbdbackupd import events, files, log, plain
 from nbdbackupd.app import parser, streams
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
-from nbdbackupd.errors import BusyError, Interrupted, NbdbackupError
+from nbdbackupd.errors import BusyError, DomainError, Interrupted, NbdbackupError
 
 JSON_VERSION = 1
 WARNED = 3
@@ -23,7 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; argparse's own exits pass through."""
     streams.reserve()
     files.allow_many()
-    args = parser.build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        args = parser.build_parser(words).parse_args(words)
+    except DomainError as err:
+        streams.complain(err.message)
+        return err.exit_code
     context = Context.from_args(args)
     code = 0
     try:

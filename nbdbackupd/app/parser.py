@@ -1,6 +1,7 @@
 """The command line: global options, which stand before or after the verb, and the verbs."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from nbdbackupd import __version__
@@ -18,8 +19,12 @@ exit status:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of ``nbdbackupctl`` with all verbs."""
+def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The parser of ``nbdbackupctl``.
+
+    With the words of a command line only the verb that they name has its options, and only its
+    module is imported. Raises DomainError if that lacks a library.
+    """
     shared = _global_options()
     parser = argparse.ArgumentParser(
         prog="nbdbackupctl",
@@ -33,8 +38,16 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(
         title="verbs", metavar="VERB", required=True, parser_class=Parser
     )
-    for verb in verbs.ALL:
-        verb.register(subparsers, shared)
+    registry = verbs.Registry(subparsers, shared)
+    # a word that only looks like a verb costs an import, no more
+    wanted = {verbs.ALL[each][0] for each in verbs.ALL if argv is None or each in argv}
+    loaded = set()
+    for verb, (module, _) in verbs.ALL.items():
+        if module not in wanted:
+            registry.add(verb)
+        elif module not in loaded:
+            registry.load(module)
+            loaded.add(module)
     return parser
 
 

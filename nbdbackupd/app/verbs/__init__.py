@@ -1,47 +1,65 @@
-"""One module for each verb: ``register`` adds its parser, ``run`` carries it out."""
+"""The verbs: one module for each (or for two that belong together), imported when it is named.
 
-from nbdbackupd.app.verbs import (
-    abort,
-    backup,
-    boot,
-    catalog,
-    check,
-    checkpoints,
-    config,
-    estimate,
-    files,
-    give_way,
-    import_,
-    log,
-    mapping,
-    mount,
-    notify,
-    restore,
-    run,
-    status,
-    timers,
-    verify,
-)
+A module's ``register`` adds the parsers of its verbs, and sets ``run``, which carries one out.
+"""
 
-ALL = (
-    backup,
-    run,
-    restore,
-    mapping,
-    boot,
-    mount,
-    files,
-    catalog,
-    verify,
-    import_,
-    estimate,
-    check,
-    checkpoints,
-    abort,
-    give_way,
-    config,
-    status,
-    timers,
-    notify,
-    log,
-)
+import argparse
+import importlib
+from typing import Any, Final
+
+from nbdbackupd.app.arguments import Parser
+from nbdbackupd.errors import DomainError
+
+ALL: Final = {
+    "backup": ("backup", "save a domain, running or off"),
+    "run": ("run", "save a domain as the configuration says"),
+    "restore": ("restore", "bring disks back"),
+    "map": ("mapping", "serve a point as NBD disks"),
+    "unmap": ("mapping", "end maps"),
+    "boot": ("boot", "run a point as a domain, at once"),
+    "mount": ("mount", "show the files of a point"),
+    "unmount": ("mount", "end a mount"),
+    "files": ("files", "read single files of a point"),
+    "list": ("catalog", "list the restore points of a set"),
+    "show": ("catalog", "show all that a set says of itself"),
+    "verify": ("verify", "prove a backup set"),
+    "import": ("import_", "make a set of virtnbdbackup one of ours"),
+    "estimate": ("estimate", "tell what an increment would save"),
+    "check": ("check", "tell whether a backup will work"),
+    "checkpoints": ("checkpoints", "show checkpoints and bitmaps, put them in order"),
+    "abort": ("abort", "end a leftover backup job"),
+    "yield": ("give_way", "let a domain start that is being read"),
+    "config": ("config", "check, show or begin the configuration"),
+    "status": ("status", "show how well domains are protected"),
+    "timers": ("timers", "show what runs when, and how it ended"),
+    "notify": ("notify", "tell how a unit ended"),
+    "log": ("log", "show what was logged"),
+}
+"""For each verb its module, and what it does in a few words."""
+
+
+class Registry:
+    """Where verbs add their parsers; ``shared`` has the options that all of them take."""
+
+    def __init__(self, subparsers: Any, shared: argparse.ArgumentParser) -> None:
+        self._subparsers = subparsers
+        self._shared = shared
+
+    def load(self, name: str) -> None:
+        """Have a module add the parsers of its verbs. Raises DomainError if it lacks a library."""
+        try:
+            module = importlib.import_module(f"{__name__}.{name}")
+        except ImportError as err:
+            raise DomainError(f"a Python library can't be used: {err}; install it") from err
+        module.register(self)
+
+    def add(self, verb: str, description: str = "") -> Parser:
+        """A new parser of a verb."""
+        parser: Parser = self._subparsers.add_parser(
+            verb,
+            help=ALL[verb][1],
+            description=description,
+            parents=[self._shared],
+            allow_abbrev=False,
+        )
+        return parser

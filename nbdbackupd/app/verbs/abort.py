@@ -1,11 +1,10 @@
 """``nbdbackupctl abort``."""
 
-import argparse
 import os
-from typing import Any
 
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
+from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import DomainNotFoundError
 
 DESCRIPTION = """\
@@ -15,12 +14,9 @@ program is named and left alone, unless --any is given.
 """
 
 
-def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+def register(verbs: Registry) -> None:
     """Add the verb."""
-    parser = subparsers.add_parser(
-        "abort", help="end a leftover backup job", description=DESCRIPTION,
-        parents=[shared], allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add("abort", DESCRIPTION)
     parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
     parser.add_argument("--any", action="store_true", help="also a job that is not ours")
     parser.set_defaults(run=run)

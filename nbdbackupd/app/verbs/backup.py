@@ -22,6 +22,7 @@ from nbdbackupd.app.arguments import (
 )
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.making import UNSET
+from nbdbackupd.app.verbs import Registry
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.units import human_size, human_time
 
@@ -39,12 +40,9 @@ says comes from there, too; programs of the configuration are not run, see the v
 """
 
 
-def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+def register(verbs: Registry) -> None:
     """Add the verb."""
-    parser = subparsers.add_parser(
-        "backup", help="save a domain, running or off", description=DESCRIPTION,
-        parents=[shared], allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add("backup", DESCRIPTION)
     parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
     parser.add_argument(
         "-l", "--level", choices=LEVELS, default="auto",

@@ -5,7 +5,7 @@ import logging
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from nbdbackupd.app import named, signals
 from nbdbackupd.app.arguments import (
@@ -18,7 +18,7 @@ from nbdbackupd.app.arguments import (
     size,
 )
 from nbdbackupd.app.context import Context, now
-from nbdbackupd.app.verbs import restore_define
+from nbdbackupd.app.verbs import Registry, restore_define
 from nbdbackupd.errors import DomainError, Interrupted, UsageError
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.units import local_time
@@ -41,12 +41,9 @@ POLL_SECONDS: Final = 0.5
 log = logging.getLogger(__name__)
 
 
-def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+def register(verbs: Registry) -> None:
     """Add the verb."""
-    parser = subparsers.add_parser(
-        "boot", help="run a point as a domain, at once", description=DESCRIPTION,
-        parents=[shared], allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add("boot", DESCRIPTION)
     parser.add_argument("source", metavar="SOURCE", type=Path, nargs="?", help=named.HELP)
     add_point(parser)
     parser.add_argument(

@@ -1,6 +1,5 @@
 """``nbdbackupctl list`` and ``nbdbackupctl show``."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from nbdbackupd.app import named, streams
 from nbdbackupd.app.arguments import Arguments, chosen
 from nbdbackupd.app.context import Context
+from nbdbackupd.app.verbs import Registry
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.sets.catalog import ListReport
@@ -16,20 +16,18 @@ if TYPE_CHECKING:
 DAMAGED = 40
 
 
-def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+def register(verbs: Registry) -> None:
     """Add both verbs."""
-    parser = subparsers.add_parser(
-        "list", help="list the restore points of a set",
-        description="List the restore points of a backup set, oldest first; of a domain, all sets.",
-        parents=[shared], allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add(
+        "list",
+        "List the restore points of a backup set, oldest first; of a domain, all sets.",
+    )
     parser.add_argument("source", metavar="SOURCE", type=Path, help=named.HELP)
     parser.set_defaults(run=run_list)
-    parser = subparsers.add_parser(
-        "show", help="show all that a set says of itself",
-        description="Show the metadata of each point and stream of a backup set.",
-        parents=[shared], allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add(
+        "show",
+        "Show the metadata of each point and stream of a backup set.",
+    )
     parser.add_argument("source", metavar="SOURCE", type=Path, help=named.HELP)
     parser.add_argument("--point", metavar="ID", help="only this point ('latest': the newest)")
     parser.set_defaults(run=run_show)

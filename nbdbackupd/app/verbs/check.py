@@ -1,6 +1,5 @@
 """``nbdbackupctl check``."""
 
-import argparse
 import logging
 import os
 import sys
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 from nbdbackupd import plain
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, directory, size
 from nbdbackupd.app.context import Context
+from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import ConfigError, DomainError
 from nbdbackupd.ops.domain import configured
 
@@ -37,12 +37,9 @@ GAP: Final = "        "
 SURVEY_LOGGER: Final = "nbdbackupd.ops.domain.survey"
 
 
-def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+def register(verbs: Registry) -> None:
     """Add the verb."""
-    parser = subparsers.add_parser(
-        "check", help="tell whether a backup will work", description=DESCRIPTION,
-        parents=[shared], allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add("check", DESCRIPTION)
     parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=directory, help="directory of the set to look at, too"

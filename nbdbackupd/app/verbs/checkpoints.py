@@ -1,11 +1,11 @@
 """``nbdbackupctl checkpoints``."""
 
-import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, directory, seconds
 from nbdbackupd.app.context import Context
+from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import DomainNotFoundError, NbdbackupError, UsageError
 from nbdbackupd.model.host import new_run_id
 from nbdbackupd.ops.domain import configured
@@ -24,12 +24,9 @@ Chains are found by the state directory, and by the set that -o gives.
 """
 
 
-def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+def register(verbs: Registry) -> None:
     """Add the verb."""
-    parser = subparsers.add_parser(
-        "checkpoints", help="show checkpoints and bitmaps, put them in order",
-        description=DESCRIPTION, parents=[shared], allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add("checkpoints", DESCRIPTION)
     parser.add_argument(
         "domain", metavar="DOMAIN", nargs="?", default="", help="name or UUID of the domain"
     )

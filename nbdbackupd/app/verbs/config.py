@@ -1,6 +1,5 @@
 """``nbdbackupctl config``: prove, explain and begin the configuration."""
 
-import argparse
 import contextlib
 import os
 import sys
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nbdbackupd import plain
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
+from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import ConfigError, DomainNotFoundError, NbdbackupError, UsageError
 from nbdbackupd.ops.domain import configured
 
@@ -30,12 +30,9 @@ settings and their defaults. The files are described in nbdbackup.yaml(5).
 """
 
 
-def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+def register(verbs: Registry) -> None:
     """Add the verb."""
-    parser = subparsers.add_parser(
-        "config", help="check, show or begin the configuration", description=DESCRIPTION,
-        parents=[shared], allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add("config", DESCRIPTION)
     parser.add_argument("action", metavar="ACTION", choices=ACTIONS, help=" | ".join(ACTIONS))
     parser.add_argument(
         "domain", metavar="DOMAIN", nargs="?", help="name or UUID of the domain, for show"

@@ -1,11 +1,9 @@
 """``nbdbackupctl estimate``."""
 
-import argparse
-from typing import Any
-
 from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments, directory
 from nbdbackupd.app.context import Context
+from nbdbackupd.app.verbs import Registry
 from nbdbackupd.model.host import new_run_id
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.units import human_size
@@ -13,12 +11,9 @@ from nbdbackupd.units import human_size
 DESCRIPTION = "Tell what the next increment into a set would save, disk by disk; saves nothing."
 
 
-def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+def register(verbs: Registry) -> None:
     """Add the verb."""
-    parser = subparsers.add_parser(
-        "estimate", help="tell what an increment would save", description=DESCRIPTION,
-        parents=[shared], allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add("estimate", DESCRIPTION)
     parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=directory, required=True, help="directory of the set"

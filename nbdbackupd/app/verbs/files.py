@@ -1,15 +1,15 @@
 """``nbdbackupctl files``."""
 
-import argparse
 import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from nbdbackupd.app import named, signals, streams, tables, tree_options
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
+from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import FormatError, SourceError, UsageError
 from nbdbackupd.units import human_size, local_time
 
@@ -26,12 +26,9 @@ is where to. tar: write them as an archive.
 ACTIONS: Final = ("fs", "ls", "cp", "tar")
 
 
-def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+def register(verbs: Registry) -> None:
     """Add the verb."""
-    parser = subparsers.add_parser(
-        "files", help="read single files of a point", description=DESCRIPTION,
-        parents=[shared], allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add("files", DESCRIPTION)
     parser.add_argument("source", metavar="SOURCE", type=Path, help=named.HELP)
     parser.add_argument("action", metavar="ACTION", choices=ACTIONS, help=" | ".join(ACTIONS))
     parser.add_argument("paths", metavar="PATH", nargs="*", help="in the file system")

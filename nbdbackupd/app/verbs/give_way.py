@@ -1,11 +1,10 @@
 """``nbdbackupctl yield``."""
 
-import argparse
 import sys
-from typing import Any
 
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
+from nbdbackupd.app.verbs import Registry
 
 MAX_XML = 4 << 20
 OPERATIONS = ("prepare", "restore", "migrate", "started", "reconnect", "release")
@@ -16,12 +15,9 @@ call this: libvirt waits for its hook.
 """
 
 
-def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+def register(verbs: Registry) -> None:
     """Add the verb."""
-    parser = subparsers.add_parser(
-        "yield", help="let a domain start that is being read", description=DESCRIPTION,
-        parents=[shared], allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add("yield", DESCRIPTION)
     parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
     parser.add_argument(
         "--journal", action="store_true",

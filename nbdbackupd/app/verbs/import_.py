@@ -1,13 +1,12 @@
 """``nbdbackupctl import``."""
 
-import argparse
 from pathlib import Path
-from typing import Any
 
 from nbdbackupd import plain
 from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments, directory
 from nbdbackupd.app.context import Context
+from nbdbackupd.app.verbs import Registry
 from nbdbackupd.model.host import new_run_id
 
 WARNED = 3
@@ -18,12 +17,9 @@ Without -o this happens where the set lies. If it ends early the set is what it 
 """
 
 
-def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+def register(verbs: Registry) -> None:
     """Add the verb."""
-    parser = subparsers.add_parser(
-        "import", help="make a set of virtnbdbackup one of ours", description=DESCRIPTION,
-        parents=[shared], allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add("import", DESCRIPTION)
     parser.add_argument(
         "source", metavar="SET", type=Path,
         help="directory that virtnbdbackup wrote, or the zip archive that it wrote to stdout",

@@ -4,12 +4,13 @@ import argparse
 import json
 from collections.abc import Iterator
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from nbdbackupd import plain
 from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments, directory
 from nbdbackupd.app.context import Context
+from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import Interrupted, UsageError
 from nbdbackupd.units import local_time
 
@@ -24,12 +25,9 @@ that a set keeps itself. 'journalctl -x' explains events. Times are local.
 """
 
 
-def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+def register(verbs: Registry) -> None:
     """Add the verb."""
-    parser = subparsers.add_parser(
-        "log", help="show what was logged", description=DESCRIPTION,
-        parents=[shared], allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add("log", DESCRIPTION)
     parser.add_argument(
         "domain", metavar="DOMAIN", nargs="?", default="",
         help="name or UUID of the domain (default: all)",

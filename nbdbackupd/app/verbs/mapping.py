@@ -6,11 +6,12 @@ import logging
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from nbdbackupd.app import named, signals
 from nbdbackupd.app.arguments import Arguments, add_point, chosen, names, size
 from nbdbackupd.app.context import Context
+from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import RepositoryError, UsageError
 from nbdbackupd.units import human_size, local_time
 
@@ -29,12 +30,9 @@ DEFAULT_CACHE: Final = 64 << 20
 log = logging.getLogger(__name__)
 
 
-def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+def register(verbs: Registry) -> None:
     """Add both verbs."""
-    parser = subparsers.add_parser(
-        "map", help="serve a point as NBD disks", description=MAP,
-        parents=[shared], allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add("map", MAP)
     parser.add_argument("source", metavar="SOURCE", type=Path, nargs="?", help=named.HELP)
     parser.add_argument(
         "-d", "--disk", metavar="DISKS", type=names, default=(),
@@ -58,9 +56,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--list", action="store_true", help="only list what is mapped")
     parser.set_defaults(run=run_map)
-    parser = subparsers.add_parser(
-        "unmap", help="end maps", description=UNMAP, parents=[shared], allow_abbrev=False
-    )
+    parser = verbs.add("unmap", UNMAP)
     parser.add_argument(
         "what", metavar="WHAT", nargs="?", default="",
         help="id, socket, device or set of the map, or domain",

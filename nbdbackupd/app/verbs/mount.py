@@ -1,6 +1,5 @@
 """``nbdbackupctl mount`` and ``nbdbackupctl unmount``."""
 
-import argparse
 import json
 import os
 import sys
@@ -10,6 +9,7 @@ from typing import Any, Final
 from nbdbackupd.app import named, signals, streams, tree_options
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
+from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import FormatError
 from nbdbackupd.units import human_size, local_time
 
@@ -24,12 +24,9 @@ KEEPER: Final = "NBDBACKUP_KEEPS_MOUNT"
 READY_SECONDS: Final = 900.0
 
 
-def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+def register(verbs: Registry) -> None:
     """Add both verbs."""
-    parser = subparsers.add_parser(
-        "mount", help="show the files of a point", description=MOUNT,
-        parents=[shared], allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add("mount", MOUNT)
     parser.add_argument("source", metavar="SOURCE", type=Path, help=named.HELP)
     parser.add_argument("directory", metavar="DIR", type=Path, help="an empty directory")
     tree_options.add(parser)
@@ -37,9 +34,7 @@ def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
         "--detach", action="store_true", help="return when it is mounted; 'unmount' ends it"
     )
     parser.set_defaults(run=run_mount)
-    parser = subparsers.add_parser(
-        "unmount", help="end a mount", description=UNMOUNT, parents=[shared], allow_abbrev=False
-    )
+    parser = verbs.add("unmount", UNMOUNT)
     parser.add_argument("directory", metavar="DIR", type=Path, help="where it is mounted")
     parser.add_argument(
         "-l", "--lazy", action="store_true", help="though programs have files open there"

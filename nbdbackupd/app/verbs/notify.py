@@ -1,17 +1,17 @@
 """``nbdbackupctl notify``: tell people how a unit ended; systemd calls it, see OnFailure=."""
 
-import argparse
 import logging
 import os
 import platform
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from nbdbackupd import events, plain
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
+from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import ConfigError, DomainError, NbdbackupError, ProcessError
 from nbdbackupd.model.host import Host
 from nbdbackupd.ops.domain import configured
@@ -52,12 +52,9 @@ configuration can't be read; if it never could, root is told by mail.
 """
 
 
-def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+def register(verbs: Registry) -> None:
     """Add the verb."""
-    parser = subparsers.add_parser(
-        "notify", help="tell how a unit ended", description=DESCRIPTION, parents=[shared],
-        allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add("notify", DESCRIPTION)
     parser.add_argument(
         "unit", metavar="UNIT", type=lambda text: text.removeprefix(DONE),
         help="name of the unit, escaped as systemd does",

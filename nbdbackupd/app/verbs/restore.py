@@ -1,9 +1,8 @@
 """``nbdbackupctl restore``."""
 
-import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nbdbackupd.app import named, signals
 from nbdbackupd.app.arguments import (
@@ -16,7 +15,7 @@ from nbdbackupd.app.arguments import (
     positive,
 )
 from nbdbackupd.app.context import Context
-from nbdbackupd.app.verbs import restore_define, restore_targets
+from nbdbackupd.app.verbs import Registry, restore_define, restore_targets
 from nbdbackupd.errors import UsageError
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.units import human_size, human_time, local_time
@@ -31,12 +30,9 @@ complete carries the suffix '.incomplete'.
 """
 
 
-def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+def register(verbs: Registry) -> None:
     """Add the verb."""
-    parser = subparsers.add_parser(
-        "restore", help="bring disks back", description=DESCRIPTION,
-        parents=[shared], allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add("restore", DESCRIPTION)
     parser.add_argument("source", metavar="SOURCE", type=Path, nargs="?", help=named.HELP)
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=directory,

@@ -1,14 +1,14 @@
 """``nbdbackupctl run``."""
 
-import argparse
 import os
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nbdbackupd import log as runlog
 from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments, seconds
 from nbdbackupd.app.context import Context
+from nbdbackupd.app.verbs import Registry
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.run.runner import RunReport
@@ -19,12 +19,9 @@ concurrent runs, with the programs before and after. This is what nbdbackup@DOMA
 """
 
 
-def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+def register(verbs: Registry) -> None:
     """Add the verb."""
-    parser = subparsers.add_parser(
-        "run", help="save a domain as the configuration says", description=DESCRIPTION,
-        parents=[shared], allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add("run", DESCRIPTION)
     parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
     parser.add_argument(
         "--shutdown", action="store_true",

@@ -1,13 +1,13 @@
 """``nbdbackupctl status``: how well the domains of this host are protected."""
 
-import argparse
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nbdbackupd import plain
 from nbdbackupd.app.arguments import Arguments, duration
 from nbdbackupd.app.context import Context
+from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import ConfigError, NbdbackupError, UsageError
 
 if TYPE_CHECKING:
@@ -22,12 +22,9 @@ told by the section monitoring of the configuration.
 """
 
 
-def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+def register(verbs: Registry) -> None:
     """Add the verb."""
-    parser = subparsers.add_parser(
-        "status", help="show how well domains are protected", description=DESCRIPTION,
-        parents=[shared], allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add("status", DESCRIPTION)
     parser.add_argument("domain", metavar="DOMAIN", nargs="*", help="only these (default: all)")
     parser.add_argument(
         "--nagios", action="store_true",

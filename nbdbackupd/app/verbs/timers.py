@@ -1,6 +1,5 @@
 """``nbdbackupctl timers``: what runs when, what ran, and how it ended."""
 
-import argparse
 import os
 import sys
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nbdbackupd import plain
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
+from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import ConfigError
 from nbdbackupd.model.host import Host
 
@@ -85,12 +85,9 @@ class Line:
         return self.end.status if self.end is not None else None
 
 
-def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+def register(verbs: Registry) -> None:
     """Add the verb."""
-    parser = subparsers.add_parser(
-        "timers", help="show what runs when, and how it ended", description=DESCRIPTION,
-        parents=[shared], allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add("timers", DESCRIPTION)
     parser.add_argument(
         "domain", metavar="DOMAIN", nargs="*", help="only those of these domains (default: all)"
     )

@@ -1,6 +1,5 @@
 """``nbdbackupctl verify``."""
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from nbdbackupd import plain
 from nbdbackupd.app import named, signals, streams
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, chosen, positive
 from nbdbackupd.app.context import Context
-from nbdbackupd.app.verbs import verify_boot
+from nbdbackupd.app.verbs import Registry, verify_boot
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.units import human_size
 
@@ -26,12 +25,9 @@ by file, offset, disk and point; the exit status is then 40.
 """
 
 
-def register(subparsers: Any, shared: argparse.ArgumentParser) -> None:
+def register(verbs: Registry) -> None:
     """Add the verb."""
-    parser = subparsers.add_parser(
-        "verify", help="prove a backup set", description=DESCRIPTION,
-        parents=[shared], allow_abbrev=False,
-    )  # fmt: skip
+    parser = verbs.add("verify", DESCRIPTION)
     parser.add_argument("source", metavar="SOURCE", type=Path, help=named.HELP)
     parser.add_argument("--point", metavar="ID", help="only this point and what it is made of")
     parser.add_argument(
