@@ -258,7 +258,7 @@ def test_the_check_lets_pass() -> None:
 def test_the_command_line_loads_nothing_heavy() -> None:
     """``--version`` and errors of usage are quick: verbs import what they need when they run."""
     script = (
-        "import sys; from nbdbackupd.app import ctl, parser; parser.build_parser();"
+        "import sys; from nbdbackupd.app import ctl, parser; parser.build_parser([]);"
         "heavy = {'libvirt', 'nbd', 'lz4', 'subprocess', 'asyncio', 'xml.etree.ElementTree',"
         " 'yaml', 'jinja2', 'nbdbackupd.ops.backup.backup', 'nbdbackupd.repo.repository'};"
         "print(*sorted(heavy & set(sys.modules)))"
@@ -268,3 +268,16 @@ def test_the_command_line_loads_nothing_heavy() -> None:
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["restore", "list", "show", "verify", "map", "unmap", "mount", "unmount", "files", "import"],
+)
+def test_what_restores_needs_no_hypervisor(verb: str) -> None:
+    """A bare host has neither libvirt's library nor a configuration."""
+    script = (
+        "import sys; sys.modules['libvirt'] = sys.modules['yaml'] = None\n"
+        f"from nbdbackupd.app import parser; parser.build_parser([{verb!r}])"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60, check=True)

@@ -3,12 +3,10 @@
 import argparse
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nbdbackupd import units
-
-if TYPE_CHECKING:
-    from nbdbackupd.model.choice import Choice
+from nbdbackupd.model.choice import Choice
 
 Arguments = argparse.Namespace
 
@@ -128,10 +126,8 @@ def add_point(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGro
     return which
 
 
-def chosen(args: Arguments) -> "Choice":
+def chosen(args: Arguments) -> Choice:
     """What the options of ``add_point`` say, or ``--point`` alone where a verb has no other."""
-    from nbdbackupd.model.choice import Choice
-
     until, at = getattr(args, "until", None), getattr(args, "at", None)
     return Choice(point=args.point or "", until=until or "", at=at)
 

@@ -11,12 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbdbackupd import plain, rundir
+from nbdbackupd import log, plain, rundir
+from nbdbackupd.app.arguments import Arguments
+from nbdbackupd.app.progress import Progress
 from nbdbackupd.model.host import DEFAULT_URI, Host
 
 if TYPE_CHECKING:
-    from nbdbackupd.app.arguments import Arguments
-    from nbdbackupd.app.progress import Progress
     from nbdbackupd.virt.connection import Connection
 
 
@@ -29,10 +29,8 @@ class Context:
     progress_style: str
 
     @classmethod
-    def from_args(cls, args: "Arguments") -> "Context":
+    def from_args(cls, args: Arguments) -> "Context":
         """Read the global options, set the log up."""
-        # read when libvirt is imported; else its embedded driver fills stderr with notices
-        os.environ.setdefault("LIBVIRT_DEBUG", "error")
         _setup_log(args)
         return cls(
             host=_host(args),
@@ -47,7 +45,7 @@ class Context:
         return domains.connect(self.host)
 
     @contextmanager
-    def progress(self) -> "Iterator[Progress]":
+    def progress(self) -> Iterator[Progress]:
         """A progress display on stderr; quiet where nobody watches."""
         from nbdbackupd.app import progress
 
@@ -71,7 +69,7 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def _host(args: "Arguments") -> Host:
+def _host(args: Arguments) -> Host:
     own = default_state_dir(os.environ)
     given = getattr(args, "checkpoint_dir", None)
     runtime = getattr(args, "runtime_dir", None) or default_runtime_dir(os.environ)
@@ -121,9 +119,7 @@ def _own_dir(environ: Mapping[str, str]) -> Path:
     return Path(base, "nbdbackup")
 
 
-def _setup_log(args: "Arguments") -> None:
-    from nbdbackupd import log
-
+def _setup_log(args: Arguments) -> None:
     level = log.NOTICE
     if getattr(args, "verbose", 0):
         level = logging.DEBUG if args.verbose > 1 else logging.INFO

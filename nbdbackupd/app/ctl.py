@@ -5,6 +5,7 @@ Everything heavy is imported by the verb that needs it, so that ``--version`` is
 """
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from nbdbackupd import events, files, log, plain
 from nbdbackupd.app import parser, streams
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
-from nbdbackupd.errors import BusyError, DomainError, Interrupted, NbdbackupError
+from nbdbackupd.errors import BusyError, Interrupted, NbdbackupError
 
 JSON_VERSION = 1
 WARNED = 3
@@ -23,11 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; argparse's own exits pass through."""
     streams.reserve()
     files.allow_many()
+    # read when libvirt is imported; else its embedded driver fills stderr with notices
+    os.environ.setdefault("LIBVIRT_DEBUG", "error")
     words = sys.argv[1:] if argv is None else argv
     try:
         args = parser.build_parser(words).parse_args(words)
-    except DomainError as err:
-        streams.complain(err.message)
+    except NbdbackupError as err:
+        streams.complain(str(err))
         return err.exit_code
     context = Context.from_args(args)
     code = 0

@@ -7,20 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdbackupd.app.context import Context
+from nbdbackupd.config import schema
+from nbdbackupd.config.matching import is_uuid
 from nbdbackupd.errors import ConfigError, FormatError, RepositoryError, UsageError
+from nbdbackupd.model.choice import NEWEST, Choice
 from nbdbackupd.ops.domain import configured
+from nbdbackupd.ops.sets import lookup
+from nbdbackupd.ops.sets.lookup import DomainSets
 
 if TYPE_CHECKING:
     from nbdbackupd.config.files import Configuration
-    from nbdbackupd.model.choice import Choice
-    from nbdbackupd.ops.sets.lookup import DomainSets
 
 log = logging.getLogger(__name__)
 PATH = "repository.path"
 HELP = "directory of the set, or name of a domain that the configured repository has sets of"
 
 
-def domain_of(source: Path, context: Context) -> "DomainSets | None":
+def domain_of(source: Path, context: Context) -> DomainSets | None:
     """The sets of the domain that is named; None if it is a path.
 
     What exists is a path, and so is all that holds a slash, which no domain's name does; then no
@@ -30,7 +33,6 @@ def domain_of(source: Path, context: Context) -> "DomainSets | None":
     if os.path.lexists(source) or os.sep in str(source):
         return None
     from nbdbackupd.config.settings import global_settings
-    from nbdbackupd.ops.sets import lookup
 
     configuration = configured.read(context.host)
     try:
@@ -56,7 +58,6 @@ def _absent(name: str, configuration: "Configuration") -> str:
 
     Labels would need libvirt: a file that needs them counts as if it were not there.
     """
-    from nbdbackupd.config.matching import is_uuid
     from nbdbackupd.config.settings import settings_for
     from nbdbackupd.ops.domain import mounted
 
@@ -73,9 +74,6 @@ def _way_out(name: str, configuration: "Configuration") -> str:
 
     It is not looked for in any place but to be named: which one the broken file meant is unknown.
     """
-    from nbdbackupd.config import schema
-    from nbdbackupd.ops.sets import lookup
-
     default: Path = schema.BY_PATH[PATH].default
     paths = list(dict.fromkeys([*_repositories(configuration), default]))
     try:
@@ -85,7 +83,7 @@ def _way_out(name: str, configuration: "Configuration") -> str:
     return f"until that is fixed, give the path of the set in place of {name}: {found}"
 
 
-def set_of(source: Path, context: Context, choice: "Choice") -> Path:
+def set_of(source: Path, context: Context, choice: Choice) -> Path:
     """The path of the set: as given, or of a domain the one that holds the point.
 
     Raises as ``domain_of``, and RepositoryError if no set of the domain holds such a point.
@@ -103,7 +101,6 @@ def sequence_of(source: Path | None, names: Sequence[str], context: Context) -> 
     """
     if source is None or not names:
         return tuple(Path(name).absolute() for name in names)
-    from nbdbackupd.model.choice import NEWEST
 
     directory = set_of(source, context, NEWEST)
     found = tuple(directory / name for name in names)

@@ -23,7 +23,7 @@ def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     """The parser of ``nbdbackupctl``.
 
     With the words of a command line only the verb that they name has its options, and only its
-    module is imported. Raises DomainError if that lacks a library.
+    module is imported. Raises DomainError, ConfigError if that lacks a library.
     """
     shared = _global_options()
     parser = argparse.ArgumentParser(

@@ -2,17 +2,17 @@
 
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from nbdbackupd import log as runlog
 from nbdbackupd.app import named, tables
 from nbdbackupd.app.arguments import Arguments, Parser, add_point, chosen, names
 from nbdbackupd.app.context import Context
+from nbdbackupd.model.file_systems import FileSystem
+from nbdbackupd.ops.files.mount import MountRequest
+from nbdbackupd.ops.files.readers import KERNEL
+from nbdbackupd.ops.map.map import MapRequest
 from nbdbackupd.units import human_size
-
-if TYPE_CHECKING:
-    from nbdbackupd.model.file_systems import FileSystem
-    from nbdbackupd.ops.files.mount import MountRequest
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +44,8 @@ def add(parser: Parser) -> None:
     )  # fmt: skip
 
 
-def request(args: Arguments, context: Context) -> "MountRequest":
+def request(args: Arguments, context: Context) -> MountRequest:
     """What the options ask for. Raises as ``named.set_of``."""
-    from nbdbackupd.ops.files.mount import MountRequest
-    from nbdbackupd.ops.files.readers import KERNEL
-    from nbdbackupd.ops.map.map import MapRequest
-
     choice = chosen(args)
     return MountRequest(
         map=MapRequest(
@@ -72,7 +68,7 @@ def warn(warnings: Iterable[str], notes: Iterable[str] = ()) -> None:
         log.log(runlog.NOTICE, "%s", text)
 
 
-def show_file_systems(found: Iterable["FileSystem"], context: Context) -> None:
+def show_file_systems(found: Iterable[FileSystem], context: Context) -> None:
     """Print what there is on the disks."""
     known = list(found)
     document = {"version": 1, "file_systems": [each.to_json() for each in known]}

@@ -38,6 +38,16 @@ ALL: Final = {
 """For each verb its module, and what it does in a few words."""
 
 
+LIBRARIES: Final = {"libvirt": "python3-libvirt", "nbd": "python3-libnbd", "lz4": "python3-lz4"}
+"""Packages of Debian, which other distributions name alike, by module."""
+
+
+def missing(err: ImportError) -> DomainError:
+    """What to say of a library that can't be imported, with the package that has it."""
+    package = LIBRARIES.get((err.name or "").partition(".")[0], "it")
+    return DomainError(f"a Python library can't be used: {err}; install {package}")
+
+
 class Registry:
     """Where verbs add their parsers; ``shared`` has the options that all of them take."""
 
@@ -46,11 +56,14 @@ class Registry:
         self._shared = shared
 
     def load(self, name: str) -> None:
-        """Have a module add the parsers of its verbs. Raises DomainError if it lacks a library."""
+        """Have a module add the parsers of its verbs.
+
+        Raises DomainError or ConfigError if it lacks a library.
+        """
         try:
             module = importlib.import_module(f"{__name__}.{name}")
         except ImportError as err:
-            raise DomainError(f"a Python library can't be used: {err}; install it") from err
+            raise missing(err) from err
         module.register(self)
 
     def add(self, verb: str, description: str = "") -> Parser:

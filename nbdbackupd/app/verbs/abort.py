@@ -6,6 +6,10 @@ from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import DomainNotFoundError
+from nbdbackupd.ops.backup import abort
+from nbdbackupd.ops.domain import configured
+from nbdbackupd.ops.run import metrics
+from nbdbackupd.ops.status import record
 
 DESCRIPTION = """\
 End the backup job that a dead run of ours left behind, with its scratch files, and note how that
@@ -24,11 +28,6 @@ def register(verbs: Registry) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
-    from nbdbackupd.ops.backup import abort
-    from nbdbackupd.ops.domain import configured
-    from nbdbackupd.ops.run import metrics
-    from nbdbackupd.ops.status import record
-
     # to a unit's ExecStopPost= systemd tells how the run ended
     told = [os.environ.get(each, "") for each in ("SERVICE_RESULT", "EXIT_STATUS")]
     ends = record.settle(context.host, args.domain, record.why_killed(*told))

@@ -5,7 +5,7 @@ import logging
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from nbdbackupd.app import named, signals
 from nbdbackupd.app.arguments import (
@@ -19,16 +19,15 @@ from nbdbackupd.app.arguments import (
 )
 from nbdbackupd.app.context import Context, now
 from nbdbackupd.app.verbs import Registry, restore_define
-from nbdbackupd.errors import DomainError, Interrupted, UsageError
+from nbdbackupd.errors import Interrupted, UsageError
+from nbdbackupd.ops.boot import boot, boots, live_restore
+from nbdbackupd.ops.boot.boot import Booted, BootRequest
+from nbdbackupd.ops.boot.boots import KnownBoot
+from nbdbackupd.ops.boot.live_restore import LiveReport
+from nbdbackupd.ops.boot.record import Places
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.units import local_time
-
-if TYPE_CHECKING:
-    from nbdbackupd.ops.boot.boot import Booted, BootRequest
-    from nbdbackupd.ops.boot.boots import KnownBoot
-    from nbdbackupd.ops.boot.live_restore import LiveReport
-    from nbdbackupd.ops.boot.record import Places
-    from nbdbackupd.virt.connection import Connection
+from nbdbackupd.virt.connection import Connection
 
 DESCRIPTION: Final = """\
 Run a restore point as a transient domain within seconds, without restoring it: its disks are read
@@ -99,14 +98,12 @@ def _add_live(parser: argparse.ArgumentParser) -> None:
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
     _check(args)
-    require_libvirt()
     if args.list:
         return _list(context)
     if args.stop:
         return _stop(args.stop, context)
     if args.resume:
         return _resume(args, context)
-    from nbdbackupd.ops.boot import boot, boots
 
     source = named.set_of(args.source, context, chosen(args))
     request = _request(args, context, source)
@@ -127,16 +124,6 @@ def run(args: Arguments, context: Context) -> int:
     return _code(up)
 
 
-def require_libvirt() -> None:
-    """Raise DomainError where libvirt's Python library is not installed."""
-    try:
-        import nbdbackupd.virt.transient  # noqa: F401 - only to see whether it can be
-    except ImportError as err:
-        raise DomainError(
-            f"a Python library can't be used: {err}; a host that boots points needs python3-libvirt"
-        ) from err
-
-
 def _check(args: Arguments) -> None:
     others = sum(map(bool, (args.list, args.stop, args.resume)))
     if bool(args.source) == bool(others):
@@ -147,9 +134,7 @@ def _check(args: Arguments) -> None:
         raise UsageError("--live-restore goes without --detach, --list, --stop and --resume")
 
 
-def _request(args: Arguments, context: Context, source: Path) -> "BootRequest":
-    from nbdbackupd.ops.boot.boot import BootRequest
-
+def _request(args: Arguments, context: Context, source: Path) -> BootRequest:
     output = args.live_restore.absolute() if args.live_restore is not None else None
     return BootRequest(
         source=source,
@@ -171,7 +156,7 @@ def _request(args: Arguments, context: Context, source: Path) -> "BootRequest":
     )
 
 
-def _tell(up: "Booted", context: Context, request: "BootRequest") -> None:
+def _tell(up: Booted, context: Context, request: BootRequest) -> None:
     for warning in up.warnings:
         log.warning("%s", warning)
     record = up.record
@@ -201,13 +186,12 @@ def _tell(up: "Booted", context: Context, request: "BootRequest") -> None:
     print(end="", flush=True)
 
 
-def _code(up: "Booted") -> int:
+def _code(up: Booted) -> int:
     return 3 if up.warnings else 0
 
 
-def _wait(up: "Booted", cancel: signals.Cancel) -> None:
+def _wait(up: Booted, cancel: signals.Cancel) -> None:
     """Wait until the guest has ended, or somebody asks us to end it."""
-    from nbdbackupd.ops.boot import boots
 
     def pause() -> None:
         time.sleep(POLL_SECONDS)
@@ -228,14 +212,12 @@ def _wait(up: "Booted", cancel: signals.Cancel) -> None:
 
 
 def _follow(
-    places: "Places",
+    places: Places,
     args: Arguments,
     context: Context,
-    connection: "Connection",
+    connection: Connection,
     cancel: signals.Cancel,
 ) -> int:
-    from nbdbackupd.ops.boot import live_restore
-
     with context.progress() as progress:
 
         def show(label: str, done: int, total: int) -> None:
@@ -256,7 +238,7 @@ def _follow(
     return 0
 
 
-def _render(report: "LiveReport") -> str:
+def _render(report: LiveReport) -> str:
     name = report.record.name
     kind = "persistent" if report.defined else "transient"
     state = "runs" if report.running else "has ended"
@@ -268,16 +250,12 @@ def _render(report: "LiveReport") -> str:
 
 
 def _resume(args: Arguments, context: Context) -> int:
-    from nbdbackupd.ops.boot.record import Places
-
     places = Places.of(args.resume, context.host.runtime_dir, context.host.scratch_dir)
     with signals.listen() as cancel, context.connection() as connection:
         return _follow(places, args, context, connection, cancel)
 
 
 def _stop(name: str, context: Context) -> int:
-    from nbdbackupd.ops.boot import boots
-
     with signals.listen() as cancel, context.connection() as connection:
         record = boots.stop(
             name, context.host.runtime_dir, context.host.scratch_dir, connection,
@@ -289,8 +267,6 @@ def _stop(name: str, context: Context) -> int:
 
 
 def _list(context: Context) -> int:
-    from nbdbackupd.ops.boot import boots
-
     with context.connection() as connection:
         found = boots.known(context.host.runtime_dir, context.host.scratch_dir, connection)
     document = {"version": 1, "boots": [each.to_json() for each in found]}
@@ -298,7 +274,7 @@ def _list(context: Context) -> int:
     return 0
 
 
-def _line(each: "KnownBoot") -> str:
+def _line(each: KnownBoot) -> str:
     record = each.record
     state = {True: "runs", False: "has ended", None: f"at {record.uri}"}[each.running]
     parts = [record.name, state, f"point {record.point} of {record.source}"]

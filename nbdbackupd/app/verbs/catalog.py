@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nbdbackupd.app import named, streams
 from nbdbackupd.app.arguments import Arguments, chosen
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
-
-if TYPE_CHECKING:
-    from nbdbackupd.ops.sets.catalog import ListReport
-    from nbdbackupd.ops.sets.lookup import DomainSets
+from nbdbackupd.ops.sets import catalog
+from nbdbackupd.ops.sets.catalog import ListReport
+from nbdbackupd.ops.sets.lookup import DomainSets
 
 DAMAGED = 40
 
@@ -35,8 +34,6 @@ def register(verbs: Registry) -> None:
 
 def run_list(args: Arguments, context: Context) -> int:
     """Carry ``list`` out; 40 if a point is damaged, the sound ones are listed all the same."""
-    from nbdbackupd.ops.sets import catalog
-
     domain = named.domain_of(args.source, context)
     paths = [args.source.absolute()] if domain is None else [each.path for each in domain.sets]
     reports = [catalog.list_points(path) for path in paths]
@@ -48,7 +45,7 @@ def run_list(args: Arguments, context: Context) -> int:
     return DAMAGED if problems else 0
 
 
-def _document(domain: "DomainSets", reports: "Sequence[ListReport]") -> dict[str, Any]:
+def _document(domain: DomainSets, reports: Sequence[ListReport]) -> dict[str, Any]:
     return {
         "version": 1,
         "domain": domain.name,
@@ -59,8 +56,6 @@ def _document(domain: "DomainSets", reports: "Sequence[ListReport]") -> dict[str
 
 def run_show(args: Arguments, context: Context) -> int:
     """Carry ``show`` out."""
-    from nbdbackupd.ops.sets import catalog
-
     path = named.set_of(args.source, context, chosen(args))
     report = catalog.show(path, args.point or "")
     context.show(report.to_json(), catalog.render_show(report))

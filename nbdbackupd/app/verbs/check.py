@@ -8,20 +8,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import Any, Final, TextIO
 
 from nbdbackupd import plain
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, directory, size
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
-from nbdbackupd.errors import ConfigError, DomainError
+from nbdbackupd.errors import ConfigError
+from nbdbackupd.model.finding import Finding
+from nbdbackupd.ops.check import check
+from nbdbackupd.ops.check import run as check_run
+from nbdbackupd.ops.check.check import CheckReport
+from nbdbackupd.ops.check.request import CheckRequest
 from nbdbackupd.ops.domain import configured
-
-if TYPE_CHECKING:
-    from nbdbackupd.model.finding import Finding
-    from nbdbackupd.ops.check.check import CheckReport
-    from nbdbackupd.ops.check.request import CheckRequest
-    from nbdbackupd.virt.domain import Domain
+from nbdbackupd.virt.domain import Domain
 
 DESCRIPTION = """\
 Find out whether the next backup of a domain will work: programs, libvirt, images, checkpoints,
@@ -60,11 +60,6 @@ def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
     # what it warns of becomes a finding
     logging.getLogger(SURVEY_LOGGER).setLevel(logging.ERROR)
-    try:
-        from nbdbackupd.ops.check import check
-        from nbdbackupd.virt.domain import Domain
-    except ImportError as err:
-        raise DomainError(f"a Python library can't be used: {err}; install it") from err
     with _connected(args, context).connection() as connection:
         domain = Domain.find(connection, args.domain)
         request, findings = _request(args, context, domain)
@@ -88,13 +83,9 @@ def _connected(args: Arguments, context: Context) -> Context:
 
 
 def _request(
-    args: Arguments, context: Context, domain: "Domain"
-) -> "tuple[CheckRequest, tuple[Finding, ...]]":
+    args: Arguments, context: Context, domain: Domain
+) -> tuple[CheckRequest, tuple[Finding, ...]]:
     """What is to be looked at: a set that was named, or what ``run`` will do."""
-    from nbdbackupd.model.finding import Finding
-    from nbdbackupd.ops.check import run as check_run
-    from nbdbackupd.ops.check.request import CheckRequest
-
     facts: dict[str, Any] = {
         "directory": args.output.absolute() if args.output is not None else None,
         "scratch_dir": context.host.scratch_dir,
@@ -131,7 +122,7 @@ def wants_colour(stream: TextIO, environ: Mapping[str, str]) -> bool:
     return stream.isatty() and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
 
 
-def render(report: "CheckReport", *, colour: bool) -> str:
+def render(report: CheckReport, *, colour: bool) -> str:
     """The findings by area, one line each or folded, with advice below what is not right."""
     lines = [f"{report.domain} ({report.uuid}), {report.state}"]
     for area, findings in groupby(report.findings, key=lambda each: each.area):
@@ -148,7 +139,7 @@ def render(report: "CheckReport", *, colour: bool) -> str:
     return "\n".join([*lines, "", _summary(report, colour=colour)])
 
 
-def _summary(report: "CheckReport", *, colour: bool) -> str:
+def _summary(report: CheckReport, *, colour: bool) -> str:
     kinds = [each.severity.value for each in report.findings]
     words = {"ok": "ok", "warn": "warning(s)", "fail": "failure(s)"}
     counts = ", ".join(f"{kinds.count(kind)} {word}" for kind, word in words.items())

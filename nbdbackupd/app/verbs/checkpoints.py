@@ -1,18 +1,16 @@
 """``nbdbackupctl checkpoints``."""
 
-from typing import TYPE_CHECKING
-
 from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, directory, seconds
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import DomainNotFoundError, NbdbackupError, UsageError
 from nbdbackupd.model.host import new_run_id
+from nbdbackupd.model.naming import point_of, tag_of
+from nbdbackupd.model.reconcile import LEFT_ALONE, WHY, Entry, KnownChain, Step
+from nbdbackupd.ops.checkpoints import checkpoints
+from nbdbackupd.ops.checkpoints.checkpoints import CheckpointsReport, CheckpointsRequest
 from nbdbackupd.ops.domain import configured
-
-if TYPE_CHECKING:
-    from nbdbackupd.model.reconcile import Entry, KnownChain, Step
-    from nbdbackupd.ops.checkpoints.checkpoints import CheckpointsReport, CheckpointsRequest
 
 WARNED = 3
 JSON_VERSION = 1
@@ -77,7 +75,6 @@ def run(args: Arguments, context: Context) -> int:
         raise UsageError("give a DOMAIN, or --all with --release")
     if args.all:
         return _release_all(args, context)
-    from nbdbackupd.ops.checkpoints import checkpoints
 
     request = _request(args, context, args.domain)
     with signals.listen() as cancel, context.connection() as connection:
@@ -88,8 +85,6 @@ def run(args: Arguments, context: Context) -> int:
 
 def _release_all(args: Arguments, context: Context) -> int:
     """Each domain in its turn; what one of them is in the way of does not keep the others."""
-    from nbdbackupd.ops.checkpoints import checkpoints
-
     documents, lines, failed = [], [], 0
     with signals.listen() as cancel, context.connection() as connection:
         for name, uuid in connection.domains():
@@ -111,9 +106,7 @@ def _release_all(args: Arguments, context: Context) -> int:
     return WARNED if failed else 0
 
 
-def _request(args: Arguments, context: Context, domain: str) -> "CheckpointsRequest":
-    from nbdbackupd.ops.checkpoints import checkpoints
-
+def _request(args: Arguments, context: Context, domain: str) -> CheckpointsRequest:
     try:
         state_dir = configured.state_directory(domain, context.host).absolute()
     except DomainNotFoundError:
@@ -139,7 +132,7 @@ def _request(args: Arguments, context: Context, domain: str) -> "CheckpointsRequ
     )
 
 
-def render(report: "CheckpointsReport", *, dropping: bool = False) -> str:
+def render(report: CheckpointsReport, *, dropping: bool = False) -> str:
     """The report for people."""
     if report.changed:
         return "\n".join(_done_lines(report))
@@ -166,9 +159,7 @@ def render(report: "CheckpointsReport", *, dropping: bool = False) -> str:
     return "\n".join([*lines, "", *_todo_lines(report, dropping=dropping)])
 
 
-def _chain_lines(report: "CheckpointsReport", chain: "KnownChain") -> list[str]:
-    from nbdbackupd.model.reconcile import LEFT_ALONE, WHY
-
+def _chain_lines(report: CheckpointsReport, chain: KnownChain) -> list[str]:
     lines = [f"chain {chain.id}", f"  set   {chain.set}"]
     if chain.id in report.missing:
         lines.append(f"        not readable: {report.missing[chain.id]}")
@@ -186,9 +177,7 @@ def _chain_lines(report: "CheckpointsReport", chain: "KnownChain") -> list[str]:
     return lines
 
 
-def _table(entries: "list[Entry]", report: "CheckpointsReport") -> list[str]:
-    from nbdbackupd.model.naming import point_of, tag_of
-
+def _table(entries: list[Entry], report: CheckpointsReport) -> list[str]:
     if not entries:
         return []
     rows = [("point", "state", "libvirt", "bitmaps")]
@@ -206,7 +195,7 @@ def _table(entries: "list[Entry]", report: "CheckpointsReport") -> list[str]:
     ]
 
 
-def _bitmaps(entry: "Entry", report: "CheckpointsReport") -> str:
+def _bitmaps(entry: Entry, report: CheckpointsReport) -> str:
     """Disks that hold the bitmap; how many images of each, where it is more than one."""
     if report.is_active and entry.in_libvirt:
         # what is stored in the images says little of it
@@ -222,21 +211,21 @@ def _bitmaps(entry: "Entry", report: "CheckpointsReport") -> str:
     return ", ".join(parts) or "none"
 
 
-def _disks(entry: "Entry", report: "CheckpointsReport") -> list[str]:
+def _disks(entry: Entry, report: CheckpointsReport) -> list[str]:
     """The disks that a base covers."""
     return [
         disk.target for chain in report.chains if chain.base == entry.name for disk in chain.disks
     ]
 
 
-def _todo_lines(report: "CheckpointsReport", *, dropping: bool) -> list[str]:
+def _todo_lines(report: CheckpointsReport, *, dropping: bool) -> list[str]:
     if not report.steps:
         return ["nothing to do"]
     what = "to do:" if dropping else "to do, by --repair or by the next backup into the set:"
     return [what, *(f"  {_step(each.step)}" for each in report.steps)]
 
 
-def _done_lines(report: "CheckpointsReport") -> list[str]:
+def _done_lines(report: CheckpointsReport) -> list[str]:
     lines = []
     for each in report.steps:
         if each.problem:
@@ -247,6 +236,6 @@ def _done_lines(report: "CheckpointsReport") -> list[str]:
     return lines or ["nothing to do"]
 
 
-def _step(step: "Step") -> str:
+def _step(step: Step) -> str:
     disks = f" ({', '.join(step.targets)})" if step.targets else ""
     return f"{step.action.value} {step.name}{disks}: {step.why}"

@@ -4,20 +4,21 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nbdbackupd import plain
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
+from nbdbackupd.config import address, calendar, inventory, sample, schema
+from nbdbackupd.config.files import Configuration
+from nbdbackupd.config.reading import Problem
+from nbdbackupd.config.remarks import Known
+from nbdbackupd.config.schema import SETTINGS
+from nbdbackupd.config.settings import DomainSettings
 from nbdbackupd.errors import ConfigError, DomainNotFoundError, NbdbackupError, UsageError
 from nbdbackupd.ops.domain import configured
-
-if TYPE_CHECKING:
-    from nbdbackupd.config.files import Configuration
-    from nbdbackupd.config.reading import Problem
-    from nbdbackupd.config.remarks import Known
-    from nbdbackupd.config.settings import DomainSettings
+from nbdbackupd.ops.notify import notification
 
 JSON_VERSION = 1
 WARNED = 3
@@ -47,7 +48,6 @@ def run(args: Arguments, context: Context) -> int:
         raise UsageError(f"config {args.action} {wants}")
     if args.action == "sample":
         return _sample(context)
-    from nbdbackupd.config import calendar
 
     if args.action == "check":
         return _check(configured.read(context.host, event_fault=calendar.systemd_fault), context)
@@ -55,14 +55,12 @@ def run(args: Arguments, context: Context) -> int:
 
 
 def _sample(context: Context) -> int:
-    from nbdbackupd.config import sample
-
     text = sample.render()
     context.show({"version": JSON_VERSION, "sample": text}, text.rstrip("\n"))
     return 0
 
 
-def _check(configuration: "Configuration", context: Context) -> int:
+def _check(configuration: Configuration, context: Context) -> int:
     problems = tuple(sorted({*configuration.problems, *_foreign_hosts(configuration)}))
     remarks = _remarks(configuration, context)
     document = {
@@ -87,11 +85,9 @@ def _check(configuration: "Configuration", context: Context) -> int:
     return WARNED if remarks else 0
 
 
-def _remarks(configuration: "Configuration", context: Context) -> "tuple[Problem, ...]":
+def _remarks(configuration: Configuration, context: Context) -> tuple[Problem, ...]:
     """What is sound and still can't work, as far as libvirt, or else its files, tell."""
-    from nbdbackupd.config import calendar, remarks, schema
-    from nbdbackupd.config.reading import Problem
-    from nbdbackupd.ops.notify import notification
+    from nbdbackupd.config import remarks
 
     found = remarks.remarks(configuration, _domains(configuration, context), calendar.is_over)
     directory = context.host.config_dir or schema.DIRECTORY
@@ -105,11 +101,8 @@ def _remarks(configuration: "Configuration", context: Context) -> "tuple[Problem
     return found
 
 
-def _domains(configuration: "Configuration", context: Context) -> "list[Known] | None":
+def _domains(configuration: Configuration, context: Context) -> list[Known] | None:
     """The domains that libvirt knows; if it can't be asked, those of its files; None without."""
-    from nbdbackupd.config import inventory
-    from nbdbackupd.config.remarks import Known
-
     try:
         from nbdbackupd.model import throwaway
         from nbdbackupd.model.domain import parse_domain
@@ -137,25 +130,20 @@ def _domains(configuration: "Configuration", context: Context) -> "list[Known] |
     return found
 
 
-def _foreign_hosts(configuration: "Configuration") -> "list[Problem]":
-    from nbdbackupd.config import address
-    from nbdbackupd.config.reading import Problem
-
+def _foreign_hosts(configuration: Configuration) -> list[Problem]:
     path = "libvirt.uri"
     uris = [file.values[path] for file in configuration.files if path in file.values]
     faults = [(each, address.fault(each.value)) for each in uris]
     return [Problem(each.file, each.line, path, said) for each, said in faults if said]
 
 
-def _show(domain: str, configuration: "Configuration", context: Context) -> int:
+def _show(domain: str, configuration: Configuration, context: Context) -> int:
     name, uuid, found = configured.settings_of(domain, configuration, context.host)
     context.show(_document(found, name, uuid), _render(found, name))
     return 0
 
 
-def _document(settings: "DomainSettings", name: str, uuid: str) -> dict[str, Any]:
-    from nbdbackupd.config.schema import SETTINGS
-
+def _document(settings: DomainSettings, name: str, uuid: str) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, tuple):
             return [plain(each) for each in value]
@@ -179,9 +167,7 @@ def _document(settings: "DomainSettings", name: str, uuid: str) -> dict[str, Any
     }
 
 
-def _render(settings: "DomainSettings", name: str) -> str:
-    from nbdbackupd.config.schema import SETTINGS
-
+def _render(settings: DomainSettings, name: str) -> str:
     rows = [
         (
             each.path,

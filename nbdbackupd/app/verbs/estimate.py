@@ -5,6 +5,7 @@ from nbdbackupd.app.arguments import Arguments, directory
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.model.host import new_run_id
+from nbdbackupd.ops.backup import estimate
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.units import human_size
 
@@ -23,8 +24,6 @@ def register(verbs: Registry) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
-    from nbdbackupd.ops.backup import estimate
-
     request = estimate.EstimateRequest(
         domain=args.domain,
         directory=args.output.absolute(),

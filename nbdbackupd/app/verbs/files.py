@@ -4,19 +4,19 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from nbdbackupd.app import named, signals, streams, tables, tree_options
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import FormatError, SourceError, UsageError
+from nbdbackupd.ops.files import mount, tar
+from nbdbackupd.ops.files import report as files_report
+from nbdbackupd.ops.files.files import Entry
+from nbdbackupd.ops.files.mount import MountedTree
+from nbdbackupd.ops.files.report import FilesReport
 from nbdbackupd.units import human_size, local_time
-
-if TYPE_CHECKING:
-    from nbdbackupd.ops.files.files import Entry
-    from nbdbackupd.ops.files.mount import MountedTree
-    from nbdbackupd.ops.files.report import FilesReport
 
 DESCRIPTION: Final = """\
 Read single files of a restore point, without restoring disks and without root. fs: show the
@@ -42,7 +42,6 @@ def register(verbs: Registry) -> None:
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 30 if something could not be read, 40 if for damage."""
     _check(args, context)
-    from nbdbackupd.ops.files import mount, tar
 
     request = tree_options.request(args, context)
     with signals.listen() as cancel, ExitStack() as stack:
@@ -85,11 +84,7 @@ def _check(args: Arguments, context: Context) -> None:
             raise UsageError("the archive would go to the terminal: give -f FILE, or use a pipe")
 
 
-def _act(
-    args: Arguments, tree: "MountedTree", output: int, cancel: signals.Cancel
-) -> "FilesReport":
-    from nbdbackupd.ops.files import report as files_report
-
+def _act(args: Arguments, tree: MountedTree, output: int, cancel: signals.Cancel) -> FilesReport:
     paths = args.paths or ["/"]
     if args.action == "cp":
         *paths, last = args.paths
@@ -100,7 +95,7 @@ def _act(
     return files_report.show(tree, paths, recursive=args.recursive, cancelled=cancel.check)
 
 
-def _render(report: "FilesReport") -> str:
+def _render(report: FilesReport) -> str:
     """The report for people."""
     if report.action == "ls":
         rows = [_row(each) for each in report.entries]
@@ -114,7 +109,7 @@ def _render(report: "FilesReport") -> str:
     return f"archived {report.archived} names"
 
 
-def _row(entry: "Entry") -> tuple[str, ...]:
+def _row(entry: Entry) -> tuple[str, ...]:
     import stat
 
     target = f" -> {entry.target}" if entry.target else ""

@@ -2,9 +2,14 @@
 
 import sys
 
+from nbdbackupd import log
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
+from nbdbackupd.config.matching import labels_of
+from nbdbackupd.model.domain import parse_domain
+from nbdbackupd.ops.backup import give_way
+from nbdbackupd.ops.domain import configured
 
 MAX_XML = 4 << 20
 OPERATIONS = ("prepare", "restore", "migrate", "started", "reconnect", "release")
@@ -36,9 +41,6 @@ def register(verbs: Registry) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
-    from nbdbackupd import log
-    from nbdbackupd.ops.backup import give_way
-
     if args.journal:
         log.to_journal(sys.stderr)
     if args.hosts:
@@ -51,11 +53,8 @@ def run(args: Arguments, context: Context) -> int:
 
 def _tell_hosts(args: Arguments, context: Context) -> str:
     """By the XML alone: libvirt can't be asked while its hook is at work."""
-    from nbdbackupd.config.matching import labels_of
     from nbdbackupd.config.settings import settings_for
-    from nbdbackupd.model.domain import parse_domain
     from nbdbackupd.ops.backup import moving
-    from nbdbackupd.ops.domain import configured
 
     xml = sys.stdin.read(MAX_XML)
     domain = parse_domain(xml)

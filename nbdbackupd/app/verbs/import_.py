@@ -8,6 +8,7 @@ from nbdbackupd.app.arguments import Arguments, directory
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.model.host import new_run_id
+from nbdbackupd.ops.sets import import_set
 
 WARNED = 3
 DESCRIPTION = """\
@@ -41,8 +42,6 @@ def register(verbs: Registry) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 with warnings."""
-    from nbdbackupd.ops.sets import import_set
-
     request = import_set.ImportRequest(
         source=args.source.absolute(),
         run_id=new_run_id(context.host.now()),

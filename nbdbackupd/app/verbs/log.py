@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from datetime import datetime
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from nbdbackupd import plain
 from nbdbackupd.app import signals
@@ -12,10 +12,9 @@ from nbdbackupd.app.arguments import Arguments, directory
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import Interrupted, UsageError
+from nbdbackupd.ops.status import journal
+from nbdbackupd.ops.status.journal import Entry, Query
 from nbdbackupd.units import local_time
-
-if TYPE_CHECKING:
-    from nbdbackupd.ops.status.journal import Entry, Query
 
 MAX_LINES: Final = 1_000_000
 PRIORITIES: Final = ("panic", "alert", "critical", "error", "warning", "notice", "info", "debug")
@@ -58,8 +57,6 @@ def lines(text: str) -> int:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
-    from nbdbackupd.ops.status import journal
-
     query = journal.Query(
         domain=args.domain, run=args.run_id, since=args.since, count=args.lines,
         follow=args.follow,
@@ -82,9 +79,7 @@ def run(args: Arguments, context: Context) -> int:
     return 0
 
 
-def _entries(args: Arguments, query: "Query", cancel: signals.Cancel) -> "Iterator[Entry]":
-    from nbdbackupd.ops.status import journal
-
+def _entries(args: Arguments, query: Query, cancel: signals.Cancel) -> Iterator[Entry]:
     if args.output is None:
         return journal.read(query, cancel.check)
     if args.domain or args.follow:
@@ -103,7 +98,7 @@ def _moment(text: str) -> datetime | None:
         ) from err
 
 
-def render(entry: "Entry") -> str:
+def render(entry: Entry) -> str:
     """One record for people; further lines of its text are indented."""
     priority = PRIORITIES[entry.priority] if 0 <= entry.priority < len(PRIORITIES) else "info"
     domain = plain.line(entry.fields.get("domain", ""))

@@ -6,17 +6,17 @@ import logging
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from nbdbackupd.app import named, signals
 from nbdbackupd.app.arguments import Arguments, add_point, chosen, names, size
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import RepositoryError, UsageError
+from nbdbackupd.ops.map import map as maps
+from nbdbackupd.ops.map import mapped
+from nbdbackupd.ops.map.map import Mapping, MapRequest, Serving
 from nbdbackupd.units import human_size, local_time
-
-if TYPE_CHECKING:
-    from nbdbackupd.ops.map.map import Mapping, MapRequest, Serving
 
 MAP: Final = """\
 Serve the disks of a restore point over NBD, read-only, without restoring them: each disk is ready
@@ -122,7 +122,6 @@ def run_map(args: Arguments, context: Context) -> int:
         return _list(context)
     if args.source is None and not args.sequence:
         raise UsageError("map takes a SOURCE, or --sequence FILES")
-    from nbdbackupd.ops.map import map as maps
 
     request = _request(args, context)
     if request.tcp and request.insecure:
@@ -140,9 +139,7 @@ def run_map(args: Arguments, context: Context) -> int:
     return 3 if up.warnings else 0
 
 
-def _request(args: Arguments, context: Context) -> "MapRequest":
-    from nbdbackupd.ops.map.map import MapRequest
-
+def _request(args: Arguments, context: Context) -> MapRequest:
     source = None
     sequence = named.sequence_of(args.source, args.sequence, context)
     if args.source is not None and not sequence:
@@ -165,7 +162,7 @@ def _request(args: Arguments, context: Context) -> "MapRequest":
     )
 
 
-def _show(up: "Serving", context: Context, *, is_detached: bool) -> None:
+def _show(up: Serving, context: Context, *, is_detached: bool) -> None:
     for warning in up.warnings:
         log.warning("%s", warning)
     document = {"version": 1, "map": up.mapping.to_json(), "warnings": up.warnings}
@@ -174,7 +171,7 @@ def _show(up: "Serving", context: Context, *, is_detached: bool) -> None:
     print(end="", flush=True)
 
 
-def render(mapping: "Mapping", *, is_detached: bool) -> str:
+def render(mapping: Mapping, *, is_detached: bool) -> str:
     """What is served, and what to do with it, for people."""
     of = f"point {mapping.point} of {mapping.domain}" if mapping.point else mapping.source
     lines = [f"map {mapping.id}: {of}, as of {local_time(mapping.created)}"]
@@ -187,7 +184,7 @@ def render(mapping: "Mapping", *, is_detached: bool) -> str:
     return "\n".join([*lines, f"{end} ends it"])
 
 
-def _watch(up: "Serving", cancel: signals.Cancel) -> int:
+def _watch(up: Serving, cancel: signals.Cancel) -> int:
     """Wait for the signal to end; how many damaged blocks were met."""
     while not cancel.signum:
         up.check()
@@ -196,8 +193,6 @@ def _watch(up: "Serving", cancel: signals.Cancel) -> int:
 
 
 def _list(context: Context) -> int:
-    from nbdbackupd.ops.map import mapped
-
     found = mapped.known(context.host.runtime_dir)
     document = {"version": 1, "maps": [each.to_json() for each in found]}
     lines = []
@@ -211,8 +206,6 @@ def _list(context: Context) -> int:
 
 def run_unmap(args: Arguments, context: Context) -> int:
     """Carry ``unmap`` out."""
-    from nbdbackupd.ops.map import mapped
-
     if bool(args.what) == args.all:
         raise UsageError("unmap takes either what to end, or --all; 'map --list' shows all maps")
     runtime_dir = context.host.runtime_dir
@@ -235,7 +228,7 @@ def run_unmap(args: Arguments, context: Context) -> int:
     return 0
 
 
-def _is_meant(mapping: "Mapping", what: str) -> bool:
+def _is_meant(mapping: Mapping, what: str) -> bool:
     path = Path(what).absolute()
     places = [place for disk in mapping.disks for place in (disk.socket, disk.device)]
     uris = [disk.uri for disk in mapping.disks]

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
+from nbdbackupd import documents, proc
 from nbdbackupd.app import named, signals, streams, tree_options
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import FormatError
+from nbdbackupd.ops.files import mount
 from nbdbackupd.units import human_size, local_time
 
 MOUNT: Final = """\
@@ -46,7 +48,6 @@ def run_mount(args: Arguments, context: Context) -> int:
     """Carry ``mount`` out; 40 if damage was met, 0 when it is asked to end."""
     if args.detach and KEEPER not in os.environ:
         return _detach(context)
-    from nbdbackupd.ops.files import mount
 
     request = tree_options.request(args, context)
     with signals.listen() as cancel:
@@ -69,8 +70,6 @@ def run_mount(args: Arguments, context: Context) -> int:
 
 def _detach(context: Context) -> int:
     """Start ourselves once more in the background, and tell what that one tells."""
-    from nbdbackupd import documents, proc
-
     program = [os.path.realpath(sys.argv[0])]
     if Path(sys.argv[0]).name == "__main__.py":
         program = [sys.executable, "-m", "nbdbackupd"]
@@ -111,8 +110,6 @@ def _render(document: dict[str, Any]) -> str:
 
 def run_unmount(args: Arguments, context: Context) -> int:
     """Carry ``unmount`` out."""
-    from nbdbackupd.ops.files import mount
-
     directory = args.directory.absolute()
     mount.end(directory, context.host.runtime_dir, lazy=args.lazy)
     context.show({"version": 1, "directory": str(directory)}, f"{directory} is unmounted")

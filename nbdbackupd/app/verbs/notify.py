@@ -6,23 +6,27 @@ import platform
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from nbdbackupd import events, plain
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
+from nbdbackupd.config import schema, timers
+from nbdbackupd.config.files import Configuration
+from nbdbackupd.config.settings import global_settings
 from nbdbackupd.errors import ConfigError, DomainError, NbdbackupError, ProcessError
+from nbdbackupd.model import unitname
 from nbdbackupd.model.host import Host
 from nbdbackupd.ops.domain import configured
+from nbdbackupd.ops.notify import kept, notification
+from nbdbackupd.ops.notify.kept import PATHS, Wishes
+from nbdbackupd.ops.notify.notification import Notice, Text
+from nbdbackupd.ops.status import record
+from nbdbackupd.repo.runs import End
+from nbdbackupd.systemd import units
+from nbdbackupd.systemd.units import Service
 from nbdbackupd.units import local_time
-
-if TYPE_CHECKING:
-    from nbdbackupd.config.files import Configuration
-    from nbdbackupd.ops.notify.kept import Wishes
-    from nbdbackupd.ops.notify.notification import Notice, Text
-    from nbdbackupd.repo.runs import End
-    from nbdbackupd.systemd.units import Service
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +81,6 @@ def run(args: Arguments, context: Context) -> int:
 
 
 def _tell(args: Arguments, context: Context) -> int:
-    from nbdbackupd.config import schema
-    from nbdbackupd.ops.notify import notification
-
     configuration = configured.read(context.host)
     notice = _notice(args.unit, configuration, context.host)
     wishes = _wishes(notice.domain, configuration, context)
@@ -103,12 +104,7 @@ def _tell(args: Arguments, context: Context) -> int:
     return 0
 
 
-def _notice(unit: str, configuration: "Configuration", host: Host) -> "Notice":
-    from nbdbackupd.model import unitname
-    from nbdbackupd.ops.notify import notification
-    from nbdbackupd.ops.notify.notification import Notice
-    from nbdbackupd.systemd import units
-
+def _notice(unit: str, configuration: Configuration, host: Host) -> Notice:
     service, remarks = None, []
     try:
         service = next(iter(units.services(unit)), None)
@@ -148,11 +144,9 @@ def _notice(unit: str, configuration: "Configuration", host: Host) -> "Notice":
 
 
 def _record(
-    unit: str, domain: str, service: "Service | None", told: tuple[str, str], host: Host
-) -> "End | None":
+    unit: str, domain: str, service: Service | None, told: tuple[str, str], host: Host
+) -> End | None:
     """What the run noted of its end itself, or what is noted now that it could not."""
-    from nbdbackupd.ops.status import record
-
     if not domain:
         return None
     record.settle(host, domain, record.why_killed(*told))
@@ -165,7 +159,7 @@ def _record(
     return None if is_older else end
 
 
-def _how_it_ended(unit: str, service: "Service | None") -> tuple[str, str, str]:
+def _how_it_ended(unit: str, service: Service | None) -> tuple[str, str, str]:
     """Invocation, result and status: of the run that systemd calls about, or else the last one."""
     if os.environ.get("MONITOR_UNIT") == unit:
         names = ("MONITOR_INVOCATION_ID", "MONITOR_SERVICE_RESULT", "MONITOR_EXIT_STATUS")
@@ -178,13 +172,8 @@ def _how_it_ended(unit: str, service: "Service | None") -> tuple[str, str, str]:
     return service.invocation, service.result, str(status)
 
 
-def _wishes(domain: str, configuration: "Configuration", context: Context) -> "Wishes":
+def _wishes(domain: str, configuration: Configuration, context: Context) -> Wishes:
     """As the files say. What can't be read of them is as it last could, or else root is told."""
-    from nbdbackupd.config import schema, timers
-    from nbdbackupd.config.settings import global_settings
-    from nbdbackupd.ops.notify import kept
-    from nbdbackupd.ops.notify.kept import PATHS, Wishes
-
     with suppress(ConfigError, DomainError, ImportError):
         configuration.require_sound()
         found = global_settings(configuration)
@@ -202,10 +191,8 @@ def _wishes(domain: str, configuration: "Configuration", context: Context) -> "W
     return Wishes.of(values | timers.sound_values(domain, configuration, PATHS))
 
 
-def _without_secrets(text: "Text", wishes: "Wishes", context: Context) -> "Text":
+def _without_secrets(text: Text, wishes: Wishes, context: Context) -> Text:
     """The text without the password for libvirt, wherever that came from."""
-    from nbdbackupd.ops.notify.notification import Text
-
     files = [context.host.password_file, wishes.password_file]
     subject, body = text.subject, text.body
     for file in files:
@@ -217,9 +204,7 @@ def _without_secrets(text: "Text", wishes: "Wishes", context: Context) -> "Text"
     return Text(subject=subject, body=body)
 
 
-def _deliver(text: "Text", notice: "Notice", wishes: "Wishes", host: Host) -> list[str]:
-    from nbdbackupd.ops.notify import notification
-
+def _deliver(text: Text, notice: Notice, wishes: Wishes, host: Host) -> list[str]:
     told, failed = [], []
     if wishes.mail:
         try:

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nbdbackupd.app import named, signals
 from nbdbackupd.app.arguments import (
@@ -18,10 +17,9 @@ from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry, restore_define, restore_targets
 from nbdbackupd.errors import UsageError
 from nbdbackupd.ops.domain import configured
+from nbdbackupd.ops.restore import restore
+from nbdbackupd.ops.restore.restore import RestoreReport
 from nbdbackupd.units import human_size, human_time, local_time
-
-if TYPE_CHECKING:
-    from nbdbackupd.ops.restore.restore import RestoreReport
 
 DESCRIPTION = """\
 Bring the disks of a restore point back as images, with the domain's XML beside them. Needs
@@ -62,8 +60,6 @@ def register(verbs: Registry) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
-    from nbdbackupd.ops.restore import restore
-
     if args.source is None and not args.sequence:
         raise UsageError("restore takes a SOURCE, or --sequence FILES")
     source = None
@@ -100,7 +96,7 @@ def run(args: Arguments, context: Context) -> int:
     return 3 if report.warnings else 0
 
 
-def render(report: "RestoreReport") -> str:
+def render(report: RestoreReport) -> str:
     """The report for people."""
     of = report.domain or "disk"
     point = f" (point {report.point})" if report.point else ""

@@ -4,18 +4,17 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from nbdbackupd import plain
 from nbdbackupd.app import asking
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
-from nbdbackupd.errors import DomainError, UsageError
-
-if TYPE_CHECKING:
-    from nbdbackupd.model.definition import Consent
-    from nbdbackupd.ops.define.adjust import Adjuster
-    from nbdbackupd.ops.restore.definer import Definition
+from nbdbackupd.app.verbs import missing
+from nbdbackupd.errors import UsageError
+from nbdbackupd.model.definition import Consent
+from nbdbackupd.ops.define import adjust
+from nbdbackupd.ops.define.adjust import Adjuster
+from nbdbackupd.ops.restore.definer import Definition
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trust(group)
 
 
-def add_trust(group: "argparse._ActionsContainer") -> None:
+def add_trust(group: argparse._ActionsContainer) -> None:
     """Add the option that all verbs have that make a domain of a set."""
     group.add_argument(
         "--trust-definition", action="store_true",
@@ -61,7 +60,7 @@ def add_trust(group: "argparse._ActionsContainer") -> None:
     )  # fmt: skip
 
 
-def consent(cancelled: Callable[[], None]) -> "Consent":
+def consent(cancelled: Callable[[], None]) -> Consent:
     """What asks before a definition keeps something of its host; it raises UsageError."""
     from nbdbackupd.model import definition
 
@@ -77,7 +76,7 @@ def consent(cancelled: Callable[[], None]) -> "Consent":
 @contextmanager
 def definer(
     args: Arguments, context: Context, cancelled: Callable[[], None]
-) -> "Iterator[Adjuster | None]":
+) -> Iterator[Adjuster | None]:
     """What defines the domain, with its connection; None if no domain is wanted.
 
     Raises UsageError, DomainError.
@@ -90,7 +89,6 @@ def definer(
         return
     if args.start and not args.define:
         raise UsageError("--start goes with --define")
-    from nbdbackupd.ops.define import adjust
 
     request = adjust.DefineRequest(
         name=args.name or "",
@@ -107,12 +105,12 @@ def definer(
     try:
         from nbdbackupd.ops.define import define
     except ImportError as err:
-        raise DomainError(f"a Python library can't be used: {err}; install it") from err
+        raise missing(err) from err
     with context.connection() as connection:
         yield define.DomainDefiner(request, os.urandom, connection, consent(cancelled))
 
 
-def render(definition: "Definition") -> list[str]:
+def render(definition: Definition) -> list[str]:
     """Lines for people about the domain."""
     state = "is running" if definition.started else "is defined"
     if not definition.defined:

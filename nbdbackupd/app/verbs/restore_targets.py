@@ -4,17 +4,17 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nbdbackupd.app import asking
 from nbdbackupd.app.arguments import Arguments, names, positive, rate
 from nbdbackupd.app.context import Context
-from nbdbackupd.errors import DomainError, UsageError
+from nbdbackupd.app.verbs import missing
+from nbdbackupd.errors import UsageError
 from nbdbackupd.model.host import new_run_id
 from nbdbackupd.ops.domain import configured
-
-if TYPE_CHECKING:
-    from nbdbackupd.ops.restore.plan import Placement
+from nbdbackupd.ops.restore.plan import Placement
+from nbdbackupd.ops.restore.request import Place, Style
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,8 +72,6 @@ def _disks(text: str) -> tuple[tuple[str, Path | None], ...]:
 
 def wishes(args: Arguments) -> dict[str, Any]:
     """What the options mean, as members of the request. Raises UsageError."""
-    from nbdbackupd.ops.restore.request import Place, Style
-
     given = [each for part in args.disk for each in part]
     placed = [target for target, path in given if path is not None]
     if len(set(placed)) < len(placed):
@@ -100,7 +98,7 @@ def wishes(args: Arguments) -> dict[str, Any]:
 @contextmanager
 def placement(
     args: Arguments, context: Context, cancelled: Callable[[], None]
-) -> "Iterator[Placement | None]":
+) -> Iterator[Placement | None]:
     """What chooses places that libvirt knows, with its connection; None if none is asked for.
 
     Raises UsageError, DomainError.
@@ -113,7 +111,7 @@ def placement(
     try:
         from nbdbackupd.ops.restore import in_place, pool
     except ImportError as err:
-        raise DomainError(f"a Python library can't be used: {err}; install it") from err
+        raise missing(err) from err
     with context.connection() as connection:
         if args.pool:
             yield pool.PoolPlacement(connection, args.pool)

@@ -2,16 +2,16 @@
 
 import os
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 from nbdbackupd import log as runlog
-from nbdbackupd.app import signals
+from nbdbackupd.app import preload, signals
 from nbdbackupd.app.arguments import Arguments, seconds
 from nbdbackupd.app.context import Context
-from nbdbackupd.app.verbs import Registry
-
-if TYPE_CHECKING:
-    from nbdbackupd.ops.run.runner import RunReport
+from nbdbackupd.app.verbs import Registry, backup
+from nbdbackupd.ops.run import runner
+from nbdbackupd.ops.run.runner import RunReport
+from nbdbackupd.ops.status import record as run_record
+from nbdbackupd.systemd import notify
 
 DESCRIPTION = """\
 Save a domain as the configuration says: into the set whose turn it is, within the limit of
@@ -44,11 +44,6 @@ def register(verbs: Registry) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 with warnings."""
-    from nbdbackupd.app import preload
-    from nbdbackupd.ops.run import runner
-    from nbdbackupd.ops.status import record as run_record
-    from nbdbackupd.systemd import notify
-
     wish = runner.Wish(
         domain=args.domain, shutdown=args.shutdown, dry_run=args.dry_run, wait=args.wait,
         retry=args.retry,
@@ -84,10 +79,8 @@ def run(args: Arguments, context: Context) -> int:
     return report.exit_code
 
 
-def render(report: "RunReport") -> str:
+def render(report: RunReport) -> str:
     """The report for people."""
-    from nbdbackupd.app.verbs import backup
-
     if report.result == "planned":
         return f"would save {report.domain} into {report.set}, {report.level}: {report.reason}"
     if report.backup is None or report.backup.point is None:

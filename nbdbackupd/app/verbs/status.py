@@ -2,16 +2,18 @@
 
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from nbdbackupd import plain
+from nbdbackupd.app import tables
 from nbdbackupd.app.arguments import Arguments, duration
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
+from nbdbackupd.config.settings import global_settings
 from nbdbackupd.errors import ConfigError, NbdbackupError, UsageError
-
-if TYPE_CHECKING:
-    from nbdbackupd.ops.status.status import StatusReport
+from nbdbackupd.model.health import Health
+from nbdbackupd.ops.domain import configured
+from nbdbackupd.ops.status import gather, metrics, status
+from nbdbackupd.ops.status.status import StatusReport
 
 WARNED = 3
 UNKNOWN = 3
@@ -51,7 +53,6 @@ def run(args: Arguments, context: Context) -> int:
         return _show(args, context)
     if context.json:
         raise UsageError("--nagios and --json exclude one another")
-    from nbdbackupd.ops.status import status
 
     try:
         report = _gather(args, context)
@@ -66,15 +67,11 @@ def run(args: Arguments, context: Context) -> int:
     return code
 
 
-def _gather(args: Arguments, context: Context) -> "StatusReport":
-    from nbdbackupd.ops.status import gather
-
+def _gather(args: Arguments, context: Context) -> StatusReport:
     return gather.gather(args.domain, context.host, warning=args.warning, critical=args.critical)
 
 
 def _show(args: Arguments, context: Context) -> int:
-    from nbdbackupd.model.health import Health
-
     report = _gather(args, context)
     if args.metrics:
         _write_metrics(report, args, context)
@@ -82,11 +79,8 @@ def _show(args: Arguments, context: Context) -> int:
     return 0 if report.health is Health.OK else WARNED
 
 
-def render(report: "StatusReport") -> str:
+def render(report: StatusReport) -> str:
     """A table, below it what is wrong with each domain, and what could not be asked."""
-    from nbdbackupd.app import tables
-    from nbdbackupd.ops.status import status
-
     coloured = tables.wants_colour(sys.stdout, os.environ)
     lines = []
     if report.domains:
@@ -105,11 +99,7 @@ def render(report: "StatusReport") -> str:
     return "\n".join(lines)
 
 
-def _write_metrics(report: "StatusReport", args: Arguments, context: Context) -> None:
-    from nbdbackupd.config.settings import global_settings
-    from nbdbackupd.ops.domain import configured
-    from nbdbackupd.ops.status import metrics
-
+def _write_metrics(report: StatusReport, args: Arguments, context: Context) -> None:
     if args.domain:
         raise UsageError("--metrics is about all domains: give none")
     directory = global_settings(configured.read(context.host)).monitoring_metrics_directory

@@ -4,18 +4,22 @@ import os
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nbdbackupd import plain
+from nbdbackupd.app import tables
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import ConfigError
+from nbdbackupd.model import unitname
 from nbdbackupd.model.host import Host
-
-if TYPE_CHECKING:
-    from nbdbackupd.repo.runs import End
-    from nbdbackupd.systemd.units import Service, Timer
+from nbdbackupd.ops.notify import notification
+from nbdbackupd.ops.status import record
+from nbdbackupd.repo.runs import End
+from nbdbackupd.systemd import units
+from nbdbackupd.systemd.units import Service, Timer
+from nbdbackupd.units import human_time
 
 JSON_VERSION = 1
 PATTERN = "nbdbackup*.timer"
@@ -29,15 +33,13 @@ and how that ended.
 class Line:
     """A timer and what it starts; ``end`` is what that noted itself of its last end."""
 
-    timer: "Timer"
-    service: "Service | None"
-    end: "End | None" = None
+    timer: Timer
+    service: Service | None
+    end: End | None = None
 
     @property
     def result(self) -> str:
         """How the last run ended: ``done``, ``failed (exit status 20)``, ``running``, or ``-``."""
-        from nbdbackupd.ops.notify import notification
-
         service = self.service
         if service is not None and service.is_running:
             return "running"
@@ -96,9 +98,6 @@ def register(verbs: Registry) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out. Raises ConfigError without systemd, ProcessError if it can't be asked."""
-    from nbdbackupd.model import unitname
-    from nbdbackupd.systemd import units
-
     if not units.is_booted():
         raise ConfigError(
             "systemd does not run this host, so there are no timers: let another scheduler call "
@@ -117,11 +116,8 @@ def run(args: Arguments, context: Context) -> int:
     return 0
 
 
-def _end(timer: "Timer", host: Host) -> "End | None":
+def _end(timer: Timer, host: Host) -> End | None:
     """The newest end that a run noted, if it was one of this timer."""
-    from nbdbackupd.model import unitname
-    from nbdbackupd.ops.status import record
-
     domain = unitname.domain_of(timer.unit)
     end = record.look(host, domain).end if domain else None
     return end if end is not None and end.unit == timer.activates else None
@@ -135,8 +131,6 @@ def _document(lines: list[Line]) -> dict[str, Any]:
 
 
 def _entry(line: Line) -> dict[str, Any]:
-    from nbdbackupd.model import unitname
-
     service = line.service
     return {
         "unit": line.timer.unit,
@@ -154,9 +148,6 @@ def _entry(line: Line) -> dict[str, Any]:
 
 
 def _render(lines: list[Line]) -> str:
-    from nbdbackupd.app import tables
-    from nbdbackupd.model import unitname
-
     if not lines:
         return (
             "no timers: begin one with 'systemctl enable --now "
@@ -189,8 +180,6 @@ def _kind(unit: str) -> str:
 
 
 def _length(seconds: float) -> str:
-    from nbdbackupd.units import human_time
-
     return human_time(max(0.0, seconds))
 
 

@@ -11,11 +11,12 @@ from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, chosen, posi
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry, verify_boot
 from nbdbackupd.ops.domain import configured
+from nbdbackupd.ops.verify import verify
+from nbdbackupd.ops.verify.verify import VerifyReport
 from nbdbackupd.units import human_size
 
 if TYPE_CHECKING:
     from nbdbackupd.ops.boot.boot_test import BootTestReport
-    from nbdbackupd.ops.verify.verify import VerifyReport
 
 DAMAGED = 40
 DESCRIPTION = """\
@@ -69,9 +70,7 @@ def _document(proof: dict[str, Any], booted: "BootTestReport | None") -> dict[st
     return {**proof, "boot": booted.to_json() if booted is not None else None}
 
 
-def _prove(args: Arguments, context: Context, path: Path, cancel: signals.Cancel) -> "VerifyReport":
-    from nbdbackupd.ops.verify import verify
-
+def _prove(args: Arguments, context: Context, path: Path, cancel: signals.Cancel) -> VerifyReport:
     request = verify.VerifyRequest(
         path=path, point=args.point or "", workers=args.workers,
         state_dirs=configured.state_directories(context.host),
@@ -88,7 +87,7 @@ def _prove(args: Arguments, context: Context, path: Path, cancel: signals.Cancel
 
 
 def _tell_damage(
-    report: "VerifyReport", context: Context, document: dict[str, Any], path: Path
+    report: VerifyReport, context: Context, document: dict[str, Any], path: Path
 ) -> int:
     context.show(document, "\n".join(plain.line(problem.text) for problem in report.problems))
     count = len(report.problems)

@@ -12,8 +12,7 @@ from nbdbackupd import plain
 from nbdbackupd.app import signals, streams
 from nbdbackupd.app.arguments import Arguments, chosen, duration, size
 from nbdbackupd.app.context import Context, now
-from nbdbackupd.app.verbs import restore_define
-from nbdbackupd.app.verbs.boot import require_libvirt
+from nbdbackupd.app.verbs import missing, restore_define
 from nbdbackupd.errors import UsageError
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.units import human_time
@@ -98,8 +97,12 @@ def check(args: Arguments) -> None:
     given = [name for name in ONLY_WITH if getattr(args, name)]
     if given and not args.boot:
         raise UsageError(f"--{given[0].replace('_', '-')} goes with --boot")
-    if args.boot:
-        require_libvirt()
+    if not args.boot:
+        return
+    try:
+        import nbdbackupd.virt.transient  # noqa: F401 - only to see whether it can be
+    except ImportError as err:
+        raise missing(err) from err
 
 
 def run(

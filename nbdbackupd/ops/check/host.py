@@ -2,6 +2,7 @@
 
 from nbdbackupd import proc
 from nbdbackupd.errors import ProcessError
+from nbdbackupd.format import library as lz4_library
 from nbdbackupd.model.finding import Notes
 from nbdbackupd.ops.check.request import Patient
 from nbdbackupd.source import hooked
@@ -47,7 +48,6 @@ def libraries(_: Patient, notes: Notes) -> None:
         notes.ok(f"libnbd: {nbd_library.version()}")
     except ImportError as err:
         notes.fail(f"the Python library of libnbd can't be used: {err}", "install python3-libnbd")
-    from nbdbackupd.format import library as lz4_library
 
     try:
         notes.ok(f"lz4: {lz4_library.version()}")

@@ -3,25 +3,24 @@
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from nbdbackupd.config.settings import DomainSettings
 from nbdbackupd.errors import ConfigError, NbdbackupError, ProcessError
+from nbdbackupd.model.chain import Level
 from nbdbackupd.model.finding import Area, Finding, Notes
 from nbdbackupd.model.host import Host
 from nbdbackupd.ops.backup import prepare
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.ops.notify import notification
 from nbdbackupd.systemd import units
-
-if TYPE_CHECKING:
-    from nbdbackupd.config.settings import DomainSettings
-    from nbdbackupd.virt.domain import Domain
+from nbdbackupd.virt.domain import Domain
 
 GUESTS: Final = "libvirt-guests.service"
 DAEMONS: Final = ("libvirtd.service", "virtqemud.service")
 
 
-def settings_of(domain: "Domain", host: Host) -> "DomainSettings | Finding":
+def settings_of(domain: Domain, host: Host) -> DomainSettings | Finding:
     """The settings of a domain, or why no run will get as far as that."""
     try:
         return configured.settings_of_domain(domain, configured.read(host).require_sound())
@@ -33,7 +32,7 @@ def settings_of(domain: "Domain", host: Host) -> "DomainSettings | Finding":
 
 
 def look(
-    domain: "Domain", settings: "DomainSettings", host: Host
+    domain: Domain, settings: DomainSettings, host: Host
 ) -> tuple[Path | None, tuple[Finding, ...]]:
     """The set that the next run goes to, None if that can't be told, and all findings."""
     notes = Notes(Area.CONFIGURATION)
@@ -45,9 +44,7 @@ def look(
     return directory, notes.done()
 
 
-def _plan(domain: "Domain", settings: "DomainSettings", host: Host, notes: Notes) -> Path | None:
-    from nbdbackupd.model.chain import Level
-
+def _plan(domain: Domain, settings: DomainSettings, host: Host, notes: Notes) -> Path | None:
     try:
         planned = prepare.plan(domain, settings, host.now(), Level.AUTO)
     except NbdbackupError as err:
@@ -63,7 +60,7 @@ def _plan(domain: "Domain", settings: "DomainSettings", host: Host, notes: Notes
     return planned.set
 
 
-def _programs(settings: "DomainSettings", notes: Notes) -> None:
+def _programs(settings: DomainSettings, notes: Notes) -> None:
     """Those around a run: without one before it nothing is saved, after it the status is 3."""
     found = True
     for path, commands, add in (
@@ -82,7 +79,7 @@ def _programs(settings: "DomainSettings", notes: Notes) -> None:
         notes.warn(f"monitoring.metrics_directory: there is no directory {metrics}", "make it")
 
 
-def _telling(settings: "DomainSettings", notes: Notes) -> None:
+def _telling(settings: DomainSettings, notes: Notes) -> None:
     """Whether somebody will be told how a unit ends."""
     mail, command = settings.notification_mail, settings.notification_command
     if not mail and command is None:

@@ -18,6 +18,8 @@ from typing import Final, Protocol
 from nbdbackupd import durable, proc, rundir
 from nbdbackupd.errors import NbdError, ProcessError
 from nbdbackupd.format.index import MAX_BLOCK
+from nbdbackupd.nbdio import client, target
+from nbdbackupd.nbdio.arena import Arena
 from nbdbackupd.qemu import image, nbd_server
 from nbdbackupd.qemu import qcow2 as qcow2_file
 from nbdbackupd.qemu.image import CreateOptions
@@ -195,8 +197,6 @@ def _served(
 ) -> Iterator[Output]:
     """The image behind a server; ``known_zero``: it reads as zeroes so far."""
     # most restores do without libnbd
-    from nbdbackupd.nbdio import client, target
-    from nbdbackupd.nbdio.arena import Arena
 
     with tempfile.TemporaryDirectory(prefix="nbdbackup-") as directory:
         socket = Path(directory, "nbd")

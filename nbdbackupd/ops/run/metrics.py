@@ -4,27 +4,25 @@ import logging
 import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from nbdbackupd.config.files import Configuration
+from nbdbackupd.config.settings import global_settings
 from nbdbackupd.errors import ConfigError, Interrupted, NbdbackupError
+from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.model.host import Host
-
-if TYPE_CHECKING:
-    from nbdbackupd.config.files import Configuration
-    from nbdbackupd.model.chain import RestorePoint
-    from nbdbackupd.ops.backup.request import BackupReport
-    from nbdbackupd.repo.runs import End
+from nbdbackupd.ops.backup.request import BackupReport
+from nbdbackupd.ops.status import metrics
+from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.runs import End
 
 log = logging.getLogger(__name__)
 
 
-def unseen(end: "End", configuration: "Configuration", host: Host) -> None:
+def unseen(end: End, configuration: Configuration, host: Host) -> None:
     """Write the metrics of a run that could not do so itself, if that is configured.
 
     Its exit status is the shell's for a kill: nobody saw another one.
     """
-    from nbdbackupd.config.settings import global_settings
-
     try:
         directory = global_settings(configuration).monitoring_metrics_directory
     except ConfigError:
@@ -48,10 +46,8 @@ class RunMetrics:
         """The run was ended by this."""
         self._record(getattr(err, "exit_code", 1))
 
-    def done(self, exit_status: int, directory: Path | None, report: "BackupReport | None") -> None:
+    def done(self, exit_status: int, directory: Path | None, report: BackupReport | None) -> None:
         """The run did what it should; ``directory`` is its set, if one was chosen."""
-        from nbdbackupd.repo.repository import Repository
-
         point, count = report.point if report is not None else None, 0
         if point is not None and directory is not None:
             try:
@@ -65,12 +61,11 @@ class RunMetrics:
         exit_status: int,
         *,
         succeeded: bool = False,
-        point: "RestorePoint | None" = None,
+        point: RestorePoint | None = None,
         count: int = 0,
     ) -> None:
         if self._directory is None:
             return
-        from nbdbackupd.ops.status import metrics
 
         facts = metrics.RunFacts(
             domain=self._domain,

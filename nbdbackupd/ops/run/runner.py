@@ -7,10 +7,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from nbdbackupd import events, plain
 from nbdbackupd import log as runlog
+from nbdbackupd.config.files import Configuration
+from nbdbackupd.config.matching import is_uuid
+from nbdbackupd.config.settings import DomainSettings, global_settings, request_fields, settings_for
 from nbdbackupd.errors import (
     BusyError,
     DomainNotFoundError,
@@ -19,21 +22,24 @@ from nbdbackupd.errors import (
     Interrupted,
     NbdbackupError,
 )
+from nbdbackupd.model import unitname
+from nbdbackupd.model.chain import Level
 from nbdbackupd.model.host import Host
-from nbdbackupd.ops.backup import prepare
-from nbdbackupd.ops.domain import configured
+from nbdbackupd.ops.backup import outcome, prepare
+from nbdbackupd.ops.backup.prepare import Planned
+from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
+from nbdbackupd.ops.domain import configured, domains, endings, images
 from nbdbackupd.ops.notify import kept as kept_notification
+from nbdbackupd.ops.run import after_end, commands, retire, slots
 from nbdbackupd.ops.run.metrics import RunMetrics
+from nbdbackupd.ops.sets import homes
+from nbdbackupd.ops.status import gather
 from nbdbackupd.ops.status.record import RunRecord
+from nbdbackupd.repo.state import State
+from nbdbackupd.source import kept
 from nbdbackupd.systemd import inhibit
-
-if TYPE_CHECKING:
-    from nbdbackupd.config.files import Configuration
-    from nbdbackupd.config.settings import DomainSettings
-    from nbdbackupd.ops.backup.prepare import Planned
-    from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
-    from nbdbackupd.virt.connection import Connection
-    from nbdbackupd.virt.domain import Domain, Ending
+from nbdbackupd.virt.connection import Connection
+from nbdbackupd.virt.domain import Domain, Ending
 
 log = logging.getLogger(__name__)
 WARNED: Final = 3
@@ -102,7 +108,7 @@ class RunReport:
     set: Path | None = None
     level: str = ""
     problems: tuple[str, ...] = ()
-    backup: "BackupReport | None" = field(default=None)
+    backup: BackupReport | None = field(default=None)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -188,9 +194,6 @@ def _wait(
 
 def _told(wish: Wish, host: Host, watch: Watch) -> RunReport:
     """One try."""
-    from nbdbackupd.ops.backup import outcome
-    from nbdbackupd.ops.domain import endings
-
     with ExitStack() as stack:
         stack.enter_context(runlog.context(DOMAIN=wish.domain))
         if not wish.dry_run:
@@ -202,10 +205,6 @@ def _told(wish: Wish, host: Host, watch: Watch) -> RunReport:
 
 
 def _find_and_run(wish: Wish, host: Host, watch: Watch) -> RunReport:
-    from nbdbackupd.config.matching import is_uuid
-    from nbdbackupd.config.settings import global_settings
-    from nbdbackupd.ops.domain import domains
-
     configuration = configured.read(host).require_sound()
     host = configured.connected(configuration, host)
     with ExitStack() as stack:
@@ -245,11 +244,8 @@ def _find_and_run(wish: Wish, host: Host, watch: Watch) -> RunReport:
         return report
 
 
-def _report_gone(name: str, configuration: "Configuration", err: DomainNotFoundError) -> RunReport:
+def _report_gone(name: str, configuration: Configuration, err: DomainNotFoundError) -> RunReport:
     """That a domain has moved to another host is no failure of its timer on this one."""
-    from nbdbackupd.config.settings import settings_for
-    from nbdbackupd.ops.domain import images
-
     where = images.gone_to(name, configured.sharing(settings_for(name, "", {}, configuration)))
     if not where:
         raise err
@@ -257,14 +253,12 @@ def _report_gone(name: str, configuration: "Configuration", err: DomainNotFoundE
 
 
 def _record_host(
-    connection: "Connection",
-    configuration: "Configuration",
-    settings: "DomainSettings",
+    connection: Connection,
+    configuration: Configuration,
+    settings: DomainSettings,
     moment: datetime,
 ) -> None:
     """Write the metrics of the host, if that is configured: of domains that nobody protects."""
-    from nbdbackupd.ops.status import gather
-
     if settings.monitoring_metrics_directory is None:
         return
     try:
@@ -281,9 +275,9 @@ class _Run:
     wish: Wish
     host: Host
     watch: Watch
-    connection: "Connection"
-    domain: "Domain"
-    settings: "DomainSettings"
+    connection: Connection
+    domain: Domain
+    settings: DomainSettings
 
     def report(self, result: str, reason: str, **more: Any) -> RunReport:
         return RunReport(
@@ -292,8 +286,6 @@ class _Run:
 
     def why_not(self) -> str:
         """Why there is nothing to do after the guest's end; empty if there is."""
-        from nbdbackupd.ops.run import after_end
-
         if not self.settings.on_shutdown:
             return "on_shutdown is off in its configuration"
         if self.settings.start_paused:
@@ -306,8 +298,6 @@ class _Run:
 
         Nothing is touched. Raises BusyError, RepositoryError, DomainError.
         """
-        from nbdbackupd.ops.domain import images
-
         if self.domain.is_active():
             return None
         if self.settings.standby:
@@ -325,8 +315,6 @@ class _Run:
 
     def _elsewhere(self, err: ElsewhereError) -> RunReport:
         """That another host has it is no failure; that none has ever saved it is worth a word."""
-        from nbdbackupd.repo.state import State
-
         shared = configured.sharing(self.settings).state_dir
         if shared is None:
             return self.report("skipped", err.message)
@@ -336,9 +324,7 @@ class _Run:
         problem = f"no host has noted a point of domain {self.domain.name} in {shared}"
         return self.report("skipped", err.message, problems=(problem,))
 
-    def plan(self) -> "Planned":
-        from nbdbackupd.model.chain import Level
-
+    def plan(self) -> Planned:
         return prepare.plan(self.domain, self.settings, self.host.now(), Level.AUTO)
 
     def plan_only(self) -> RunReport:
@@ -361,8 +347,6 @@ class _Run:
 
     def in_slot(self) -> RunReport:
         """Wait for a place, then run, with the programs before and after."""
-        from nbdbackupd.ops.run import slots
-
         self.watch.doing("waiting for a place among the concurrent runs")
         with slots.slot(
             self.host.runtime_dir,
@@ -379,8 +363,6 @@ class _Run:
                 return self.with_programs()
 
     def with_programs(self) -> RunReport:
-        from nbdbackupd.ops.run import commands
-
         settings = self.settings
         about = {
             "NBDBACKUP_DOMAIN": self.domain.name,
@@ -412,8 +394,6 @@ class _Run:
 
     def directory(self) -> str:
         """The directory of the domain's sets, or nothing while it can't be told."""
-        from nbdbackupd.ops.sets import homes
-
         repository = self.settings.repository_path
         try:
             return str(homes.home_of(repository, self.domain.name, self.domain.uuid))
@@ -422,8 +402,6 @@ class _Run:
             return ""
 
     def _after(self, about: Mapping[str, str], timeout: float) -> tuple[str, ...]:
-        from nbdbackupd.ops.run import commands
-
         self.watch.doing("running the programs after the backup")
         return commands.run_all(
             self.settings.commands_post, about, timeout=timeout, waiting=self.watch.alive
@@ -458,8 +436,6 @@ class _Run:
         )  # fmt: skip
 
     def _fields(self, directory: Path) -> dict[str, Any]:
-        from nbdbackupd.config.settings import request_fields
-
         # level auto: should another run have begun the set meanwhile, this one goes on with it
         fields = request_fields(self.settings) | {
             "retired": directory,
@@ -477,17 +453,12 @@ class _Run:
             fields["wait_seconds"] = self.wish.wait
         return fields
 
-    def _put_off(self) -> "Ending":
+    def _put_off(self) -> Ending:
         """How the guest ended, if that was before the host's last boot."""
-        from nbdbackupd.model import unitname
-        from nbdbackupd.source import kept
-
         directory = self.host.own_state_dir / PENDING
         return kept.put_off(directory / unitname.escape(self.domain.name))
 
-    def _retire(self, planned: "Planned", request: "BackupRequest", chain: str) -> tuple[str, ...]:
-        from nbdbackupd.ops.run import retire
-
+    def _retire(self, planned: Planned, request: BackupRequest, chain: str) -> tuple[str, ...]:
         if request.state_dir is None:
             return ()
         order = retire.RetireRequest(

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdbackupd import rundir
+from nbdbackupd.config.files import Configuration
+from nbdbackupd.config.matching import is_uuid
+from nbdbackupd.config.settings import DomainSettings, global_settings, needs_libvirt, settings_for
 from nbdbackupd.errors import (
     DomainError,
     DomainNotFoundError,
@@ -18,17 +21,23 @@ from nbdbackupd.errors import (
     RepositoryError,
     UsageError,
 )
+from nbdbackupd.model import throwaway, unitname
+from nbdbackupd.model.freeze_memory import once_let_go
+from nbdbackupd.model.health import Facts, Limits
 from nbdbackupd.model.host import Host
-from nbdbackupd.ops.domain import configured
+from nbdbackupd.model.unitname import RUNNER
+from nbdbackupd.ops.domain import configured, mounted
+from nbdbackupd.ops.notify import notification
+from nbdbackupd.ops.sets import homes, sets
 from nbdbackupd.ops.sets.homes import MARK
+from nbdbackupd.ops.status import metrics, record
+from nbdbackupd.ops.status.status import DomainStatus, StatusReport, Stored
+from nbdbackupd.repo import layout
+from nbdbackupd.repo.runs import Seen
+from nbdbackupd.systemd import units as systemd
+from nbdbackupd.systemd.units import Service, Timer
 
 if TYPE_CHECKING:
-    from nbdbackupd.config.files import Configuration
-    from nbdbackupd.config.settings import DomainSettings
-    from nbdbackupd.model.health import Limits
-    from nbdbackupd.ops.status.status import DomainStatus, StatusReport, Stored
-    from nbdbackupd.repo.runs import Seen
-    from nbdbackupd.systemd.units import Service, Timer
     from nbdbackupd.virt.connection import Connection
 
 
@@ -37,8 +46,8 @@ class Units:
     """Timers and runs by the names of their units; nothing if systemd could not be asked."""
 
     is_known: bool = False
-    timers: "dict[str, Timer]" = field(default_factory=dict)
-    services: "dict[str, Service]" = field(default_factory=dict)
+    timers: dict[str, Timer] = field(default_factory=dict)
+    services: dict[str, Service] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,17 +59,15 @@ class _Known:
     libvirt knows, and of others that have such a name, which has their mark.
     """
 
-    configuration: "Configuration"
-    domains: "dict[str, tuple[str, DomainSettings]] | None"
+    configuration: Configuration
+    domains: dict[str, tuple[str, DomainSettings]] | None
     units: Units
     folders: dict[str, tuple[Path, str]]
     warning: float | None
     critical: float | None
 
-    def limits(self, settings: "DomainSettings") -> "Limits":
+    def limits(self, settings: DomainSettings) -> Limits:
         """How old a domain's newest point may be."""
-        from nbdbackupd.model.health import Limits
-
         warning, critical = self.warning, self.critical
         return Limits(
             warning=settings.monitoring_warning_age if warning is None else warning,
@@ -76,8 +83,6 @@ class _Known:
     def names(self) -> list[str]:
         """All domains that anybody knows, in the order of names."""
         from nbdbackupd.config import timers
-        from nbdbackupd.config.matching import is_uuid
-        from nbdbackupd.model import unitname
 
         loaded = (unitname.domain_of(unit) for unit in self.units.timers)
         found = {*timers.exact_names(self.configuration), *self.folders, *(self.domains or ())}
@@ -90,15 +95,13 @@ def gather(
     *,
     warning: float | None = None,
     critical: float | None = None,
-) -> "StatusReport":
+) -> StatusReport:
     """Look at these domains, or at all.
 
     ``warning`` and ``critical`` are ages in seconds that overrule those of the configuration.
     Raises ConfigError if the configuration has a problem, DomainNotFoundError for a name that
     nobody knows. What can't be asked is told in the report's notes.
     """
-    from nbdbackupd.ops.status.status import StatusReport
-
     configuration = configured.read(host).require_sound()
     notes: list[str] = []
     domains = _ask_libvirt(configuration, host, notes)
@@ -136,14 +139,12 @@ def gather(
 
 
 def record_host(
-    connection: "Connection", configuration: "Configuration", directory: Path, moment: datetime
+    connection: "Connection", configuration: Configuration, directory: Path, moment: datetime
 ) -> None:
     """Count the domains, and those that nobody protects, and write the host's metrics.
 
     Raises DomainError, RepositoryError, NoSpaceError.
     """
-    from nbdbackupd.ops.status import metrics
-
     units = ask_systemd([])
     domains = _domains_of(connection, configuration)
     covered = []
@@ -163,11 +164,10 @@ def record_host(
 
 
 def _inventory(
-    configuration: "Configuration", units: Units, domains: Iterable[str]
+    configuration: Configuration, units: Units, domains: Iterable[str]
 ) -> tuple[str, ...]:
     """The domains that are this host's: libvirt knows them, a file names them, or a timer."""
     from nbdbackupd.config import timers
-    from nbdbackupd.model import unitname
 
     loaded = filter(None, map(unitname.domain_of, units.timers))
     return tuple(dict.fromkeys((*domains, *timers.exact_names(configuration), *loaded)))
@@ -175,9 +175,6 @@ def _inventory(
 
 def ask_systemd(notes: list[str]) -> Units:
     """The timers and services of our runs; a note if systemd can't be asked."""
-    from nbdbackupd.model.unitname import RUNNER
-    from nbdbackupd.systemd import units as systemd
-
     if not systemd.is_booted():
         notes.append("systemd does not run this host: no schedules")
         return Units()
@@ -194,10 +191,8 @@ def ask_systemd(notes: list[str]) -> Units:
     )
 
 
-def failure_of(service: "Service | None", seen: "Seen", found: "Stored") -> str:
+def failure_of(service: Service | None, seen: Seen, found: Stored) -> str:
     """How a unit failed without a word of the run itself; empty if it did not, or not since."""
-    from nbdbackupd.ops.notify import notification
-
     if service is None or service.active != "failed" or service.ended is None:
         return ""
     known = datetime.fromisoformat(seen.end.begun) if seen.end is not None else None
@@ -213,8 +208,8 @@ def failure_of(service: "Service | None", seen: "Seen", found: "Stored") -> str:
 
 
 def _ask_libvirt(
-    configuration: "Configuration", host: Host, notes: list[str]
-) -> "dict[str, tuple[str, DomainSettings]] | None":
+    configuration: Configuration, host: Host, notes: list[str]
+) -> dict[str, tuple[str, DomainSettings]] | None:
     try:
         from nbdbackupd.ops.domain import domains
         from nbdbackupd.source import hooked
@@ -252,10 +247,9 @@ def waiting(connection: "Connection") -> list[str]:
 
 
 def _domains_of(
-    connection: "Connection", configuration: "Configuration"
-) -> "dict[str, tuple[str, DomainSettings]]":
+    connection: "Connection", configuration: Configuration
+) -> dict[str, tuple[str, DomainSettings]]:
     """UUID and settings of each domain that libvirt knows, by name; of our own none."""
-    from nbdbackupd.model import throwaway
     from nbdbackupd.virt.domain import Domain
 
     found: dict[str, tuple[str, DomainSettings]] = {}
@@ -270,22 +264,20 @@ def _domains_of(
     return found
 
 
-def _timer(units: Units, name: str, uuid: str) -> "Timer | None":
+def _timer(units: Units, name: str, uuid: str) -> Timer | None:
     """The timer whose instance is the domain's name, or its UUID."""
-    from nbdbackupd.model import unitname
-
     wanted = [unitname.unit(unitname.RUNNER, each, "timer") for each in (name, uuid) if each]
     return next((units.timers[unit] for unit in wanted if unit in units.timers), None)
 
 
 def _is_covered(
-    settings: "DomainSettings", timer: "Timer | None", configuration: "Configuration"
+    settings: DomainSettings, timer: Timer | None, configuration: Configuration
 ) -> bool:
     """Whether a timer, the end of its guest, or a file that is not for all, is for a domain."""
     return timer is not None or settings.on_shutdown or _is_chosen(settings, configuration)
 
 
-def _is_chosen(settings: "DomainSettings", configuration: "Configuration") -> bool:
+def _is_chosen(settings: DomainSettings, configuration: Configuration) -> bool:
     """Whether a file that is not for all domains is for a domain."""
     mains = {file.path for file in configuration.files if file.match is None}
     return any(path not in mains for path in settings.applied)
@@ -293,18 +285,15 @@ def _is_chosen(settings: "DomainSettings", configuration: "Configuration") -> bo
 
 def _unscheduled(
     name: str,
-    settings: "DomainSettings",
+    settings: DomainSettings,
     units: Units,
-    timer: "Timer | None",
-    configuration: "Configuration",
+    timer: Timer | None,
+    configuration: Configuration,
 ) -> str:
     """Why a domain is not saved although the configuration is for it; empty if it is.
 
     What the end of the guest saves needs no timer, unless a file of the domain wants one.
     """
-    from nbdbackupd.model import unitname
-    from nbdbackupd.systemd import units as systemd
-
     if not units.is_known or settings.schedule_calendar == ():
         return ""
     service = units.services.get(timer.activates) if timer is not None else None
@@ -328,11 +317,9 @@ def _unscheduled(
 
 
 def _folders(
-    configuration: "Configuration", domains: "dict[str, tuple[str, DomainSettings]] | None"
+    configuration: Configuration, domains: dict[str, tuple[str, DomainSettings]] | None
 ) -> dict[str, tuple[Path, str]]:
     """The directories of domains: of those that libvirt knows by name, else by their own."""
-    from nbdbackupd.config.settings import global_settings
-    from nbdbackupd.ops.sets import homes, sets
     from nbdbackupd.ops.status import status
 
     path = "repository.path"
@@ -360,10 +347,8 @@ def _folders(
     return found
 
 
-def _look(name: str, known: _Known, host: Host, notes: list[str]) -> "DomainStatus":
-    from nbdbackupd.model import unitname
-    from nbdbackupd.model.health import Facts
-    from nbdbackupd.ops.status import record, status
+def _look(name: str, known: _Known, host: Host, notes: list[str]) -> DomainStatus:
+    from nbdbackupd.ops.status import status
 
     uuid, settings = _settings(name, known, notes)
     timer = _timer(known.units, name, uuid)
@@ -406,13 +391,11 @@ def _look(name: str, known: _Known, host: Host, notes: list[str]) -> "DomainStat
     )  # fmt: skip
 
 
-def _concerns(found: "Stored", host: Host, uuid: str) -> tuple[str, ...]:
+def _concerns(found: Stored, host: Host, uuid: str) -> tuple[str, ...]:
     """What the newest point lacks; that its guest may be frozen only as long as it may be.
 
     Without ``uuid`` nothing is known of the guest: it may be that of another host.
     """
-    from nbdbackupd.model.freeze_memory import once_let_go
-
     held = rundir.domain_dir(host.runtime_dir, uuid) / rundir.HELD
     try:
         is_let_go = bool(uuid) and not held.exists()
@@ -422,9 +405,7 @@ def _concerns(found: "Stored", host: Host, uuid: str) -> tuple[str, ...]:
     return tuple(map(once_let_go, found.concerns)) if is_let_go else found.concerns
 
 
-def _settings(name: str, known: _Known, notes: list[str]) -> "tuple[str, DomainSettings]":
-    from nbdbackupd.config.settings import needs_libvirt, settings_for
-
+def _settings(name: str, known: _Known, notes: list[str]) -> tuple[str, DomainSettings]:
     if known.domains is not None and name in known.domains:
         return known.domains[name]
     if known.domains is None and needs_libvirt(name, known.configuration):
@@ -432,10 +413,8 @@ def _settings(name: str, known: _Known, notes: list[str]) -> "tuple[str, DomainS
     return "", settings_for(name, "", {}, known.configuration)
 
 
-def _stored(name: str, settings: "DomainSettings", known: _Known) -> "Stored":
-    from nbdbackupd.ops.domain import mounted
+def _stored(name: str, settings: DomainSettings, known: _Known) -> Stored:
     from nbdbackupd.ops.status import status
-    from nbdbackupd.repo import layout
 
     # sets of a domain that files no longer send here are still where they are
     default = settings.repository_path / layout.escape(name, layout.MAX_DOMAIN)
