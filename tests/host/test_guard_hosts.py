@@ -5,6 +5,7 @@ import pytest
 from tests.host.appliance import RUN_SECONDS, Appliance, Protected, data, service
 from tests.lab.disks import MIB
 from tests.lab.process import wait_until
+from tests.lib.steps import GUARD
 
 pytestmark = [
     pytest.mark.host,
@@ -25,7 +26,7 @@ def main_pid(appliance: Appliance) -> str:
 
 def guards(appliance: Appliance) -> list[str]:
     """All guards of the host."""
-    return appliance.host.call("pgrep", "-f", "nbdbackupd.app.guard").stdout.decode().split()
+    return appliance.host.call("pgrep", "-f", GUARD).stdout.decode().split()
 
 
 def assert_unharmed(appliance: Appliance, protected: Protected) -> None:

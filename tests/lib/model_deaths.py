@@ -25,11 +25,11 @@ from tests.lib.model_world import KIB, SetModel, World
 from tests.lib.odd_files import mounted
 
 PLACES = (
-    "nbdbackupd.nbdio.requests:Requests.begin",
-    "nbdbackupd.nbdio.requests:Requests.step",
-    "nbdbackupd.nbdio.requests:Requests.check",
-    "nbdbackupd.format.writer:StreamWriter.write",
-    "nbdbackupd.format.writer:StreamWriter.finish",
+    "request-begun",
+    "requests-moved",
+    "requests-checked",
+    "block-written",
+    "stream-finished",
 )
 """Where the run is when it happens, at a random call of them."""
 DEATHS = ("stop", "destroy", "kill9", "abort", "daemon", "daemon")

@@ -34,7 +34,7 @@ DISKS = (
 SMALL = "small"
 OPTIONS = {"plain": (), "packed": ("-z",), "checked": ("--extents", "nbdinfo")}
 PLACES = {"packed": SMALL}
-QUICK = ("DEFAULT2@nbdbackupd.source.running:RunningRequest.freeze_seconds#1",)
+QUICK = ("DEFAULT2@freeze-seconds#1",)
 """So long the guest's agent has for a freeze."""
 
 

@@ -22,39 +22,39 @@ SWEPT = (*DONE, 20, 30, REPOSITORY, GAVE_WAY)
 """Exit codes of runs that have come so far that they swept up after dead ones."""
 LEVELS = ("auto",) * 8 + ("inc",) * 3 + ("diff",) * 2 + ("copy", "full")
 FAULTS = (
-    "KILL@nbdbackupd.durable:write_atomic#1",
-    "KILL+@nbdbackupd.durable:write_atomic#2",
-    "KILL@nbdbackupd.ops.backup.metadata:collect#1",
-    "KILL@nbdbackupd.nbdio.copy:copy#1",
-    "KILL@nbdbackupd.nbdio.copy:copy#2",
-    "KILL+@nbdbackupd.format.writer:StreamWriter.write#2",
-    "KILL@nbdbackupd.format.writer:StreamWriter.finish#2",
-    "KILL@nbdbackupd.repo.draft:Draft.publish#1",
-    "KILL@os:rename#1",
-    "KILL+@os:rename#4",
-    "KILL+@nbdbackupd.repo.draft:Draft.publish#1",
-    "KILL@nbdbackupd.repo.draft:remove#1",
+    "KILL@file-replaced#1",
+    "KILL+@file-replaced#2",
+    "KILL@metadata-collected#1",
+    "KILL@blocks-copied#1",
+    "KILL@blocks-copied#2",
+    "KILL+@block-written#2",
+    "KILL@stream-finished#2",
+    "KILL@point-published#1",
+    "KILL@os-rename#1",
+    "KILL+@os-rename#4",
+    "KILL+@point-published#1",
+    "KILL@draft-removed#1",
 )
 ONLINE_FAULTS = (
-    "KILL@nbdbackupd.virt.jobs:begin#1",
-    "KILL+@nbdbackupd.virt.jobs:begin#1",
-    "KILL@nbdbackupd.virt.jobs:abort#1",
-    "KILL+@nbdbackupd.virt.jobs:abort#1",
-    "KILL@nbdbackupd.virt.checkpoints:delete#1",
-    "KILL+@nbdbackupd.virt.checkpoints:delete#1",
+    "KILL@job-begun#1",
+    "KILL+@job-begun#1",
+    "KILL@job-aborted#1",
+    "KILL+@job-aborted#1",
+    "KILL@checkpoint-deleted#1",
+    "KILL+@checkpoint-deleted#1",
 )
 OFFLINE_FAULTS = (
-    "KILL@nbdbackupd.qemu.bitmaps:add#1",
-    "KILL+@nbdbackupd.qemu.bitmaps:add#1",
-    "KILL+@nbdbackupd.qemu.bitmaps:add#2",
-    "KILL@nbdbackupd.qemu.storage_daemon:serve#1",
-    "KILL@nbdbackupd.source.offline:_merge_changes#2",
-    "KILL@nbdbackupd.source.untouched:check#1",
-    "KILL@nbdbackupd.qemu.bitmaps:remove#1",
-    "KILL+@nbdbackupd.qemu.bitmaps:remove#1",
+    "KILL@bitmap-added#1",
+    "KILL+@bitmap-added#1",
+    "KILL+@bitmap-added#2",
+    "KILL@daemon-serves#1",
+    "KILL@changes-merged#2",
+    "KILL@images-compared#1",
+    "KILL@bitmap-removed#1",
+    "KILL+@bitmap-removed#1",
 )
 NBDINFO = "nbdinfo"
-HOLD = "STOP@nbdbackupd.nbdio.copy:copy#1"
+HOLD = "STOP@blocks-copied#1"
 
 
 def draw_run(world: World, rng: random.Random) -> Arguments:

@@ -1,12 +1,11 @@
 """``nbdbackupctl`` with a fault at a chosen step: ``python -m tests.lib.rigged FAULT... -- ARGS``.
 
-A fault is ``WHAT@MODULE:FUNCTION#NUMBER`` and happens at that call of that function of the
-product (or of ``os``): a signal's name, such as ``KILL``, sends it to ourselves before the call;
-with a ``+`` (``KILL+``) after it; ``SLAY`` kills our guard and then ourselves; ``UNGUARD`` kills
-the guard alone; ``SLOW0.1`` makes each call from that one on take so much
-longer; ``LATER40`` has a clock return a time so many days later; ``NOSPACE`` and ``EIO`` raise
-that OSError instead of calling. ``DEFAULT2@MODULE:CLASS.FIELD#1`` gives the field of a dataclass
-(by keyword only) another default.
+A fault is ``WHAT@STEP#NUMBER`` and happens the so manieth time that the step (``tests.lib.steps``)
+is called: a signal's name, such as ``KILL``, sends it to ourselves before the call; with a ``+``
+(``KILL+``) after it; ``SLAY`` kills our guard and then ourselves; ``UNGUARD`` kills the guard
+alone; ``SLOW0.1`` makes each call from that one on take so much longer; ``LATER40`` has a clock
+return a time so many days later; ``NOSPACE`` and ``EIO`` raise that OSError instead of calling.
+``DEFAULT2@FIELD#1`` gives the field of a dataclass (by keyword only) another default.
 """
 
 import errno
@@ -25,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.lib.ctl import Ctl
+from tests.lib.steps import FIELDS, GUARD, STEPS
 
-FORM = re.compile(r"([A-Z]+)([\d.]*)(\+?)@([\w.]+):([\w.]+)#(\d+)")
-GUARD = b"nbdbackupd.app.guard"
+FORM = re.compile(r"([A-Z]+)([\d.]*)(\+?)@([a-z-]+)#(\d+)")
 ERRORS = {"NOSPACE": errno.ENOSPC, "EIO": errno.EIO, "EROFS": errno.EROFS}
 
 
@@ -61,14 +60,12 @@ def rig(fault: str) -> None:
     found = FORM.fullmatch(fault)
     if found is None:
         raise ValueError(f"no fault: {fault}")
-    what, amount, after, module, path, number = found.groups()
-    owner: Any = importlib.import_module(module)
-    *between, name = path.split(".")
-    for each in between:
-        owner = getattr(owner, each)
+    what, amount, after, step, number = found.groups()
     if what == "DEFAULT":
+        owner, name = owner_of(FIELDS[step])
         owner.__init__.__kwdefaults__[name] = float(amount)
         return
+    owner, name = owner_of(STEPS[step])
     before: Callable[..., Any] = getattr(owner, name)
     calls = itertools.count(1)
 
@@ -95,13 +92,23 @@ def rig(fault: str) -> None:
     setattr(owner, name, replacement)
 
 
+def owner_of(place: str) -> tuple[Any, str]:
+    """The module or class that holds the last name of a place, and that name."""
+    module, _, path = place.partition(":")
+    owner: Any = importlib.import_module(module)
+    *between, name = path.split(".")
+    for each in between:
+        owner = getattr(owner, each)
+    return owner, name
+
+
 def guards_of(pid: int) -> list[int]:
     """The guards that a run has now, by its process id; a run that is gone has none."""
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):
             children = [int(child) for child in task.read_text().split()]
-            found += [child for child in children if GUARD in _command_line(child)]
+            found += [child for child in children if GUARD.encode() in _command_line(child)]
     return found
 
 

@@ -176,7 +176,7 @@ class Scene:
     def held(self, *options: str) -> Iterator[subprocess.Popen[str]]:
         """A run that stands still within its job, before the first disk: SIGCONT lets it go on."""
         with (
-            self.ctl.rigged("STOP@nbdbackupd.ops.backup.recording:copy_disk#1"),
+            self.ctl.rigged("STOP@disk-copied#1"),
             self.ctl.start(
                 "backup", self.guest.name, "-o", self.set, "--json", *options
             ) as process,

@@ -272,10 +272,10 @@ class TestBoot:
     @pytest.mark.parametrize(
         "fault",
         [
-            "KILL+@nbdbackupd.ops.boot.launch:serve#1",
-            "TERM+@nbdbackupd.qemu.overlay:create#2",
-            "KILL@nbdbackupd.virt.transient:start#1",
-            "KILL+@nbdbackupd.virt.transient:start#1",
+            "KILL+@point-served#1",
+            "TERM+@overlay-created#2",
+            "KILL@transient-started#1",
+            "KILL+@transient-started#1",
         ],
     )
     def test_cut_while_it_begins(self, production: Scene, saved: Saved, fault: str) -> None:
@@ -359,12 +359,12 @@ class TestLiveRestore:
     @pytest.mark.parametrize(
         ("fault", "kept"),
         [
-            ("KILL@nbdbackupd.virt.blockcopy:begin#2", True),
-            ("KILL+@nbdbackupd.virt.blockcopy:pivot#1", True),
-            ("KILL+@nbdbackupd.virt.blockcopy:pivot#2", True),
-            ("KILL+@nbdbackupd.virt.definition:define#1", True),
-            ("TERM@nbdbackupd.virt.blockcopy:begin#1", True),
-            ("KILL@nbdbackupd.ops.boot.images:make#2", False),
+            ("KILL@blockcopy-begun#2", True),
+            ("KILL+@blockcopy-pivoted#1", True),
+            ("KILL+@blockcopy-pivoted#2", True),
+            ("KILL+@domain-defined#1", True),
+            ("TERM@blockcopy-begun#1", True),
+            ("KILL@final-image-made#2", False),
         ],
     )
     def test_cut_at_a_step(
@@ -390,7 +390,7 @@ class TestLiveRestore:
         self, lab: DaemonLab, production: Scene, saved: Saved, out: Path
     ) -> None:
         """Without its QEMU the guest starts again from its overlays: on none of the copies."""
-        with production.ctl.rigged("KILL@nbdbackupd.virt.blockcopy:pivot#2"):
+        with production.ctl.rigged("KILL@blockcopy-pivoted#2"):
             boot(production, "--live-restore", out, "--format", "raw", code=None)
         pid = (lab.root / "run/qemu/boot_vm1.pid").read_text()
         for each in (int(pid), *servers(production)):
@@ -417,7 +417,7 @@ class TestLiveRestore:
     def test_given_up(self, production: Scene, saved: Saved, out: Path) -> None:
         out.mkdir(mode=0o755)
         (out / "mine").write_text("keep")
-        with production.ctl.rigged("KILL@nbdbackupd.virt.blockcopy:pivot#2"):
+        with production.ctl.rigged("KILL@blockcopy-pivoted#2"):
             boot(production, "--live-restore", out, code=None)
         production.ctl("boot", "--stop", "boot_vm1")
         assert_nothing(production)

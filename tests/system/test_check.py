@@ -176,7 +176,7 @@ def test_nothing_is_changed(here: Scene) -> None:
     check(here, "-o", here.directory / "new" / "set", code=WARNED)
     assert everything(here) == before
     here.save()
-    with here.ctl.rigged("SLAY@nbdbackupd.ops.backup.recording:copy_disk#1"):
+    with here.ctl.rigged("SLAY@disk-copied#1"):
         here.ctl("backup", here.guest.name, "-o", here.set, code=-9)
     before = everything(here)
     assert any(".scratch" in path for path in before)
@@ -374,7 +374,7 @@ def test_a_bitmap_lost_with_qemu(here: Scene) -> None:
 
 def test_what_a_dead_run_leaves(here: Scene) -> None:
     here.save()
-    with here.ctl.rigged("SLAY@nbdbackupd.ops.backup.recording:copy_disk#1"):
+    with here.ctl.rigged("SLAY@disk-copied#1"):
         here.ctl("backup", here.guest.name, "-o", here.set, code=-9)
     found = check(here, "-o", here.set, code=WARNED)
     text = found.text("runs", "warn")
@@ -432,7 +432,7 @@ def test_a_set_that_is_locked(here: Scene) -> None:
 
 def test_a_guest_that_is_held(here: Scene) -> None:
     """A run that dies while the guest is paused: the gravest of what can be left."""
-    with here.ctl.rigged("SLAY@nbdbackupd.virt.jobs:begin#1"):
+    with here.ctl.rigged("SLAY@job-begun#1"):
         here.ctl("backup", here.guest.name, "-o", here.set, "--pause", code=-9)
     assert here.guest.is_paused()
     found = check(here, "-o", here.set, code=DOMAIN)

@@ -151,7 +151,7 @@ def kill_a_run(here: Scene, *options: str, into: Path | None = None) -> str:
     """A run that dies in the middle; return the checkpoint that it has left."""
     before = set(here.checkpoints())
     target = into or here.set
-    with here.ctl.rigged("KILL@nbdbackupd.nbdio.copy:copy#2"):
+    with here.ctl.rigged("KILL@blocks-copied#2"):
         here.ctl("backup", here.guest.name, "-o", target, *options, code=-signal.SIGKILL)
     (left,) = set(here.checkpoints()) - before
     return left

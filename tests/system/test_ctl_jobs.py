@@ -78,7 +78,7 @@ def test_estimate_is_what_the_next_increment_stores(here: Scene) -> None:
 
 def kill_in_the_middle(here: Scene, *options: str) -> None:
     """Have a run killed within its job, and its guard as well."""
-    with here.ctl.rigged("SLAY@nbdbackupd.ops.backup.recording:copy_disk#1"):
+    with here.ctl.rigged("SLAY@disk-copied#1"):
         here.ctl("backup", here.guest.name, "-o", here.set, *options, code=-signal.SIGKILL)
     assert here.has_job()
 

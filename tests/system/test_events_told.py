@@ -20,7 +20,7 @@ from tests.lib.told import told
 pytestmark = pytest.mark.system
 BUSY = 75
 DISK = DiskSpec(target="vda", size=8 * MIB)
-KILL = "KILL@nbdbackupd.ops.backup.recording:copy_disk#1"
+KILL = "KILL@disk-copied#1"
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_images_are_let_go_of_or_not(here: Scene) -> None:
     assert f"checkpoint {left.pop()} is left as it is: " in found.stderr
 
     with (
-        ctl.rigged("STOP@nbdbackupd.ops.backup.recording:copy_disk#1"),
+        ctl.rigged("STOP@disk-copied#1"),
         ctl.start("backup", guest.name, "-o", here.set, "-v") as run,
     ):
         ctl.faults = ()

@@ -23,7 +23,7 @@ from tests.lib.witness import Witness, wait_for_copy, wait_for_job
 pytestmark = pytest.mark.system
 
 DISKS = (DiskSpec(target="vda", size=32 * MIB), DiskSpec(target="vdb", size=16 * MIB))
-SLOW = "SLOW0.2@nbdbackupd.format.writer:StreamWriter.write#2"
+SLOW = "SLOW0.2@block-written#2"
 
 
 @pytest.fixture(scope="module")
@@ -130,18 +130,18 @@ def free(path: Path) -> int:
 
 
 STEPS = [
-    "NOSPACE@os:pwritev#3",
-    "EIO@os:pwritev#9",
-    "EIO@os:fsync#1",
-    "NOSPACE@os:fsync#7",
-    "EIO@os:fsync#12",
-    "EIO@os:fsync#20",
-    "EROFS@os:rename#3",
-    "EIO@os:rename#12",
-    "NOSPACE@nbdbackupd.durable:create_exclusive#1",
-    "NOSPACE@nbdbackupd.durable:create_exclusive#6",
-    "EIO@nbdbackupd.durable:fsync_directory#6",
-    "EIO@nbdbackupd.durable:fsync_directory#9",
+    "NOSPACE@os-pwritev#3",
+    "EIO@os-pwritev#9",
+    "EIO@os-fsync#1",
+    "NOSPACE@os-fsync#7",
+    "EIO@os-fsync#12",
+    "EIO@os-fsync#20",
+    "EROFS@os-rename#3",
+    "EIO@os-rename#12",
+    "NOSPACE@file-created#1",
+    "NOSPACE@file-created#6",
+    "EIO@directory-synced#6",
+    "EIO@directory-synced#9",
 ]
 
 
@@ -261,7 +261,7 @@ def test_a_guest_that_was_held_goes_on(
     wait_until(lambda: len(bootsector.said(console)) > 40, "writes of the guest", 60)
     held.virsh("suspend", "--domain", held.name)
     options = ("-o", tmp_path / "held", "--scratch-reserve", "8M", "--limit-rate", "64K")
-    slow = ctl.rigged("SLOW8@nbdbackupd.source.scratch:free_bytes#3")
+    slow = ctl.rigged("SLOW8@scratch-measured#3")
     with slow, ctl.start("backup", held.name, *options) as process:
         wait_for_job(held)
         # nothing that it wrote before is written again without space
@@ -380,7 +380,7 @@ def test_libvirtd_is_killed_while_the_job_begins(
     witness.change()
     references = witness.take()
     # the daemon stops in the middle of the call; QEMU may have begun the job or not
-    slow = ctl.rigged("SLOW1.0@nbdbackupd.virt.jobs:begin#1")
+    slow = ctl.rigged("SLOW1.0@job-begun#1")
     with slow, ctl.start("backup", guest.name, "-o", witness.path) as process:
         time.sleep(1.2)
         lab.kill9()

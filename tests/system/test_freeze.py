@@ -220,7 +220,7 @@ def test_a_run_that_is_killed_while_the_guest_is_frozen(
 ) -> None:
     """G-2: its guard thaws at once, and no next run is needed."""
     ctl = RiggedCtl(lab.uri, lab.directory / "ctl")
-    with ctl.rigged("KILL@nbdbackupd.virt.jobs:begin#1"):
+    with ctl.rigged("KILL@job-begun#1"):
         ctl("backup", linux.guest.name, "-o", tmp_path / "set", code=-signal.SIGKILL)
     wait_until(lambda: not list(ctl.runtime.rglob("guest-held")), "thaw", 20)
     assert not linux.is_frozen()

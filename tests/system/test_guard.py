@@ -23,38 +23,37 @@ from tests.lib.witness import Witness, wait_for_job
 pytestmark = pytest.mark.system
 
 DISKS = (DiskSpec(target="vda", size=16 * MIB), DiskSpec(target="vdb", size=16 * MIB))
-SLOW = "SLOW0.2@nbdbackupd.format.writer:StreamWriter.write#2"
+SLOW = "SLOW0.2@block-written#2"
 SOON = 15.0
 """Seconds in which a dead run's job is gone, on a machine that has other things to do."""
 
-WRITE = "nbdbackupd.format.writer:StreamWriter.write#3"
-KEPT = "nbdbackupd.source.guard:Guard"
+WRITE = "block-written#3"
 ENDS = {
     f"TERM+@{WRITE}": 128 + signal.SIGTERM,
     f"INT+@{WRITE}": 128 + signal.SIGINT,
     f"HUP+@{WRITE}": 128 + signal.SIGHUP,
-    "NOSPACE@nbdbackupd.format.writer:StreamWriter.finish#2": 50,
-    "EIO@nbdbackupd.format.writer:StreamWriter.finish#1": 50,
-    "KILL@nbdbackupd.virt.jobs:begin#1": -signal.SIGKILL,
-    "KILL+@nbdbackupd.virt.jobs:begin#1": -signal.SIGKILL,
-    "KILL@nbdbackupd.nbdio.copy:copy#1": -signal.SIGKILL,
+    "NOSPACE@stream-finished#2": 50,
+    "EIO@stream-finished#1": 50,
+    "KILL@job-begun#1": -signal.SIGKILL,
+    "KILL+@job-begun#1": -signal.SIGKILL,
+    "KILL@blocks-copied#1": -signal.SIGKILL,
     # a connection that the guard does not have yet; has, but before the handshake
-    f"KILL@{KEPT}.keep#2": -signal.SIGKILL,
-    f"KILL+@{KEPT}.keep#2": -signal.SIGKILL,
+    "KILL@connection-kept#2": -signal.SIGKILL,
+    "KILL+@connection-kept#2": -signal.SIGKILL,
     # one that may have left its handshake, and has not; that has
-    f"KILL+@{KEPT}.going#2": -signal.SIGKILL,
-    f"KILL@{KEPT}.ready#2": -signal.SIGKILL,
-    f"KILL+@{KEPT}.ready#4": -signal.SIGKILL,
+    "KILL+@connection-going#2": -signal.SIGKILL,
+    "KILL@connection-ready#2": -signal.SIGKILL,
+    "KILL+@connection-ready#4": -signal.SIGKILL,
     f"KILL+@{WRITE}": -signal.SIGKILL,
     # the job has ended, the connections have not been seen to be closed
-    "KILL@nbdbackupd.virt.jobs:abort#1": -signal.SIGKILL,
-    "KILL+@nbdbackupd.virt.jobs:abort#1": -signal.SIGKILL,
+    "KILL@job-aborted#1": -signal.SIGKILL,
+    "KILL+@job-aborted#1": -signal.SIGKILL,
     # the guard is killed at some step, and replaced
-    "UNGUARD+@nbdbackupd.virt.jobs:begin#1": 0,
-    f"UNGUARD@{KEPT}.keep#2": 0,
-    f"UNGUARD+@{KEPT}.keep#3": 0,
+    "UNGUARD+@job-begun#1": 0,
+    "UNGUARD@connection-kept#2": 0,
+    "UNGUARD+@connection-kept#3": 0,
     f"UNGUARD+@{WRITE}": 0,
-    "UNGUARD@nbdbackupd.virt.jobs:abort#1": 0,
+    "UNGUARD@job-aborted#1": 0,
 }
 
 

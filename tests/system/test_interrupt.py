@@ -18,22 +18,22 @@ from tests.lib.witness import Witness, wait_for_job
 pytestmark = pytest.mark.system
 
 DISKS = (DiskSpec(target="vda", size=16 * MIB), DiskSpec(target="vdb", size=16 * MIB))
-SLOW = "SLOW0.2@nbdbackupd.format.writer:StreamWriter.write#2"
+SLOW = "SLOW0.2@block-written#2"
 """Makes a copy of some seconds."""
 
 SOON = 8.0
 """What is "at once" in seconds on a machine that has other things to do."""
 
 MOMENTS = [
-    "TERM@nbdbackupd.ops.checkpoints.leftovers:sweep#1",
-    "INT@nbdbackupd.ops.checkpoints.leftovers:note#1",
-    "HUP@nbdbackupd.source.scratch:prepare#1",
-    "TERM@nbdbackupd.virt.jobs:begin#1",
-    "INT+@nbdbackupd.virt.jobs:begin#1",
-    "HUP@nbdbackupd.ops.backup.metadata:collect#1",
-    "TERM+@nbdbackupd.format.writer:StreamWriter.write#3",
-    "INT@nbdbackupd.format.writer:StreamWriter.finish#1",
-    "HUP@nbdbackupd.virt.jobs:abort#1",
+    "TERM@leftovers-swept#1",
+    "INT@run-noted#1",
+    "HUP@scratch-prepared#1",
+    "TERM@job-begun#1",
+    "INT+@job-begun#1",
+    "HUP@metadata-collected#1",
+    "TERM+@block-written#3",
+    "INT@stream-finished#1",
+    "HUP@job-aborted#1",
 ]
 
 
@@ -87,9 +87,9 @@ def test_interrupted_at_each_step(witness: Witness, ctl: RiggedCtl) -> None:
 
 def test_too_late_to_be_interrupted(witness: Witness, ctl: RiggedCtl) -> None:
     """The point is as good as made: the run ends well."""
-    with ctl.rigged("TERM@nbdbackupd.repo.draft:Draft.publish#1"):
+    with ctl.rigged("TERM@point-published#1"):
         witness.run("-l", "full")
-    with ctl.rigged("TERM+@nbdbackupd.repo.draft:Draft.publish#1"):
+    with ctl.rigged("TERM+@point-published#1"):
         witness.run("-l", "inc")
     assert len(witness.points()) == 2
     witness.assert_clean()

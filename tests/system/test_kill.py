@@ -19,37 +19,37 @@ FILES = 11
 """What a point of two disks publishes: stream, index, checksum, image info of each, three XML."""
 
 BEFORE_COMMIT = [
-    "KILL@nbdbackupd.durable:write_atomic#1",
-    "KILL+@nbdbackupd.durable:write_atomic#1",
-    "KILL+@nbdbackupd.durable:write_atomic#2",
-    "KILL@nbdbackupd.virt.jobs:begin#1",
-    "KILL+@nbdbackupd.virt.jobs:begin#1",
-    "KILL@nbdbackupd.ops.backup.metadata:collect#1",
-    "KILL@nbdbackupd.nbdio.copy:copy#2",
-    "KILL+@nbdbackupd.format.writer:StreamWriter.write#3",
-    "KILL@nbdbackupd.format.writer:StreamWriter.finish#2",
-    "KILL@nbdbackupd.virt.jobs:abort#1",
-    "KILL+@nbdbackupd.virt.jobs:abort#1",
-    "KILL@nbdbackupd.repo.draft:Draft.publish#1",
-    "KILL@nbdbackupd.durable:fsync_file#3",
-    "KILL@os:rename#1",
-    "KILL+@os:rename#5",
-    f"KILL@os:rename#{FILES + 1}",
+    "KILL@file-replaced#1",
+    "KILL+@file-replaced#1",
+    "KILL+@file-replaced#2",
+    "KILL@job-begun#1",
+    "KILL+@job-begun#1",
+    "KILL@metadata-collected#1",
+    "KILL@blocks-copied#2",
+    "KILL+@block-written#3",
+    "KILL@stream-finished#2",
+    "KILL@job-aborted#1",
+    "KILL+@job-aborted#1",
+    "KILL@point-published#1",
+    "KILL@file-synced#3",
+    "KILL@os-rename#1",
+    "KILL+@os-rename#5",
+    f"KILL@os-rename#{FILES + 1}",
     # with a connection in its handshake: who ends the job then hangs QEMU
-    "KILL+@nbdbackupd.source.guard:Guard.keep#1",
-    "KILL+@nbdbackupd.source.guard:Guard.going#2",
-    "KILL@nbdbackupd.source.guard:Guard.ready#1",
+    "KILL+@connection-kept#1",
+    "KILL+@connection-going#2",
+    "KILL@connection-ready#1",
 ]
 AFTER_COMMIT = [
-    f"KILL+@os:rename#{FILES + 1}",
-    "KILL@nbdbackupd.ops.checkpoints.leftovers:forget#2",
-    "KILL@nbdbackupd.repo.draft:remove#1",
-    "KILL+@nbdbackupd.repo.draft:remove#1",
+    f"KILL+@os-rename#{FILES + 1}",
+    "KILL@run-forgotten#2",
+    "KILL@draft-removed#1",
+    "KILL+@draft-removed#1",
 ]
 AFTER_COMMIT_OF_INCREMENT = [
-    "KILL@nbdbackupd.repo.repository:Repository._write_derived#2",
-    "KILL@nbdbackupd.virt.checkpoints:delete#1",
-    "KILL+@nbdbackupd.virt.checkpoints:delete#1",
+    "KILL@derived-files-written#2",
+    "KILL@checkpoint-deleted#1",
+    "KILL+@checkpoint-deleted#1",
 ]
 SOME_BEFORE = [fault for number, fault in enumerate(BEFORE_COMMIT) if number % 3 == 1]
 
@@ -153,10 +153,10 @@ def test_killed_again_and_again(alone: Witness) -> None:
     """The run that sweeps up after a dead one is killed, too."""
     alone.run("-l", "full")
     alone.change()
-    killed(alone, "KILL+@nbdbackupd.format.writer:StreamWriter.write#2")
-    killed(alone, "KILL@nbdbackupd.virt.checkpoints:delete#1")
-    killed(alone, "KILL+@nbdbackupd.virt.checkpoints:delete#1")
-    killed(alone, "KILL@nbdbackupd.repo.draft:remove#1")
+    killed(alone, "KILL+@block-written#2")
+    killed(alone, "KILL@checkpoint-deleted#1")
+    killed(alone, "KILL+@checkpoint-deleted#1")
+    killed(alone, "KILL@draft-removed#1")
     alone.change()
     assert alone.run().json["point"]["warnings"] == []
     alone.assert_clean()

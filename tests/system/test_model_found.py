@@ -10,7 +10,7 @@ from tests.lib.model_kinds import Step
 pytestmark = pytest.mark.system
 
 KILLED = (
-    '{"into": "packed", "level": "auto", "after": 0, "term": false, "fault": "KILL+@os:rename#4"}'
+    '{"into": "packed", "level": "auto", "after": 0, "term": false, "fault": "KILL+@os-rename#4"}'
 )
 FOUND = {
     # libvirt can't merge bitmaps of different sizes, and then tells of no disk

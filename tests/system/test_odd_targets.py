@@ -92,7 +92,7 @@ def test_a_run_that_dies_where_nothing_is_removed(here: Scene) -> None:
     with mounted(here.directory / "below", here.directory / "at", "nodelete") as at:
         into = at / "set"
         here.save("-l", "full", into=into)
-        with here.ctl.rigged("KILL@nbdbackupd.ops.backup.recording:copy_disk#1"):
+        with here.ctl.rigged("KILL@disk-copied#1"):
             here.ctl("backup", here.guest.name, "-o", into, code=-9)
         here.guest.write("vda", 5 * MIB, MIB, 0xEE)
         references = here.references()

@@ -364,7 +364,7 @@ class TestStart:
     def reading(self, here: Scene, *options: str) -> Iterator[subprocess.Popen[str]]:
         """A run that reads the images, slowly."""
         with (
-            here.ctl.rigged("SLOW1@nbdbackupd.format.writer:StreamWriter.write#1"),
+            here.ctl.rigged("SLOW1@block-written#1"),
             here.ctl.start(
                 "backup", here.guest.name, "-o", here.set, "--json", *options
             ) as process,
@@ -434,23 +434,23 @@ class TestStart:
 
 
 BEFORE_COMMIT = [
-    "KILL+@nbdbackupd.source.lease:Lease.announce#1",
-    "KILL@nbdbackupd.qemu.bitmaps:add#1",
-    "KILL+@nbdbackupd.qemu.bitmaps:add#1",
-    "KILL+@nbdbackupd.qemu.bitmaps:add#2",
-    "KILL@nbdbackupd.nbdio.copy:copy#1",
-    "KILL@nbdbackupd.nbdio.copy:copy#2",
-    "KILL@nbdbackupd.source.untouched:check#1",
-    "KILL@nbdbackupd.repo.draft:Draft.publish#1",
-    "KILL+@os:rename#5",
+    "KILL+@lease-announced#1",
+    "KILL@bitmap-added#1",
+    "KILL+@bitmap-added#1",
+    "KILL+@bitmap-added#2",
+    "KILL@blocks-copied#1",
+    "KILL@blocks-copied#2",
+    "KILL@images-compared#1",
+    "KILL@point-published#1",
+    "KILL+@os-rename#5",
 ]
 AFTER_COMMIT = [
-    "KILL@nbdbackupd.ops.checkpoints.reconcile:advance#1",
-    "KILL@nbdbackupd.virt.checkpoints:redefine#1",
-    "KILL+@nbdbackupd.virt.checkpoints:redefine#1",
-    "KILL+@nbdbackupd.qemu.bitmaps:remove#1",
-    "KILL@nbdbackupd.virt.checkpoints:delete#1",
-    "KILL+@nbdbackupd.virt.checkpoints:delete#1",
+    "KILL@base-advanced#1",
+    "KILL@checkpoint-redefined#1",
+    "KILL+@checkpoint-redefined#1",
+    "KILL+@bitmap-removed#1",
+    "KILL@checkpoint-deleted#1",
+    "KILL+@checkpoint-deleted#1",
 ]
 
 

@@ -246,12 +246,12 @@ def test_import(
 @pytest.mark.parametrize(
     "fault",
     [
-        "KILL@nbdbackupd.ops.sets.peer_index:write#3",
-        "KILL@os:rename#1",
-        "KILL@os:rename#4",
-        "KILL+@nbdbackupd.durable:write_atomic#2",
-        "EIO@os:rename#3",
-        "NOSPACE@nbdbackupd.durable:create_exclusive#4",
+        "KILL@peer-index-written#3",
+        "KILL@os-rename#1",
+        "KILL@os-rename#4",
+        "KILL+@file-replaced#2",
+        "EIO@os-rename#3",
+        "NOSPACE@file-created#4",
     ],
 )
 def test_interrupted_import(made: PeerSets, ctl: RiggedCtl, tmp_path: Path, fault: str) -> None:

@@ -286,15 +286,15 @@ def test_a_failed_restore_defines_nothing(production: Scene, tmp_path: Path) -> 
     ctl("restore", damaged, *words, code=40)
     ctl("restore", lost, *words, code=40)
     for fault, code in (
-        ("NOSPACE@nbdbackupd.ops.restore.side_files:copy#1", 50),
-        ("TERM@nbdbackupd.ops.restore.side_files:copy#1", 143),
-        ("KILL@os:rename#1", -9),
+        ("NOSPACE@side-files-copied#1", 50),
+        ("TERM@side-files-copied#1", 143),
+        ("KILL@os-rename#1", -9),
     ):
         with ctl.rigged(fault):
             ctl("restore", production.set, *words, code=code)
         assert names(lab) == before, fault
         assert not list(into.glob("*.adjusted.xml")), fault
-    with ctl.rigged("KILL@nbdbackupd.virt.definition:define#1"):
+    with ctl.rigged("KILL@domain-defined#1"):
         ctl("restore", production.set, *words, "--force", code=-9)
     assert names(lab) == before
     # all is complete, and the definition can be used by hand

@@ -260,11 +260,11 @@ def test_killed_at_each_step(here: Scene) -> None:
     second = here.history[-1]
     before = state(here)
     for step, is_harmless in (
-        ("nbdbackupd.ops.restore.work:write_all#1", True),
-        ("nbdbackupd.ops.restore.restore:_set_aside#1", True),
-        ("nbdbackupd.ops.restore.work:write_all#2", False),
-        ("nbdbackupd.ops.restore.restore:_name_all#1", False),
-        ("nbdbackupd.ops.restore.devices:Device.finish#2", False),
+        ("images-written#1", True),
+        ("images-set-aside#1", True),
+        ("images-written#2", False),
+        ("images-named#1", False),
+        ("device-finished#2", False),
     ):
         with here.ctl.rigged(f"KILL@{step}"):
             here.ctl("restore", here.set, "--in-place", "--yes", code=-9)

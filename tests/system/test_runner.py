@@ -28,7 +28,7 @@ pytestmark = pytest.mark.system
 KIB = 1024
 DISK = DiskSpec(target="vda", size=8 * MIB)
 DOMAIN, SOURCE, REPOSITORY, BUSY = 20, 30, 50, 75
-LATER = "LATER40@nbdbackupd.app.context:now#1"
+LATER = "LATER40@clock-read#1"
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def test_checkpoints_of_a_chain_without_a_record(one: Appliance) -> None:
     full = one.save()
     shutil.rmtree(here.ctl.state)
     # told to end when the point is made: it counts, and what is left is dropped later
-    with here.ctl.rigged(LATER, "TERM@nbdbackupd.ops.run.retire:checkpoints.run#1"):
+    with here.ctl.rigged(LATER, "TERM@chains-retired#1"):
         second = one.save()
     assert second.set != full.set
     assert len(here.checkpoints()) == 2
@@ -323,7 +323,7 @@ def test_one_place_for_two_domains(one: Appliance, lab: DaemonLab, tmp_path: Pat
         there.ctl.runtime = here.ctl.runtime
         other = Appliance(there, one.directory)
         with (
-            here.ctl.rigged("STOP@nbdbackupd.ops.backup.recording:copy_disk#1"),
+            here.ctl.rigged("STOP@disk-copied#1"),
             here.ctl.start("run", *one.argv()) as first,
         ):
             here.ctl.faults = ()
@@ -340,7 +340,7 @@ def test_one_place_for_two_domains(one: Appliance, lab: DaemonLab, tmp_path: Pat
         assert json.loads(out)["result"] == "saved"
         assert other.run()["level"] == "inc"
         # a run that was killed leaves no place taken
-        with there.ctl.rigged("KILL@nbdbackupd.ops.backup.recording:copy_disk#1"):
+        with there.ctl.rigged("KILL@disk-copied#1"):
             there.ctl("run", *other.argv(), code=-signal.SIGKILL)
         here.ctl("run", *one.argv())
         assert other.run()["result"] == "saved"
@@ -385,7 +385,7 @@ def test_an_end_in_the_middle_of_a_run(one: Appliance) -> None:
     one.save()
     change(here, 1)
     with (
-        here.ctl.rigged("STOP@nbdbackupd.ops.backup.recording:copy_disk#1"),
+        here.ctl.rigged("STOP@disk-copied#1"),
         here.ctl.start("run", *one.argv()) as first,
     ):
         here.ctl.faults = ()
@@ -481,7 +481,7 @@ def test_the_program_is_replaced_in_the_middle(one: Appliance, tmp_path: Path) -
         shutil.copytree(ROOT / part, program / part, ignore=shutil.ignore_patterns("*.pyc"))
     (program / "tests/__init__.py").touch()
     references = here.references()
-    with here.ctl.rigged("STOP@nbdbackupd.ops.backup.backup:_run_locked#1"):
+    with here.ctl.rigged("STOP@backup-made#1"):
         argv = here.ctl.argv("run", *one.argv("--json"))
     with subprocess.Popen(
         argv, cwd=program, env=here.ctl.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE

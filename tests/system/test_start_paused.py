@@ -122,13 +122,13 @@ def test_whoever_resumes_it_keeps_it(off: Scene, and_suspend: bool) -> None:
 
 
 KILLS = [
-    "KILL@nbdbackupd.virt.instance:start_paused#1",
-    "KILL+@nbdbackupd.virt.instance:start_paused#1",
-    "KILL+@nbdbackupd.virt.jobs:begin#1",
-    "KILL@nbdbackupd.repo.draft:Draft.publish#1",
-    "KILL+@nbdbackupd.repo.draft:Draft.publish#1",
-    "KILL@nbdbackupd.virt.instance:end#1",
-    "KILL+@nbdbackupd.virt.instance:end#1",
+    "KILL@instance-started#1",
+    "KILL+@instance-started#1",
+    "KILL+@job-begun#1",
+    "KILL@point-published#1",
+    "KILL+@point-published#1",
+    "KILL@instance-ended#1",
+    "KILL+@instance-ended#1",
 ]
 
 
@@ -161,7 +161,7 @@ def test_killed_at_each_step(off: Scene) -> None:
 def test_resumed_after_the_kill(off: Scene) -> None:
     full = off.save("-l", "full")
     write_and_stop(off, 0x51)
-    with off.ctl.rigged("KILL+@nbdbackupd.virt.jobs:begin#1"):
+    with off.ctl.rigged("KILL+@job-begun#1"):
         off.ctl("backup", off.guest.name, "-o", off.set, "-S", code=-signal.SIGKILL)
     off.guest.adopt_process()
     off.lab.virsh("resume", "--domain", off.guest.name)
@@ -177,7 +177,7 @@ def test_resumed_after_the_kill(off: Scene) -> None:
 
 
 def test_abort_ends_what_a_killed_run_started(off: Scene) -> None:
-    with off.ctl.rigged("KILL+@nbdbackupd.virt.jobs:begin#1"):
+    with off.ctl.rigged("KILL+@job-begun#1"):
         off.ctl("backup", off.guest.name, "-o", off.set, "-S", code=-signal.SIGKILL)
     assert state(off) == "paused"
     off.ctl("abort", off.guest.name)
@@ -216,7 +216,7 @@ def test_libvirtd_dies_in_the_middle(off: Scene, lab: DaemonLab) -> None:
 
 def test_somebody_starts_it_first(off: Scene) -> None:
     with (
-        off.ctl.rigged("STOP@nbdbackupd.virt.instance:start_paused#1"),
+        off.ctl.rigged("STOP@instance-started#1"),
         off.ctl.start("backup", off.guest.name, "-o", off.set, "-S") as process,
     ):
         stat = Path(f"/proc/{process.pid}/stat")

@@ -52,7 +52,7 @@ def here(lab: DaemonLab, tmp_path: Path) -> Iterator[Scene]:
 def test_a_start_wins_where_no_hook_tells_of_it(here: Scene) -> None:
     """G-3: the run holds no lock of QEMU's, sees the start, and what it has read is no point."""
     with (
-        here.ctl.rigged("STOP@nbdbackupd.ops.backup.recording:copy_disk#1"),
+        here.ctl.rigged("STOP@disk-copied#1"),
         here.ctl.start("backup", "off", "-o", here.set, "--json") as process,
     ):
         here.ctl.faults = ()
