@@ -45,20 +45,20 @@ def given(args: Arguments, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _holding(args: Arguments, settings: Mapping[str, Any]) -> dict[str, Any]:
     """How the guest is held still at the instant."""
-    from nbdbackupd.source.quiesce import FreezePolicy
+    from nbdbackupd.model.policy import FreezePolicy
 
     freeze = getattr(args, "freeze", None)
     mountpoints = getattr(args, "freeze_mountpoint", ())
     if getattr(args, "pause", False):
         if freeze == "require" or mountpoints:
             raise UsageError("--pause and freezing exclude one another")
-        return {"pause": True, "freeze": FreezePolicy.NEVER, "mountpoints": ()}
+        return {"freeze": FreezePolicy.PAUSE, "mountpoints": ()}
     if freeze is None and not mountpoints:
         return {}
     if freeze is None:
         before = settings.get("freeze", FreezePolicy.AUTO)
-        policy = FreezePolicy.AUTO if before is FreezePolicy.NEVER else before
+        policy = FreezePolicy.REQUIRE if before is FreezePolicy.REQUIRE else FreezePolicy.AUTO
     else:
         policy = FreezePolicy(freeze)
     chosen = mountpoints or settings.get("mountpoints", ())
-    return {"pause": False, "freeze": policy, "mountpoints": chosen}
+    return {"freeze": policy, "mountpoints": chosen}

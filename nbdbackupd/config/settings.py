@@ -10,7 +10,7 @@ from nbdbackupd.config.files import ConfigFile, Configuration
 from nbdbackupd.config.matching import is_uuid
 from nbdbackupd.config.schema import BY_PATH, SETTINGS
 from nbdbackupd.errors import ConfigError
-from nbdbackupd.model.policy import LevelPolicy, Rotate
+from nbdbackupd.model.policy import FreezePolicy, LevelPolicy, Rotate
 
 DEFAULT: Final = "default"
 CREDENTIALS: Final = "CREDENTIALS_DIRECTORY"
@@ -163,18 +163,15 @@ def request_fields(settings: DomainSettings) -> dict[str, Any]:
     Left out is what the command computes from the host or the user where no file says anything:
     the directories for scratch files and checkpoints, and the number of workers.
     """
-    from nbdbackupd.source.quiesce import FreezePolicy
-
-    pause = settings.freeze_policy == "pause"
-    freezes = settings.freeze_policy in ("auto", "require")
+    policy = FreezePolicy(settings.freeze_policy)
+    freezes = policy in (FreezePolicy.AUTO, FreezePolicy.REQUIRE)
     found: dict[str, Any] = {
         "include": settings.disks_include,
         "exclude": settings.disks_exclude,
         "raw": settings.disks_raw,
         "compression": settings.compression,
-        "freeze": FreezePolicy.NEVER if pause else FreezePolicy(settings.freeze_policy),
+        "freeze": policy,
         "mountpoints": tuple(map(str, settings.freeze_mountpoints)) if freezes else (),
-        "pause": pause,
         "start_paused": settings.start_paused,
         "scratch_reserve": settings.scratch_reserve,
         "threshold": settings.threshold,

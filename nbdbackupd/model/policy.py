@@ -1,4 +1,4 @@
-"""Which set the next run goes into, and at which level: when a new full is due.
+"""What a run may choose: set and level, when a new full is due, how the guest is held still.
 
 A set is a directory that holds one chain, hence one full. A full is due when a calendar month or
 week has turned since the newest set began, when that set is so many days old, or when its chain
@@ -31,6 +31,15 @@ class Rotate(StrEnum):
     MONTHLY = "monthly"
     WEEKLY = "weekly"
     NEVER = "never"
+
+
+class FreezePolicy(StrEnum):
+    """How the guest is held still: frozen if that works, or necessarily, not at all, or paused."""
+
+    AUTO = "auto"
+    REQUIRE = "require"
+    NEVER = "never"
+    PAUSE = "pause"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

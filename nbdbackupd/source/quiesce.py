@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +22,7 @@ from nbdbackupd.errors import FreezeError, IntegrityError, NbdbackupError
 from nbdbackupd.model.chain import Consistency
 from nbdbackupd.model.domain import Agent
 from nbdbackupd.model.freeze_memory import MAY_BE_FROZEN
+from nbdbackupd.model.policy import FreezePolicy
 from nbdbackupd.virt import guest
 from nbdbackupd.virt.domain import Domain, State
 
@@ -41,17 +41,9 @@ CURE: Final = (
 MAX_MARKER: Final = 256
 
 
-class FreezePolicy(StrEnum):
-    """Whether the guest's file systems are frozen: if it works, necessarily, or not at all."""
-
-    AUTO = "auto"
-    REQUIRE = "require"
-    NEVER = "never"
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quiet:
-    """How the guest is held still. ``pause`` stops its CPUs instead of freezing.
+    """How the guest is held still, ``mountpoints`` all if there are none.
 
     ``seconds`` bounds the wait for the agent's answer and the time that the guest stays frozen,
     each; ``marker`` is the file that tells of it, ``run_id`` what it says. ``on_held`` is called
@@ -67,7 +59,6 @@ class Quiet:
     on_freeze: Callable[[bool], None] = lambda _is_unanswered: None
     freeze: FreezePolicy = FreezePolicy.AUTO
     mountpoints: tuple[str, ...] = ()
-    pause: bool = False
     seconds: float = 30.0
     obstacle: str = ""
     was_frozen: bool = False
@@ -93,7 +84,7 @@ def quiet(domain: Domain, wish: Quiet) -> Iterator[Moment]:
     """
     moment = Moment()
     with contextlib.ExitStack() as stack:
-        if wish.pause:
+        if wish.freeze is FreezePolicy.PAUSE:
             stack.enter_context(_paused(domain, wish, moment))
         elif wish.freeze is not FreezePolicy.NEVER:
             stack.enter_context(_frozen(domain, wish, moment))

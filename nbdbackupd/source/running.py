@@ -24,6 +24,7 @@ from nbdbackupd.errors import (
 from nbdbackupd.model import jobxml
 from nbdbackupd.model.chain import Consistency
 from nbdbackupd.model.jobxml import JobDisk
+from nbdbackupd.model.policy import FreezePolicy
 from nbdbackupd.source import Export, Snapshot, quiesce, scratch
 from nbdbackupd.source.guard import (
     BEGUN,
@@ -33,7 +34,7 @@ from nbdbackupd.source.guard import (
     Guard,
     guarded,
 )
-from nbdbackupd.source.quiesce import FreezePolicy, Moment, Quiet
+from nbdbackupd.source.quiesce import Moment, Quiet
 from nbdbackupd.virt import checkpoints, instance, jobs
 from nbdbackupd.virt.domain import Domain
 
@@ -80,7 +81,6 @@ class RunningRequest:
     freeze_seconds: float = 30.0
     freeze_obstacle: str = ""
     was_frozen: bool = False
-    pause: bool = False
     at_rest: Consistency | None = None
     on_freeze: Callable[[bool], None] = lambda _is_unanswered: None
 
@@ -313,7 +313,6 @@ def _still(request: RunningRequest, guard: Guard) -> Iterator[Moment]:
             was_frozen=request.was_frozen,
             freeze=request.freeze,
             mountpoints=request.freeze_mountpoints,
-            pause=request.pause,
             seconds=request.freeze_seconds,
         )
         with quiesce.quiet(domain, wish) as moment:

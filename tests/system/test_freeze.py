@@ -14,11 +14,12 @@ from nbdbackupd import rundir
 from nbdbackupd.errors import FreezeError
 from nbdbackupd.model.chain import Consistency
 from nbdbackupd.model.freeze_memory import FreezeMemory
+from nbdbackupd.model.policy import FreezePolicy
 from nbdbackupd.ops.backup import metadata
 from nbdbackupd.ops.domain import domains
 from nbdbackupd.repo.state import State
 from nbdbackupd.source import quiesce, running
-from nbdbackupd.source.quiesce import FreezePolicy, Quiet
+from nbdbackupd.source.quiesce import Quiet
 from nbdbackupd.source.running import RunningDisk, RunningRequest, open_running
 from nbdbackupd.source.sweep import Swept, sweep
 from nbdbackupd.virt import guest as guest_agent

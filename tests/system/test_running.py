@@ -25,9 +25,9 @@ from nbdbackupd.errors import (
     SourceError,
 )
 from nbdbackupd.model.chain import Consistency
+from nbdbackupd.model.policy import FreezePolicy
 from nbdbackupd.ops.status import gather
 from nbdbackupd.source import Snapshot, guard, scratch
-from nbdbackupd.source.quiesce import FreezePolicy
 from nbdbackupd.source.running import RunningDisk, RunningRequest, marker, open_running
 from nbdbackupd.source.sweep import Swept, sweep
 from nbdbackupd.virt import checkpoints, jobs
@@ -434,11 +434,11 @@ def test_a_guest_that_is_kept_until_the_job_ends_is_told(
 
 
 def test_pause_holds_and_releases_the_guest(guest: Guest, request_: RunningRequest) -> None:
-    with open_running(replace(request_, pause=True)) as snapshot:
+    with open_running(replace(request_, freeze=FreezePolicy.PAUSE)) as snapshot:
         assert snapshot.consistency is Consistency.PAUSED
         assert not guest.is_paused()
     guest.virsh("suspend", "--domain", guest.name)
-    with open_running(replace(request_, pause=True)) as snapshot:
+    with open_running(replace(request_, freeze=FreezePolicy.PAUSE)) as snapshot:
         assert snapshot.consistency is Consistency.PAUSED
         assert guest.is_paused()
     assert guest.is_paused()

@@ -22,13 +22,12 @@ from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.settings import DomainSettings
 from nbdbackupd.errors import ConfigError, DomainError, RepositoryError, UsageError
 from nbdbackupd.model.host import DEFAULT_URI
-from nbdbackupd.model.policy import LevelPolicy, Rotate
+from nbdbackupd.model.policy import FreezePolicy, LevelPolicy, Rotate
 from nbdbackupd.ops.backup import prepare
 from nbdbackupd.ops.backup.request import BackupRequest
 from nbdbackupd.ops.domain import configured, mounted
 from nbdbackupd.ops.domain.images import Sharing
 from nbdbackupd.ops.domain.survey import Wish
-from nbdbackupd.source.quiesce import FreezePolicy
 from scripts import gen_config, generated
 from tests.lib.pages import TOP
 
@@ -85,7 +84,7 @@ def test_level_policy(tmp_path: Path) -> None:
 
 def test_rotation_is_that_of_the_policy() -> None:
     assert schema.BY_PATH["level.rotate"].kind.words == tuple(Rotate)
-    assert schema.BY_PATH["freeze.policy"].kind.words == (*FreezePolicy, "pause")
+    assert schema.BY_PATH["freeze.policy"].kind.words == tuple(FreezePolicy)
 
 
 def parse(*argv: str) -> argparse.Namespace:
@@ -141,7 +140,6 @@ limits: {workers: 3, wait: 5m, timeout: 10, bandwidth: 64K}
         "compression": 7,
         "freeze": FreezePolicy.REQUIRE,
         "mountpoints": ("/", "/var"),
-        "pause": False,
         "start_paused": True,
         "state_dir": Path("/c"),
         "scratch_dir": Path("/s"),
@@ -164,7 +162,7 @@ limits: {workers: 3, wait: 5m, timeout: 10, bandwidth: 64K}
     assert set(found) | others == {each.name for each in fields(BackupRequest)}
     pause = read(tmp_path / "b", "freeze: {policy: pause}")
     found = settings.request_fields(settings.settings_for("vm", "", {}, pause))
-    assert (found["pause"], found["freeze"]) == (True, FreezePolicy.NEVER)
+    assert found["freeze"] is FreezePolicy.PAUSE
     never = read(tmp_path / "c", "freeze: {mountpoints: /}", x="match: {glob: '*'}\n"
                  "freeze: {policy: never}")  # fmt: skip
     assert settings.request_fields(settings.settings_for("vm", "", {}, never))["mountpoints"] == ()
@@ -184,10 +182,9 @@ def test_options_win_over_settings(tmp_path: Path) -> None:
     chosen = merged("-i", "vda")
     assert (chosen["include"], chosen["exclude"]) == (("vda",), ())
     frozen = merged("--freeze", "require")
-    assert (frozen["freeze"], frozen["pause"]) == (FreezePolicy.REQUIRE, False)
+    assert frozen["freeze"] is FreezePolicy.REQUIRE
     some = merged("-F", "/var")
-    assert (some["freeze"], some["pause"]) == (FreezePolicy.AUTO, False)
-    assert some["mountpoints"] == ("/var",)
+    assert (some["freeze"], some["mountpoints"]) == (FreezePolicy.AUTO, ("/var",))
     assert merged("-t", "raw", "-l", "copy")["compression"] is None
     for wrong in (("-t", "raw"), ("-t", "raw", "-l", "copy", "-z"), ("--pause", "-F", "/")):
         with pytest.raises(UsageError):

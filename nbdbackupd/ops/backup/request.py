@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nbdbackupd.model.chain import Layout, Level, RestorePoint
+from nbdbackupd.model.policy import FreezePolicy
 from nbdbackupd.ops.domain.images import ALONE, Sharing
 from nbdbackupd.ops.sets import catalog
-from nbdbackupd.source.quiesce import FreezePolicy
 from nbdbackupd.virt.domain import Ending
 
 
@@ -42,7 +42,6 @@ class BackupRequest:
     by_nbdinfo: bool = False
     freeze: FreezePolicy = FreezePolicy.AUTO
     mountpoints: tuple[str, ...] = ()
-    pause: bool = False
     start_paused: bool = False
     workers: int = 2
     threshold: int | None = None

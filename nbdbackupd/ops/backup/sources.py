@@ -139,7 +139,6 @@ def _running_request(
             job, memory, is_unanswered=is_unanswered, current=current
         ),
         freeze_mountpoints=request.mountpoints,
-        pause=request.pause,
         at_rest=job.at_rest,
     )
 
