@@ -82,11 +82,9 @@ def generate(
     that of libvirt's domains; ``units`` is where the administrator's links are. ``tell`` gets a
     line for each thing that is wrong.
     """
-    from nbdbackupd.config import calendar, files, inventory, schema, timers
+    from nbdbackupd.config import analyze, files, inventory, schema, timers
 
-    configuration = files.read_all(
-        config or schema.DIRECTORY, event_fault=cache(calendar.systemd_fault)
-    )
+    configuration = files.read_all(config or schema.DIRECTORY, event_fault=cache(analyze.fault))
     problems = configuration.problems
     for problem in problems[:MAX_TOLD]:
         tell(str(problem))

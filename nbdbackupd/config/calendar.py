@@ -1,19 +1,11 @@
 """Calendar events as systemd.time(7) has them, such as ``Mon..Fri 02:00``.
 
-systemd alone knows them for certain; where ``systemd-analyze`` is missing, or must not be run, a
-plain check finds what is surely wrong.
+systemd alone knows them for certain, see ``analyze``; this is a plain check of their form.
 """
 
 import re
-import shutil
 from typing import Final
 
-from nbdbackupd import proc
-from nbdbackupd.errors import ProcessError
-
-PROGRAM: Final = "systemd-analyze"
-TIMEOUT_SECONDS: Final = 10.0
-NEVER: Final = re.compile(r"^\s*Next elapse: never$", re.MULTILINE)
 EXAMPLES: Final = "(examples: daily, 'Mon..Fri 22:30', '*-*-01 02:00')"
 
 WORDS: Final = (
@@ -42,27 +34,3 @@ def plain_fault(event: str) -> str:
     if _EVENT.fullmatch(event.strip()):
         return ""
     return f"not a calendar event: {event!r} {EXAMPLES}; see systemd.time(7)"
-
-
-def is_over(event: str) -> bool:
-    """Whether systemd says that an event never comes again; no if it can't be asked."""
-    if shutil.which(PROGRAM) is None:
-        return False
-    try:
-        said = proc.output([PROGRAM, "calendar", "--", event], timeout=TIMEOUT_SECONDS)
-    except ProcessError:
-        return False
-    return NEVER.search(said) is not None
-
-
-def systemd_fault(event: str) -> str:
-    """What systemd finds wrong with an event; empty if nothing is, or if it can't be asked."""
-    if shutil.which(PROGRAM) is None:
-        return ""
-    try:
-        proc.output([PROGRAM, "calendar", "--", event], timeout=TIMEOUT_SECONDS)
-    except ProcessError as err:
-        if "parse" not in str(err).lower():
-            return ""
-        return f"not a calendar event for systemd: {event!r} {EXAMPLES}; see systemd.time(7)"
-    return ""

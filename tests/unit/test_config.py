@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nbdbackupd.config import calendar, files, kinds, reading, sample, schema
+from nbdbackupd.config import analyze, calendar, files, kinds, reading, sample, schema
 from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.settings import settings_for
 from nbdbackupd.errors import ConfigError
@@ -347,16 +347,16 @@ def test_calendar_events_by_their_form() -> None:
 
 
 def systemd_takes(event: str) -> bool:
-    argv = [calendar.PROGRAM, "calendar", "--", event]
+    argv = [analyze.PROGRAM, "calendar", "--", event]
     return subprocess.run(argv, capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.skipif(shutil.which(calendar.PROGRAM) is None, reason="no systemd-analyze here")
+@pytest.mark.skipif(shutil.which(analyze.PROGRAM) is None, reason="no systemd-analyze here")
 def test_systemd_is_the_judge() -> None:
     assert all(map(systemd_takes, GOOD_EVENTS))
     assert not any(map(systemd_takes, BAD_EVENTS))
-    assert not calendar.systemd_fault("Mon..Fri 22:30")
-    assert "not a calendar event for systemd" in calendar.systemd_fault("Mon 25:00")
+    assert not analyze.fault("Mon..Fri 22:30")
+    assert "not a calendar event for systemd" in analyze.fault("Mon 25:00")
     # what systemd takes must not be refused by its form
     rng = random.Random(5)
     days = ("", "Mon ", "tue,Wed ", "Sat..Sun ", "Monday ", "Mon..")

@@ -10,7 +10,7 @@ from nbdbackupd import plain
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
-from nbdbackupd.config import address, calendar, inventory, sample, schema
+from nbdbackupd.config import address, analyze, inventory, sample, schema
 from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.reading import Problem
 from nbdbackupd.config.remarks import Known
@@ -50,7 +50,7 @@ def run(args: Arguments, context: Context) -> int:
         return _sample(context)
 
     if args.action == "check":
-        return _check(configured.read(context.host, event_fault=calendar.systemd_fault), context)
+        return _check(configured.read(context.host, event_fault=analyze.fault), context)
     return _show(args.domain, configured.read(context.host).require_sound(), context)
 
 
@@ -89,7 +89,7 @@ def _remarks(configuration: Configuration, context: Context) -> tuple[Problem, .
     """What is sound and still can't work, as far as libvirt, or else its files, tell."""
     from nbdbackupd.config import remarks
 
-    found = remarks.remarks(configuration, _domains(configuration, context), calendar.is_over)
+    found = remarks.remarks(configuration, _domains(configuration, context), analyze.is_over)
     directory = context.host.config_dir or schema.DIRECTORY
     try:
         fault = notification.template_fault(directory)
