@@ -26,6 +26,25 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+def parse_rate(text: str) -> int:
+    """A size, of bytes per second. Raises ValueError for less than 64K, too."""
+    rate = parse_size(text)
+    if rate < LEAST_RATE:
+        raise ValueError(f"a rate of at least 64K is needed, not {text!r}")
+    return rate
+
+
+def parse_seconds(text: str) -> float:
+    """A number of seconds, not negative. Raises ValueError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise ValueError(f"not a number of seconds: {text!r}")
+    return value
+
+
 def parse_duration(text: str) -> float:
     """``90``, ``30s``, ``2h``, ``1h30m``, ``7d``, ``2w`` as seconds; units in lower case.
 

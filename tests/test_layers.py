@@ -26,7 +26,7 @@ ALLOWED: Final = {
     **{name: BASE | {"model", name} for name in LOWEST},
     "source": BASE | {"model", "virt", "qemu", "source"},
     "repo": BASE | {"model", "format", "repo"},
-    "config": BASE | {"model", "config", "source"},
+    "config": BASE | {"model", "config"},
     "ops": BASE | LOWEST | {"model", "source", "repo", "config", "ops"},
     "app": BASE | LOWEST | {"model", "source", "repo", "config", "ops", "app"},
 }

@@ -1,14 +1,22 @@
 """Values on the command line, for argparse: what a verb's options accept."""
 
 import argparse
+import functools
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
 
 from nbdbackupd import units
+from nbdbackupd.config import kinds, schema, setting
+from nbdbackupd.config.schema import DomainSettings
+from nbdbackupd.config.setting import Option, Setting
 from nbdbackupd.model.choice import Choice
 
 Arguments = argparse.Namespace
+T = TypeVar("T")
+UNSET: Final = argparse.SUPPRESS
+"""The default of options that a setting can stand for: absent tells from given."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,63 +51,24 @@ def directory(text: str) -> Path:
     return Path(text)
 
 
-def size(text: str) -> int:
-    """An argument in bytes, for argparse."""
-    try:
-        return units.parse_size(text)
-    except ValueError as err:
-        raise argparse.ArgumentTypeError(str(err)) from err
+def argument(read: Callable[[str], T]) -> Callable[[str], T]:
+    """A reader that raises ValueError, for argparse, which then shows its message."""
+
+    def parse(text: str) -> T:
+        try:
+            return read(text)
+        except ValueError as err:
+            raise argparse.ArgumentTypeError(str(err)) from err
+
+    return parse
 
 
-def rate(text: str) -> int:
-    """An argument in bytes per second, 64 KiB or more, for argparse."""
-    value = size(text)
-    if value < units.LEAST_RATE:
-        raise argparse.ArgumentTypeError(f"a rate of at least 64K is needed, not {text!r}")
-    return value
-
-
-def seconds(text: str) -> float:
-    """A duration in seconds, not negative, for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e9:
-        raise argparse.ArgumentTypeError(f"not a number of seconds: {text!r}")
-    return value
-
-
-def duration(text: str) -> float:
-    """``36h``, ``3d`` as seconds, for argparse."""
-    try:
-        return units.parse_duration(text)
-    except ValueError as err:
-        raise argparse.ArgumentTypeError(str(err)) from err
-
-
-def positive(text: str) -> int:
-    """A number from 1 to 64, for argparse."""
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 64:
-        raise argparse.ArgumentTypeError(f"not a number from 1 to 64: {text!r}")
-    return int(text)
-
-
-def lz4_level(text: str) -> int:
-    """An lz4 level, for argparse; the domain after a bare ``-z`` ends up here, too."""
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 16:
-        raise argparse.ArgumentTypeError(
-            f"not a level from 1 to 16: {text!r} (if that is the domain, give it before -z)"
-        )
-    return int(text)
-
-
-def names(text: str) -> tuple[str, ...]:
-    """``vda,vdb`` as names, for argparse."""
-    found = tuple(part.strip() for part in text.split(",") if part.strip())
-    if not found:
-        raise argparse.ArgumentTypeError("expected names with commas between them")
-    return found
+size = argument(units.parse_size)
+rate = argument(units.parse_rate)
+seconds = argument(units.parse_seconds)
+duration = argument(units.parse_duration)
+positive = argument(kinds.threads)
+names = argument(setting.names)
 
 
 def moment(text: str) -> datetime:
@@ -132,10 +101,42 @@ def chosen(args: Arguments) -> Choice:
     return Choice(point=args.point or "", until=until or "", at=at)
 
 
-def add_checkpoint_dir(group: argparse._ActionsContainer) -> None:
+def add_settings(place: argparse._ActionsContainer, group: str) -> None:
+    """Add the options of a group that settings have, in the order of the table."""
+    for each in schema.BY_PATH.values():
+        options = [option for option in each.options if option.group == group]
+        chosen = place.add_mutually_exclusive_group() if len(options) > 1 else place
+        for option in options:
+            add_option(chosen, each, option)
+
+
+def add_option(place: argparse._ActionsContainer, each: Setting[Any], option: Option) -> None:
+    """Add an option of a setting; one that is not given leaves no argument behind."""
+    shared: dict[str, Any] = {"help": each.help_of(option).replace("%", "%%"), "default": UNSET}
+    if option.words:
+        place.add_argument(*option.flags, choices=option.words, **shared)
+    elif not option.argument:
+        place.add_argument(*option.flags, action="store_const", const=option.value, **shared)
+    else:
+        if option.is_bare:
+            shared |= {"nargs": "?", "const": option.value}
+        read = argument(functools.partial(each.read, option))
+        place.add_argument(*option.flags, metavar=option.argument, type=read, **shared)
+
+
+def add_checkpoint_dir(place: argparse._ActionsContainer) -> None:
     """Add the option for the state directory, which several verbs read."""
-    group.add_argument(
-        "--checkpoint-dir", metavar="DIR", type=Path,
-        help="where the base of each chain and the digest of each manifest are noted; hosts of a "
-        "cluster may share it (default: /var/lib/nbdbackup/state)",
-    )  # fmt: skip
+    each = DomainSettings.checkpoint_directory
+    add_option(place, each, each.options[0])
+
+
+def given(args: Arguments) -> dict[str, Any]:
+    """The values of settings that options give, by attribute; paths are absolute."""
+    found: dict[str, Any] = {}
+    for each in schema.BY_PATH.values():
+        for option in each.options:
+            if option.name in args:
+                value = getattr(args, option.name)
+                value = each.kind.parse(value) if option.words else value
+                found[each.field] = value.absolute() if isinstance(value, Path) else value
+    return found

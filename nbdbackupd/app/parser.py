@@ -6,7 +6,8 @@ from pathlib import Path
 
 from nbdbackupd import __version__
 from nbdbackupd.app import verbs
-from nbdbackupd.app.arguments import Parser
+from nbdbackupd.app.arguments import Parser, add_settings
+from nbdbackupd.config.setting import GLOBAL
 
 EPILOG = """\
 exit status:
@@ -57,14 +58,7 @@ def _global_options() -> argparse.ArgumentParser:
         add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=False
     )
     group = shared.add_argument_group("global options")
-    group.add_argument(
-        "-c", "--connect", metavar="URI", help="libvirt connection (default: qemu:///system)"
-    )
-    group.add_argument("--user", metavar="NAME", help="user name for the libvirt connection")
-    group.add_argument(
-        "--password-file", metavar="FILE", type=Path,
-        help="file with the password for the libvirt connection",
-    )  # fmt: skip
+    add_settings(group, GLOBAL)
     group.add_argument(
         "--config-dir", metavar="DIR", type=Path,
         help="directory of the configuration (default: /etc/nbdbackup)",

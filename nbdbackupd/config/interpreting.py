@@ -11,7 +11,8 @@ from typing import Any, Final
 from nbdbackupd.config import kinds, reading, schema
 from nbdbackupd.config.matching import Match
 from nbdbackupd.config.reading import MappingNode, Node, Problem, ScalarNode, SequenceNode
-from nbdbackupd.config.schema import BY_PATH, MATCH, MATCHERS, METADATA, SECTIONS, Setting
+from nbdbackupd.config.schema import BY_PATH, MATCH, MATCHERS, METADATA, SECTIONS
+from nbdbackupd.config.setting import Setting
 
 SECRETS: Final = frozenset({"password", "passwd", "passphrase", "secret", "token", "key"})
 MAX_ITEMS: Final = 1000
@@ -72,7 +73,7 @@ class Interpreter:
                 known = [each.key for each in BY_PATH.values() if each.section == section]
                 self._unknown(key, name, section, known)
 
-    def _setting(self, setting: Setting, name: Node, node: Node) -> None:
+    def _setting(self, setting: Setting[Any], name: Node, node: Node) -> None:
         line = _line(name)
         if not setting.everywhere and not self.is_main:
             self._complain(line, setting.path, f"is for all domains; move it to {schema.MAIN}")
@@ -86,7 +87,7 @@ class Interpreter:
                 return
         self._values[setting.path] = Value(value, self.file, line)
 
-    def _list(self, setting: Setting, node: Node) -> tuple[Any, ...]:
+    def _list(self, setting: Setting[Any], node: Node) -> tuple[Any, ...]:
         found = []
         for text, line in self._texts(node, setting.path):
             value = self._parse(setting, text, line)
@@ -96,7 +97,7 @@ class Interpreter:
                 found.append(value)
         return tuple(found)
 
-    def _parse(self, setting: Setting, text: str, line: int) -> Any:
+    def _parse(self, setting: Setting[Any], text: str, line: int) -> Any:
         try:
             value = setting.kind.parse(text)
         except ValueError as err:

@@ -8,10 +8,10 @@ setting has. So none of YAML's guesses can happen: a domain may be called ``no``
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 from nbdbackupd.config import calendar
 from nbdbackupd.units import LEAST_RATE, parse_duration, parse_size
@@ -30,8 +30,12 @@ SPECIAL: Final = frozenset({"y", "n", ".inf", ".nan"})
 MAX_TEXT: Final = 4096
 
 
+T = TypeVar("T")
+Word = TypeVar("Word", bound=str)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Kind:
+class Kind(Generic[T]):
     """What a value must be.
 
     ``name`` is the word for it in the manual. ``parse`` makes the value of a scalar's text, or
@@ -151,23 +155,25 @@ def _calendar(text: str) -> str:
     return text
 
 
-TEXT: Final = Kind(name="text", parse=_text, render=quoted)
-PATH: Final = Kind(name="path", parse=_path, render=lambda path: quoted(str(path)))
-FILE_NAME: Final = Kind(name="file name", parse=_file_name, render=quoted)
-BOOL: Final = Kind(name="yes or no", parse=_bool, render=lambda value: "yes" if value else "no")
-RATE: Final = Kind(name="size", parse=_rate, render=_size_text)
-MAIL: Final = Kind(name="mail address", parse=_mail, render=quoted)
-SIZE: Final = Kind(name="size", parse=parse_size, render=_size_text)
-DURATION: Final = Kind(name="duration", parse=parse_duration, render=_duration_text)
-DAYS: Final = Kind(name="days", parse=_days, render=lambda days: f"{days}d")
-URI: Final = Kind(name="URI", parse=_uri, render=quoted)
-CALENDAR: Final = Kind(name="calendar event", parse=_calendar, render=quoted)
-COMMAND: Final = Kind(
+TEXT: Final[Kind[str]] = Kind(name="text", parse=_text, render=quoted)
+PATH: Final[Kind[Path]] = Kind(name="path", parse=_path, render=lambda path: quoted(str(path)))
+FILE_NAME: Final[Kind[str]] = Kind(name="file name", parse=_file_name, render=quoted)
+BOOL: Final[Kind[bool]] = Kind(
+    name="yes or no", parse=_bool, render=lambda value: "yes" if value else "no"
+)
+RATE: Final[Kind[int]] = Kind(name="size", parse=_rate, render=_size_text)
+MAIL: Final[Kind[str]] = Kind(name="mail address", parse=_mail, render=quoted)
+SIZE: Final[Kind[int]] = Kind(name="size", parse=parse_size, render=_size_text)
+DURATION: Final[Kind[float]] = Kind(name="duration", parse=parse_duration, render=_duration_text)
+DAYS: Final[Kind[int]] = Kind(name="days", parse=_days, render=lambda days: f"{days}d")
+URI: Final[Kind[str]] = Kind(name="URI", parse=_uri, render=quoted)
+CALENDAR: Final[Kind[str]] = Kind(name="calendar event", parse=_calendar, render=quoted)
+COMMAND: Final[Kind[tuple[str, ...]]] = Kind(
     name="command", parse=_command, render=lambda words: quoted(shlex.join(words))
 )
 
 
-def count(least: int, most: int) -> Kind:
+def count(least: int, most: int) -> Kind[int]:
     """A whole number, both limits included."""
 
     def parse(text: str) -> int:
@@ -183,13 +189,13 @@ def count(least: int, most: int) -> Kind:
     return Kind(name=f"number from {least} to {most}", parse=parse, render=str)
 
 
-def choice(*words: str) -> Kind:
+def choice(*words: Word) -> Kind[Word]:
     """One of some words."""
 
-    def parse(text: str) -> str:
+    def parse(text: str) -> Word:
         if text in words:
-            return text
-        near = get_close_matches(text.lower(), words, 1)
+            return next(word for word in words if word == text)
+        near: list[str] = get_close_matches(text.lower(), [*words], 1)
         if text.lower() in FALSE:
             near = [word for word in words if word in ("never", "none")]
         hint = f" (did you mean '{near[0]}'?)" if near else ""
@@ -198,7 +204,7 @@ def choice(*words: str) -> Kind:
     return Kind(name=spoken(words), parse=parse, render=quoted, words=words)
 
 
-def optional(kind: Kind, word: str) -> Kind:
+def optional(kind: Kind[T], word: str) -> Kind[T | None]:
     """The same, or a word that stands for None."""
 
     def parse(text: str) -> Any:
@@ -218,9 +224,28 @@ def optional(kind: Kind, word: str) -> Kind:
     )
 
 
-def listed(kind: Kind) -> Kind:
+def listed(kind: Kind[T]) -> Kind[tuple[T, ...]]:
     """A list of such values; a single one may stand without brackets."""
-    return replace(kind, name=f"list: {kind.name}", many=True)
+    return Kind(
+        name=f"list: {kind.name}", parse=kind.parse, render=kind.render, many=True, words=kind.words
+    )
+
+
+def threads(text: str) -> int:
+    """A number from 1 to 64, as options have it."""
+    return _up_to(64, text, f"not a number from 1 to 64: {text!r}")
+
+
+def lz4_level(text: str) -> int:
+    """An lz4 level as options have it; the domain after a bare ``-z`` ends up here, too."""
+    hint = "(if that is the domain, give it before -z)"
+    return _up_to(16, text, f"not a level from 1 to 16: {text!r} {hint}")
+
+
+def _up_to(most: int, text: str, fault: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= most:
+        raise ValueError(fault)
+    return int(text)
 
 
 def spoken(words: tuple[str, ...]) -> str:

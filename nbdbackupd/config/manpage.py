@@ -2,11 +2,12 @@
 
 import re
 import textwrap
-from typing import Final
+from typing import Any, Final
 
 from nbdbackupd import __version__
 from nbdbackupd.config import sample, schema
-from nbdbackupd.config.schema import DIRECTORY, DOMAINS, LABELS_URI, MAIN, MATCHERS, Setting
+from nbdbackupd.config.schema import DIRECTORY, DOMAINS, LABELS_URI, MAIN, MATCHERS
+from nbdbackupd.config.setting import Setting
 
 DATE: Final = "2026-11-21"
 
@@ -147,13 +148,13 @@ def _settings() -> list[str]:
     return [*lines, ".SS Without a section", *lone]
 
 
-def _setting(setting: Setting) -> list[str]:
+def _setting(setting: Setting[Any]) -> list[str]:
     default = _plain(setting.kind.show(setting.default))
     text = setting.help
     if not setting.everywhere:
         text += " In the main file only."
     if setting.option:
-        text += f" Command line: *{setting.option}*."
+        text += f" Command line: *{setting.option.flags[-1]}*."
     kind = _plain(setting.kind.name)
     tag = f'.BR {_plain(setting.path)} " \\fR({kind}; default \\fB{default}\\fR)"'
     return [".TP", tag, *_inline(text)]

@@ -1,11 +1,12 @@
 """The commented sample: every setting with its default, made from the schema."""
 
 import textwrap
-from typing import Final
+from typing import Any, Final
 
 from nbdbackupd.config import schema
 from nbdbackupd.config.kinds import spoken
-from nbdbackupd.config.schema import MATCHERS, SECTIONS, Setting
+from nbdbackupd.config.schema import MATCHERS, SECTIONS
+from nbdbackupd.config.setting import Setting
 
 WIDTH: Final = 88
 TITLE: Final = f"Configuration of nbdbackupd: {schema.DIRECTORY}/{schema.MAIN}"
@@ -60,7 +61,7 @@ compression: 2
 """
 
 
-def _setting(setting: Setting, indent: str) -> list[str]:
+def _setting(setting: Setting[Any], indent: str) -> list[str]:
     lines = _comment(setting.help, indent)
     if setting.kind.words:
         lines += _comment(f"Values: {spoken(setting.kind.words)}", indent)

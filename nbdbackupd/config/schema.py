@@ -1,12 +1,20 @@
-"""The one list of all settings: path, kind, default, help. Everything else is made from it."""
+"""The one table of all settings. Everything else is made from it.
+
+To add one, add its entry to ``DomainSettings``. The reader of the files, the values for a domain,
+``config show``, the option of ``backup``, the sample, the manuals and the completion then have it,
+these after the scripts ``gen-config``, ``gen-manual`` and ``gen-completion``.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from nbdbackupd import units
 from nbdbackupd.config import kinds
-from nbdbackupd.config.kinds import Kind, choice, count, listed, optional
+from nbdbackupd.config.kinds import choice, count, listed, optional
+from nbdbackupd.config.setting import DEFAULT, GIVEN, GLOBAL, Option, Origin, Setting, names
+from nbdbackupd.model.policy import FreezePolicy, Rotate
 
 DIRECTORY: Final = Path("/etc/nbdbackup")
 MAIN: Final = "nbdbackup.yaml"
@@ -30,39 +38,6 @@ MATCHERS: Final[Mapping[str, str]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Setting:
-    """One setting.
-
-    ``default`` None means what ``kind`` renders for it. ``example`` is a value, as YAML, for a
-    setting whose default is empty. ``option`` is the option of ``backup`` for the same.
-    ``everywhere``: may also stand in a file for some domains; else in the main file only.
-    """
-
-    path: str
-    kind: Kind
-    default: Any
-    help: str
-    example: str = ""
-    option: str = ""
-    everywhere: bool = True
-
-    @property
-    def section(self) -> str:
-        """The first part of the path, or empty for a setting that stands alone."""
-        return self.path.rpartition(".")[0]
-
-    @property
-    def key(self) -> str:
-        """The last part of the path."""
-        return self.path.rpartition(".")[2]
-
-    @property
-    def field(self) -> str:
-        """The name of the value in ``DomainSettings``."""
-        return self.path.replace(".", "_")
-
-
 SECTIONS: Final[Mapping[str, str]] = {
     "repository": "Where backup sets go, and how to notice that the place is not mounted.",
     "level": "When a new set begins, which means a new full. Until then each run makes an "
@@ -83,276 +58,473 @@ SECTIONS: Final[Mapping[str, str]] = {
 }
 
 
-def _numbers(period: str, unit: str) -> Setting:
+def _newest(period: str, unit: str) -> Setting[int]:
     return Setting(
-        path=f"retention.{period}", kind=count(0, 9999), default=0,
+        f"retention.{period}",
+        count(0, 9999),
+        0,
         help=f"Keep the newest point of each of so many {unit} that have one.",
-    )  # fmt: skip
+    )
 
 
-_REPOSITORY: Final = (
-    Setting(
-        path="repository.path", kind=kinds.PATH, default=Path("/var/lib/nbdbackup/repository"),
+def _directories(text: str) -> tuple[Path, ...]:
+    """``/mnt,/var``; of a guest, so that no form of them is wrong."""
+    return tuple(map(Path, names(text)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainSettings:
+    """Every setting, in the order of the sample and the manual; each instance has its values.
+
+    Those for a domain: sizes in bytes (``limits_bandwidth``: per second), durations in seconds,
+    None where the files say ``none``, ``never``, ``unlimited`` or ``auto``. ``values`` and
+    ``origins`` are by path, ``applied`` the files that count, in their order.
+    """
+
+    values: Mapping[str, Any]
+    origins: Mapping[str, Origin]
+    applied: tuple[Path, ...] = ()
+
+    repository_path = Setting(
+        "repository.path",
+        kinds.PATH,
+        Path("/var/lib/nbdbackup/repository"),
         help="Each domain has a directory of its name below this one, and in it each set has one. "
         "Hosts may share it: a directory belongs to one UUID.",
-    ),
-    Setting(
-        path="repository.marker", kind=optional(kinds.FILE_NAME, "none"), default=None,
+    )
+    repository_marker = Setting(
+        "repository.marker",
+        optional(kinds.FILE_NAME, "none"),
+        None,
         example=".nbdbackup-repository",
         help="A file that must exist in the path. Make it once, on the mounted target: a run "
         "that does not find it saves nothing, instead of filling the root disk.",
-    ),
-    Setting(
-        path="repository.mount_point", kind=optional(kinds.PATH, "none"), default=None,
+    )
+    repository_mount_point = Setting(
+        "repository.mount_point",
+        optional(kinds.PATH, "none"),
+        None,
         example="/backup",
         help="A directory, the path itself or one above it, on which something must be mounted; / "
         "says that the root file system is meant.",
-    ),
-)  # fmt: skip
-
-_LEVEL: Final = (
-    Setting(
-        path="level.rotate", kind=choice("monthly", "weekly", "never"), default="monthly",
+    )
+    level_rotate = Setting(
+        "level.rotate",
+        choice(*Rotate),
+        Rotate.MONTHLY,
         help="Begin a set with the first run of a calendar month or ISO week, in local time.",
-    ),
-    Setting(
-        path="level.full_every", kind=optional(kinds.DAYS, "never"), default=None, example="14d",
+    )
+    level_full_every = Setting(
+        "level.full_every",
+        optional(kinds.DAYS, "never"),
+        None,
+        example="14d",
         help="Begin a set when the newest full is so many calendar days old, in local time.",
-    ),
-    Setting(
-        path="level.max_increments", kind=optional(count(0, 100000), "unlimited"), default=None,
+    )
+    level_max_increments = Setting(
+        "level.max_increments",
+        optional(count(0, 100000), "unlimited"),
+        None,
         example="60",
         help="Begin a set instead of adding one more increment than this.",
-    ),
-)  # fmt: skip
-
-_SCHEDULE: Final = (
-    Setting(
-        path="schedule.calendar", kind=listed(kinds.CALENDAR), default=("*-*-* 02:00:00",),
+    )
+    schedule_calendar = Setting(
+        "schedule.calendar",
+        listed(kinds.CALENDAR),
+        ("*-*-* 02:00:00",),
         help="When to run, as calendar events of systemd.time(7); an empty list means never. "
         "'systemd-analyze calendar' explains an event.",
-    ),
-    Setting(
-        path="schedule.random_delay", kind=kinds.DURATION, default=1800.0,
+    )
+    schedule_random_delay = Setting(
+        "schedule.random_delay",
+        kinds.DURATION,
+        1800.0,
         help="Begin up to so much later. Each domain has its own delay, the same every day.",
-    ),
-    Setting(
-        path="schedule.enable", kind=kinds.BOOL, default=False,
+    )
+    schedule_enable = Setting(
+        "schedule.enable",
+        kinds.BOOL,
+        False,
         help="Also begin the timer without 'systemctl enable': for each domain that a file of "
         "domains.d names, and each that libvirt has defined and such a file fits, also later. "
         "Changes of the files hold from the next boot, or 'systemctl start nbdbackup-timers'.",
-    ),
-    Setting(
-        path="on_shutdown", kind=kinds.BOOL, default=False,
-        help="Also save the domain when it has shut down.",
-    ),
-)  # fmt: skip
-
-_DISKS: Final = (
-    Setting(
-        path="disks.include", kind=listed(kinds.TEXT), default=(), example="[vda, vdb]",
-        help="Only these disks, by target name. An empty list means all.", option="--include",
-    ),
-    Setting(
-        path="disks.exclude", kind=listed(kinds.TEXT), default=(), example="[vdc]",
-        help="Not these disks.", option="--exclude",
-    ),
-    Setting(
-        path="disks.raw", kind=kinds.BOOL, default=False,
+    )
+    on_shutdown = Setting(
+        "on_shutdown", kinds.BOOL, False, help="Also save the domain when it has shut down."
+    )
+    disks_include = Setting(
+        "disks.include",
+        listed(kinds.TEXT),
+        (),
+        example="[vda, vdb]",
+        help="Only these disks, by target name. An empty list means all.",
+        option=Option("-i, --include DISKS", "disks", names, help="only these disks (vda,vdb)"),
+    )
+    disks_exclude = Setting(
+        "disks.exclude",
+        listed(kinds.TEXT),
+        (),
+        example="[vdc]",
+        help="Not these disks.",
+        option=Option("-x, --exclude DISKS", "disks", names),
+    )
+    disks_raw = Setting(
+        "disks.raw",
+        kinds.BOOL,
+        False,
         help="Save raw disks, too. Their changes can't be tracked: each point holds them whole.",
-        option="--raw",
-    ),
-    Setting(
-        path="compression", kind=optional(count(1, 16), "none"), default=None, example="2",
+        option=Option(
+            "--raw", "disks", value=True, help="save raw disks, too: in full at each point"
+        ),
+    )
+    compression = Setting(
+        "compression",
+        optional(count(1, 16), "none"),
+        None,
+        example="2",
         help="Level of lz4 compression. 1 and 2 are fast; 3 and above take much more time and "
         "save a little more space.",
-        option="--compress",
-    ),
-)  # fmt: skip
-
-_GUEST: Final = (
-    Setting(
-        path="freeze.policy", kind=choice("auto", "require", "never", "pause"), default="auto",
+        option=Option(
+            "-z, --compress [LEVEL]",
+            "disks",
+            kinds.lz4_level,
+            value=2,
+            help="compress with lz4, level 1 to 16 (without one: 2; then give DOMAIN before it)",
+            other=Option("--no-compress", "disks", help="store blocks as they are (default)"),
+        ),
+    )
+    freeze_policy = Setting(
+        "freeze.policy",
+        choice(*FreezePolicy),
+        FreezePolicy.AUTO,
         help="auto: freeze the file systems if the guest's agent answers; require: and fail if "
         "it does not; never: leave them alone; pause: stop the CPUs for the instant instead.",
-        option="--freeze",
-    ),
-    Setting(
-        path="freeze.mountpoints", kind=listed(kinds.PATH), default=(), example="[/, /var]",
+        option=Option(
+            "--freeze auto|require|never",
+            "guest",
+            help="freeze the guest's file systems at the instant of the point: if the agent "
+            "answers (auto, default), or fail (require), or not at all (never)",
+        ),
+    )
+    freeze_mountpoints = Setting(
+        "freeze.mountpoints",
+        listed(kinds.PATH),
+        (),
+        example="[/, /var]",
         help="Freeze only these mount points of the guest. An empty list means all.",
-        option="--freeze-mountpoint",
-    ),
-    Setting(
-        path="scratch.directory", kind=kinds.PATH, default=Path("/var/lib/nbdbackup/scratch"),
+        option=Option(
+            "-F, --freeze-mountpoint DIRS",
+            "guest",
+            _directories,
+            help="freeze only these mount points of the guest (/mnt,/var)",
+        ),
+    )
+    scratch_directory = Setting(
+        "scratch.directory",
+        kinds.PATH,
+        Path("/var/lib/nbdbackup/scratch"),
         help="Take fast local storage: its speed is that of the guest's writes during a run. "
         "Default for others than root: nbdbackup/scratch below XDG_STATE_HOME.",
-        option="--scratch-dir",
-    ),
-    Setting(
-        path="scratch.reserve", kind=kinds.SIZE, default=512 << 20,
+        option=Option(
+            "--scratch-dir DIR",
+            "guest",
+            Path,
+            help="where QEMU keeps blocks that the guest overwrites during the run; local and "
+            "fast (default: /var/lib/nbdbackup/scratch)",
+        ),
+    )
+    scratch_reserve = Setting(
+        "scratch.reserve",
+        kinds.SIZE,
+        512 << 20,
         help="Space that must stay free there. A run begins only if twice as much is free, and "
         "ends itself before less is left.",
-        option="--scratch-reserve",
-    ),
-    Setting(
-        path="checkpoint_directory", kind=kinds.PATH, default=Path("/var/lib/nbdbackup/state"),
+        option=Option(
+            "--scratch-reserve SIZE",
+            "guest",
+            help="space that must stay free there; the run needs twice as much to begin and ends "
+            "before less is left (default: 512M)",
+        ),
+    )
+    checkpoint_directory = Setting(
+        "checkpoint_directory",
+        kinds.PATH,
+        Path("/var/lib/nbdbackup/state"),
         help="Where this host notes the checkpoints of each chain. Put it on shared storage if "
         "domains move between hosts, the same on each: there the hosts tell one another which of "
         "them runs a domain, starts it, or reads its images. Default for others than root: "
         "nbdbackup/state below XDG_STATE_HOME.",
-        option="--checkpoint-dir",
-    ),
-    Setting(
-        path="block_devices", kind=choice("auto", "local", "shared"), default="auto",
+        option=Option(
+            "--checkpoint-dir DIR",
+            "run",
+            Path,
+            help="where the base of each chain and the digest of each manifest are noted; hosts "
+            "of a cluster may share it (default: /var/lib/nbdbackup/state)",
+        ),
+    )
+    block_devices = Setting(
+        "block_devices",
+        choice("auto", "local", "shared"),
+        "auto",
         help="Whether another host may open the block devices that the disks are on. QEMU does "
         "not lock them between hosts, so a domain that is off and of which no host can say that it "
         "has ended is read without a bitmap of its own, and that is a warning. auto: yes if "
         "checkpoint_directory is set, or unless the kernel shows that they can't be reached from "
         "elsewhere.",
-    ),
-    Setting(
-        path="standby", kind=kinds.BOOL, default=False,
+    )
+    standby = Setting(
+        "standby",
+        kinds.BOOL,
+        False,
         help="Save the domain on this host only while it runs here: while it is off another host "
         "does. 'status' here does not judge the age of its points.",
-    ),
-)  # fmt: skip
-
-_RUN: Final = (
-    Setting(
-        path="start_paused", kind=kinds.BOOL, default=False,
+    )
+    start_paused = Setting(
+        "start_paused",
+        kinds.BOOL,
+        False,
         help="Start a domain that is off for the run, paused, and end it again, instead of "
         "reading its images without it.",
-        option="--start-paused",
-    ),
-    Setting(
-        path="threshold", kind=optional(kinds.SIZE, "none"), default=None, example="16M",
+        option=Option(
+            "-S, --start-paused",
+            "guest",
+            value=True,
+            help="start a domain that is off, paused, and end it after the run unless somebody "
+            "has resumed it (default: read its images)",
+        ),
+    )
+    threshold = Setting(
+        "threshold",
+        optional(kinds.SIZE, "none"),
+        None,
+        example="16M",
         help="Save nothing, successfully, if an increment would hold less than this.",
-        option="--threshold",
-    ),
-    Setting(
-        path="strict", kind=kinds.BOOL, default=False,
-        help="Fail, and keep no point, where a warning would do.", option="--strict",
-    ),
-    Setting(
-        path="limits.bandwidth", kind=optional(kinds.RATE, "unlimited"), default=None,
+        option=Option(
+            "--threshold SIZE",
+            "run",
+            units.parse_size,
+            help="do nothing, successfully, if less than this would be saved by an increment",
+        ),
+    )
+    strict = Setting(
+        "strict",
+        kinds.BOOL,
+        False,
+        help="Fail, and keep no point, where a warning would do.",
+        option=Option(
+            "--strict", "run", value=True, help="fail, and keep nothing, instead of warning"
+        ),
+    )
+    limits_bandwidth = Setting(
+        "limits.bandwidth",
+        optional(kinds.RATE, "unlimited"),
+        None,
         example="200M",
         help="Read no more than so many bytes of the disks per second, 64K or more.",
-        option="--limit-rate",
-    ),
-    Setting(
-        path="limits.workers", kind=optional(count(1, 64), "auto"), default=None, example="4",
+        option=Option(
+            "--limit-rate SIZE",
+            "run",
+            units.parse_rate,
+            help="read no more than this per second of all disks together (64K or more)",
+        ),
+    )
+    limits_workers = Setting(
+        "limits.workers",
+        optional(count(1, 64), "auto"),
+        None,
+        example="4",
         help="Threads that hash and compress. auto: one for each processor, at most 8.",
-        option="--workers",
-    ),
-    Setting(
-        path="limits.concurrent_runs", kind=count(1, 64), default=2, everywhere=False,
+        option=Option(
+            "-w, --workers N",
+            "run",
+            kinds.threads,
+            help="threads that hash and compress (default: one for each processor, at most 8)",
+        ),
+    )
+    limits_concurrent_runs = Setting(
+        "limits.concurrent_runs",
+        count(1, 64),
+        2,
+        everywhere=False,
         help="Runs of all domains at a time; others wait.",
-    ),
-    Setting(
-        path="limits.wait", kind=kinds.DURATION, default=0.0,
-        help="Wait so long for the lock of the set or the domain.", option="--wait",
-    ),
-    Setting(
-        path="limits.timeout", kind=kinds.DURATION, default=60.0,
-        help="Give up after so long without an answer from QEMU.", option="--timeout",
-    ),
-)  # fmt: skip
-
-_RETENTION: Final = (
-    Setting(
-        path="retention.last", kind=count(0, 9999), default=0, help="Keep so many newest points.",
-    ),
-    _numbers("hourly", "hours"),
-    _numbers("daily", "days"),
-    _numbers("weekly", "ISO weeks"),
-    _numbers("monthly", "months"),
-    _numbers("yearly", "years"),
-)  # fmt: skip
-
-_AROUND: Final = (
-    Setting(
-        path="commands.pre", kind=listed(kinds.COMMAND), default=(),
+    )
+    limits_wait = Setting(
+        "limits.wait",
+        kinds.DURATION,
+        0.0,
+        help="Wait so long for the lock of the set or the domain.",
+        option=Option(
+            "--wait SECONDS",
+            "run",
+            units.parse_seconds,
+            help="wait so long for the lock of the set or domain (default: 0, exit 75 at once)",
+        ),
+    )
+    limits_timeout = Setting(
+        "limits.timeout",
+        kinds.DURATION,
+        60.0,
+        help="Give up after so long without an answer from QEMU.",
+        option=Option(
+            "--timeout SECONDS",
+            "run",
+            units.parse_seconds,
+            help="give up after so long without an answer from QEMU (default: 60)",
+        ),
+    )
+    retention_last = Setting(
+        "retention.last", count(0, 9999), 0, help="Keep so many newest points."
+    )
+    retention_hourly = _newest("hourly", "hours")
+    retention_daily = _newest("daily", "days")
+    retention_weekly = _newest("weekly", "ISO weeks")
+    retention_monthly = _newest("monthly", "months")
+    retention_yearly = _newest("yearly", "years")
+    commands_pre = Setting(
+        "commands.pre",
+        listed(kinds.COMMAND),
+        (),
         example="['/usr/local/sbin/before-backup --quiet']",
         help="Programs to run before, one after the other. One that fails ends the run.",
-    ),
-    Setting(
-        path="commands.post", kind=listed(kinds.COMMAND), default=(),
+    )
+    commands_post = Setting(
+        "commands.post",
+        listed(kinds.COMMAND),
+        (),
         example="[/usr/local/sbin/after-backup]",
         help="Programs to run after, whether the run succeeded or not.",
-    ),
-    Setting(
-        path="commands.timeout", kind=kinds.DURATION, default=300.0,
+    )
+    commands_timeout = Setting(
+        "commands.timeout",
+        kinds.DURATION,
+        300.0,
         help="End a program that takes longer; that counts as a failure.",
-    ),
-    Setting(
-        path="notification.events", kind=listed(choice("failure", "warning", "success")),
-        default=("failure", "warning"), help="Ends of a run that are told.",
-    ),
-    Setting(
-        path="notification.mail", kind=listed(kinds.MAIL), default=(), example="[root]",
+    )
+    notification_events = Setting(
+        "notification.events",
+        listed(choice("failure", "warning", "success")),
+        ("failure", "warning"),
+        help="Ends of a run that are told.",
+    )
+    notification_mail = Setting(
+        "notification.mail",
+        listed(kinds.MAIL),
+        (),
+        example="[root]",
         help="Mail addresses to tell, through the host's sendmail.",
-    ),
-    Setting(
-        path="notification.command", kind=optional(kinds.COMMAND, "none"), default=None,
-        example="/usr/local/sbin/tell-the-pager", help="A program to tell.",
-    ),
-)  # fmt: skip
-
-_MONITORING: Final = (
-    Setting(
-        path="monitoring.warning_age", kind=kinds.DURATION, default=36 * 3600.0,
+    )
+    notification_command = Setting(
+        "notification.command",
+        optional(kinds.COMMAND, "none"),
+        None,
+        example="/usr/local/sbin/tell-the-pager",
+        help="A program to tell.",
+    )
+    monitoring_warning_age = Setting(
+        "monitoring.warning_age",
+        kinds.DURATION,
+        36 * 3600.0,
         help="'nbdbackupctl status' warns if the newest point is older.",
-    ),
-    Setting(
-        path="monitoring.critical_age", kind=kinds.DURATION, default=72 * 3600.0,
+    )
+    monitoring_critical_age = Setting(
+        "monitoring.critical_age",
+        kinds.DURATION,
+        72 * 3600.0,
         help="And calls it critical if it is older than this.",
-    ),
-    Setting(
-        path="monitoring.metrics_directory", kind=optional(kinds.PATH, "none"), default=None,
-        example="/var/lib/prometheus/node-exporter", everywhere=False,
+    )
+    monitoring_metrics_directory = Setting(
+        "monitoring.metrics_directory",
+        optional(kinds.PATH, "none"),
+        None,
+        example="/var/lib/prometheus/node-exporter",
+        everywhere=False,
         help="Where each run writes metrics for the textfile collector of Prometheus' node "
         "exporter, a file for each domain. The directory must exist.",
-    ),
-)  # fmt: skip
-
-_LIBVIRT: Final = (
-    Setting(
-        path="libvirt.uri", kind=kinds.URI, default="qemu:///system", everywhere=False,
+    )
+    libvirt_uri = Setting(
+        "libvirt.uri",
+        kinds.URI,
+        "qemu:///system",
+        everywhere=False,
         help="Where libvirt is. It must run on this host, which each run has proven.",
-        option="--connect",
-    ),
-    Setting(
-        path="libvirt.user", kind=optional(kinds.TEXT, "none"), default=None, everywhere=False,
-        example="backup", help="The user name that libvirt may ask for.", option="--user",
-    ),
-    Setting(
-        path="libvirt.password_file", kind=optional(kinds.PATH, "none"), default=None,
-        everywhere=False, example="/etc/nbdbackup/libvirt.secret",
-        help="A file with the password that libvirt may ask for.", option="--password-file",
-    ),
-    Setting(
-        path="libvirt.password_credential", kind=optional(kinds.FILE_NAME, "none"), default=None,
-        everywhere=False, example="libvirt-password",
+        option=Option(
+            "-c, --connect URI", GLOBAL, str, help="libvirt connection (default: qemu:///system)"
+        ),
+    )
+    libvirt_user = Setting(
+        "libvirt.user",
+        optional(kinds.TEXT, "none"),
+        None,
+        everywhere=False,
+        example="backup",
+        help="The user name that libvirt may ask for.",
+        option=Option("--user NAME", GLOBAL, str, help="user name for the libvirt connection"),
+    )
+    libvirt_password_file = Setting(
+        "libvirt.password_file",
+        optional(kinds.PATH, "none"),
+        None,
+        everywhere=False,
+        example="/etc/nbdbackup/libvirt.secret",
+        help="A file with the password that libvirt may ask for.",
+        option=Option(
+            "--password-file FILE",
+            GLOBAL,
+            Path,
+            help="file with the password for the libvirt connection",
+        ),
+    )
+    libvirt_password_credential = Setting(
+        "libvirt.password_credential",
+        optional(kinds.FILE_NAME, "none"),
+        None,
+        everywhere=False,
+        example="libvirt-password",
         help="Instead of a file: the name of a credential that the unit loads, see "
         "LoadCredential= in systemd.exec(5).",
-    ),
-)  # fmt: skip
+    )
 
-SETTINGS: Final = (
-    *_REPOSITORY, *_LEVEL, *_SCHEDULE, *_DISKS, *_GUEST, *_RUN, *_RETENTION, *_AROUND,
-    *_MONITORING, *_LIBVIRT,
-)  # fmt: skip
-"""All settings, in the order of the sample and the manual."""
+    def is_default(self, path: str) -> bool:
+        """Whether nothing says anything of a setting."""
+        return not self.origins[path].file
 
-BY_PATH: Final[Mapping[str, Setting]] = {setting.path: setting for setting in SETTINGS}
+    def get(self, path: str) -> Any:
+        """The value of a setting by its path, such as ``level.rotate``."""
+        return self.values[path]
+
+    def given(self, **values: Any) -> "DomainSettings":
+        """These, but with the values, by attribute, that options or the run itself decide."""
+        paths = {getattr(DomainSettings, name).path: value for name, value in values.items()}
+        return replace(
+            self,
+            values={**self.values, **paths},
+            origins={**self.origins, **dict.fromkeys(paths, GIVEN)},
+        )
 
 
-def groups() -> list[tuple[str, list[Setting]]]:
+BY_PATH: Final[dict[str, Setting[Any]]] = {
+    each.path: each for each in vars(DomainSettings).values() if isinstance(each, Setting)
+}
+"""The table, in its order: all that is made of it is made of this."""
+
+
+def defaults() -> DomainSettings:
+    """What holds where no file says anything."""
+    return DomainSettings(
+        values={path: setting.default for path, setting in BY_PATH.items()},
+        origins=dict.fromkeys(BY_PATH, DEFAULT),
+    )
+
+
+def groups() -> list[tuple[str, list[Setting[Any]]]]:
     """The settings in order, those of a section together; a lone one has an empty section."""
-    found: list[tuple[str, list[Setting]]] = []
-    for setting in SETTINGS:
-        if setting.section and found and found[-1][0] == setting.section:
-            found[-1][1].append(setting)
+    found: list[tuple[str, list[Setting[Any]]]] = []
+    sections: dict[str, list[Setting[Any]]] = {}
+    for setting in BY_PATH.values():
+        if setting.section in sections:
+            sections[setting.section].append(setting)
         else:
             found.append((setting.section, [setting]))
+            if setting.section:
+                sections[setting.section] = found[-1][1]
     return found

@@ -18,6 +18,7 @@ so the oldest ticket is always in flight and the order stage can't starve. The f
 all threads and is raised by ``copy``; so is what the cancel callback raises.
 """
 
+import os
 import queue
 import threading
 import time
@@ -62,6 +63,11 @@ class Sink(Protocol[B]):
 
     def write(self, block: B) -> None:
         """Write it."""
+
+
+def default_workers() -> int:
+    """One thread for each processor, at most 8."""
+    return min(8, os.cpu_count() or 2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -60,7 +60,7 @@ _nbdbackupctl_options() {
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet -l --level -o --output -i --include -x --exclude
         --raw -z --compress --no-compress -t --type --extents --freeze -F --freeze-mountpoint
-        --pause -S --start-paused --scratch-dir --scratch-reserve --checkpoint-dir --threshold
+        --scratch-dir --scratch-reserve -S --start-paused --pause --checkpoint-dir --threshold
         --strict --limit-rate -w --workers --wait --timeout'
         ;;
     run)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd import durable, rundir
+from nbdbackupd.config import schema
 from nbdbackupd.errors import BusyError, SourceError
 from nbdbackupd.model.chain import Level
 from nbdbackupd.ops.backup import abort, backup, estimate
@@ -132,8 +133,11 @@ def save(lab: DaemonLab, connection: Connection, guest: Guest, run_id: str) -> N
         run_id=run_id,
         now=datetime(2026, 1, 1, tzinfo=UTC),
         runtime_dir=lab.directory / "run",
-        scratch_dir=lab.directory / "scratch",
-        scratch_reserve=MIB,
+        settings=schema.defaults().given(
+            scratch_directory=lab.directory / "scratch",
+            scratch_reserve=MIB,
+            checkpoint_directory=lab.directory / "state",
+        ),
         program="test",
         level=Level.AUTO,
     )

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from nbdbackupd.config import analyze, calendar, files, kinds, reading, sample, schema
 from nbdbackupd.config.files import Configuration
+from nbdbackupd.config.setting import Setting
 from nbdbackupd.config.settings import settings_for
 from nbdbackupd.errors import ConfigError
 from nbdbackupd.units import parse_duration, parse_size
@@ -239,7 +241,7 @@ def test_files_that_can_not_be_used(tmp_path: Path) -> None:
 
 
 PIECES = st.sampled_from(
-    [*schema.SECTIONS, *(each.key for each in schema.SETTINGS), "match", "name", "metadata",
+    [*schema.SECTIONS, *(each.key for each in schema.BY_PATH.values()), "match", "name", "metadata",
      ": ", ":\n  ", "\n", "- ", "[", "]", "{", "}", "*a", "&a ", "<<", "!!str ", "|", ">", "'", '"',
      "\t", "#", "?", "~", "yes", "7d", "010", "daily", "/a", "%", "\r", "\x85", "\ufeff", "---"]
 )  # fmt: skip
@@ -261,8 +263,8 @@ def test_no_text_breaks_the_reader(text: str, is_main: bool) -> None:
 # -- kinds
 
 
-@pytest.mark.parametrize("setting", schema.SETTINGS, ids=lambda setting: setting.path)
-def test_every_value_survives_being_shown(setting: schema.Setting, tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", schema.BY_PATH.values(), ids=lambda setting: setting.path)
+def test_every_value_survives_being_shown(setting: Setting[Any], tmp_path: Path) -> None:
     shown = [setting.kind.show(setting.default), *([setting.example] if setting.example else [])]
     for text in shown:
         body = f"{setting.section}:\n  {setting.key}" if setting.section else setting.key
@@ -409,7 +411,7 @@ def test_sample_is_sound_and_says_the_defaults(tmp_path: Path) -> None:
     }
     assert paths == set(schema.BY_PATH)
     got = settings_for("x", "", {}, read(tmp_path, "\n".join(lines)).require_sound())
-    for setting in schema.SETTINGS:
+    for setting in schema.BY_PATH.values():
         assert got.get(setting.path) == setting.default, setting.path
         assert not got.is_default(setting.path)
 

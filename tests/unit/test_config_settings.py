@@ -6,27 +6,26 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import fields, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nbdbackupd.app import context as app_context
-from nbdbackupd.app import making
 from nbdbackupd.app import parser as app_parser
 from nbdbackupd.app.context import Context
+from nbdbackupd.app.verbs.backup import with_options
 from nbdbackupd.config import files, matching, schema, settings
 from nbdbackupd.config.files import Configuration
-from nbdbackupd.config.settings import DomainSettings
+from nbdbackupd.config.schema import DomainSettings
+from nbdbackupd.config.setting import Setting
 from nbdbackupd.errors import ConfigError, DomainError, RepositoryError, UsageError
 from nbdbackupd.model.host import DEFAULT_URI
 from nbdbackupd.model.policy import FreezePolicy, LevelPolicy, Rotate
 from nbdbackupd.ops.backup import prepare
-from nbdbackupd.ops.backup.request import BackupRequest
 from nbdbackupd.ops.domain import configured, mounted
-from nbdbackupd.ops.domain.images import Sharing
+from nbdbackupd.ops.domain.images import ALONE, Sharing
 from nbdbackupd.ops.domain.survey import Wish
 from scripts import gen_config, generated
 from tests.lib.pages import TOP
@@ -67,17 +66,20 @@ def defaults() -> DomainSettings:
 
 
 def test_settings_are_those_of_the_schema() -> None:
-    named = [each.name for each in fields(DomainSettings)]
-    assert named == [*(each.field for each in schema.SETTINGS), "origins", "applied"]
-    assert {each.section for each in schema.SETTINGS} == {*schema.SECTIONS, ""}
-    assert len(schema.BY_PATH) == len(schema.SETTINGS)
+    entries = {
+        name: each for name, each in vars(DomainSettings).items() if isinstance(each, Setting)
+    }
+    assert {name: each.path for name, each in entries.items()} == {
+        each.field: path for path, each in schema.BY_PATH.items()
+    }
+    assert {each.section for each in schema.BY_PATH.values()} == {*schema.SECTIONS, ""}
 
 
 def test_level_policy(tmp_path: Path) -> None:
-    assert settings.level_policy(defaults()) == LevelPolicy()
+    assert prepare.level_policy(defaults()) == LevelPolicy()
     main = "level: {rotate: never, full_every: 2w, max_increments: 30}"
     got = settings.settings_for("vm", "", {}, read(tmp_path / "a", main))
-    assert settings.level_policy(got) == LevelPolicy(
+    assert prepare.level_policy(got) == LevelPolicy(
         rotate=Rotate.NEVER, full_every=14, max_increments=30
     )
 
@@ -97,20 +99,27 @@ def test_options_exist() -> None:
         if isinstance(action, argparse._SubParsersAction):
             known |= {name for each in action.choices["backup"]._actions
                       for name in each.option_strings}  # fmt: skip
-    for setting in schema.SETTINGS:
-        assert not setting.option or setting.option in known, setting.path
+    flags = {
+        flag
+        for setting in schema.BY_PATH.values()
+        for option in setting.options
+        for flag in option.flags
+    }
+    assert len(flags) == 27
+    assert flags <= known
 
 
 def test_defaults_are_those_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     """No file, and a file with the defaults, change nothing of what ``backup`` does."""
     got = defaults()
-    bare = settings.request_fields(got)
     # no option given decides nothing
-    assert making.given(parse(), bare) == {}
+    assert with_options(parse(), got) == got == schema.defaults()
     host = Context.from_args(parse()).host
-    without, with_files = (prepare.request("vm", Path("/x"), host, fields) for fields in ({}, bare))
-    same: dict[str, Any] = {"run_id": "", "now": datetime(2026, 1, 31, tzinfo=UTC)}
-    assert replace(without, **same) == replace(with_files, **same)
+    made = prepare.request("vm", Path("/x"), host, got, ALONE)
+    decided = {path for path, origin in made.settings.origins.items() if origin.file}
+    assert decided <= {"scratch.directory", "checkpoint_directory"}
+    assert made.settings.scratch_directory == host.scratch_dir
+    assert made.settings.checkpoint_directory == host.state_dir
     assert got.libvirt_uri == DEFAULT_URI
     with monkeypatch.context() as patch:
         patch.setattr(os, "geteuid", lambda: 0)
@@ -132,60 +141,69 @@ strict: on
 limits: {workers: 3, wait: 5m, timeout: 10, bandwidth: 64K}
 """
     got = settings.settings_for("vm", "", {}, read(tmp_path / "a", main))
-    found = settings.request_fields(got)
-    assert found == {
-        "include": ("vda", "vdb"),
-        "exclude": ("vdc",),
-        "raw": True,
+    host = Context.from_args(parse()).host
+    sharing = configured.sharing(got)
+    found = prepare.request("vm", Path("/x"), host, got, sharing).settings
+    changed = {path: found.get(path) for path in schema.BY_PATH if not found.is_default(path)}
+    assert changed == {
+        "disks.include": ("vda", "vdb"),
+        "disks.exclude": ("vdc",),
+        "disks.raw": True,
         "compression": 7,
-        "freeze": FreezePolicy.REQUIRE,
-        "mountpoints": ("/", "/var"),
+        "freeze.policy": FreezePolicy.REQUIRE,
+        "freeze.mountpoints": (Path("/"), Path("/var")),
+        "scratch.directory": Path("/s"),
+        "scratch.reserve": 1 << 30,
+        "checkpoint_directory": Path("/c"),
+        "block_devices": "local",
         "start_paused": True,
-        "state_dir": Path("/c"),
-        "scratch_dir": Path("/s"),
-        "scratch_reserve": 1 << 30,
         "threshold": 16 << 20,
         "strict": True,
-        "workers": 3,
-        "wait_seconds": 300.0,
-        "timeout_seconds": 10.0,
-        "limit_rate": 64 << 10,
+        "limits.workers": 3,
+        "limits.wait": 300.0,
+        "limits.timeout": 10.0,
+        "limits.bandwidth": 64 << 10,
     }
-    assert configured.sharing(got) == Sharing(
+    assert sharing == Sharing(
         state_dir=Path("/c"),
         devices="local",
         wish=Wish(include=("vda", "vdb"), exclude=("vdc",)),
     )
-    # what a run is, and what a configuration has no business with
-    others = {"domain", "directory", "run_id", "now", "runtime_dir", "program"}
-    others |= {"sharing", "level", "layout", "by_nbdinfo", "only_off", "ending", "retired"}
-    assert set(found) | others == {each.name for each in fields(BackupRequest)}
     pause = read(tmp_path / "b", "freeze: {policy: pause}")
-    found = settings.request_fields(settings.settings_for("vm", "", {}, pause))
-    assert found["freeze"] is FreezePolicy.PAUSE
-    never = read(tmp_path / "c", "freeze: {mountpoints: /}", x="match: {glob: '*'}\n"
-                 "freeze: {policy: never}")  # fmt: skip
-    assert settings.request_fields(settings.settings_for("vm", "", {}, never))["mountpoints"] == ()
+    assert settings.settings_for("vm", "", {}, pause).freeze_policy is FreezePolicy.PAUSE
+
+
+def test_a_place_that_hosts_share_is_where_the_base_is_noted() -> None:
+    host = replace(Context.from_args(parse()).host, scratch_dir=Path("/h/s"), state_dir=Path("/h"))
+    made = prepare.request("vm", Path("/x"), host, defaults(), Sharing(state_dir=Path("/all")))
+    assert made.settings.checkpoint_directory == Path("/all")
+    assert made.settings.scratch_directory == Path("/h/s")
+    given = with_options(parse("--checkpoint-dir", "c", "--scratch-dir", "s"), defaults())
+    made = prepare.request("vm", Path("/x"), host, given, ALONE)
+    assert made.settings.checkpoint_directory == Path("c").absolute()
+    assert made.settings.scratch_directory == Path("s").absolute()
 
 
 def test_options_win_over_settings(tmp_path: Path) -> None:
     main = "disks: {exclude: vda}\nfreeze: {policy: pause}\ncompression: 5\nthreshold: 9M\n"
-    found = settings.request_fields(settings.settings_for("vm", "", {}, read(tmp_path, main)))
+    found = settings.settings_for("vm", "", {}, read(tmp_path, main))
 
-    def merged(*argv: str) -> dict[str, Any]:
-        return found | making.given(parse(*argv), found)
+    def merged(*argv: str) -> DomainSettings:
+        return with_options(parse(*argv), found)
 
     assert merged() == found
-    assert merged("--no-compress")["compression"] is None
-    assert merged("-z")["compression"] == 2
-    assert merged("--threshold", "0")["threshold"] == 0
+    assert merged("--no-compress").compression is None
+    assert merged("-z").compression == 2
+    assert merged("--threshold", "0").threshold == 0
     chosen = merged("-i", "vda")
-    assert (chosen["include"], chosen["exclude"]) == (("vda",), ())
+    assert (chosen.disks_include, chosen.disks_exclude) == (("vda",), ())
     frozen = merged("--freeze", "require")
-    assert frozen["freeze"] is FreezePolicy.REQUIRE
+    assert frozen.freeze_policy is FreezePolicy.REQUIRE
     some = merged("-F", "/var")
-    assert (some["freeze"], some["mountpoints"]) == (FreezePolicy.AUTO, ("/var",))
-    assert merged("-t", "raw", "-l", "copy")["compression"] is None
+    assert (some.freeze_policy, some.freeze_mountpoints) == (FreezePolicy.AUTO, (Path("/var"),))
+    assert merged("-t", "raw", "-l", "copy").compression is None
+    assert merged("--pause").freeze_policy is FreezePolicy.PAUSE
+    assert merged("--freeze", "never", "--pause").freeze_policy is FreezePolicy.PAUSE
     for wrong in (("-t", "raw"), ("-t", "raw", "-l", "copy", "-z"), ("--pause", "-F", "/")):
         with pytest.raises(UsageError):
             merged(*wrong)
@@ -477,7 +495,7 @@ def test_manual_renders_every_setting() -> None:
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     shown = " ".join(done.stdout.replace("\b", "").split())
-    for setting in schema.SETTINGS:
+    for setting in schema.BY_PATH.values():
         assert f"{setting.path} (" in shown, setting.path
     # no mark-up is left over
     assert "*nbd" not in shown

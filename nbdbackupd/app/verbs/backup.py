@@ -1,28 +1,19 @@
 """``nbdbackupctl backup``."""
 
-import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nbdbackupd import log as runlog
-from nbdbackupd.app import making, signals
-from nbdbackupd.app.arguments import (
-    Arguments,
-    add_checkpoint_dir,
-    directory,
-    lz4_level,
-    names,
-    positive,
-    rate,
-    seconds,
-    size,
-)
+from nbdbackupd.app import signals
+from nbdbackupd.app.arguments import Arguments, add_settings, directory, given
 from nbdbackupd.app.context import Context
-from nbdbackupd.app.making import UNSET
 from nbdbackupd.app.verbs import Registry
+from nbdbackupd.config import schema
+from nbdbackupd.config.schema import DomainSettings
+from nbdbackupd.errors import UsageError
+from nbdbackupd.model.policy import FreezePolicy
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.units import human_size, human_time
 
@@ -53,110 +44,28 @@ def register(verbs: Registry) -> None:
         "-o", "--output", metavar="DIR", type=directory,
         help="directory of the set (default: as the configuration says)",
     )  # fmt: skip
-    _disk_options(parser)
-    _guest_options(parser)
-    _run_options(parser)
-    parser.set_defaults(run=run)
-
-
-def _disk_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("disks")
-    group.add_argument(
-        "-i", "--include", metavar="DISKS", type=names, default=UNSET,
-        help="only these disks (vda,vdb)",
-    )  # fmt: skip
-    group.add_argument(
-        "-x", "--exclude", metavar="DISKS", type=names, default=UNSET, help="not these disks"
-    )
-    group.add_argument(
-        "--raw",
-        action="store_true",
-        default=UNSET,
-        help="save raw disks, too: in full at each point",
-    )
-    compress = group.add_mutually_exclusive_group()
-    compress.add_argument(
-        "-z", "--compress", metavar="LEVEL", nargs="?", type=lz4_level, const=2, default=UNSET,
-        help="compress with lz4, level 1 to 16 (without one: 2; then give DOMAIN before it)",
-    )  # fmt: skip
-    compress.add_argument(
-        "--no-compress", action="store_const", dest="compress", const=None,
-        default=UNSET,
-        help="store blocks as they are (default)",
-    )  # fmt: skip
-    group.add_argument(
-        "-t", "--type", choices=("stream", "raw"), default="stream",
+    disks = parser.add_argument_group("disks")
+    add_settings(disks, "disks")
+    disks.add_argument(
+        "-t",
+        "--type",
+        choices=("stream", "raw"),
+        default="stream",
         help="stream (default), or raw: one full raw image for each disk, level copy only",
-    )  # fmt: skip
-    group.add_argument(
-        "--extents", choices=("own", "nbdinfo"), default="own",
+    )
+    disks.add_argument(
+        "--extents",
+        choices=("own", "nbdinfo"),
+        default="own",
         help="who asks for extents: we (default) or the nbdinfo tool, to cross-check",
-    )  # fmt: skip
-
-
-def _guest_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("guest")
-    group.add_argument(
-        "--freeze", choices=("auto", "require", "never"), default=UNSET,
-        help="freeze the guest's file systems at the instant of the point: if the agent answers "
-        "(auto, default), or fail (require), or not at all (never)",
-    )  # fmt: skip
-    group.add_argument(
-        "-F", "--freeze-mountpoint", metavar="DIRS", type=names, default=UNSET,
-        help="freeze only these mount points of the guest (/mnt,/var)",
-    )  # fmt: skip
-    group.add_argument(
-        "--pause",
-        action="store_true",
-        default=UNSET,
-        help="pause the domain at the instant instead of freezing",
     )
-    group.add_argument(
-        "-S", "--start-paused", action="store_true", default=UNSET,
-        help="start a domain that is off, paused, and end it after the run unless somebody has "
-        "resumed it (default: read its images)",
-    )  # fmt: skip
-    group.add_argument(
-        "--scratch-dir", metavar="DIR", type=Path,
-        help="where QEMU keeps blocks that the guest overwrites during the run; local and fast "
-        "(default: /var/lib/nbdbackup/scratch)",
-    )  # fmt: skip
-    group.add_argument(
-        "--scratch-reserve", metavar="SIZE", type=size, default=UNSET,
-        help="space that must stay free there; the run needs twice as much to begin and ends "
-        "before less is left (default: 512M)",
-    )  # fmt: skip
-
-
-def _run_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("run")
-    add_checkpoint_dir(group)
-    group.add_argument(
-        "--threshold", metavar="SIZE", type=size, default=UNSET,
-        help="do nothing, successfully, if less than this would be saved by an increment",
-    )  # fmt: skip
-    group.add_argument(
-        "--strict",
-        action="store_true",
-        default=UNSET,
-        help="fail, and keep nothing, instead of warning",
+    guest = parser.add_argument_group("guest")
+    add_settings(guest, "guest")
+    guest.add_argument(
+        "--pause", action="store_true", help="pause the domain at the instant instead of freezing"
     )
-    group.add_argument(
-        "--limit-rate", metavar="SIZE", type=rate, default=UNSET,
-        help="read no more than this per second of all disks together (64K or more)",
-    )  # fmt: skip
-    group.add_argument(
-        "-w", "--workers", metavar="N", type=positive, default=UNSET,
-        help="threads that hash and compress (default: one for each processor, at most 8)",
-    )  # fmt: skip
-    group.add_argument(
-        "--wait", metavar="SECONDS", type=seconds, default=UNSET,
-        help="wait so long for the lock of the set or domain (default: 0, exit 75 at once)",
-    )  # fmt: skip
-    group.add_argument(
-        "--timeout", metavar="SECONDS", type=seconds, default=UNSET,
-        help="give up after so long without an answer from QEMU (default: 60)",
-    )  # fmt: skip
+    add_settings(parser.add_argument_group("run"), "run")
+    parser.set_defaults(run=run)
 
 
 def run(args: Arguments, context: Context) -> int:
@@ -215,37 +124,50 @@ def _request(
 ) -> "BackupRequest":
     from nbdbackupd.model.chain import Layout, Level
     from nbdbackupd.ops.backup import prepare
+    from nbdbackupd.ops.domain import domains
 
-    level = Level(args.level)
-    settings: dict[str, Any] = {}
-    name, directory = args.domain, args.output
-    if configuration is not None:
-        from nbdbackupd.config.settings import request_fields
-        from nbdbackupd.ops.domain import domains
+    level, host = Level(args.level), context.host
+    if configuration is None:
+        name, directory, settings = args.domain, args.output, schema.defaults()
+    else:
+        domain = domains.find(connection, args.domain, host.runtime_dir)
+        settings = configured.settings_of_domain(domain, configuration)
+        name, directory = domain.uuid, prepare.plan(domain, settings, host.now(), level).set
+    is_told = configuration is None or host.is_state_given
+    return prepare.request(
+        name,
+        directory,
+        host,
+        with_options(args, settings),
+        configured.sharing_of(name, host) if is_told else configured.sharing(settings),
+        level=level,
+        layout=Layout(args.type),
+        by_nbdinfo=args.extents == "nbdinfo",
+    )
 
-        domain = domains.find(connection, args.domain, context.host.runtime_dir)
-        found = configured.settings_of_domain(domain, configuration)
-        settings = request_fields(found) | {"sharing": configured.sharing(found)}
-        planned = prepare.plan(domain, found, context.host.now(), level)
-        name, directory = domain.uuid, planned.set
-    fields = {
-        "level": level,
-        "layout": Layout(args.type),
-        "by_nbdinfo": args.extents == "nbdinfo",
-        **settings,
-        **making.given(args, settings),
-    }
-    if configuration is None or context.host.is_state_given:
-        fields["sharing"] = configured.sharing_of(name, context.host)
-    # the context has them where they are given
-    for option, field in (("scratch_dir", "scratch_dir"), ("checkpoint_dir", "state_dir")):
-        if getattr(args, option) is not None:
-            fields.pop(field, None)
-    shared = fields["sharing"].state_dir
-    if shared is not None:
-        # the base is noted where all hosts look for it
-        fields["state_dir"] = shared
-    return prepare.request(name, directory, context.host, fields)
+
+def with_options(args: Arguments, settings: DomainSettings) -> DomainSettings:
+    """The settings with what options say instead. Raises UsageError if these contradict."""
+    found = given(args)
+    if "disks_include" in found or "disks_exclude" in found:
+        # the two belong together: a disk of one list may be in the setting of the other
+        found = {"disks_include": (), "disks_exclude": (), **found}
+    if args.type == "raw":
+        if args.level != "copy" or found.get("compression") is not None:
+            raise UsageError("--type raw needs '-l copy' and goes without --compress")
+        found["compression"] = None
+    policy, is_some = found.get("freeze_policy"), "freeze_mountpoints" in found
+    before = settings.freeze_policy
+    if args.pause:
+        if policy is FreezePolicy.REQUIRE or is_some:
+            raise UsageError("--pause and freezing exclude one another")
+        found["freeze_policy"] = FreezePolicy.PAUSE
+    elif policy is None and is_some and before is not FreezePolicy.REQUIRE:
+        found["freeze_policy"] = FreezePolicy.AUTO
+    elif policy is not None and before in (FreezePolicy.NEVER, FreezePolicy.PAUSE):
+        # what is not frozen has no mount points of its own
+        found.setdefault("freeze_mountpoints", ())
+    return settings.given(**found)
 
 
 def render(report: "BackupReport") -> str:

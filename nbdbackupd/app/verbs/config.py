@@ -14,8 +14,7 @@ from nbdbackupd.config import address, analyze, inventory, sample, schema
 from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.reading import Problem
 from nbdbackupd.config.remarks import Known
-from nbdbackupd.config.schema import SETTINGS
-from nbdbackupd.config.settings import DomainSettings
+from nbdbackupd.config.schema import BY_PATH, DomainSettings
 from nbdbackupd.errors import ConfigError, DomainNotFoundError, NbdbackupError, UsageError
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.ops.notify import notification
@@ -162,19 +161,15 @@ def _document(settings: DomainSettings, name: str, uuid: str) -> dict[str, Any]:
                 "file": settings.origins[setting.path].file,
                 "line": settings.origins[setting.path].line,
             }
-            for setting in SETTINGS
+            for setting in BY_PATH.values()
         ],
     }
 
 
 def _render(settings: DomainSettings, name: str) -> str:
     rows = [
-        (
-            each.path,
-            each.kind.show(settings.get(each.path)),
-            str(settings.origins[each.path]),
-        )
-        for each in SETTINGS
+        (each.path, each.kind.show(settings.get(each.path)), str(settings.origins[each.path]))
+        for each in BY_PATH.values()
     ]
     first = max(len(row[0]) for row in rows)
     # a long list must not push the origins of all others out of sight

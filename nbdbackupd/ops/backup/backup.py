@@ -67,7 +67,7 @@ def run(
         stack.enter_context(runlog.context(DOMAIN=domain.name, UUID=domain.uuid))
         directory = rundir.make_domain_dir(request.runtime_dir, domain.uuid)
         who = f"{locks.BACKUP}{domain.name}, run {request.run_id}"
-        wait = _wait(request.wait_seconds, cancelled)
+        wait = _wait(request.settings.limits_wait, cancelled)
         stack.enter_context(durable.Lock(directory / rundir.LOCK, owner=who, wait=wait))
         repository = Repository.open(request.directory)
         repository.check_can_begin()
@@ -75,9 +75,11 @@ def run(
         stack.enter_context(runlog.run_log(repository.log_path(request.run_id)))
         stack.enter_context(ending.told())
         events.emit(log, events.BACKUP_STARTED, level=request.level)
-        dead = leftovers.sweep(domain, repository, request.runtime_dir, request.scratch_dir)
+        dead = leftovers.sweep(
+            domain, repository, request.runtime_dir, request.settings.scratch_directory
+        )
         with (
-            started_paused(domain, directory, wanted=request.start_paused) as started,
+            started_paused(domain, directory, wanted=request.settings.start_paused) as started,
             _images(request, domain, cancelled) as lease,
         ):
             report = _run_locked(
@@ -99,7 +101,7 @@ def _find(request: BackupRequest, connection: Connection) -> Domain:
             f"domain {domain.name} is being migrated: try again when that has ended",
             domain=domain.name,
         )
-    if request.start_paused and not domain.is_active():
+    if request.settings.start_paused and not domain.is_active():
         prove_start(domain, request.sharing)
     return domain
 
@@ -112,7 +114,10 @@ def _images(
 
 
 def _wish(request: BackupRequest) -> Wish:
-    return Wish(include=request.include, exclude=request.exclude, raw=request.raw)
+    settings = request.settings
+    return Wish(
+        include=settings.disks_include, exclude=settings.disks_exclude, raw=settings.disks_raw
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,11 +144,11 @@ def _run_locked(run: _Run) -> BackupReport:
     if request.only_off and run.lease is None:
         return BackupReport(point=None, skipped="the domain runs")
     erase = reconcile.eraser(run.lease) if run.lease is not None else None
-    state = State(request.state_dir) if request.state_dir is not None else None
+    state = State(request.settings.checkpoint_directory)
     known = repository.load()
     _check_binding(domain, known)
     looked = look(domain)
-    records = state.records(domain.uuid) if state is not None else ()
+    records = state.records(domain.uuid)
     chain = reconcile.of_set(repository, known, records)
     dead = run.dead
     left = reconcile.prepare(domain, chain, looked, dead, erase=erase, cancelled=run.cancelled)
@@ -175,8 +180,7 @@ def _run_locked(run: _Run) -> BackupReport:
     )  # fmt: skip
     if run.lease is not None:
         note_saved(domain, request.sharing, point.id)
-    if state is not None:
-        written.note(state.directory, point)
+    written.note(state.directory, point)
     reconcile.advance(domain, repository, point, parent, looked, state=state, erase=erase)
     encrypted = [each.target for each in point.disks if each.target in looked.encrypted]
     notes = [ENCRYPTED.format(disk=target) for target in encrypted]
@@ -245,8 +249,8 @@ def _others(
 
 def _below_threshold(run: _Run, survey: Survey, parent: RestorePoint | None) -> str:
     """Why the run can be left out, or nothing: then it must go on."""
-    request = run.request
-    if request.threshold is None or parent is None:
+    threshold = run.request.settings.threshold
+    if threshold is None or parent is None:
         return ""
     if any(not plan.delta for plan in survey.plans):
         return ""
@@ -255,15 +259,15 @@ def _below_threshold(run: _Run, survey: Survey, parent: RestorePoint | None) -> 
     try:
         sizes = changed_bytes(
             run.domain, run.repository, parent, survey,
-            held=run.lease, runtime_dir=request.runtime_dir, cancelled=run.cancelled,
+            held=run.lease, runtime_dir=run.request.runtime_dir, cancelled=run.cancelled,
         )  # fmt: skip
     except CheckpointError:
         return ""
     if any(plan.target not in sizes for plan in survey.plans):
         return ""
     amount = sum(sizes[plan.target] for plan in survey.plans)
-    if amount >= request.threshold:
+    if amount >= threshold:
         return ""
     if not amount:
         return "nothing has changed since the newest point"
-    return f"{amount} bytes changed, less than the threshold of {request.threshold}"
+    return f"{amount} bytes changed, less than the threshold of {threshold}"

@@ -1,20 +1,18 @@
 """Where the next backup of a domain goes, and the request for it."""
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from nbdbackupd import __version__
-from nbdbackupd.config import settings as config_settings
-from nbdbackupd.config.settings import DomainSettings
+from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.host import Host, new_run_id
-from nbdbackupd.model.policy import NextRun
+from nbdbackupd.model.policy import LevelPolicy, NextRun
 from nbdbackupd.ops.backup.request import BackupRequest
 from nbdbackupd.ops.domain import mounted
+from nbdbackupd.ops.domain.images import Sharing
 from nbdbackupd.ops.sets import homes, sets
 from nbdbackupd.virt.domain import Domain
 
@@ -46,20 +44,37 @@ def plan(domain: Domain, settings: DomainSettings, now: datetime, wanted: Level)
     """
     mounted.check(settings)
     directory = homes.home_of(settings.repository_path, domain.name, domain.uuid)
-    chosen = sets.next_run(
-        directory, domain.uuid, config_settings.level_policy(settings), now, wanted
-    )
+    chosen = sets.next_run(directory, domain.uuid, level_policy(settings), now, wanted)
     return Planned(settings=settings, directory=directory, next=chosen)
 
 
-def request(domain: str, directory: Path, host: Host, fields: Mapping[str, Any]) -> BackupRequest:
-    """A request of now; ``fields`` may overrule what comes from the host."""
+def level_policy(settings: DomainSettings) -> LevelPolicy:
+    """When a new set begins."""
+    return LevelPolicy(
+        rotate=settings.level_rotate,
+        full_every=settings.level_full_every,
+        max_increments=settings.level_max_increments,
+    )
+
+
+def request(
+    domain: str,
+    directory: Path,
+    host: Host,
+    settings: DomainSettings,
+    sharing: Sharing,
+    **more: Any,
+) -> BackupRequest:
+    """A request of now. The host decides what no file and no option says; ``more`` are fields."""
     moment = host.now()
-    common: dict[str, Any] = {
-        "scratch_dir": host.scratch_dir,
-        "state_dir": host.state_dir,
-        "workers": default_workers(),
-    }
+    decided: dict[str, Any] = {}
+    if settings.is_default("scratch.directory"):
+        decided["scratch_directory"] = host.scratch_dir
+    if sharing.state_dir is not None:
+        # the base is noted where all hosts look for it
+        decided["checkpoint_directory"] = sharing.state_dir
+    elif settings.is_default("checkpoint_directory"):
+        decided["checkpoint_directory"] = host.state_dir
     return BackupRequest(
         domain=domain,
         directory=directory.absolute(),
@@ -67,14 +82,7 @@ def request(domain: str, directory: Path, host: Host, fields: Mapping[str, Any])
         program=f"nbdbackupd {__version__}",
         run_id=new_run_id(moment),
         now=moment,
-        **{**common, **{name: _absolute(value) for name, value in fields.items()}},
+        settings=settings.given(**decided),
+        sharing=sharing,
+        **more,
     )
-
-
-def default_workers() -> int:
-    """One thread for each processor, at most 8."""
-    return min(8, os.cpu_count() or 2)
-
-
-def _absolute(value: Any) -> Any:
-    return value.absolute() if isinstance(value, Path) else value

@@ -129,7 +129,7 @@ def _patience(job: Job, notes: _Notes) -> Patience:
             raise notes.trouble
         job.cancelled()
 
-    return Patience(job.request.timeout_seconds, cancelled)
+    return Patience(job.request.settings.limits_timeout, cancelled)
 
 
 def _lost(job: Job) -> list[str]:
@@ -158,8 +158,8 @@ def _reasons(job: Job, snapshot: Snapshot, notes: _Notes) -> dict[str, str]:
     reasons = {plan.target: plan.reason for plan in job.survey.plans if plan.reason}
     reasons |= snapshot.demoted
     notes.expected = {plan.target for plan in job.survey.plans if plan.is_expected}
-    if job.parent is not None and job.request.state_dir is not None:
-        state = State(job.request.state_dir)
+    if job.parent is not None:
+        state = State(job.request.settings.checkpoint_directory)
         moment = state.released(job.domain.uuid, job.parent.checkpoint)
         for target in reasons.keys() - notes.expected if moment else ():
             reasons[target] += f"; 'checkpoints --release' let go of it at {local_time(moment)}"
@@ -190,7 +190,7 @@ def _tell_demotions(
 
 def _check_strict(job: Job, notes: _Notes) -> None:
     warnings = (*notes.warnings, *runlog.warned())
-    if job.request.strict and warnings:
+    if job.request.settings.strict and warnings:
         raise DomainError(f"stopped, since warnings are errors (strict): {warnings[0]}")
 
 
@@ -225,17 +225,18 @@ def _copy_disks(
     notes: _Notes,
 ) -> list[DiskPoint]:
     """One disk after the other: the pipeline keeps all processors busy with one."""
-    request = job.request
-    tuning = copy.Tuning(workers=request.workers)
+    request, settings = job.request, job.request.settings
+    tuning = copy.Tuning(workers=settings.limits_workers or copy.default_workers())
+    rate = settings.limits_bandwidth
     transfer = Transfer(
         tuning=tuning,
         arena=tuning.arena(),
         patience=_patience(job, notes),
-        level=request.compression,
+        level=settings.compression,
         layout=request.layout,
         by_nbdinfo=request.by_nbdinfo,
         progress=job.progress,
-        throttle=Throttle(request.limit_rate) if request.limit_rate is not None else None,
+        throttle=Throttle(rate) if rate is not None else None,
     )
     disks = []
     for target, export in snapshot.exports.items():
@@ -261,7 +262,7 @@ def _meta(job: Job, export: Export) -> StreamMeta:
         disk_name=export.target,
         disk_format=definition.format,
         checkpoint=job.checkpoint,
-        compressed=job.request.compression or 0,
+        compressed=job.request.settings.compression or 0,
         parent_checkpoint=job.parent.checkpoint if job.parent is not None else "",
         incremental=bool(export.bitmap),
         extra=(("point", job.point_id), ("program", job.request.program)),
@@ -289,7 +290,7 @@ def _disk_point(job: Job, export: Export, index: Path, copied: Copied, *, reason
         ),
         data_bytes=written.data_bytes,
         zero_bytes=written.zero_bytes,
-        compressed=job.request.compression is not None,
+        compressed=job.request.settings.compression is not None,
         layout=job.request.layout,
         reason=reason,
         serial=state.serial,

@@ -6,8 +6,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.model.chain import Layout, Level, RestorePoint
-from nbdbackupd.model.policy import FreezePolicy
 from nbdbackupd.ops.domain.images import ALONE, Sharing
 from nbdbackupd.ops.sets import catalog
 from nbdbackupd.virt.domain import Ending
@@ -15,12 +15,12 @@ from nbdbackupd.virt.domain import Ending
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackupRequest:
-    """What to save, where to and how. Sizes in bytes, times in seconds; ``now`` is UTC.
+    """What to save, where to and how; ``now`` is UTC.
 
-    Without a ``state_dir`` nothing is noted of the chain beside its set. ``limit_rate`` is in
-    bytes per second, read of all disks together. ``only_off``: save nothing if the domain runs.
-    ``ending``: how its guest ended before the host was booted, if that is known. ``retired``: the
-    caller removes the checkpoints of the other sets in that directory.
+    ``settings`` are those of the configuration, or the defaults, with what options and the host
+    have decided. ``sharing`` is what is known of other hosts. ``only_off``: save nothing if the
+    domain runs. ``ending``: how its guest ended before the host was booted, if that is known.
+    ``retired``: the caller removes the checkpoints of the other sets in that directory.
     """
 
     domain: str
@@ -28,30 +28,15 @@ class BackupRequest:
     run_id: str
     now: datetime
     runtime_dir: Path
-    scratch_dir: Path
     program: str
-    state_dir: Path | None = None
+    settings: DomainSettings
     sharing: Sharing = ALONE
-    scratch_reserve: int = 512 << 20
     level: Level = Level.AUTO
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    raw: bool = False
-    compression: int | None = None
     layout: Layout = Layout.STREAM
     by_nbdinfo: bool = False
-    freeze: FreezePolicy = FreezePolicy.AUTO
-    mountpoints: tuple[str, ...] = ()
-    start_paused: bool = False
-    workers: int = 2
-    threshold: int | None = None
-    strict: bool = False
-    limit_rate: int | None = None
     only_off: bool = False
     ending: Ending = Ending.UNKNOWN
     retired: Path | None = None
-    wait_seconds: float = 0.0
-    timeout_seconds: float = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

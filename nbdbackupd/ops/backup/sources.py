@@ -114,9 +114,8 @@ def _offline_disks(survey: Survey) -> tuple[OfflineDisk, ...]:
 def _running_request(
     job: Job, on_trouble: Callable[[NbdbackupError], None]
 ) -> running.RunningRequest:
-    request = job.request
-    state = State(request.state_dir) if request.state_dir is not None else None
-    memory = state.freeze_memory(job.domain.uuid) if state is not None else None
+    request, settings = job.request, job.request.settings
+    memory = State(settings.checkpoint_directory).freeze_memory(job.domain.uuid)
     current = domains.instance_of(job.domain)
     return running.RunningRequest(
         domain=job.domain,
@@ -126,19 +125,19 @@ def _running_request(
         ),
         run_id=request.run_id,
         runtime_dir=rundir.socket_dir(request.runtime_dir, job.domain.uuid),
-        scratch_dir=request.scratch_dir,
-        scratch_reserve=request.scratch_reserve,
+        scratch_dir=settings.scratch_directory,
+        scratch_reserve=settings.scratch_reserve,
         on_trouble=on_trouble,
         base_checkpoint=job.parent.checkpoint if job.parent is not None else "",
         base_xml=foreign.stored_xml(job.repository, job.parent),
         new_checkpoint=job.checkpoint,
-        freeze=request.freeze,
+        freeze=settings.freeze_policy,
         was_frozen=any(point.consistency is Consistency.FILESYSTEM for point in job.known.points),
         freeze_obstacle=memory.obstacle(request.now, current) if memory is not None else "",
         on_freeze=lambda is_unanswered: _remember(
             job, memory, is_unanswered=is_unanswered, current=current
         ),
-        freeze_mountpoints=request.mountpoints,
+        freeze_mountpoints=tuple(map(str, settings.freeze_mountpoints)),
         at_rest=job.at_rest,
     )
 
@@ -146,9 +145,9 @@ def _running_request(
 def _remember(job: Job, known: FreezeMemory | None, *, is_unanswered: bool, current: str) -> None:
     """Note how the agent has answered a freeze; to be told again is better than no backup."""
     memory = after(known, job.request.now, is_unanswered=is_unanswered, instance=current)
-    if job.request.state_dir is None or memory == known:
+    if memory == known:
         return
     try:
-        State(job.request.state_dir).remember_freeze(job.domain.uuid, memory)
+        State(job.request.settings.checkpoint_directory).remember_freeze(job.domain.uuid, memory)
     except RepositoryError as err:
         log.info("domain %s: its freeze is not remembered: %s", job.domain.name, err)

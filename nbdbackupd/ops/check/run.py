@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd.config.settings import DomainSettings
+from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.errors import ConfigError, NbdbackupError, ProcessError
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.finding import Area, Finding, Notes

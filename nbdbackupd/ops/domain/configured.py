@@ -11,7 +11,7 @@ from nbdbackupd.model.host import DEFAULT_URI, Host
 
 if TYPE_CHECKING:
     from nbdbackupd.config.files import Configuration
-    from nbdbackupd.config.settings import DomainSettings
+    from nbdbackupd.config.schema import DomainSettings
     from nbdbackupd.ops.domain.images import Sharing
     from nbdbackupd.virt.domain import Domain
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from nbdbackupd import events
-from nbdbackupd.config.settings import DomainSettings
+from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.errors import RepositoryError
 
 log = logging.getLogger(__name__)

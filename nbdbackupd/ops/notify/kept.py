@@ -16,7 +16,7 @@ from nbdbackupd.errors import NbdbackupError
 from nbdbackupd.repo import layout
 
 if TYPE_CHECKING:
-    from nbdbackupd.config.settings import DomainSettings
+    from nbdbackupd.config.schema import DomainSettings
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from nbdbackupd import events, plain
 from nbdbackupd import log as runlog
 from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.matching import is_uuid
-from nbdbackupd.config.settings import DomainSettings, global_settings, request_fields, settings_for
+from nbdbackupd.config.schema import DomainSettings
+from nbdbackupd.config.settings import global_settings, settings_for
 from nbdbackupd.errors import (
     BusyError,
     DomainNotFoundError,
@@ -415,9 +416,7 @@ class _Run:
         planned = self.plan()
         self.watch.doing(f"saving into {planned.set}: {planned.next.reason}")
         log.info("set %s, level %s: %s", planned.set, planned.next.level, planned.next.reason)
-        request = prepare.request(
-            self.domain.uuid, planned.set, self.host, self._fields(planned.directory)
-        )
+        request = self._request(planned)
         try:
             made = backup.run(
                 request, self.connection,
@@ -435,23 +434,27 @@ class _Run:
             problems=problems, backup=made,
         )  # fmt: skip
 
-    def _fields(self, directory: Path) -> dict[str, Any]:
-        # level auto: should another run have begun the set meanwhile, this one goes on with it
-        fields = request_fields(self.settings) | {
-            "retired": directory,
-            "sharing": configured.sharing(self.settings),
-        }
+    def _request(self, planned: Planned) -> BackupRequest:
+        """Level auto: should another run have begun the set meanwhile, this one goes on with it."""
+        settings, more = self.settings, {}
         if self.wish.shutdown:
-            fields |= {
-                "only_off": True,
-                "ending": self._put_off(),
+            settings = settings.given(
                 # nothing changed since the last point: that one is already of this state
-                "threshold": max(1, self.settings.threshold or 0),
-                "wait_seconds": max(AFTER_END_SECONDS, self.settings.limits_wait),
-            }
+                threshold=max(1, settings.threshold or 0),
+                limits_wait=max(AFTER_END_SECONDS, settings.limits_wait),
+            )
+            more = {"only_off": True, "ending": self._put_off()}
         if self.wish.wait is not None:
-            fields["wait_seconds"] = self.wish.wait
-        return fields
+            settings = settings.given(limits_wait=self.wish.wait)
+        return prepare.request(
+            self.domain.uuid,
+            planned.set,
+            self.host,
+            settings,
+            configured.sharing(self.settings),
+            retired=planned.directory,
+            **more,
+        )
 
     def _put_off(self) -> Ending:
         """How the guest ended, if that was before the host's last boot."""
@@ -459,14 +462,12 @@ class _Run:
         return kept.put_off(directory / unitname.escape(self.domain.name))
 
     def _retire(self, planned: Planned, request: BackupRequest, chain: str) -> tuple[str, ...]:
-        if request.state_dir is None:
-            return ()
         order = retire.RetireRequest(
             uuid=self.domain.uuid,
             directory=planned.directory,
             chain=chain,
             runtime_dir=request.runtime_dir,
-            state_dir=request.state_dir,
+            state_dir=request.settings.checkpoint_directory,
             run_id=request.run_id,
             has_begun=planned.next.is_new,
             sharing=request.sharing,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from nbdbackupd import rundir
 from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.matching import is_uuid
-from nbdbackupd.config.settings import DomainSettings, global_settings, needs_libvirt, settings_for
+from nbdbackupd.config.schema import DomainSettings
+from nbdbackupd.config.settings import global_settings, needs_libvirt, settings_for
 from nbdbackupd.errors import (
     DomainError,
     DomainNotFoundError,

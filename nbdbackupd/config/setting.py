@@ -1,0 +1,150 @@
+"""What an entry of the table of settings is, and what is made of it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Final, Generic, Protocol, TypeVar, overload
+
+from nbdbackupd.config.kinds import Kind
+
+T = TypeVar("T")
+
+GLOBAL: Final = "global options"
+"""The group of options that all verbs have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An option of the command line for a setting: of ``backup``, or of all verbs.
+
+    ``usage`` is what a manual shows: ``-z, --compress [LEVEL]``, ``--freeze auto|never``.
+    ``group`` is its heading in the help, and ``help`` what stands there if the setting's own does
+    not fit. ``read`` makes the value of its argument, or raises ValueError; as in the files if it
+    is None. ``value`` is what the option means without an argument. ``other`` is one for the same
+    setting, which excludes it.
+    """
+
+    usage: str
+    group: str
+    read: Callable[[str], Any] | None = None
+    _: KW_ONLY
+    value: Any = None
+    help: str = ""
+    other: "Option | None" = None
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Its spellings, the long one last."""
+        return tuple(word for word in self.usage.replace(",", " ").split() if word[0] == "-")
+
+    @property
+    def name(self) -> str:
+        """What the parsed arguments call it."""
+        return self.flags[-1].lstrip("-").replace("-", "_")
+
+    @property
+    def argument(self) -> str:
+        """What the usage calls its argument; empty if it takes none."""
+        return self.usage.partition(self.flags[-1])[2].strip(" []")
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """All arguments that there are, if they are few."""
+        return tuple(self.argument.split("|")) if "|" in self.argument else ()
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether its argument may be left out."""
+        return self.usage.endswith("]")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a value comes from; a default has no ``file``, an option no ``line``."""
+
+    file: str = ""
+    line: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file or "default"
+
+
+DEFAULT: Final = Origin()
+GIVEN: Final = Origin("command line")
+
+
+class Valued(Protocol):
+    """Holds a value for each setting, by path."""
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """The values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting(Generic[T]):
+    """One setting; as an attribute of what is ``Valued``, its value there.
+
+    ``path`` is its name in the files; the attribute has the same with ``_`` for the dot.
+    ``example`` is a value, as YAML, for a setting whose default is empty. ``everywhere``: may also
+    stand in a file for some domains; else in the main file only.
+    """
+
+    path: str
+    kind: Kind[T]
+    default: T
+    _: KW_ONLY
+    help: str
+    example: str = ""
+    option: Option | None = None
+    everywhere: bool = True
+
+    @overload
+    def __get__(self, holder: None, owner: type) -> "Setting[T]": ...
+
+    @overload
+    def __get__(self, holder: Valued, owner: type) -> T: ...
+
+    def __get__(self, holder: Valued | None, owner: type) -> "Setting[T] | T":
+        return self if holder is None else holder.values[self.path]
+
+    @property
+    def section(self) -> str:
+        """The first part of the path, or empty for a setting that stands alone."""
+        return self.path.rpartition(".")[0]
+
+    @property
+    def key(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition(".")[2]
+
+    @property
+    def field(self) -> str:
+        """The name of the attribute that has its value."""
+        return self.path.replace(".", "_")
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """Its options on the command line."""
+        return tuple(filter(None, (self.option, self.option.other))) if self.option else ()
+
+    def help_of(self, option: Option) -> str:
+        """What the command line says of an option for it."""
+        return option.help or f"{self.help[:1].lower()}{self.help[1:].removesuffix('.')}"
+
+    def read(self, option: Option, text: str) -> T:
+        """The value that an argument of an option means. Raises ValueError."""
+        if option.read is not None:
+            found: T = option.read(text)
+        elif self.kind.many:
+            found = tuple(map(self.kind.parse, names(text)))  # type: ignore[assignment]
+        else:
+            found = self.kind.parse(text)
+        return found
+
+
+def names(text: str) -> tuple[str, ...]:
+    """``vda,vdb`` as names. Raises ValueError."""
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not found:
+        raise ValueError("expected names with commas between them")
+    return found
