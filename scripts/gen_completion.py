@@ -112,12 +112,14 @@ class Option:
     """One option of a parser: its spellings, and what its value is.
 
     ``metavar`` is empty for an option without a value; an ``optional`` value may be left out.
+    ``help`` is what the parser says of it.
     """
 
     names: tuple[str, ...]
     metavar: str = ""
     choices: tuple[str, ...] = ()
     optional: bool = False
+    help: str = ""
 
     @property
     def kind(self) -> str:
@@ -179,11 +181,13 @@ def _kind(place: argparse.Action) -> str:
 
 def _option(action: Any) -> Option:
     names = tuple(action.option_strings)
+    told = str(action.help).replace("%%", "%")
     if action.nargs == 0:
-        return Option(names=names)
+        return Option(names=names, help=told)
     choices = tuple(str(each) for each in action.choices or ())
     metavar = "|".join(choices) if choices else str(action.metavar)
-    return Option(names=names, metavar=metavar, choices=choices, optional=action.nargs == "?")
+    is_optional = action.nargs == "?"
+    return Option(names=names, metavar=metavar, choices=choices, optional=is_optional, help=told)
 
 
 def generate() -> str:

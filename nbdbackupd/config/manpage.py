@@ -157,13 +157,13 @@ def _setting(setting: Setting[Any]) -> list[str]:
         text += f" Command line: *{setting.option.flags[-1]}*."
     kind = _plain(setting.kind.name)
     tag = f'.BR {_plain(setting.path)} " \\fR({kind}; default \\fB{default}\\fR)"'
-    return [".TP", tag, *_inline(text)]
+    return [".TP", tag, *inline(text)]
 
 
 def _tagged(items: tuple[tuple[str, str], ...]) -> list[str]:
     lines = []
     for tag, text in items:
-        lines += [".TP", f".B {_plain(tag)}", *_inline(text)]
+        lines += [".TP", f".B {_plain(tag)}", *inline(text)]
     return lines
 
 
@@ -174,7 +174,7 @@ def _text(text: str) -> list[str]:
         if part.startswith("    "):
             lines += _code(textwrap.dedent(part))
         else:
-            lines += [*([".PP"] if lines else []), *_inline(part)]
+            lines += [*([".PP"] if lines else []), *inline(part)]
     return lines
 
 
@@ -183,7 +183,7 @@ def _code(text: str) -> list[str]:
     return [".PP", ".RS 4", ".EX", *shown, ".EE", ".RE", ".PP"]
 
 
-def _inline(text: str) -> list[str]:
+def inline(text: str) -> list[str]:
     """One line of roff for each sentence; ``*bold*`` and ``_italic_`` in changed fonts."""
     lines = []
     for sentence in re.split(r"(?<=[.;:])\s+(?=[A-Z*_])|\n", text):
