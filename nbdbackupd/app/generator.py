@@ -48,7 +48,7 @@ Tell = Callable[[str], None]
 def main(argv: Sequence[str] | None = None) -> int:
     """Write what belongs into the first of systemd's directories; always 0.
 
-    With ``--refresh`` 1 if systemd could not be asked to.
+    With ``--refresh`` 1 if systemd did not do all of it, or a file has an error.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     tell = _teller(os.environ)
@@ -122,8 +122,9 @@ def refresh(
     """Have systemd take up what ``generate`` makes now, if that is not what it made last.
 
     All timers that are wanted begin, also those that a daemon-reload has made known before. Those
-    that are no longer wanted end, as of domains that are gone, unless a file has an error.
-    False if systemd did not do all of it, which is told.
+    that neither a file nor a link of the administrator wants end, as of domains that are gone,
+    also those whose links a daemon-reload has taken away before; none if a file has an error.
+    False then, and if systemd did not do all of it, which is told.
     """
     from nbdbackupd.config import files, schema
 
@@ -131,14 +132,29 @@ def refresh(
         made = Path(directory)
         generate(made, config=config, units=units, definitions=definitions, tell=tell)
         before, after = _tree(generated), _tree(made)
-    old, new = _links(before), _links(after)
+    is_sound = not files.read_all(config or schema.DIRECTORY).problems
+    if before != after and not _order(tell, "daemon-reload"):
+        return False
+    wanted = _links(after)
+    done = _begin(tell, wanted)
+    if not is_sound:
+        return False
     enabled = {unitname.unit(unitname.RUNNER, name, "timer") for name in enabled_names(units)}
-    gone = old - new - enabled
-    if files.read_all(config or schema.DIRECTORY).problems:
-        gone = set()
-    done = before == after or _order(tell, "daemon-reload")
-    done = _begin(tell, new) and done
-    return (not gone or _order(tell, "stop", "--", *sorted(gone))) and done
+    return _end(tell, wanted | enabled) and done
+
+
+def _end(tell: Tell, wanted: Collection[str]) -> bool:
+    """Stop our active timers but these; none that is masked, or that another unit wants."""
+    from nbdbackupd.errors import ProcessError
+    from nbdbackupd.systemd import units as systemd
+
+    try:
+        unwanted = systemd.unwanted(f"{unitname.RUNNER}@*.timer")
+    except ProcessError as err:
+        tell(str(err))
+        return False
+    gone = sorted(set(unwanted).difference(wanted))
+    return not gone or _order(tell, "stop", "--", *gone)
 
 
 def _begin(tell: Tell, timers: Collection[str]) -> bool:

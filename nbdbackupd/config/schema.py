@@ -147,7 +147,9 @@ class DomainSettings:
         False,
         help="Also begin the timer without 'systemctl enable': for each domain that a file of "
         "domains.d names, and each that libvirt has defined and such a file fits, also later. "
-        "Changes of the files hold from the next boot, or 'systemctl start nbdbackup-timers'.",
+        "Changes of the files hold from the next boot, or 'systemctl start nbdbackup-timers', "
+        "which also ends the timers that neither a file nor 'systemctl enable' wants. As long as a "
+        "file has an error it ends none, and fails.",
     )
     on_shutdown = Setting(
         "on_shutdown", kinds.BOOL, False, help="Also save the domain when it has shut down."

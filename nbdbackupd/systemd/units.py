@@ -129,6 +129,25 @@ def idle(*units: str) -> tuple[str, ...]:
     )
 
 
+def unwanted(pattern: str) -> tuple[str, ...]:
+    """The active units that fit a pattern and that no other unit wants; none that is masked.
+
+    Raises ProcessError if systemd can't be asked.
+    """
+    wanting = ("WantedBy", "RequiredBy", "UpheldBy")
+    asked = ",".join(("Id", "LoadState", "ActiveState", *wanting))
+    text = _systemctl("show", f"--property={asked}", "--", pattern)
+    blocks = [_values(block) for block in text.split("\n\n") if block.strip()]
+    return tuple(
+        each["Id"]
+        for each in blocks
+        if each.get("Id")
+        and each.get("LoadState") != "masked"
+        and each.get("ActiveState") == "active"
+        and not any(each.get(name) for name in wanting)
+    )
+
+
 def properties(unit: str, *names: str) -> dict[str, str]:
     """Some properties of a unit; empty texts for what it has not.
 

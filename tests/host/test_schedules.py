@@ -114,6 +114,10 @@ def test_timers_follow_the_configuration(host: Host) -> None:
     # a new schedule needs nothing but a daemon-reload
     reload(host, a=f"match: {{name: {names}}}\nschedule: {{calendar: '*-*-* 04:45 UTC'}}")
     assert datetime.fromisoformat(timers(host)["vm1"]["next"]).minute == 45
+    # that no file wants it any more does
+    host.run("systemctl", "start", "nbdbackup-timers")
+    assert show(host, timer("vm1"), "ActiveState") == "inactive"
+    assert show(host, timer("web1"), "ActiveState") == "active"
 
 
 def test_a_timer_that_fires_and_a_failure_that_is_told(host: Host) -> None:
