@@ -51,8 +51,7 @@ class Line:
             return f"warning{told}" if self.end.status else "done"
         if service is None or service.started is None:
             return "-"
-        status = service.exit_status if service.result in ("success", "exit-code") else ""
-        event, result, _ = notification.result_of(service.result, str(status))
+        event, result, _ = notification.result_of(service.result, str(service.exit_status))
         words = {"success": "done", "warning": "warning", "failure": "failed"}
         return words[event] + (f" ({result})" if result != "success" else "")
 
@@ -148,6 +147,8 @@ def _entry(line: Line) -> dict[str, Any]:
 
 
 def _render(lines: list[Line]) -> str:
+    if not lines and not units.can_schedule():
+        return "no timers: install the package nbdbackupd"
     if not lines:
         return (
             "no timers: begin one with 'systemctl enable --now "

@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -112,7 +113,10 @@ class Text:
 
 
 def result_of(result: str, status: str) -> tuple[str, str, str]:
-    """Event, result and meaning of systemd's two words: ``exit-code`` and ``20``, for example."""
+    """Event, result and meaning of systemd's two words: ``exit-code`` and ``20``, for example.
+
+    The second one of a signal is its name, or its number (systemctl).
+    """
     number = int(status) if status.isascii() and status.isdigit() else None
     if number is not None and (result == "exit-code" or (result == "success" and number)):
         event = "success" if result == "success" else "failure"
@@ -126,8 +130,18 @@ def result_of(result: str, status: str) -> tuple[str, str, str]:
         "oom-kill": "it was ended because memory ran out",
         "resources": "systemd could not start it",
     }
-    signal = f" {status}" if result in ("signal", "core-dump") and number is None else ""
-    return "failure", f"{result or 'unknown'}{signal}", meanings.get(result, "")
+    shown = result or "unknown"
+    if result in ("signal", "core-dump") and status:
+        shown += f" {status if number is None else _signal_name(number)}"
+    return "failure", shown, meanings.get(result, "")
+
+
+def _signal_name(number: int) -> str:
+    """As systemd names it: ``KILL``."""
+    try:
+        return signal.Signals(number).name.removeprefix("SIG")
+    except ValueError:
+        return str(number)
 
 
 def render(notice: Notice, directory: Path) -> Text:
