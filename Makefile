@@ -51,7 +51,8 @@ install-appliance:
 	    $(DESTDIR)$(UNITDIR)/multi-user.target.wants/
 	$(INSTALL_PROGRAM) hooks/catch-up hooks/load-hook packaging/common/after-install \
 	    packaging/common/before-remove $(DESTDIR)$(LIBDIR)/
-	$(INSTALL_PROGRAM) hooks/qemu $(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d/nbdbackup
+	$(INSTALL_PROGRAM) hooks/qemu $(DESTDIR)$(LIBDIR)/hook
+	$(INSTALL_PROGRAM) hooks/qemu.d/nbdbackup $(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d/
 	$(INSTALL_DATA) etc/nbdbackup/nbdbackup.yaml etc/nbdbackup/hook.conf \
 	    $(DESTDIR)$(SYSCONFDIR)/nbdbackup/
 	$(INSTALL_DATA) packaging/common/nbdbackup.tmpfiles \

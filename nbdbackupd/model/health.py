@@ -23,6 +23,13 @@ UNPROTECTED = (
     "unprotected: no file of the configuration but the main one, no timer and no on_shutdown is "
     "for it"
 )
+GONE = (
+    "libvirt knows no such domain; if it is gone for good, see to it that nothing names it any "
+    "more: no file, no timer, no sets in the repository"
+)
+UNHEARD = (
+    "on_shutdown is set, and libvirt calls no hook of ours: the end of its guest saves nothing"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +51,7 @@ class Facts:
     ``is_covered``: the configuration, a timer or the end of its guest is for it; ``unscheduled``
     says why it is not saved all the same, or is empty. ``is_wanted``: it is to be saved on
     schedule, which the configuration can rule out. ``is_known``: libvirt knows it; None if libvirt
-    was not asked.
+    was not asked. ``is_unheard``: the end of its guest is to be saved, and nobody tells us of it.
     """
 
     newest: datetime | None = None
@@ -56,6 +63,7 @@ class Facts:
     unscheduled: str = ""
     is_wanted: bool = True
     is_known: bool | None = None
+    is_unheard: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,11 +85,13 @@ def judge(facts: Facts, limits: Limits, now: datetime) -> Verdict:
         worse = facts.newest is None and not facts.problem
         found.append((Health.CRITICAL if worse else Health.WARNING, facts.failure))
     if facts.is_known is False and facts.is_covered:
-        found.append((Health.WARNING, "libvirt knows no such domain"))
+        found.append((Health.WARNING, GONE))
     if facts.is_known is not False and not facts.is_covered:
         found.append((Health.WARNING, UNPROTECTED))
     if facts.unscheduled:
         found.append((Health.WARNING, facts.unscheduled))
+    if facts.is_unheard:
+        found.append((Health.WARNING, UNHEARD))
     # a domain that is gone gets no new points, and one that is not wanted needs none
     if facts.is_wanted and facts.is_known is not False and not facts.problem:
         found += _of_age(facts, limits, now)

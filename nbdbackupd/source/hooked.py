@@ -2,10 +2,13 @@
 
 A daemon looks for hooks when it starts: one that found none then looks for none later, and one
 that found any calls those that come later, too (libvirt 9.0, measured). Our hook notes at each
-call which process has called it. Before the first call the times of the files tell.
+call which process has called it. Before the first call the times of the files tell; an upgrade
+leaves them alone, since what libvirt finds is a file that no version changes
+(hooks/qemu.d/nbdbackup). That file stays, and does nothing, when the package is removed.
 """
 
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,7 @@ from nbdbackupd.virt.connection import Connection
 
 HOOKS: Final = "etc/libvirt/hooks"
 OURS: Final = "qemu.d/nbdbackup"
+REMOVED: Final = "the package nbdbackupd was removed"
 MARGIN_SECONDS: Final = 0.1
 """More than the two clocks' ticks; a daemon takes longer until it looks for hooks."""
 
@@ -27,11 +31,19 @@ MARGIN_SECONDS: Final = 0.1
 class Hook:
     """What libvirt does with our hook: ``why`` it does not call it, empty if it does.
 
-    ``is_installed``: it would after a restart of the daemon, which ``why`` names.
+    ``is_installed``: it would after a restart of the daemon, which ``why`` names. ``is_removed``:
+    it calls what does nothing any more. ``is_missing``: it finds none of ours.
     """
 
     why: str = ""
     is_installed: bool = False
+    is_removed: bool = False
+    is_missing: bool = False
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it is known that no end of a guest is told to us."""
+        return self.is_installed or self.is_removed or self.is_missing
 
 
 def look(connection: Connection, runtime_dir: Path) -> Hook:
@@ -49,11 +61,14 @@ def look(connection: Connection, runtime_dir: Path) -> Hook:
     this = ProcessId.of(pid)
     if this is None:
         return Hook(why=f"{name} has just ended")
+    hooks = _hooks(pid)
+    if not _has_program(hooks / OURS):
+        return Hook(why=REMOVED, is_removed=True)
     if _called(runtime_dir) == f"{pid} {this.start}":
         return Hook()
-    hooks = _hooks(pid)
     if runtime_dir != rundir.DEFAULT or not os.access(hooks / OURS, os.X_OK):
-        return Hook(why=f"{name} (process {pid}) has no hook of ours for this runtime directory")
+        why = f"{name} (process {pid}) has no hook of ours for this runtime directory"
+        return Hook(why=why, is_missing=True)
     if _known_at(hooks, _started(this)):
         return Hook()
     return Hook(
@@ -72,6 +87,18 @@ def _hooks(pid: int) -> Path:
         # units of ours may not trace processes, and libvirtd has more capabilities than they
         root = Path("/")
     return root / HOOKS
+
+
+def _has_program(hook: Path) -> bool:
+    """Whether the program that our hook goes on with is there; of another hook's no word: yes."""
+    try:
+        found = re.search(r"^hook=(/\S+)$", hook.read_text(errors="replace"), re.MULTILINE)
+    except OSError:
+        return True
+    if found is None:
+        return True
+    root = hook.parents[len(Path(HOOKS).parts) + 1]
+    return (root / found[1].lstrip("/")).exists()
 
 
 def _called(runtime_dir: Path) -> str:

@@ -147,7 +147,8 @@ def test_nothing_is_forgotten(tree: Path, debs: dict[str, Path], tmp_path: Path)
             assert appliance[f"usr/lib/systemd/system/{path[6:]}"] == ("100644", content)
         elif path.startswith("etc/"):
             assert appliance[path] == ("100644", content)
-    assert appliance[HOOK] == ("100755", (tree / "hooks/qemu").read_bytes())
+    assert appliance[HOOK] == ("100755", (tree / "hooks/qemu.d/nbdbackup").read_bytes())
+    assert appliance["usr/lib/nbdbackup/hook"] == ("100755", (tree / "hooks/qemu").read_bytes())
     assert appliance["etc/nbdbackup/domains.d/"][0] == "40755"
     modules = [each for each in restore if each.startswith("usr/lib/nbdbackup/nbdbackupd/")]
     assert not [each for each in modules if "__pycache__" in each or each.endswith(".pyc")]
@@ -249,6 +250,7 @@ def test_debian_package_lives_and_dies(share: Path) -> None:
         """,
         share,
     )
+    assert "static unit" not in told
     installed, _, rest = told.partition("== upgrade\n")
     upgraded, _, rest = rest.partition("== remove\n")
     _, _, purged = rest.partition("== purge\n")

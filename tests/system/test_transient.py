@@ -27,7 +27,7 @@ DISKS = [DiskSpec(target="vda", size=8 * MIB), DiskSpec(target="vdb", size=4 * M
 DOMAIN = 20
 
 WRAPPER = """#!/bin/sh
-export NBDBACKUP_RUNTIME_DIR={runtime} NBDBACKUP_STATE_DIR={state} NBDBACKUP_LIB_DIR={top}/hooks
+export NBDBACKUP_RUNTIME_DIR={runtime} NBDBACKUP_STATE_DIR={state}
 export PATH={bin}:$PATH
 echo "$@" >>{bin}/hooked
 exec {top}/hooks/qemu "$@"

@@ -25,9 +25,10 @@ pytestmark = pytest.mark.system
 BUSY = 75
 HOOK = """\
 #!/bin/sh
-NBDBACKUP_RUNTIME_DIR={runtime} NBDBACKUP_STATE_DIR={state} NBDBACKUP_LIB_DIR={lib}
-export NBDBACKUP_RUNTIME_DIR NBDBACKUP_STATE_DIR NBDBACKUP_LIB_DIR
-exec {root}/hooks/qemu "$@"
+NBDBACKUP_RUNTIME_DIR={runtime} NBDBACKUP_STATE_DIR={state}
+export NBDBACKUP_RUNTIME_DIR NBDBACKUP_STATE_DIR
+hook={hook}
+[ ! -r "$hook" ] || . "$hook"
 """
 
 
@@ -73,12 +74,10 @@ def install(here: Scene, lab: DaemonLab) -> None:
     """Put our hook where libvirt's daemon looks for it, but for its settings as packages do."""
     place = lab.root / "etc/hooks/qemu.d/nbdbackup"
     place.parent.mkdir(parents=True)
-    lib = here.directory / "lib"
-    lib.mkdir()
-    (lib / "catch-up").touch()
-    place.write_text(
-        HOOK.format(runtime=here.ctl.runtime, state=here.ctl.state, lib=lib, root=ROOT)
-    )
+    # as its package puts it, which can be removed
+    hook = here.directory / "hook"
+    shutil.copy(ROOT / "hooks/qemu", hook)
+    place.write_text(HOOK.format(runtime=here.ctl.runtime, state=here.ctl.state, hook=hook))
     place.chmod(0o755)
 
 
@@ -126,8 +125,19 @@ def test_a_hook_that_libvirt_has_not_read_yet(
     shutil.copy(here.directory / "copy", place)
     assert look() == hooked.Hook()
     # what another daemon has called says nothing
+    called = (here.ctl.runtime / rundir.CALLED).read_text()
     (here.ctl.runtime / rundir.CALLED).write_text("1 1\n")
     assert look().is_installed
+    # the package is removed, and its file in /etc stays: it does nothing, whoever has called it
+    (here.ctl.runtime / rundir.CALLED).write_text(called)
+    (here.directory / "hook").unlink()
+    found = look()
+    assert (found.is_installed, found.is_removed) == (False, True)
+    words = here.ctl.argv("check", "off")
+    assert ctl.main(words[words.index("-c") :]) == WARNED
+    told = " ".join(capsys.readouterr().out.split())
+    assert "WARN libvirt's hook does nothing: the package nbdbackupd was removed" in told
+    assert "install the package nbdbackupd" in told
     here.guest.write("vda", 3 * MIB, MIB, 0x22)
     here.save()
     here.prove_all()

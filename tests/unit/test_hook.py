@@ -25,6 +25,7 @@ from nbdbackupd.virt.domain import Ending
 from tests.lib.pages import TOP
 
 HOOK = TOP / "hooks" / "qemu"
+ENTRY = TOP / "hooks" / "qemu.d" / "nbdbackup"
 CATCH_UP = TOP / "hooks" / "catch-up"
 UUID = "c7a5fdbd-edaf-9455-926a-d65c16db1809"
 QUOTES = {"'": "&apos;", '"': "&quot;"}
@@ -77,7 +78,6 @@ class Host:
             "NBDBACKUP_STATE_DIR": str(self.top / "state"),
             "NBDBACKUP_HOOK_CONF": str(self.top / "hook.conf"),
             "NBDBACKUP_CONFIG_DIR": str(self.top / "config"),
-            "NBDBACKUP_LIB_DIR": str(TOP / "hooks"),
             "NBDBACKUP_LIBVIRT_ETC": str(self.top / "etc"),
             "NBDBACKUP_LIBVIRT_LOG": str(self.top / "log"),
         }
@@ -588,14 +588,31 @@ def test_killed_in_the_middle(dash: Host) -> None:
     assert dash.calls() == SAVE
 
 
-def test_package_is_removed(dash: Host) -> None:
-    environment = dash.environment() | {"NBDBACKUP_LIB_DIR": str(dash.top / "gone")}
-    for operation in ("prepare", "started", "release"):
-        subprocess.run(
-            [HOOK, "vm1", operation, "begin", "-"], env=environment, check=True, input=b""
+@pytest.mark.parametrize("shell", ["dash", "bash"])
+def test_what_libvirt_calls_reads_the_hook(tmp_path: Path, shell: str) -> None:
+    """It does nothing when the package has been removed and not purged."""
+    host = Host(tmp_path, shell)
+    (tmp_path / "bin").mkdir()
+    text = ENTRY.read_text()
+    gone = tmp_path / "gone"
+    entry = tmp_path / "entry"
+
+    def call(name: str, hook: Path) -> None:
+        entry.write_text(text.replace("\nhook=/usr/lib/nbdbackup/hook\n", f"\nhook={hook}\n"))
+        words = [shell, str(entry), name, "started", "begin", "-"]
+        done = subprocess.run(
+            words, env=host.environment(), check=True, input=XML.encode(), capture_output=True
         )
-    assert dash.calls() == []
-    assert not dash.runtime.exists()
+        assert (done.stdout, done.stderr) == (b"", b"")
+
+    call("vm1", gone)
+    assert not host.runtime.exists()
+    # a start goes on whatever is there
+    gone.mkdir()
+    call("vm1", gone)
+    assert not host.runtime.exists()
+    call("vm1", HOOK)
+    assert host.kept("vm1").read_text() == XML
 
 
 @pytest.mark.parametrize(

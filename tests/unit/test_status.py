@@ -22,10 +22,11 @@ from nbdbackupd.app import ctl, tables
 from nbdbackupd.model import throwaway, unitname
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.freeze_memory import MAY_BE_FROZEN
-from nbdbackupd.model.health import Facts, Health, Limits, age_text, judge
+from nbdbackupd.model.health import GONE, UNHEARD, Facts, Health, Limits, age_text, judge
 from nbdbackupd.ops.status import metrics, record
 from nbdbackupd.repo import boot_tests, layout, runs
 from nbdbackupd.repo.repository import Repository
+from nbdbackupd.source import hooked
 from nbdbackupd.systemd import units
 from tests.lib import chains
 from tests.lib.pages import TOP
@@ -241,7 +242,7 @@ def test_domains_of_all_kinds(host: Host) -> None:
         "the last run failed: exit status 20 (the domain or libvirt)",
     ]
     assert found["vm3"]["reasons"][0].startswith("unprotected")
-    assert found["vm4"]["reasons"] == ["libvirt knows no such domain"]
+    assert found["vm4"]["reasons"] == [GONE]
     code, out = host.run("status")
     assert code == 3
     head, *lines = out.splitlines()
@@ -322,8 +323,9 @@ def test_w6_how_the_last_run_ended_whoever_ran_it(host: Host) -> None:
     assert host.status()["vm1"]["health"] == "ok"
 
 
-def test_a1_a_pattern_that_fits_is_no_schedule(host: Host) -> None:
+def test_a1_a_pattern_that_fits_is_no_schedule(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """A-1: a domain that a pattern matches had no timer, HEALTH ok and unprotected=0."""
+    monkeypatch.setattr(units, "RUNNER", host.config)
     host.libvirt("web-1", "web 2")
     host.file("a", "match: {glob: 'web*'}")
     host.save("web 2", NOW)
@@ -376,12 +378,43 @@ def test_a_schedule_that_is_enabled_needs_a_timer(
     # its package has been removed, and the commands are still there
     monkeypatch.setattr(units, "RUNNER", host.config / "gone")
     assert host.status()["vm1"]["reasons"][0].endswith(": install the package nbdbackupd")
+    host.main()
+    assert host.status()["vm1"]["reasons"] == [
+        "not scheduled, no timer is active: install the package nbdbackupd"
+    ]
+    monkeypatch.setattr(units, "is_booted", lambda: True)
+    assert host.run("timers") == (0, "no timers: install the package nbdbackupd\n")
+    host.main("on_shutdown: yes\nschedule: {enable: yes}")
     host.systemd(timer("vm1"))
     assert host.status()["vm1"]["health"] == "ok"
     # that there is none is meant
     host.systemd()
     host.file("a", "match: {name: vm1}\nschedule: {calendar: []}")
     assert host.status()["vm1"]["health"] == "ok"
+
+
+def test_the_hook_of_a_removed_package_is_told(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.libvirt("vm1")
+    host.file("a", "match: {name: vm1}\non_shutdown: yes")
+    host.save("vm1", NOW)
+    assert host.run("status")[0] == 0
+    gone = hooked.Hook(why=hooked.REMOVED, is_removed=True)
+    monkeypatch.setattr(hooked, "look", lambda *_: gone)
+    code, out = host.run("status")
+    assert code == 3
+    assert f"vm1: {UNHEARD}\n" in out
+    told = "libvirt's hook does nothing: the package nbdbackupd was removed; install it again"
+    assert told in out
+    code, out = host.run("status", "--nagios")
+    assert (code, told in out) == (1, True)
+    # one that never was there is missed only where the end of a guest is to be saved
+    monkeypatch.setattr(hooked, "look", lambda *_: hooked.Hook(why="none", is_missing=True))
+    code, out = host.run("status")
+    assert code == 3
+    assert "libvirt calls no hook of ours: none; install the package nbdbackupd" in out
+    host.file("a", "match: {name: vm1}\nschedule: {calendar: []}")
+    code, out = host.run("status")
+    assert (code, "hook" in out) == (0, False)
 
 
 def test_l2_our_own_domains_are_not_counted(host: Host) -> None:
@@ -667,7 +700,8 @@ def test_the_row_of_a_timer_is_about_one_run(host: Host) -> None:
     assert [each["last"] for each in entries] == ["2026-02-10T10:00:00Z", ""]
 
 
-def test_no_timers(host: Host) -> None:
+def test_no_timers(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "RUNNER", host.config)
     code, out = host.run("timers")
     assert code == 0
     assert "systemctl enable --now" in out

@@ -67,6 +67,11 @@ def connection(patient: Patient, notes: Notes) -> None:
             "until then no backup is made at a guest's end, and one of a domain that is off reads "
             "whole, or the same changes each time, so that no start is refused",
         )
+    elif hook.is_removed:
+        notes.warn(
+            f"libvirt's hook does nothing: {hook.why}",
+            "install the package nbdbackupd; until then no backup is made at a guest's end",
+        )
     elif hook.why:
         notes.ok(f"no hook of libvirt's calls us: {hook.why}; guests are saved when that is asked")
     else:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from nbdbackupd import rundir
 from nbdbackupd.config.files import Configuration
@@ -39,7 +39,11 @@ from nbdbackupd.systemd import units as systemd
 from nbdbackupd.systemd.units import Service, Timer
 
 if TYPE_CHECKING:
+    from nbdbackupd.source.hooked import Hook
     from nbdbackupd.virt.connection import Connection
+
+
+INSTALL: Final = "install the package nbdbackupd"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,11 +61,13 @@ class _Known:
 
     ``domains`` are libvirt's, with UUID and settings, None if it could not be asked; ``folders``
     the directories of domains in the repositories, and the UUID where it matters: of those that
-    libvirt knows, and of others that have such a name, which has their mark.
+    libvirt knows, and of others that have such a name, which has their mark. ``is_silent``:
+    libvirt tells us of no end of a guest.
     """
 
     configuration: Configuration
     domains: dict[str, tuple[str, DomainSettings]] | None
+    is_silent: bool
     units: Units
     folders: dict[str, tuple[Path, str]]
     warning: float | None
@@ -105,19 +111,33 @@ def gather(
     """
     configuration = configured.read(host).require_sound()
     notes: list[str] = []
-    domains = _ask_libvirt(configuration, host, notes)
+    domains, is_silent = _ask_libvirt(configuration, host, notes)
     known = _Known(
         configuration=configuration,
         domains=domains,
+        is_silent=is_silent,
         units=ask_systemd(notes),
         folders=_folders(configuration, domains),
         warning=warning,
         critical=critical,
     )
     every = known.names()
+    _require(names, every, known)
+    moment = host.now()
+    chosen = [name for name in every if name in names] if names else every
+    return StatusReport(
+        moment=moment,
+        inventory=known.inventory(),
+        domains=tuple(_look(name, known, host, notes) for name in chosen),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _require(names: Iterable[str], every: Sequence[str], known: _Known) -> None:
+    """Raises UsageError for a name of two domains, DomainNotFoundError for one of none."""
     for name in names:
         same = [each for each in known.folders if each.rpartition(MARK)[0] == name]
-        if same and name in known.folders and name not in (domains or {}):
+        if same and name in known.folders and name not in (known.domains or {}):
             raise UsageError(
                 f"{name} means more than one domain: give {' or '.join([name, *same])} as 'status' "
                 f"without a name shows them, or a UUID to other verbs"
@@ -129,14 +149,6 @@ def gather(
                 f"no domain {name}: neither libvirt, nor the configuration, nor a repository "
                 f"knows it{hint}"
             )
-    moment = host.now()
-    chosen = [name for name in every if name in names] if names else every
-    return StatusReport(
-        moment=moment,
-        inventory=known.inventory(),
-        domains=tuple(_look(name, known, host, notes) for name in chosen),
-        notes=tuple(dict.fromkeys(notes)),
-    )
 
 
 def record_host(
@@ -201,8 +213,7 @@ def failure_of(service: Service | None, seen: Seen, found: Stored) -> str:
         return ""
     if seen.end is not None and seen.end.unit == service.unit and seen.end.ended:
         return ""
-    status = service.exit_status if service.result == "exit-code" else ""
-    event, result, meaning = notification.result_of(service.result, str(status))
+    event, result, meaning = notification.result_of(service.result, str(service.exit_status))
     if event != "failure":
         return ""
     return f"the last run failed: {result}" + (f" ({meaning})" if meaning else "")
@@ -210,7 +221,8 @@ def failure_of(service: Service | None, seen: Seen, found: Stored) -> str:
 
 def _ask_libvirt(
     configuration: Configuration, host: Host, notes: list[str]
-) -> dict[str, tuple[str, DomainSettings]] | None:
+) -> tuple[dict[str, tuple[str, DomainSettings]] | None, bool]:
+    """What libvirt knows, see ``_Known``, and whether it is silent about ends of guests."""
     try:
         from nbdbackupd.ops.domain import domains
         from nbdbackupd.source import hooked
@@ -218,15 +230,27 @@ def _ask_libvirt(
         reached = configured.connected(configuration, host)
         with domains.connect(reached, any_host=True) as connection:
             notes += waiting(connection)
+            found = _domains_of(connection, configuration)
             hook = hooked.look(connection, host.runtime_dir)
-            if hook.is_installed:
-                notes.append(f"libvirt does not call our hook yet: {hook.why}")
-            return _domains_of(connection, configuration)
+            wanted = any(settings.on_shutdown for _, settings in found.values())
+            notes += _of_hook(hook, is_wanted=wanted)
+            return found, hook.is_silent
     except ImportError:
         notes.append("libvirt can't be asked: python3-libvirt is not installed")
     except DomainError as err:
         notes.append(f"libvirt can't be asked: {err.message}")
-    return None
+    return None, False
+
+
+def _of_hook(hook: "Hook", *, is_wanted: bool) -> list[str]:
+    """A note if libvirt does not tell us what happens to its domains, though that is wanted."""
+    if hook.is_installed:
+        return [f"libvirt does not call our hook yet: {hook.why}"]
+    if hook.is_removed:
+        return [f"libvirt's hook does nothing: {hook.why}; install it again, or purge it"]
+    if hook.is_missing and is_wanted:
+        return [f"libvirt calls no hook of ours: {hook.why}; {INSTALL}"]
+    return []
 
 
 def waiting(connection: "Connection") -> list[str]:
@@ -304,13 +328,15 @@ def _unscheduled(
     if settings.schedule_enable and _is_chosen(settings, configuration):
         why = "not scheduled although schedule.enable is set, no timer is active: "
         if not systemd.can_schedule():
-            return f"{why}install the package nbdbackupd"
+            return f"{why}{INSTALL}"
         return (
             f"{why}'systemctl start nbdbackup-timers', or 'systemctl enable --now "
             f"{shlex.quote(unit)}'"
         )
     if settings.on_shutdown:
         return ""
+    if not systemd.can_schedule():
+        return f"not scheduled, no timer is active: {INSTALL}"
     return (
         f"not scheduled, no timer is active: 'systemctl enable --now {shlex.quote(unit)}', or set "
         "schedule.enable and 'systemctl start nbdbackup-timers'"
@@ -377,6 +403,7 @@ def _look(name: str, known: _Known, host: Host, notes: list[str]) -> DomainStatu
         # what a standby has not saved another host has
         is_wanted=settings.schedule_calendar != () and not settings.standby,
         is_known=is_known,
+        is_unheard=known.is_silent and bool(is_known) and settings.on_shutdown,
     )
     return status.status_of(
         name, found, facts, known.limits(settings), host.now(),
