@@ -495,6 +495,20 @@ def test_other_chains_are_told_with_the_cure(here: Scene, power: str, tmp_path: 
     here.prove_all()
 
 
+def test_a_chain_that_has_lost_its_bitmaps_is_not_carried(here: Scene, tmp_path: Path) -> None:
+    """What a crash of QEMU takes: libvirt is told of the checkpoint again, and no image has it."""
+    (note,) = here.save(into=tmp_path / "other").report["notes"]
+    assert "the images carry bitmaps of chain" in note
+    here.guest.kill9()
+    state = ("--checkpoint-dir", str(here.ctl.state))
+    here.ctl("checkpoints", here.guest.name, "--repair", *state, code=None)
+    here.guest.start()
+    here.ctl("checkpoints", here.guest.name, "--repair", *state, code=None)
+    found = here.ctl("check", here.guest.name, "-o", tmp_path / "other", *state, code=None)
+    assert "carry bitmaps" not in found.stdout
+    assert here.save(into=tmp_path / "other", code=WARNED).report["notes"] == []
+
+
 @both
 def test_a_state_that_is_older_or_lost(here: Scene, power: str, tmp_path: Path) -> None:
     old = tmp_path / "old"

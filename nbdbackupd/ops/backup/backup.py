@@ -232,17 +232,13 @@ def _others(
     run: _Run, looked: Looked, records: Collection[Record], known: BackupSet, dead: Collection[str]
 ) -> tuple[OtherChain, ...]:
     """Other chains whose bitmaps the domain carries (L-1)."""
-    names = {
-        name
-        for state in looked.states.values()
-        for bitmaps in state.bitmaps.values()
-        for name in bitmaps
-    }
+    carried = reconcile.carried(run.domain, looked)
     return other_chains(
         run.domain.name,
-        names.union(checkpoints.names(run.domain)).difference(dead),
+        carried.union(checkpoints.names(run.domain)).difference(dead),
         records,
         [point.chain for point in known.points],
+        carried=carried,
         retired=run.request.retired,
     )
 

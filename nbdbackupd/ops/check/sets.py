@@ -44,10 +44,11 @@ def checkpoints(patient: Patient, notes: Notes) -> None:
 def _count(patient: Patient, plan: Plan, notes: Notes) -> None:
     """How many chains the guest's writes pay for; those that nobody goes on with (L-1)."""
     records = State(patient.request.state_dir).records(patient.domain.uuid)
-    names = [entry.name for entry in plan.entries if entry.in_libvirt or entry.held]
+    known = {entry.name for entry in plan.entries if entry.in_libvirt or entry.held}
+    names = reconciling.carried(patient.domain, patient.looked)
     newest = head(patient)
     mine = [newest.chain] if newest is not None else []
-    found = others.other_chains(patient.domain.name, names, records, mine)
+    found = others.other_chains(patient.domain.name, known | names, records, mine, carried=names)
     chains = {tag_of(name) for name in names}
     _tell_snapshots(patient, notes, has_bitmaps=bool(names))
     if names:
@@ -166,7 +167,8 @@ def _place(path: Path, notes: Notes, *, is_proven: bool) -> None:
     if is_root and not is_proven:
         notes.warn(
             f"{path} is on the root file system: is its storage mounted?",
-            "mount it; if it belongs there, say so with repository.mount_point: /",
+            "mount it, or leave it so if it belongs there: the configuration, which does not count "
+            "with -o, can say that with repository.mount_point: /",
         )
     elif is_root:
         notes.ok(f"{path} is on the root file system, as the configuration has it")

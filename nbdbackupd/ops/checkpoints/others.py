@@ -47,14 +47,18 @@ def other_chains(
     records: Collection[Record],
     mine: Collection[str],
     *,
+    carried: Collection[str],
     retired: Path | None = None,
 ) -> tuple[OtherChain, ...]:
     """The chains of which ``names``, checkpoints and bitmaps, tell; ``mine``: ids to leave out.
 
-    The sets in directory ``retired`` are somebody else's care (ops/run/retire.py).
+    ``carried`` are the bitmaps that are really there: a chain that has lost its own costs nothing,
+    and begins anew with the next backup into its set, unless that is gone. The sets in directory
+    ``retired`` are somebody else's care (ops/run/retire.py).
     """
     known = {tag_of_chain(record.chain): record for record in records}
     tags = {tag_of(name) for name in names} - {tag_of_chain(chain) for chain in mine} - {""}
+    bitmaps = {tag_of(name) for name in carried}
     found = []
     for tag in sorted(tags):
         record = known.get(tag)
@@ -63,6 +67,8 @@ def other_chains(
             found.append(OtherChain(domain=domain, tag=tag))
         elif retired is None or os.path.realpath(path.parent) != os.path.realpath(retired):
             gone = _is_gone(path)
+            if not gone and tag not in bitmaps:
+                continue
             found.append(OtherChain(domain=domain, tag=tag, set=os.fspath(path), is_gone=gone))
     return tuple(found)
 

@@ -108,6 +108,33 @@ def view(domain: Domain, looked: Looked, ask: Iterable[str] = ()) -> View:
     return View(is_active=looked.is_active, checkpoints=found, disks=looked.states, sound=sound)
 
 
+def carried(domain: Domain, looked: Looked) -> frozenset[str]:
+    """Names of our bitmaps that the images hold, or that QEMU has of a running domain.
+
+    A checkpoint may be known though its bitmap is lost. Raises DomainError if libvirt does not list
+    the checkpoints.
+    """
+    held = frozenset(
+        name
+        for state in looked.states.values()
+        for found in state.bitmaps.values()
+        for name in found
+        if tag_of(name)
+    )
+    if not looked.is_active:
+        return held
+    others = {name for name in checkpoints.names(domain) if tag_of(name)} - held
+    return held.union(name for name in others if _has_bitmap(domain, name))
+
+
+def _has_bitmap(domain: Domain, name: str) -> bool:
+    """Whether QEMU has a bitmap of a checkpoint; yes where that is not known, see ``view``."""
+    try:
+        return bool(checkpoints.sound_sizes(domain, name))
+    except DomainError:
+        return True
+
+
 def prepare(
     domain: Domain,
     known: Known,
