@@ -28,10 +28,11 @@
     Interrupted 128+n            a BaseException: no ``except Exception`` may eat it
 
 Every error carries ``fields``: what is known about the place (domain, disk, file, offset), used
-in messages and later as journal fields. The message itself is one line: what, where, how to
-fix it.
+in messages, unless they say it already, and later as journal fields. The message itself is one
+line: what, where, how to fix it.
 """
 
+import re
 from typing import ClassVar
 
 
@@ -46,10 +47,12 @@ class NbdbackupError(Exception):
         self.fields = fields
 
     def __str__(self) -> str:
-        if not self.fields:
-            return self.message
-        detail = ", ".join(f"{name}={value}" for name, value in self.fields.items())
-        return f"{self.message} ({detail})"
+        detail = ", ".join(
+            f"{name}={value}"
+            for name, value in self.fields.items()
+            if not re.search(rf"(?<!\w){re.escape(str(value))}(?!\w)", self.message)
+        )
+        return f"{self.message} ({detail})" if detail else self.message
 
 
 class UsageError(NbdbackupError):

@@ -43,7 +43,7 @@ class FreezeMemory:
         if not self.last <= now < self.until:
             return ""
         return (
-            f"its agent has let a freeze's deadline pass, at {local_time(self.last)}; it is asked "
+            f"its agent did not answer the freeze of {local_time(self.last)}; it is asked "
             f"again from {local_time(self.until)} on, or at once with freeze.policy 'require' "
             f"('backup --freeze require')"
         )

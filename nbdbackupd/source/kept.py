@@ -116,7 +116,7 @@ class Kept:
         if self.end is None:
             return "libvirt's hook did not see it end"
         if self.end.is_persistent:
-            return "it was undefined"
+            return "it was undefined, or has another name now"
         return ELSEWHERE.get(self.end.ending, "")
 
 

@@ -35,9 +35,12 @@ EMBEDDED_SECONDS: Final = 2.0
 POLL_SECONDS: Final = 0.05
 FROZEN: Final = "frozen"
 PAUSED: Final = "paused"
-CURE: Final = (
-    "start the agent in the guest, or do without: freeze.policy 'never' ('backup --freeze never')"
-)
+CURES: Final = {
+    Agent.ABSENT: "give the domain a channel org.qemu.guest_agent.0, its guest the agent",
+    Agent.DISCONNECTED: "start the agent in the guest",
+    Agent.CONNECTED: "resume the guest",
+}
+WITHOUT: Final = "or do without: freeze.policy 'never' ('backup --freeze never')"
 MAX_MARKER: Final = 256
 
 
@@ -203,7 +206,7 @@ def _frozen(domain: Domain, wish: Quiet, moment: Moment) -> Iterator[None]:
     obstacle = _obstacle(domain, agent)
     if obstacle and wish.freeze is FreezePolicy.AUTO:
         if agent is not Agent.ABSENT or wish.was_frozen:
-            moment.warnings.append(f"not frozen: {obstacle}; {CURE}")
+            moment.warnings.append(f"not frozen: {obstacle}; {CURES[agent]}, {WITHOUT}")
     elif not obstacle and wish.freeze is not FreezePolicy.REQUIRE:
         obstacle = wish.obstacle
         if is_held(wish.marker):
@@ -214,9 +217,8 @@ def _frozen(domain: Domain, wish: Quiet, moment: Moment) -> Iterator[None]:
     if obstacle:
         if wish.freeze is FreezePolicy.REQUIRE:
             raise FreezeError(
-                f"domain {domain.name} can't be frozen: {obstacle}; "
-                f"start the agent in the guest, or set freeze.policy to 'auto' "
-                f"('backup --freeze auto')",
+                f"domain {domain.name} can't be frozen: {obstacle}; {CURES[agent]}, or set "
+                f"freeze.policy to 'auto' ('backup --freeze auto')",
                 domain=domain.name,
             )
         LOG.info("domain %s is not frozen: %s", domain.name, obstacle)

@@ -216,5 +216,5 @@ def _remembered(patient: Patient, notes: Notes) -> None:
     if obstacle and patient.request.freeze_policy == FREEZES:
         notes.warn(
             f"a run now would not freeze the guest: {obstacle}",
-            "look into the guest: a hook of the agent, or file systems, that hang in a freeze",
+            "look into the guest: what makes its agent hang or die in a freeze, such as a hook",
         )
