@@ -152,8 +152,11 @@ def set_mode(path: Path, mode: int, fd: int | None = None) -> None:
         _told.add(found.st_dev)
         log.warning(
             "modes of files can't be set on the file system of %s (%s): only %s, which nobody "
-            "else may enter, protects them", path.parent, reason, above,
-        )  # fmt: skip
+            "else may enter, protects them",
+            path.parent,
+            reason,
+            above,
+        )
 
 
 def _private_directory(path: Path) -> Path | None:
@@ -189,6 +192,14 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give a file or directory another name: all renames of published things go through here.
+
+    Raises OSError.
+    """
+    os.rename(source, target)  # noqa: PTH104 - the name that faults strike at
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:

@@ -102,7 +102,7 @@ def output(
     argv: Sequence[str | os.PathLike[str]],
     *,
     timeout: float,
-    input: str | bytes | None = None,  # noqa: A002 - subprocess' own word
+    input: str | bytes | None = None,
     ok: Collection[int] = (0,),
     env: Mapping[str, str] | None = None,
     max_output: int = MAX_OUTPUT,
@@ -333,7 +333,7 @@ def _stdin(data: str | bytes | None) -> Iterator[int]:
     if data is None:
         yield subprocess.DEVNULL
         return
-    with open(os.memfd_create("stdin"), "w+b") as file:  # noqa: PTH123 - a descriptor
+    with os.fdopen(os.memfd_create("stdin"), "w+b") as file:
         file.write(data.encode() if isinstance(data, str) else data)
         file.seek(0)
         yield file.fileno()

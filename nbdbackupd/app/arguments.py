@@ -88,10 +88,12 @@ def add_point(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGro
     which.add_argument("--point", metavar="ID", help="the point (default: the newest)")
     which.add_argument("--until", metavar="CHECKPOINT", help="the point that made this checkpoint")
     which.add_argument(
-        "--at", metavar="TIME", type=moment,
+        "--at",
+        metavar="TIME",
+        type=moment,
         help="the newest point made at this time or before (2026-01-31T23:59:59Z, or local time: "
         "'2026-01-31 23:59')",
-    )  # fmt: skip
+    )
     return which
 
 

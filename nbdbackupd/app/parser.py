@@ -60,18 +60,23 @@ def _global_options() -> argparse.ArgumentParser:
     group = shared.add_argument_group("global options")
     add_settings(group, GLOBAL)
     group.add_argument(
-        "--config-dir", metavar="DIR", type=Path,
+        "--config-dir",
+        metavar="DIR",
+        type=Path,
         help="directory of the configuration (default: /etc/nbdbackup)",
-    )  # fmt: skip
+    )
     group.add_argument("--json", action="store_true", help="print the result as JSON")
     group.add_argument(
-        "--progress", choices=("auto", "line", "plain", "none"),
+        "--progress",
+        choices=("auto", "line", "plain", "none"),
         help="how to show progress on stderr (default: auto, a line on a terminal)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--runtime-dir", metavar="DIR", type=Path,
+        "--runtime-dir",
+        metavar="DIR",
+        type=Path,
         help="directory for sockets and locks (default: /run/nbdbackup)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "-v", "--verbose", action="count", help="tell what is done; twice: in detail"
     )

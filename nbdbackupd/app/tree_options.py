@@ -27,21 +27,26 @@ def add(parser: Parser) -> None:
     )
     add_point(parser)
     parser.add_argument(
-        "-p", "--partition", metavar="N", default="",
+        "-p",
+        "--partition",
+        metavar="N",
+        default="",
         help="number of the partition, or logical volume as GROUP/NAME (default: the only one)",
-    )  # fmt: skip
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--tool", choices=TOOLS, default="", help="the program that reads the file system"
     )
     how.add_argument(
-        "--kernel", action="store_true",
+        "--kernel",
+        action="store_true",
         help="let this host's kernel read the file system: only one that you trust",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--replay", action="store_true",
+        "--replay",
+        action="store_true",
         help="replay the file system's journal first, on a copy that is thrown away",
-    )  # fmt: skip
+    )
 
 
 def request(args: Arguments, context: Context) -> MountRequest:

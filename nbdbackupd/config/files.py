@@ -1,6 +1,5 @@
 """The files below ``/etc/nbdbackup``: each read as far as it can be, all problems collected."""
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +84,7 @@ def _is_there(path: Path, problems: list[Problem]) -> bool:
 
 def _domain_files(directory: Path, problems: list[Problem]) -> Iterable[Path]:
     try:
-        names = sorted(os.listdir(directory))  # noqa: PTH208 - names are enough
+        names = sorted(each.name for each in directory.iterdir())
     except FileNotFoundError:
         return
     except OSError as err:

@@ -203,9 +203,10 @@ class Interpreter:
             elif not merged:
                 first = _line(found[key.value][0])
                 self._complain(
-                    _line(key), _join(path, key.value),
+                    _line(key),
+                    _join(path, key.value),
                     f"stands in line {first} already; remove one of them",
-                )  # fmt: skip
+                )
         return found
 
     def _unknown(self, key: str, name: Node, section: str, known: list[str]) -> None:

@@ -41,21 +41,35 @@ A text that begins with a special character, such as _*_, needs quotes.
 """
 
 KINDS: Final = (
-    ("size", "A number of bytes, or a number with *K*, *M*, *G* or *T*, powers of 1024: "
-     "_4096_, _512M_, _1.5G_."),
-    ("duration", "A number of seconds, or numbers with *s*, *m*, *h*, *d* or *w*: _30s_, _2h_, "
-     "_1h30m_."),
+    (
+        "size",
+        "A number of bytes, or a number with *K*, *M*, *G* or *T*, powers of 1024: "
+        "_4096_, _512M_, _1.5G_.",
+    ),
+    (
+        "duration",
+        "A number of seconds, or numbers with *s*, *m*, *h*, *d* or *w*: _30s_, _2h_, _1h30m_.",
+    ),
     ("days", "A number with *d* (days) or *w* (weeks): _7d_, _4w_."),
     ("yes or no", "*yes*, *on*, *true*, or *no*, *off*, *false*."),
     ("path", "An absolute path."),
     ("file name", "A name without a directory."),
-    ("calendar event", "A time or repetition as in *systemd.time*(7), checked by "
-     "*systemd-analyze*(1) if it is there."),
-    ("command", "A program by its absolute path, and its arguments. It is cut into words as a "
-     "shell does it, quotes included, but no shell runs it."),
-    ("list", "Values in brackets with commas between them, or one on each line after a dash; a "
-     "single value may stand alone."),
-)  # fmt: skip
+    (
+        "calendar event",
+        "A time or repetition as in *systemd.time*(7), checked by "
+        "*systemd-analyze*(1) if it is there.",
+    ),
+    (
+        "command",
+        "A program by its absolute path, and its arguments. It is cut into words as a "
+        "shell does it, quotes included, but no shell runs it.",
+    ),
+    (
+        "list",
+        "Values in brackets with commas between them, or one on each line after a dash; a "
+        "single value may stand alone.",
+    ),
+)
 
 LABELS: Final = f"""\
 Attributes of an element of the namespace _{LABELS_URI}_ are labels of that name.

@@ -35,22 +35,27 @@ TAGS: Final = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq", "tag:yaml.org,2
 
 HINTS: Final = (
     ("found character '\\t'", "a tab; indent with spaces"),
-    ("mapping values are not allowed", "a ':' where none can be; check the indentation of this "
-     "line and the one above, and put texts with ': ' in quotes"),
+    (
+        "mapping values are not allowed",
+        "a ':' where none can be; check the indentation of this "
+        "line and the one above, and put texts with ': ' in quotes",
+    ),
     ("scanning an alias", "a text that begins with '*' must stand in quotes"),
     ("found undefined alias", "a text that begins with '*' must stand in quotes"),
     ("sequence entries are not allowed", "a list below a key begins on a line of its own"),
     ("scanning an anchor", "a text that begins with '&' must stand in quotes"),
     ("that cannot start any token", "a text that begins with this character must stand in quotes"),
-    ("but found '<block mapping start>'", "wrong indentation; keys of one section begin in the "
-     "same column"),
+    (
+        "but found '<block mapping start>'",
+        "wrong indentation; keys of one section begin in the same column",
+    ),
     ("expected <block end>", "wrong indentation, or a text that needs quotes"),
     ("could not find expected ':'", "a key without ':', or a quote that is not closed"),
     ("unexpected end of stream", "a quote that is not closed"),
     ("expected a single document", "more than one document; remove the line '---'"),
     ("flow sequence", "a '[' that is not closed, or a text that begins with '[' and needs quotes"),
     ("flow mapping", "a '{' that is not closed, or a text that begins with '{' and needs quotes"),
-)  # fmt: skip
+)
 """What a YAML error's text contains, and what it mostly means."""
 
 
@@ -155,7 +160,7 @@ def _is_merge(key: Node) -> bool:
 def _bytes(path: Path) -> bytes:
     try:
         # a pipe or terminal in place of the file must not hold us up
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:  # noqa: PTH123 - a descriptor
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise Unreadable(0, "is no regular file")

@@ -67,9 +67,10 @@ def timer_for(
     """What the files say about a domain's timer; ``domain`` is what libvirt's file says of it."""
     values = sound_values(name, configuration, SCHEDULE, domain)
     return TimerSettings(
-        calendar=values.get(CALENDAR), random_delay=values.get(RANDOM_DELAY),
+        calendar=values.get(CALENDAR),
+        random_delay=values.get(RANDOM_DELAY),
         enable=values.get(ENABLE, False),
-    )  # fmt: skip
+    )
 
 
 def sound_values(

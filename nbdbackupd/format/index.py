@@ -123,9 +123,12 @@ class Index:
                 "index has the wrong size", file=self.path, records=count, size=size
             )
         return IndexHeader(
-            disk_size, count, bool(flags & FLAG_LZ4), bool(flags & FLAG_RAW),
+            disk_size,
+            count,
+            bool(flags & FLAG_LZ4),
+            bool(flags & FLAG_RAW),
             bool(flags & FLAG_FRAMES),
-        )  # fmt: skip
+        )
 
     def __enter__(self) -> Self:
         return self

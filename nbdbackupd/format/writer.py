@@ -122,9 +122,7 @@ class _BlockWriter:
             self._zero_bytes += block.length
         else:
             stored = len(block.payload)
-            record = (
-                block.offset, block.length, block.position, stored, Kind.DATA, block.digest,
-            )  # fmt: skip
+            record = (block.offset, block.length, block.position, stored, Kind.DATA, block.digest)
             self._data_bytes += block.length
         self._records.write(RECORD.pack(*record))
         self._count += 1

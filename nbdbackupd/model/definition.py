@@ -27,9 +27,17 @@ NONE: Final = "none"
 SOURCE_ATTRIBUTE: Final = {"file": "file", "block": "dev"}
 ONLY_QCOW2: Final = ("discard_no_unref",)
 SINGLE: Final = (
-    "name", "uuid", "genid", "os", "devices", "os/type", "os/loader", "os/nvram", "os/kernel",
+    "name",
+    "uuid",
+    "genid",
+    "os",
+    "devices",
+    "os/type",
+    "os/loader",
+    "os/nvram",
+    "os/kernel",
     "os/initrd",
-)  # fmt: skip
+)
 MEDIA: Final = ("cdrom", "floppy")
 MACHINE_VERSION: Final = re.compile(r"-(?:rhel)?\d[\d.]*$")
 NAME_BAD: Final = re.compile(r"[/\n\0]")
@@ -94,9 +102,12 @@ class Changes:
         disks = self.disks.values()
         found = {path for disk in disks for path in (disk.path, disk.socket)}
         found |= {
-            self.nvram or "", self.loader or "", self.kernel or "", self.initrd or "",
+            self.nvram or "",
+            self.loader or "",
+            self.kernel or "",
+            self.initrd or "",
             self.tpm or "",
-        }  # fmt: skip
+        }
         return frozenset(found - {""})
 
 

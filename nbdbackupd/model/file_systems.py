@@ -16,9 +16,26 @@ EXT: Final = frozenset({"ext2", "ext3", "ext4"})
 """Types that fuse2fs reads."""
 
 GRUB: Final = EXT | {
-    "affs", "btrfs", "exfat", "f2fs", "hfs", "hfsplus", "iso9660", "jfs", "minix", "nilfs2",
-    "ntfs", "reiserfs", "romfs", "squashfs", "udf", "ufs", "vfat", "xfs", "zfs_member",
-}  # fmt: skip
+    "affs",
+    "btrfs",
+    "exfat",
+    "f2fs",
+    "hfs",
+    "hfsplus",
+    "iso9660",
+    "jfs",
+    "minix",
+    "nilfs2",
+    "ntfs",
+    "reiserfs",
+    "romfs",
+    "squashfs",
+    "udf",
+    "ufs",
+    "vfat",
+    "xfs",
+    "zfs_member",
+}
 """Types of blkid that GRUB 2.06 has readers for."""
 
 EXTENDED: Final = frozenset({"0x5", "0xf", "0x85"})
@@ -107,10 +124,13 @@ def parse_partx(text: str, disk_size: int, sector: int) -> tuple[Partition, ...]
         if min(number, start, count) > 0 and offset + size <= disk_size and not is_extended:
             found.append(
                 Partition(
-                    number=number, offset=offset, size=size,
-                    scheme=row.get("SCHEME", ""), name=_decoded(row.get("NAME", "")),
+                    number=number,
+                    offset=offset,
+                    size=size,
+                    scheme=row.get("SCHEME", ""),
+                    name=_decoded(row.get("NAME", "")),
                 )
-            )  # fmt: skip
+            )
     return tuple(found)
 
 

@@ -45,9 +45,12 @@ class VolumeUse:
     def at(self, path: str) -> PathUse:
         """The same with its path."""
         return PathUse(
-            path=path, what=self.what, readonly=self.readonly, format=self.format,
+            path=path,
+            what=self.what,
+            readonly=self.readonly,
+            format=self.format,
             optional=self.optional,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -76,9 +76,12 @@ def _plan(
     target, tracked = chosen.target, chosen.how is How.BITMAP
     if not tracked:
         return DiskPlan(
-            target=target, delta=False, tracked=False,
-            reason=chosen.why, is_expected=not chosen.is_fault,
-        )  # fmt: skip
+            target=target,
+            delta=False,
+            tracked=False,
+            reason=chosen.why,
+            is_expected=not chosen.is_fault,
+        )
     if level not in (Level.INC, Level.DIFF):
         return DiskPlan(target=target, delta=False, tracked=True)
     known = _recorded(target, parent)

@@ -24,8 +24,16 @@ DUMPS: Final = {"coredump-destroy": "destroy", "coredump-restart": "restart"}
 RANDOM: Final = ("/dev/urandom", "/dev/random", "/dev/hwrng")
 NETWORKS: Final = ("network", "bridge", "user", "ethernet", "direct", "internal", "null")
 CHARDEVS: Final = (
-    "pty", "null", "vc", "stdio", "unix", "spicevmc", "spiceport", "qemu-vdagent", "dbus",
-)  # fmt: skip
+    "pty",
+    "null",
+    "vc",
+    "stdio",
+    "unix",
+    "spicevmc",
+    "spiceport",
+    "qemu-vdagent",
+    "dbus",
+)
 HOST_ATTRIBUTES: Final = (
     "path",
     "file",

@@ -189,8 +189,10 @@ class _Pipeline(Generic[B]):
         if rest is not None or self._ready or self._next != self._tickets or len({*counts}) != 1:
             raise NbdError(
                 "the copy is short of what was to be read",
-                planned=self._planned, placed=self._placed, written=self._written,
-            )  # fmt: skip
+                planned=self._planned,
+                placed=self._placed,
+                written=self._written,
+            )
 
     # readers
 

@@ -115,7 +115,7 @@ def parse_chain(text: str | bytes) -> tuple[ImageInfo, ...]:
     return tuple(ImageInfo.from_dict(each) for each in images)
 
 
-def info_json(path: Path, *, format: str = "", chain: bool = False) -> str:  # noqa: A002
+def info_json(path: Path, *, format: str = "", chain: bool = False) -> str:
     """What qemu-img says about an image, as JSON text. Works beside a running guest.
 
     ``format`` keeps qemu-img from guessing: the content of a raw image must not choose.
@@ -130,7 +130,7 @@ def info_json(path: Path, *, format: str = "", chain: bool = False) -> str:  # n
     return proc.output([*argv, "--", os.fspath(path.absolute())], timeout=INFO_SECONDS)
 
 
-def why_locked(path: Path, *, format: str) -> ProcessError | None:  # noqa: A002
+def why_locked(path: Path, *, format: str) -> ProcessError | None:
     """What keeps a reader away from an image: a QEMU that has it open for writing, on any host.
 
     Other failures are not of interest here: None.
@@ -154,7 +154,7 @@ def as_object(text: str) -> str:
     return json.dumps({**images[0], "backing-chain": images[1:]}, indent=4)
 
 
-def info(path: Path, *, format: str = "") -> ImageInfo:  # noqa: A002 - QEMU's own word
+def info(path: Path, *, format: str = "") -> ImageInfo:
     """One image.
 
     Raises ProcessError, FormatError.
@@ -162,7 +162,7 @@ def info(path: Path, *, format: str = "") -> ImageInfo:  # noqa: A002 - QEMU's o
     return parse_chain(info_json(path, format=format))[0]
 
 
-def info_chain(path: Path, *, format: str = "") -> tuple[ImageInfo, ...]:  # noqa: A002
+def info_chain(path: Path, *, format: str = "") -> tuple[ImageInfo, ...]:
     """The image and all below it, top first.
 
     Raises ProcessError, FormatError.
@@ -254,7 +254,7 @@ def _escaped(value: str) -> str:
     return value.replace(",", ",,")
 
 
-def check(path: Path, *, format: str) -> None:  # noqa: A002 - QEMU's own word
+def check(path: Path, *, format: str) -> None:
     """Prove that an image's metadata is sound: no cluster used twice, none lost.
 
     Raises ProcessError.

@@ -29,7 +29,7 @@ STOP_SECONDS: Final = 60.0
 def serve(
     image: Path,
     *,
-    format: str,  # noqa: A002 - QEMU's own word
+    format: str,
     endpoint: Path,
     clients: int,
     cancelled: Callable[[], None],

@@ -30,10 +30,22 @@ def name_backing(path: Path, backing: Path) -> None:
     Raises ProcessError.
     """
     proc.output(
-        ["qemu-img", "rebase", "-q", "-u", "-f", QCOW2, "-F", QCOW2, "-b", _beside(backing),
-         "--", str(path.absolute())],
+        [
+            "qemu-img",
+            "rebase",
+            "-q",
+            "-u",
+            "-f",
+            QCOW2,
+            "-F",
+            QCOW2,
+            "-b",
+            _beside(backing),
+            "--",
+            str(path.absolute()),
+        ],
         timeout=SECONDS,
-    )  # fmt: skip
+    )
 
 
 def take(path: Path, name: str) -> None:

@@ -275,12 +275,12 @@ def _move(source: Path, target: Path) -> None:
     # Under the set's lock nobody of us makes files here; this guards against strangers.
     if os.path.lexists(target):
         raise RepositoryError(f"{target} exists and is of no restore point: move it away")
-    os.rename(source, target)  # noqa: PTH104 - one name for renames, which tests replace
+    durable.rename(source, target)
 
 
 def _move_back(target: Path, source: Path) -> None:
     if os.path.lexists(target) and not os.path.lexists(source):
-        os.rename(target, source)  # noqa: PTH104 - as above
+        durable.rename(target, source)
 
 
 def _check_size(path: Path, size: int) -> None:

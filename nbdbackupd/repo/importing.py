@@ -64,12 +64,12 @@ class Stage:
                 target = self.root / name
                 if os.path.lexists(target):
                     raise RepositoryError(f"{target} exists and is of no restore point: move it")
-                os.rename(self.path / name, target)  # noqa: PTH104 - as in draft
+                durable.rename(self.path / name, target)
             durable.fsync_directory(self.root)
             if (self.root / layout.CHECKPOINTS).is_dir():
                 durable.fsync_directory(self.root / layout.CHECKPOINTS)
             # the point of no return
-            os.rename(self.path / layout.POINTS, self.root / layout.POINTS)  # noqa: PTH104
+            durable.rename(self.path / layout.POINTS, self.root / layout.POINTS)
             durable.fsync_directory(self.root)
         return known
 

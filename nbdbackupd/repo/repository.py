@@ -238,12 +238,12 @@ class Repository:
         """
         spare, intent = self.path / layout.SPARE, made.path / layout.INTENT
         if spare.is_dir():
-            os.rename(spare, made.path)  # noqa: PTH104 - as in durable
+            durable.rename(spare, made.path)
             try:
                 durable.write_atomic(intent, made.intent.pack(), mode=0o600)
             except OSError:
                 # it can't be replaced, so it stays for good
-                os.rename(made.path, spare)  # noqa: PTH104 - as above
+                durable.rename(made.path, spare)
         if not made.path.is_dir():
             made.path.mkdir(mode=0o700)
             try:
@@ -362,7 +362,7 @@ class Repository:
             spare = self.path / layout.SPARE
             try:
                 if draft.is_used_up(path) and not os.path.lexists(spare):
-                    os.rename(path, spare)  # noqa: PTH104 - as in durable
+                    durable.rename(path, spare)
                     return
             except OSError as again:
                 log.debug("%s can't be kept as a spare: %s", path, again.strerror)

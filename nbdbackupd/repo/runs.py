@@ -257,10 +257,16 @@ class Living:
         """Remember how it ended. Raises RepositoryError, NoSpaceError."""
         run = self.run
         end = End(
-            domain=run.domain, unit=run.unit, host=run.host, begun=run.begun,
-            ended=ended, result=result, status=status,
-            reason=" ".join(reason.split())[:MAX_REASON], **facts,
-        )  # fmt: skip
+            domain=run.domain,
+            unit=run.unit,
+            host=run.host,
+            begun=run.begun,
+            ended=ended,
+            result=result,
+            status=status,
+            reason=" ".join(reason.split())[:MAX_REASON],
+            **facts,
+        )
         self._runs.record(end)
         return end
 
@@ -275,9 +281,15 @@ def boot_id() -> str:
 
 def _unseen(begun: Begun, boot: str, reason: str) -> End:
     return End(
-        domain=begun.domain, unit=begun.unit, host=begun.host, begun=begun.begun, ended="",
-        result=FAILED, status=None, reason=reason if begun.boot == boot else HOST_ENDED,
-    )  # fmt: skip
+        domain=begun.domain,
+        unit=begun.unit,
+        host=begun.host,
+        begun=begun.begun,
+        ended="",
+        result=FAILED,
+        status=None,
+        reason=reason if begun.boot == boot else HOST_ENDED,
+    )
 
 
 def _is_known(end: End, known: Seen) -> bool:
@@ -326,7 +338,7 @@ def _read(path: Path) -> dict[str, Any] | None:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
-        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
+        with os.fdopen(fd, "rb") as file:
             data = file.read(MAX_SIZE)
     try:
         document = documents.parse_json(data)

@@ -104,5 +104,5 @@ def _read(path: Path) -> bytes:
         if not isinstance(err, FileNotFoundError | NotADirectoryError):
             log.info("the manifests of this host can't be read: %s", err)
         return b""
-    with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
+    with os.fdopen(fd, "rb") as file:
         return file.read(2 * MAX_SIZE)

@@ -238,8 +238,10 @@ class Guard:
         elif not self._program.is_running() and not self.kept.wait_closed(LAST_WAIT_SECONDS):
             LOG.warning(
                 "domain %s: this run has no guard, and its job has not ended: "
-                "'nbdbackupctl abort %s' ends it", self._charge.domain, self._charge.domain,
-            )  # fmt: skip
+                "'nbdbackupctl abort %s' ends it",
+                self._charge.domain,
+                self._charge.domain,
+            )
         self._line.close()
         self._idle.clear()
         self.kept.close()
@@ -289,8 +291,9 @@ class Guard:
         if not self._left:
             return
         self._left -= 1
-        LOG.info("domain %s: the guard of this run has died, another one takes over",
-                 self._charge.domain)  # fmt: skip
+        LOG.info(
+            "domain %s: the guard of this run has died, another one takes over", self._charge.domain
+        )
         try:
             line, program = self._begin()
             # the new one first: what the old one held must not be let go in between

@@ -93,8 +93,11 @@ class Watch:
             if is_done and is_closed:
                 return
             if is_closed and self._is_late():
-                LOG.error("domain %s: given up, see what is left with 'nbdbackupctl abort %s'",
-                          self._charge.domain, self._charge.domain)  # fmt: skip
+                LOG.error(
+                    "domain %s: given up, see what is left with 'nbdbackupctl abort %s'",
+                    self._charge.domain,
+                    self._charge.domain,
+                )
                 return
             self._wait()
 

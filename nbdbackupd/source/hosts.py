@@ -225,9 +225,11 @@ class Hosts:
     def _watched(self, reader: _Reader, wanted: Callable[[Note], None]) -> Iterator[None]:
         stop = threading.Event()
         thread = threading.Thread(
-            target=runlog.carried(self._watch), args=(stop, reader, wanted), name="hosts",
+            target=runlog.carried(self._watch),
+            args=(stop, reader, wanted),
+            name="hosts",
             daemon=True,
-        )  # fmt: skip
+        )
         thread.start()
         try:
             yield
@@ -253,9 +255,13 @@ class Hosts:
 
     def _beat(self, reader: _Reader) -> None:
         document = {
-            "version": VERSION, "host": reader.host.id, "name": reader.host.name,
-            "run": reader.run, "settled": reader.settled, "beat": secrets.token_hex(8),
-        }  # fmt: skip
+            "version": VERSION,
+            "host": reader.host.id,
+            "name": reader.host.name,
+            "run": reader.run,
+            "settled": reader.settled,
+            "beat": secrets.token_hex(8),
+        }
         path = self._own(READER)
         part = path.with_name(f".{path.name}.part")
         with durable.translate_os_errors("write", path):
@@ -279,9 +285,13 @@ class Hosts:
 
     def _new(self, phase: Phase, *, arrived: bool) -> Note:
         return Note(
-            host=self.here.id, name=self.here.name, domain=self.domain,
-            number=next_number(self.notes()), phase=phase, arrived=arrived,
-        )  # fmt: skip
+            host=self.here.id,
+            name=self.here.name,
+            domain=self.domain,
+            number=next_number(self.notes()),
+            phase=phase,
+            arrived=arrived,
+        )
 
     def _own(self, kind: str) -> Path:
         return self.directory / f"{self.here.id}{kind}"

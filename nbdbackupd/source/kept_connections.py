@@ -79,8 +79,11 @@ class KeptConnections:
                 if not _settle(self.all[number]):
                     return False
                 self.stages[number] = Stage.READY
-        shut = [self.all[number] for number, stage in enumerate(self.stages)
-                if stage is Stage.CONNECTED and self._is_open(number)]  # fmt: skip
+        shut = [
+            self.all[number]
+            for number, stage in enumerate(self.stages)
+            if stage is Stage.CONNECTED and self._is_open(number)
+        ]
         for each in shut:
             with suppress(OSError):
                 each.shutdown(socket.SHUT_WR)

@@ -159,9 +159,12 @@ class Lease:
         """Note the child that ``give_way`` is to kill; it must only read. 0: there is none."""
         holder = self._holder
         self._holder = Holder(
-            domain=holder.domain, uuid=holder.uuid, run_id=holder.run_id, run=holder.run,
+            domain=holder.domain,
+            uuid=holder.uuid,
+            run_id=holder.run_id,
+            run=holder.run,
             server=ProcessId.of(pid) if pid else None,
-        )  # fmt: skip
+        )
         self.announce()
 
     def announce(self) -> None:

@@ -354,7 +354,8 @@ def _checkpoint_xml(request: OfflineRequest) -> str:
     others = [target for target in known if target not in tracked]
     root = documents.parse_xml(
         jobxml.checkpoint_xml(request.new_checkpoint, tracked, others),
-        "domaincheckpoint", CheckpointError,
-    )  # fmt: skip
+        "domaincheckpoint",
+        CheckpointError,
+    )
     ET.SubElement(root, "creationTime").text = str(request.created)
     return ET.tostring(root, encoding="unicode")

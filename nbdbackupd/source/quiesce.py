@@ -9,6 +9,7 @@ An agent does one thing after the other: once it has answered a thaw, no earlier
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -167,7 +168,7 @@ def _held(marker: Path) -> tuple[str, str]:
     QEMU can write where it lies: it may be a link, a pipe, or without end.
     """
     try:
-        with open(files.open_untrusted(marker), "rb") as file:  # noqa: PTH123 - a descriptor
+        with os.fdopen(files.open_untrusted(marker), "rb") as file:
             text = file.read(MAX_MARKER).decode(errors="replace")
     except FileNotFoundError:
         return "", ""

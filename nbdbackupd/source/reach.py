@@ -18,9 +18,21 @@ CONTROLLER: Final = re.compile(r"/[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-9a-f]/
 """A disk of a RAID controller: SCSI right below a PCI device, with no port or session between."""
 
 NETWORK: Final = frozenset(
-    {"9p", "afs", "ceph", "cifs", "gfs2", "glusterfs", "lustre", "nfs", "nfs4", "ocfs2", "smb3",
-     "virtiofs"}
-)  # fmt: skip
+    {
+        "9p",
+        "afs",
+        "ceph",
+        "cifs",
+        "gfs2",
+        "glusterfs",
+        "lustre",
+        "nfs",
+        "nfs4",
+        "ocfs2",
+        "smb3",
+        "virtiofs",
+    }
+)
 """File systems that other hosts may have mounted; so may what FUSE shows (fuse, fuse.*)."""
 
 MULTIPATH: Final = "mpath-"

@@ -149,8 +149,9 @@ class _Space:
         """Look; whether less than the reserve is left by the time that a job has ended."""
         before, self.free = self.free, self._look()
         now = time.monotonic()
-        self._rate = max((before - self.free) / max(now - self._seen, SHORTEST_SECONDS),
-                         self._rate * FADING)  # fmt: skip
+        self._rate = max(
+            (before - self.free) / max(now - self._seen, SHORTEST_SECONDS), self._rate * FADING
+        )
         self._seen = now
         self.lowest = min(self.lowest, self.free)
         return self.free - self._rate * REACTION_SECONDS < self._job.reserve

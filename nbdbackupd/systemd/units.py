@@ -20,9 +20,15 @@ STOPPING_SECONDS: Final = 2.0
 MAX_OUTPUT: Final = 4 << 20
 MAX_LINE: Final = 1000
 PROPERTIES: Final = (
-    "Id", "LoadState", "ActiveState", "Result", "ExecMainStatus", "InvocationID",
-    "ExecMainStartTimestamp", "ExecMainExitTimestamp",
-)  # fmt: skip
+    "Id",
+    "LoadState",
+    "ActiveState",
+    "Result",
+    "ExecMainStatus",
+    "InvocationID",
+    "ExecMainStartTimestamp",
+    "ExecMainExitTimestamp",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,11 +172,16 @@ def journal(unit: str, invocation: str, number: int) -> tuple[str, ...]:
     chosen = [f"_SYSTEMD_INVOCATION_ID={invocation}", "+", f"INVOCATION_ID={invocation}"]
     text = proc.output(
         [
-            "journalctl", "--quiet", "--no-pager", "--output=cat", f"--lines={number}",
+            "journalctl",
+            "--quiet",
+            "--no-pager",
+            "--output=cat",
+            f"--lines={number}",
             *(chosen if invocation else [f"--unit={unit}"]),
         ],
-        timeout=TIMEOUT_SECONDS, max_output=MAX_OUTPUT,
-    )  # fmt: skip
+        timeout=TIMEOUT_SECONDS,
+        max_output=MAX_OUTPUT,
+    )
     return tuple(_clean(line) for line in text.split("\n") if line.strip())[-number:]
 
 

@@ -100,10 +100,13 @@ def unmark(domain: Domain) -> None:
     domain.call(
         "can't be made one that stays",
         lambda handle: handle.setMetadata(
-            libvirt.VIR_DOMAIN_METADATA_ELEMENT, None, None, throwaway.URI,
+            libvirt.VIR_DOMAIN_METADATA_ELEMENT,
+            None,
+            None,
+            throwaway.URI,
             libvirt.VIR_DOMAIN_AFFECT_LIVE,
         ),
-    )  # fmt: skip
+    )
 
 
 def ping(domain: Domain, *, seconds: int) -> bool:

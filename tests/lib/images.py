@@ -72,13 +72,13 @@ def qemu_img(*argv: Path_) -> str:
     return subprocess.run(["qemu-img", *argv], check=True, text=True, capture_output=True).stdout
 
 
-def make(path: Path, size: int = 4 * MIB, *options: Path_, format: str = "qcow2") -> Path:  # noqa: A002
+def make(path: Path, size: int = 4 * MIB, *options: Path_, format: str = "qcow2") -> Path:
     """Make an image."""
     qemu_img("create", "-q", "-f", format, *options, path, str(size))
     return path
 
 
-def overlay(path: Path, below: Path, *options: Path_, format: str = "qcow2") -> Path:  # noqa: A002
+def overlay(path: Path, below: Path, *options: Path_, format: str = "qcow2") -> Path:
     """Make a qcow2 image on top of another one."""
     qemu_img("create", "-q", "-f", "qcow2", "-F", format, "-b", below, *options, path)
     return path
@@ -89,7 +89,7 @@ def add_bitmap(path: Path, name: str, *options: str) -> None:
     qemu_img("bitmap", "--add", *options, path, name)
 
 
-def write(path: Path, *commands: str, format: str = "qcow2") -> None:  # noqa: A002
+def write(path: Path, *commands: str, format: str = "qcow2") -> None:
     """Run qemu-io commands on an image that nobody has open."""
     argv: list[Path_] = ["qemu-io", "-f", format]
     for command in commands:
@@ -110,7 +110,7 @@ def scribble(rng: random.Random, path: Path, size: int, count: int = 12) -> None
     write(path, *commands)
 
 
-def content(path: Path, into: Path, format: str = "qcow2") -> bytes:  # noqa: A002
+def content(path: Path, into: Path, format: str = "qcow2") -> bytes:
     """What the guest would read, by qemu-img."""
     qemu_img("convert", "-f", format, "-O", "raw", path, into)
     data = into.read_bytes()

@@ -138,20 +138,24 @@ def is_held(world: World) -> bool:
 
 
 def leftovers(world: World) -> list[str]:
-    """Jobs, scratch files, a word that a guest is held which is off: what may mislead or harm."""
+    """Jobs and scratch files: what may harm a guest, or keep others away from it."""
     left = [str(each) for each in world.ctl.scratch.glob("*")]
     if world.is_active:
         left += [str(each) for each in world.guest.block_jobs()]
         job = world.lab.virsh("domjobinfo", "--domain", world.guest.name).splitlines()[0]
         left += [job] if "None" not in job else []
-    else:
-        left += [str(each) for each in world.ctl.runtime.rglob("guest-held")]
     return left
 
 
 def wait_calm(world: World) -> None:
     """A run has died, or what it needed: what it left is undone soon, by nobody's next run."""
-    wait_until(lambda: not leftovers(world), "end of what the run has left", CALM_SECONDS)
+
+    def is_calm() -> bool:
+        # a guest that is off is held by nobody
+        held = [] if world.is_active else [*world.ctl.runtime.rglob("guest-held")]
+        return not leftovers(world) and not held
+
+    wait_until(is_calm, "end of what the run has left", CALM_SECONDS)
 
 
 def check_clean(world: World, own: SetModel, allow: frozenset[str]) -> None:

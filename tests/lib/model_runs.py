@@ -245,7 +245,7 @@ def wait_for_job(world: World, process: "subprocess.Popen[str]", *, hold: bool) 
             return stat.read_text().rpartition(")")[2].split()[0] == "T"
         return bool(world.guest.block_jobs())
 
-    wait_until(is_there, "job of the run", 60)
+    wait_until(is_there, "job of the run", 180)
     return process.poll() is None
 
 

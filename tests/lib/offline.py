@@ -98,7 +98,7 @@ def disk(
     *,
     delta: int = 0,
     tracked: bool = True,
-    format: str = "qcow2",  # noqa: A002
+    format: str = "qcow2",
 ) -> OfflineDisk:
     """A disk of these images, top first; a delta of the first ``delta`` of them, or whole."""
     paths = [os.fspath(path) for path in layers]

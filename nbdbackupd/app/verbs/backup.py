@@ -36,14 +36,20 @@ def register(verbs: Registry) -> None:
     parser = verbs.add("backup", DESCRIPTION)
     parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
     parser.add_argument(
-        "-l", "--level", choices=LEVELS, default="auto",
+        "-l",
+        "--level",
+        choices=LEVELS,
+        default="auto",
         help="auto (default): full into an empty set, else inc; full: new chain; inc: changes "
         "since the last point; diff: the same without moving on; copy: a full beside the chain",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "-o", "--output", metavar="DIR", type=directory,
+        "-o",
+        "--output",
+        metavar="DIR",
+        type=directory,
         help="directory of the set (default: as the configuration says)",
-    )  # fmt: skip
+    )
     disks = parser.add_argument_group("disks")
     add_settings(disks, "disks")
     disks.add_argument(

@@ -49,17 +49,20 @@ def register(verbs: Registry) -> None:
         "--name", metavar="NAME", help="name of the domain (default: boot_ and the original's)"
     )
     parser.add_argument(
-        "--keep-identity", action="store_true",
+        "--keep-identity",
+        action="store_true",
         help="keep name, UUID and MAC addresses: the original is gone for good",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--memory", metavar="SIZE", type=size, default=0, help="memory (default: as the original)"
     )
     parser.add_argument(
-        "--network", choices=("none", "down", "keep"), default="none",
+        "--network",
+        choices=("none", "down", "keep"),
+        default="none",
         help="network cards: none at all, with their link down, or as the original's with new MAC "
         "addresses (default: none)",
-    )  # fmt: skip
+    )
     restore_define.add_trust(parser)
     add_checkpoint_dir(parser)
     parser.add_argument("--detach", action="store_true", help="return when it runs; --stop ends it")
@@ -71,18 +74,22 @@ def register(verbs: Registry) -> None:
         "--resume", metavar="NAME", default="", help="go on with a live restore that was cut short"
     )
     parser.add_argument(
-        "--scratch-dir", metavar="DIR", type=Path,
+        "--scratch-dir",
+        metavar="DIR",
+        type=Path,
         help="where overlays go (default: /var/lib/nbdbackup/scratch)",
-    )  # fmt: skip
+    )
     parser.set_defaults(run=run)
 
 
 def _add_live(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("live restore")
     group.add_argument(
-        "--live-restore", metavar="DIR", type=directory,
+        "--live-restore",
+        metavar="DIR",
+        type=directory,
         help="copy the disks to this directory while the guest runs, and go on there",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--define", action="store_true", help="make the domain persistent when its disks are there"
     )
@@ -90,9 +97,12 @@ def _add_live(parser: argparse.ArgumentParser) -> None:
         "--format", choices=("qcow2", "raw"), help="image format (default: as the original)"
     )
     group.add_argument(
-        "--bandwidth-limit", metavar="RATE", type=rate, default=0,
+        "--bandwidth-limit",
+        metavar="RATE",
+        type=rate,
+        default=0,
         help="most bytes per second of each disk's copy",
-    )  # fmt: skip
+    )
 
 
 def run(args: Arguments, context: Context) -> int:
@@ -201,8 +211,9 @@ def _wait(up: Booted, cancel: signals.Cancel) -> None:
         log.warning(
             "the guest is held by an error of its disks: if %s is full, make room and let it go on "
             "with 'virsh resume %s'; else see 'nbdbackupctl verify'",
-            up.places.work, up.record.name,
-        )  # fmt: skip
+            up.places.work,
+            up.record.name,
+        )
 
     try:
         boots.wait_for_end(up, pause=pause, on_held=tell_held)
@@ -225,14 +236,19 @@ def _follow(
 
         try:
             report = live_restore.resume(
-                places, connection, progress=show, cancelled=cancel.check,
+                places,
+                connection,
+                progress=show,
+                cancelled=cancel.check,
                 bandwidth=args.bandwidth_limit,
-            )  # fmt: skip
+            )
         except Interrupted:
             log.warning(
                 "the guest runs on from the set: 'nbdbackupctl boot --resume %s' goes on, "
-                "--stop %s ends it", places.name, places.name,
-            )  # fmt: skip
+                "--stop %s ends it",
+                places.name,
+                places.name,
+            )
             raise
     context.show(report.to_json(), _render(report))
     return 0
@@ -258,9 +274,12 @@ def _resume(args: Arguments, context: Context) -> int:
 def _stop(name: str, context: Context) -> int:
     with signals.listen() as cancel, context.connection() as connection:
         record = boots.stop(
-            name, context.host.runtime_dir, context.host.scratch_dir, connection,
+            name,
+            context.host.runtime_dir,
+            context.host.scratch_dir,
+            connection,
             cancelled=cancel.check,
-        )  # fmt: skip
+        )
     document = {"version": 1, "ended": record.name, "point": record.point}
     context.show(document, f"ended {record.name}")
     return 0

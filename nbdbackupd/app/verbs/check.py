@@ -45,13 +45,17 @@ def register(verbs: Registry) -> None:
         "-o", "--output", metavar="DIR", type=directory, help="directory of the set to look at, too"
     )
     parser.add_argument(
-        "--scratch-dir", metavar="DIR", type=Path,
+        "--scratch-dir",
+        metavar="DIR",
+        type=Path,
         help="directory for QEMU's scratch files (default: /var/lib/nbdbackup/scratch)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--scratch-reserve", metavar="SIZE", type=size,
+        "--scratch-reserve",
+        metavar="SIZE",
+        type=size,
         help="what is to stay free of it (default: 512M)",
-    )  # fmt: skip
+    )
     add_checkpoint_dir(parser)
     parser.set_defaults(run=run)
 

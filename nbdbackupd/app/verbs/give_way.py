@@ -25,14 +25,18 @@ def register(verbs: Registry) -> None:
     parser = verbs.add("yield", DESCRIPTION)
     parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
     parser.add_argument(
-        "--journal", action="store_true",
+        "--journal",
+        action="store_true",
         help="tell the journal, not standard error; for libvirt's hook, whose output nobody reads",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--hosts", metavar="OPERATION", choices=OPERATIONS, default="",
+        "--hosts",
+        metavar="OPERATION",
+        choices=OPERATIONS,
+        default="",
         help="tell the hosts that share the domain's checkpoint_directory instead: what libvirt's "
         "hook is called for (%(choices)s), with the domain's XML on standard input",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--reason", metavar="TEXT", default="", help="with --hosts release: libvirt's word for why"
     )

@@ -22,21 +22,28 @@ def register(verbs: Registry) -> None:
     """Add the verb."""
     parser = verbs.add("import", DESCRIPTION)
     parser.add_argument(
-        "source", metavar="SET", type=Path,
+        "source",
+        metavar="SET",
+        type=Path,
         help="directory that virtnbdbackup wrote, or the zip archive that it wrote to stdout",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "-o", "--output", metavar="DIR", type=directory,
+        "-o",
+        "--output",
+        metavar="DIR",
+        type=directory,
         help="leave SET alone and put a copy in this new directory",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--link", action="store_true",
+        "--link",
+        action="store_true",
         help="with -o: hard links instead of copies, on the same file system",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--sound", action="store_true",
+        "--sound",
+        action="store_true",
         help="with -o: leave out what is damaged, or hangs on what is missing",
-    )  # fmt: skip
+    )
     parser.set_defaults(run=run)
 
 

@@ -28,19 +28,28 @@ def register(verbs: Registry) -> None:
     """Add the verb."""
     parser = verbs.add("log", DESCRIPTION)
     parser.add_argument(
-        "domain", metavar="DOMAIN", nargs="?", default="",
+        "domain",
+        metavar="DOMAIN",
+        nargs="?",
+        default="",
         help="name or UUID of the domain (default: all)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--since", metavar="TIME", default="",
+        "--since",
+        metavar="TIME",
+        default="",
         help="only from this time on, as journalctl takes it (yesterday, -2h, '2026-01-31 23:59'); "
         "with -o a date, or a date and a time",
-    )  # fmt: skip
+    )
     parser.add_argument("-f", "--follow", action="store_true", help="go on with what comes new")
     parser.add_argument(
-        "-n", "--lines", metavar="N", type=lines, default=1000,
+        "-n",
+        "--lines",
+        metavar="N",
+        type=lines,
+        default=1000,
         help="at most so many, the newest (default: 1000)",
-    )  # fmt: skip
+    )
     parser.add_argument("--run", metavar="ID", dest="run_id", default="", help="only of this run")
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=directory, help="the logs in this set's directory"
@@ -58,9 +67,8 @@ def lines(text: str) -> int:
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
     query = journal.Query(
-        domain=args.domain, run=args.run_id, since=args.since, count=args.lines,
-        follow=args.follow,
-    )  # fmt: skip
+        domain=args.domain, run=args.run_id, since=args.since, count=args.lines, follow=args.follow
+    )
     with signals.listen() as cancel:
         try:
             entries = _entries(args, query, cancel)

@@ -35,22 +35,25 @@ def register(verbs: Registry) -> None:
     parser = verbs.add("map", MAP)
     parser.add_argument("source", metavar="SOURCE", type=Path, nargs="?", help=named.HELP)
     parser.add_argument(
-        "-d", "--disk", metavar="DISKS", type=names, default=(),
-        help="only these disks (vda,vdb)",
-    )  # fmt: skip
+        "-d", "--disk", metavar="DISKS", type=names, default=(), help="only these disks (vda,vdb)"
+    )
     _add_choice(parser)
     _add_place(parser)
     parser.add_argument(
         "--writable", action="store_true", help="take writes, too, and forget them at the end"
     )
     parser.add_argument(
-        "--prove", action="store_true",
+        "--prove",
+        action="store_true",
         help="prove each block before any part of it is given out, not only where it costs nothing",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--cache", metavar="SIZE", type=size, default=DEFAULT_CACHE,
+        "--cache",
+        metavar="SIZE",
+        type=size,
+        default=DEFAULT_CACHE,
         help="memory for unpacked blocks of each disk (default: 64M)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--detach", action="store_true", help="return when all is ready; 'unmap' ends it"
     )
@@ -58,9 +61,12 @@ def register(verbs: Registry) -> None:
     parser.set_defaults(run=run_map)
     parser = verbs.add("unmap", UNMAP)
     parser.add_argument(
-        "what", metavar="WHAT", nargs="?", default="",
+        "what",
+        metavar="WHAT",
+        nargs="?",
+        default="",
         help="id, socket, device or set of the map, or domain",
-    )  # fmt: skip
+    )
     parser.add_argument("--all", action="store_true", help="all maps")
     parser.set_defaults(run=run_unmap)
 
@@ -68,37 +74,49 @@ def register(verbs: Registry) -> None:
 def _add_choice(parser: argparse.ArgumentParser) -> None:
     which = add_point(parser)
     which.add_argument(
-        "--sequence", metavar="FILES", type=names, default=(),
+        "--sequence",
+        metavar="FILES",
+        type=names,
+        default=(),
         help="these stream files of one disk by hand, oldest first, commas between them",
-    )  # fmt: skip
+    )
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--socket", metavar="PATH", type=Path,
+        "--socket",
+        metavar="PATH",
+        type=Path,
         help="Unix socket; a directory for several disks (default: below the runtime directory)",
-    )  # fmt: skip
+    )
     where.add_argument(
-        "--tcp", metavar="ADDRESS:PORT", type=endpoint,
+        "--tcp",
+        metavar="ADDRESS:PORT",
+        type=endpoint,
         help="serve over TCP; each further disk takes the next port",
-    )  # fmt: skip
+    )
     where.add_argument(
         "--device", metavar="DEVICE", type=Path, help="attach one disk to this /dev/nbdN"
     )
     parser.add_argument(
-        "--tls-certificates", metavar="DIR", type=Path,
+        "--tls-certificates",
+        metavar="DIR",
+        type=Path,
         help="with --tcp: demand TLS and a certificate of each client; directory with "
         "ca-cert.pem, server-cert.pem, server-key.pem",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--tls-psk", metavar="FILE", type=Path,
+        "--tls-psk",
+        metavar="FILE",
+        type=Path,
         help="with --tcp: demand TLS and a key of each client; file of lines USER:HEXKEY",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--insecure", action="store_true",
+        "--insecure",
+        action="store_true",
         help="with --tcp: let everybody read who gets there, also all accounts of this host",
-    )  # fmt: skip
+    )
 
 
 def endpoint(text: str) -> tuple[str, int]:

@@ -76,8 +76,10 @@ def _detach(context: Context) -> int:
     # setsid returns at once; the text ends when the other one lets go of its streams, or ends
     text = proc.output(
         ["setsid", "--fork", *program, *sys.argv[1:], "--json"],
-        timeout=READY_SECONDS, env={KEEPER: "1"}, must_finish=True,
-    )  # fmt: skip
+        timeout=READY_SECONDS,
+        env={KEEPER: "1"},
+        must_finish=True,
+    )
     document = documents.parse_json(text)
     if "error" in document:
         if context.json:

@@ -60,9 +60,11 @@ def register(verbs: Registry) -> None:
     """Add the verb."""
     parser = verbs.add("notify", DESCRIPTION)
     parser.add_argument(
-        "unit", metavar="UNIT", type=lambda text: text.removeprefix(DONE),
+        "unit",
+        metavar="UNIT",
+        type=lambda text: text.removeprefix(DONE),
         help="name of the unit, escaped as systemd does",
-    )  # fmt: skip
+    )
     parser.add_argument("--print", action="store_true", help="print the text instead of sending it")
     parser.set_defaults(run=run)
 

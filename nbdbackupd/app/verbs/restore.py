@@ -33,14 +33,20 @@ def register(verbs: Registry) -> None:
     parser = verbs.add("restore", DESCRIPTION)
     parser.add_argument("source", metavar="SOURCE", type=Path, nargs="?", help=named.HELP)
     parser.add_argument(
-        "-o", "--output", metavar="DIR", type=directory,
+        "-o",
+        "--output",
+        metavar="DIR",
+        type=directory,
         help="directory for the images and the domain's XML",
-    )  # fmt: skip
+    )
     which = add_point(parser)
     which.add_argument(
-        "--sequence", metavar="FILES", type=names, default=(),
+        "--sequence",
+        metavar="FILES",
+        type=names,
+        default=(),
         help="these stream files of one disk by hand, oldest first, commas between them",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--format", choices=("qcow2", "raw"), help="image format (default: as the original)"
     )
@@ -49,9 +55,13 @@ def register(verbs: Registry) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace existing files")
     parser.add_argument(
-        "-w", "--workers", metavar="N", type=positive, default=min(8, os.cpu_count() or 2),
+        "-w",
+        "--workers",
+        metavar="N",
+        type=positive,
+        default=min(8, os.cpu_count() or 2),
         help="threads that read and hash (default: one for each processor, at most 8)",
-    )  # fmt: skip
+    )
     add_checkpoint_dir(parser)
     restore_targets.add_arguments(parser)
     restore_define.add_arguments(parser)

@@ -25,39 +25,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--define", action="store_true", help="define a domain, from the XML of the point"
     )
     which.add_argument(
-        "--adjust-config", action="store_true",
-        help="only write that domain's XML, without libvirt",
-    )  # fmt: skip
+        "--adjust-config", action="store_true", help="only write that domain's XML, without libvirt"
+    )
     group.add_argument(
         "--name", metavar="NAME", help="its name (default: restore_ and the original's)"
     )
     group.add_argument("--start", action="store_true", help="start it")
     group.add_argument(
-        "--keep-identity", action="store_true",
+        "--keep-identity",
+        action="store_true",
         help="keep name, UUID, MAC addresses and host devices: the original is gone",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--media", choices=("keep", "remove"), default="remove",
+        "--media",
+        choices=("keep", "remove"),
+        default="remove",
         help="CDs and floppies in the drives (default: remove)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--network", choices=("keep", "down", "none"), default="keep",
+        "--network",
+        choices=("keep", "down", "none"),
+        default="keep",
         help="network cards: keep, with the link down, none at all (default: keep)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--other-disks", choices=("keep", "remove"), default="remove",
+        "--other-disks",
+        choices=("keep", "remove"),
+        default="remove",
         help="disks that are not restored (default: remove)",
-    )  # fmt: skip
+    )
     add_trust(group)
 
 
 def add_trust(group: argparse._ActionsContainer) -> None:
     """Add the option that all verbs have that make a domain of a set."""
     group.add_argument(
-        "--trust-definition", action="store_true",
+        "--trust-definition",
+        action="store_true",
         help="whoever could write to the set is trusted: keep what its definition names of a host "
         "(programs, devices, files, labels, words for QEMU)",
-    )  # fmt: skip
+    )
 
 
 def consent(cancelled: Callable[[], None]) -> Consent:

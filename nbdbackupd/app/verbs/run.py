@@ -24,30 +24,37 @@ def register(verbs: Registry) -> None:
     parser = verbs.add("run", DESCRIPTION)
     parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
     parser.add_argument(
-        "--shutdown", action="store_true",
+        "--shutdown",
+        action="store_true",
         help="the guest has just ended: save what it left, if on_shutdown is configured, and "
         "nothing else has to be done first",
-    )  # fmt: skip
+    )
     parser.add_argument("-n", "--dry-run", action="store_true", help="only say what would be done")
     parser.add_argument(
-        "--retry", action="store_true",
+        "--retry",
+        action="store_true",
         help="where another run or the start of the guest comes first, try again after 5, 15 and "
         "45 minutes before giving up",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--wait", metavar="SECONDS", type=seconds,
+        "--wait",
+        metavar="SECONDS",
+        type=seconds,
         help="wait so long for a place among the concurrent runs (default: a day), and for the "
         "lock of the set or domain (default: limits.wait)",
-    )  # fmt: skip
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 with warnings."""
     wish = runner.Wish(
-        domain=args.domain, shutdown=args.shutdown, dry_run=args.dry_run, wait=args.wait,
+        domain=args.domain,
+        shutdown=args.shutdown,
+        dry_run=args.dry_run,
+        wait=args.wait,
         retry=args.retry,
-    )  # fmt: skip
+    )
     with ExitStack() as stack:
         record = run_record.RunRecord(context.host)
         if not args.dry_run:

@@ -29,21 +29,27 @@ def register(verbs: Registry) -> None:
     parser = verbs.add("status", DESCRIPTION)
     parser.add_argument("domain", metavar="DOMAIN", nargs="*", help="only these (default: all)")
     parser.add_argument(
-        "--nagios", action="store_true",
+        "--nagios",
+        action="store_true",
         help="print one line with performance data; exit with 0, 1, 2 or 3 as Nagios' plugins do",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--warning", metavar="AGE", type=duration,
+        "--warning",
+        metavar="AGE",
+        type=duration,
         help="warn if the newest point is older (default: monitoring.warning_age)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--critical", metavar="AGE", type=duration,
+        "--critical",
+        metavar="AGE",
+        type=duration,
         help="and call it critical if it is older than this (default: monitoring.critical_age)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--metrics", action="store_true",
+        "--metrics",
+        action="store_true",
         help="also write the host's metrics into monitoring.metrics_directory",
-    )  # fmt: skip
+    )
     parser.set_defaults(run=run)
 
 

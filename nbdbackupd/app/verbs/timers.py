@@ -157,10 +157,16 @@ def _render(lines: list[Line]) -> str:
     rows = [("DOMAIN", "WHAT", "NEXT", "LAST", "TOOK", "RESULT")]
     for line in lines:
         took = "-" if line.seconds is None else _length(line.seconds)
-        rows.append((
-            unitname.domain_of(line.timer.unit) or "-", _kind(line.timer.unit),
-            _local(line.timer.next), _local(line.started), took, line.result,
-        ))  # fmt: skip
+        rows.append(
+            (
+                unitname.domain_of(line.timer.unit) or "-",
+                _kind(line.timer.unit),
+                _local(line.timer.next),
+                _local(line.started),
+                took,
+                line.result,
+            )
+        )
     told = [
         f"{unitname.domain_of(line.timer.unit)}: {line.end.reason}"
         for line in lines

@@ -32,9 +32,13 @@ def register(verbs: Registry) -> None:
     parser.add_argument("source", metavar="SOURCE", type=Path, help=named.HELP)
     parser.add_argument("--point", metavar="ID", help="only this point and what it is made of")
     parser.add_argument(
-        "-w", "--workers", metavar="N", type=positive, default=min(8, os.cpu_count() or 2),
+        "-w",
+        "--workers",
+        metavar="N",
+        type=positive,
+        default=min(8, os.cpu_count() or 2),
         help="threads that hash (default: one for each processor, at most 8)",
-    )  # fmt: skip
+    )
     add_checkpoint_dir(parser)
     verify_boot.add_arguments(parser)
     parser.set_defaults(run=run)
@@ -72,9 +76,11 @@ def _document(proof: dict[str, Any], booted: "BootTestReport | None") -> dict[st
 
 def _prove(args: Arguments, context: Context, path: Path, cancel: signals.Cancel) -> VerifyReport:
     request = verify.VerifyRequest(
-        path=path, point=args.point or "", workers=args.workers,
+        path=path,
+        point=args.point or "",
+        workers=args.workers,
         state_dirs=configured.state_directories(context.host),
-    )  # fmt: skip
+    )
     with context.progress() as progress:
 
         def show(label: str, done: int, total: int) -> None:

@@ -37,35 +37,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of a boot test."""
     group = parser.add_argument_group("boot test")
     group.add_argument(
-        "--boot", action="store_true",
+        "--boot",
+        action="store_true",
         help="then run the point as a transient domain without a network, see whether it comes up, "
         "and record that with the point",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--boot-only", action="store_true", help="with --boot: leave the proof of all blocks out"
     )
     group.add_argument(
-        "--boot-wait", metavar="SIGN", type=sign, default=None,
+        "--boot-wait",
+        metavar="SIGN",
+        type=sign,
+        default=None,
         help="what tells that it is up: agent (the guest's agent answers), console:REGEX (on the "
         "first serial port) or command:PROGRAM (which ends with 0) (default: agent)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--boot-timeout", metavar="TIME", type=duration, default=None,
+        "--boot-timeout",
+        metavar="TIME",
+        type=duration,
+        default=None,
         help="how long to wait for that (default: 5m)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--boot-memory", metavar="SIZE", type=size, default=None,
+        "--boot-memory",
+        metavar="SIZE",
+        type=size,
+        default=None,
         help="memory of the domain (default: as the original)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--boot-name", metavar="NAME", default=None,
+        "--boot-name",
+        metavar="NAME",
+        default=None,
         help="name of the domain (default: boottest_ and the original's)",
-    )  # fmt: skip
+    )
     restore_define.add_trust(group)
     parser.add_argument(
-        "--scratch-dir", metavar="DIR", type=Path,
+        "--scratch-dir",
+        metavar="DIR",
+        type=Path,
         help="where overlays of a boot test go (default: /var/lib/nbdbackup/scratch)",
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

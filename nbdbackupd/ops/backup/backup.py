@@ -254,9 +254,14 @@ def _below_threshold(run: _Run, survey: Survey, parent: RestorePoint | None) -> 
         return ""
     try:
         sizes = changed_bytes(
-            run.domain, run.repository, parent, survey,
-            held=run.lease, runtime_dir=run.request.runtime_dir, cancelled=run.cancelled,
-        )  # fmt: skip
+            run.domain,
+            run.repository,
+            parent,
+            survey,
+            held=run.lease,
+            runtime_dir=run.request.runtime_dir,
+            cancelled=run.cancelled,
+        )
     except CheckpointError:
         return ""
     if any(plan.target not in sizes for plan in survey.plans):

@@ -125,9 +125,14 @@ class _Measuring:
     def changes(self, head: RestorePoint, survey: Survey) -> dict[str, int]:
         """The bytes that changed, by disk. Raises CheckpointError if nobody knows."""
         return changed_bytes(
-            self.domain, self.repository, head, survey,
-            held=self.lease, runtime_dir=self.request.runtime_dir, cancelled=self.cancelled,
-        )  # fmt: skip
+            self.domain,
+            self.repository,
+            head,
+            survey,
+            held=self.lease,
+            runtime_dir=self.request.runtime_dir,
+            cancelled=self.cancelled,
+        )
 
 
 def _wish(domain: Domain, head: RestorePoint | None) -> Wish:

@@ -57,9 +57,13 @@ def record(job: Job) -> tuple[RestorePoint, Mapping[str, float]]:
     """
     notes = _Notes()
     intent = Intent(
-        uuid=job.domain.uuid, domain=job.domain.name, chain=job.chain,
-        checkpoint=job.checkpoint, run_id=job.request.run_id, point_id=job.point_id,
-    )  # fmt: skip
+        uuid=job.domain.uuid,
+        domain=job.domain.name,
+        chain=job.chain,
+        checkpoint=job.checkpoint,
+        run_id=job.request.run_id,
+        point_id=job.point_id,
+    )
     try:
         with ExitStack() as stack:
             draft = stack.enter_context(job.repository.draft(intent))
@@ -242,9 +246,12 @@ def _copy_disks(
     for target, export in snapshot.exports.items():
         log.info("disk %s: reading %s", target, "changes" if export.bitmap else "all of it")
         name = layout.stream(
-            target, job.level, checkpoint=job.checkpoint or job.point_id,
-            point_id=job.point_id, layout=request.layout,
-        )  # fmt: skip
+            target,
+            job.level,
+            checkpoint=job.checkpoint or job.point_id,
+            point_id=job.point_id,
+            layout=request.layout,
+        )
         paths = draft.create(name), draft.create(layout.index(name))
         copied = copy_disk(transfer, export, _meta(job, export), *paths)
         notes.seconds[target] = copied.seconds

@@ -61,8 +61,9 @@ def copy_disk(
     if size != export.size:
         raise SourceError(
             f"disk {export.target} changed its size during the start of the backup",
-            expected=export.size, found=size,
-        )  # fmt: skip
+            expected=export.size,
+            found=size,
+        )
     data = 0
 
     def progress(segment: Segment) -> None:

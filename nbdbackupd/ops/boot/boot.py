@@ -128,11 +128,17 @@ def _start(
     if request.output is not None:
         images = boot_images.plan(given, point, request.output, request.format)
     record = BootRecord(
-        name=places.name, uri=connection.uri, source=str(request.source), point=point.id,
-        created=point.created, started=f"{request.started:%Y-%m-%dT%H:%M:%SZ}",
-        attended=request.attended, phase=Phase.STARTING,
-        output=os.fspath(request.output or ""), define=request.define,
-    )  # fmt: skip
+        name=places.name,
+        uri=connection.uri,
+        source=str(request.source),
+        point=point.id,
+        created=point.created,
+        started=f"{request.started:%Y-%m-%dT%H:%M:%SZ}",
+        attended=request.attended,
+        phase=Phase.STARTING,
+        output=os.fspath(request.output or ""),
+        define=request.define,
+    )
     making = Making(request, places, connection, cancelled, record, consent=consent)
     places.make()
     try:

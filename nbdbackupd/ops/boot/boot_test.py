@@ -246,6 +246,9 @@ def _tell(test: BootTest, domain: str) -> None:
         return
     with runlog.context(DOMAIN=domain):
         events.emit(
-            log, events.BOOT_TEST_FAILED, point=test.point, reason=test.reason,
+            log,
+            events.BOOT_TEST_FAILED,
+            point=test.point,
+            reason=test.reason,
             duration_usec=events.usec(test.seconds),
-        )  # fmt: skip
+        )

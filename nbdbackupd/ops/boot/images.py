@@ -57,11 +57,15 @@ def plan(
     )
     found = tuple(
         FinalImage(
-            target=disk.target, path=output / names[disk.target], size=disk.size,
-            format=each.format, options=each.options, warnings=each.told(disk.target),
+            target=disk.target,
+            path=output / names[disk.target],
+            size=disk.size,
+            format=each.format,
+            options=each.options,
+            warnings=each.told(disk.target),
         )
         for disk, each in zip(point.disks, made, strict=True)
-    )  # fmt: skip
+    )
     for path in (*(each.path for each in found), marker(output)):
         if os.path.lexists(path):
             raise RepositoryError(f"{path} exists: give another directory")

@@ -154,9 +154,12 @@ class Making:
         told = (text for each in images for text in each.warnings)
         warnings = (*given.warnings, *changed, *definition.warnings, *told)
         return Booted(
-            places=self._places, record=self.record, domain=domain, warnings=warnings,
+            places=self._places,
+            record=self.record,
+            domain=domain,
+            warnings=warnings,
             seconds=time.monotonic() - self._begun,
-        )  # fmt: skip
+        )
 
     def _note(self, **changes: Any) -> None:
         self.record = replace(self.record, **changes)
@@ -234,7 +237,7 @@ class Making:
     def _copy(self, each: FileCopy) -> None:
         with durable.translate_os_errors("write", each.incomplete):
             side_files.copy(each, self._cancelled, point=self.record.point)
-            os.rename(each.incomplete, each.final)  # noqa: PTH104 - as in durable
+            durable.rename(each.incomplete, each.final)
 
 
 class BootDefiner(DomainDefiner):

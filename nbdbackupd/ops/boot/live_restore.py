@@ -211,8 +211,9 @@ class _Work:
                         f"the copy of disk {target} to {disk.final} has failed; the guest runs on: "
                         f"look whether there is space, and at the set with 'nbdbackupctl verify'; "
                         f"'nbdbackupctl boot --resume {domain.name}' goes on",
-                        domain=domain.name, disk=target,
-                    )  # fmt: skip
+                        domain=domain.name,
+                        disk=target,
+                    )
                 else:
                     now = blockcopy.done(domain, target)
                     if now is not None and now[1]:

@@ -222,7 +222,7 @@ def _read(path: Path) -> BootRecord | None:
             fd = open_untrusted(path)
         except FileNotFoundError:
             return None
-        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
+        with os.fdopen(fd, "rb") as file:
             data = file.read(MAX_NOTE + 1)
     if len(data) > MAX_NOTE:
         raise FormatError("the note of a boot is too large", file=path)

@@ -26,9 +26,10 @@ def settings_of(domain: Domain, host: Host) -> DomainSettings | Finding:
         return configured.settings_of_domain(domain, configured.read(host).require_sound())
     except ConfigError as err:
         return Finding.fail(
-            Area.CONFIGURATION, f"no run begins: {err.message}",
+            Area.CONFIGURATION,
+            f"no run begins: {err.message}",
             "fix the file; 'nbdbackupctl config check' shows all errors",
-        )  # fmt: skip
+        )
 
 
 def look(

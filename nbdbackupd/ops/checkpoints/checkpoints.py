@@ -201,9 +201,15 @@ def _wait_arrival(
 
 def _nothing(request: CheckpointsRequest) -> CheckpointsReport:
     return CheckpointsReport(
-        domain=request.domain, uuid="", is_active=False, chains=(), missing={},
-        plan=Plan(), steps=(), changed=request.changes,
-    )  # fmt: skip
+        domain=request.domain,
+        uuid="",
+        is_active=False,
+        chains=(),
+        missing={},
+        plan=Plan(),
+        steps=(),
+        changed=request.changes,
+    )
 
 
 def _run(

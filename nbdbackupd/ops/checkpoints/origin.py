@@ -191,10 +191,10 @@ def _is_same(mine: Piece[Record], theirs: Piece[Record]) -> bool:
     if one is None and other is None:
         return True
     if one is not None and other is not None:
-        return (
-            (one.offset, one.length) == (other.offset, other.length)
-            and one.digest == other.digest != NO_DIGEST
-        )  # fmt: skip
+        return (one.offset, one.length) == (
+            other.offset,
+            other.length,
+        ) and one.digest == other.digest != NO_DIGEST
     data = one or other
     return data is not None and data.digest == _zero_digest(data.length)
 

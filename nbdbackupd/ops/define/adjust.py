@@ -34,8 +34,16 @@ FIRMWARE: Final = ("nvram", "loader", "kernel", "initrd")
 PASS: Final = 0o711
 """Mode of directories that QEMU has to pass."""
 NEEDED: Final = (
-    "disk", "cdrom", "floppy", "loader", "kernel", "initrd", "dtb", "ACPI", "filesystem",
-)  # fmt: skip
+    "disk",
+    "cdrom",
+    "floppy",
+    "loader",
+    "kernel",
+    "initrd",
+    "dtb",
+    "ACPI",
+    "filesystem",
+)
 """What QEMU does not make itself."""
 SYSTEM_URI: Final = "qemu:///system"
 MAX_LOADER: Final = 64 << 20
@@ -258,7 +266,7 @@ def _is_same(path: Path, copy: FileCopy) -> bool:
         return False
     try:
         fd = open_untrusted(path.resolve())
-        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
+        with os.fdopen(fd, "rb") as file:
             if os.fstat(fd).st_size != copy.stored.size:
                 return False
             found = file.read(copy.stored.size + 1)

@@ -119,10 +119,14 @@ def images_of(
     with ExitStack() as stack:
         held: Lease | None = stack.enter_context(
             lease.hold(
-                runtime_dir, domain=domain.name, uuid=domain.uuid, run_id=run_id,
-                is_active=domain.is_active, cancelled=cancelled,
+                runtime_dir,
+                domain=domain.name,
+                uuid=domain.uuid,
+                run_id=run_id,
+                is_active=domain.is_active,
+                cancelled=cancelled,
             )
-        )  # fmt: skip
+        )
         if held is None or domain.is_active():
             # QEMU has them; nobody must be told that we do
             stack.close()

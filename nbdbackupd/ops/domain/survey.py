@@ -157,10 +157,14 @@ def survey_domain(
     """
     looked = looked or look(domain)
     selection = select_disks(
-        looked.definition, looked.facts,
-        level=level, include=wish.include, exclude=wish.exclude, raw=wish.raw,
+        looked.definition,
+        looked.facts,
+        level=level,
+        include=wish.include,
+        exclude=wish.exclude,
+        raw=wish.raw,
         missing={} if looked.is_active else _missing(looked),
-    )  # fmt: skip
+    )
     states = {}
     for chosen in selection.chosen:
         state = looked.states.get(chosen.target)

@@ -25,9 +25,14 @@ MAX_DEPTH: Final = 400
 
 MAX_PROBLEMS: Final = 1000
 KINDS: Final = {
-    stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link", stat.S_IFIFO: "fifo",
-    stat.S_IFSOCK: "socket", stat.S_IFCHR: "character device", stat.S_IFBLK: "block device",
-}  # fmt: skip
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFLNK: "link",
+    stat.S_IFIFO: "fifo",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "character device",
+    stat.S_IFBLK: "block device",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,9 +266,15 @@ def shown(names: Sequence[bytes]) -> str:
 
 def _entry(path: str, status: os.stat_result, target: bytes) -> Entry:
     return Entry(
-        path=path, mode=status.st_mode, size=status.st_size, mtime=status.st_mtime_ns,
-        uid=status.st_uid, gid=status.st_gid, links=status.st_nlink, target=os.fsdecode(target),
-    )  # fmt: skip
+        path=path,
+        mode=status.st_mode,
+        size=status.st_size,
+        mtime=status.st_mtime_ns,
+        uid=status.st_uid,
+        gid=status.st_gid,
+        links=status.st_nlink,
+        target=os.fsdecode(target),
+    )
 
 
 def _cause(err: SourceError) -> OSError:

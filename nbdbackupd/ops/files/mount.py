@@ -315,8 +315,11 @@ def _is_of(mount: fuse.Mount, home: Path) -> bool:
         # the path begins where nbdfuse's mount was, when that has gone
         return backing.startswith(f"{home}/") or backing == f"/{DISK}"
     return mount.source.startswith(f"{home}/") or mount.type in (
-        "fuse.grub-mount", "fuse.grub2-mount", "fuse.guestmount", "fuse",
-    )  # fmt: skip
+        "fuse.grub-mount",
+        "fuse.grub2-mount",
+        "fuse.guestmount",
+        "fuse",
+    )
 
 
 def _is_held(path: Path) -> bool:

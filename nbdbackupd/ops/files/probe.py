@@ -42,9 +42,12 @@ def probe_all(disks: Sequence[tuple[str, Path]]) -> tuple[FileSystem, ...]:
         place = places.get(volume.physical)
         if place is not None and volume.offset + volume.size <= place.size:
             lies = FileSystem(
-                disk=place.disk, partition=place.partition, offset=place.offset + volume.offset,
-                size=volume.size, volume=name,
-            )  # fmt: skip
+                disk=place.disk,
+                partition=place.partition,
+                offset=place.offset + volume.offset,
+                size=volume.size,
+                volume=name,
+            )
             found.append(_identified(files[place.disk], lies))
         else:
             first = groups[0][0].disk
@@ -81,12 +84,16 @@ def probe(disk: Path, target: str) -> tuple[FileSystem, ...]:
         _identified(
             disk,
             replace(
-                whole, partition=each.number, offset=each.offset, size=each.size,
-                scheme=each.scheme, name=each.name,
+                whole,
+                partition=each.number,
+                offset=each.offset,
+                size=each.size,
+                scheme=each.scheme,
+                name=each.name,
             ),
         )
         for each in found
-    ) or (alone,)  # fmt: skip
+    ) or (alone,)
 
 
 def _readable(disk: Path) -> int:

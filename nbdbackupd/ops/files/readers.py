@@ -161,9 +161,12 @@ def mounted(
         argv = _guestmount(sources, mine, found, at, replay=replay)
         # libvirt would run the appliance as an account that can't open our files
         with fuse.foreground(
-            argv, at, seconds=APPLIANCE_SECONDS, cancelled=cancelled,
+            argv,
+            at,
+            seconds=APPLIANCE_SECONDS,
+            cancelled=cancelled,
             env={"LIBGUESTFS_BACKEND": "direct"},
-        ) as up:  # fmt: skip
+        ) as up:
             yield up.poll
     elif reader.tool == KERNEL:
         argv = _kernel(mine, found, at, replay=replay)

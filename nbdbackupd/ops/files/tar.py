@@ -54,7 +54,7 @@ def archive(
     tar fails otherwise.
     """
     wanted = [tree.resolve(path) for path in paths]
-    with open(os.memfd_create("names"), "w+b") as names:  # noqa: PTH123 - a descriptor
+    with os.fdopen(os.memfd_create("names"), "w+b") as names:
         count = 0
         for each in wanted:
             for node in tree.walk(each, problems):

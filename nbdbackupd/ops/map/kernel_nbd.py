@@ -40,8 +40,9 @@ def attach(device: Path, socket: Path) -> None:
     """
     proc.output(
         ["nbd-client", "-unix", str(socket), str(device), "-N", ""],
-        timeout=SECONDS, must_finish=True,
-    )  # fmt: skip
+        timeout=SECONDS,
+        must_finish=True,
+    )
 
 
 def detach(device: Path) -> None:

@@ -134,9 +134,11 @@ def detach(request: MapRequest, *, cancelled: Callable[[], None]) -> Serving:
                 with _explained():
                     proc.output(
                         ["nbdkit", *_argv(request, place, given)],
-                        timeout=START_SECONDS, pass_fds=(*given.fds, home.lock),
-                        env=_environment(), must_finish=True,
-                    )  # fmt: skip
+                        timeout=START_SECONDS,
+                        pass_fds=(*given.fds, home.lock),
+                        env=_environment(),
+                        must_finish=True,
+                    )
                 _await(place, cancelled, lambda: None)
                 pid = int(place.pid_file.read_text())
                 served.append(_opened_up(request, place, given.size, pid, stack))
@@ -262,9 +264,14 @@ class _Running:
 
 
 def _start(
-    request: MapRequest, found: Found, home: Home, place: _Place, stack: ExitStack,
-    *, cancelled: Callable[[], None],
-) -> _Running:  # fmt: skip
+    request: MapRequest,
+    found: Found,
+    home: Home,
+    place: _Place,
+    stack: ExitStack,
+    *,
+    cancelled: Callable[[], None],
+) -> _Running:
     """Start a server that ends with the stack; it inherits what it needs, we keep nothing."""
     stack.callback(mapped.remove_socket, place.socket)
     with (
@@ -277,9 +284,10 @@ def _start(
                 ["nbdkit", *words, f"report={report.writer}"],
                 pass_fds=(*given.fds, home.lock, report.writer),
                 # asked kindly, it would wait for its clients; it has nothing to lose
-                env=_environment(), grace_seconds=0,
+                env=_environment(),
+                grace_seconds=0,
             )
-        )  # fmt: skip
+        )
         return _Running(place=place, process=process, report=report, size=given.size)
 
 
@@ -308,9 +316,13 @@ def _opened_up(
         stack.callback(kernel_nbd.detach, request.device)
         kernel_nbd.attach(request.device, place.socket)
     return ServedDisk(
-        target=place.target, size=size, uri=_uri(request, place), socket=place.socket,
-        pid=pid, device=request.device,
-    )  # fmt: skip
+        target=place.target,
+        size=size,
+        uri=_uri(request, place),
+        socket=place.socket,
+        pid=pid,
+        device=request.device,
+    )
 
 
 def _uri(request: MapRequest, place: _Place) -> str:

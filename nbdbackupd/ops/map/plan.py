@@ -137,10 +137,12 @@ def handover(
         layers = found.layers(target, stack)
         hands = _Hands(stack)
         plan = ServedPlan(
-            target=target, whole=layers[-1].whole,
+            target=target,
+            whole=layers[-1].whole,
             layers=tuple(_served(layer, hands, cancelled) for layer in layers),
-            cache_bytes=request.cache_bytes, prove=request.prove,
-        )  # fmt: skip
+            cache_bytes=request.cache_bytes,
+            prove=request.prove,
+        )
         fd = hands.memory("plan")
         durable.write_all(fd, json.dumps(plan.to_json()).encode())
         yield Handover(fds=tuple(hands.full), plan=fd, size=layers[0].size)
@@ -192,10 +194,16 @@ def _served(layer: Layer, hands: _Hands, cancelled: Callable[[], None]) -> Serve
         index = ServedFile(path="the index in memory", fd=hands.made())
         start, size, longest, stored = _make_index(index.fd, layer, cancelled)
     return ServedLayer(
-        stream=stream, index=index, index_start=start, index_size=size,
-        compressed=layer.compressed, raw=layer.raw,
-        is_made=not isinstance(layer, IndexedLayer), longest=longest, stored=stored,
-    )  # fmt: skip
+        stream=stream,
+        index=index,
+        index_start=start,
+        index_size=size,
+        compressed=layer.compressed,
+        raw=layer.raw,
+        is_made=not isinstance(layer, IndexedLayer),
+        longest=longest,
+        stored=stored,
+    )
 
 
 def _make_index(fd: int, layer: Layer, cancelled: Callable[[], None]) -> tuple[int, int, int, int]:

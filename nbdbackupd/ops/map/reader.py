@@ -209,8 +209,9 @@ class _Layer:
             if record.offset < end or not self._fits(record):
                 raise IntegrityError(
                     "the index names a block that can't be",
-                    guest=record.offset, file=self._plan.stream.path,
-                )  # fmt: skip
+                    guest=record.offset,
+                    file=self._plan.stream.path,
+                )
             end = record.end
             yield Place(record.offset, record.length, number, record.kind == Kind.ZERO)
 

@@ -43,14 +43,19 @@ class Wishes:
         """What settings say, by their paths."""
         password = values.get("libvirt.password_file")
         return cls(
-            events=values["notification.events"], mail=values["notification.mail"],
-            command=values["notification.command"], password_file=str(password or ""),
-        )  # fmt: skip
+            events=values["notification.events"],
+            mail=values["notification.mail"],
+            command=values["notification.command"],
+            password_file=str(password or ""),
+        )
 
 
 PATHS: Final = (
-    "notification.events", "notification.mail", "notification.command", "libvirt.password_file",
-)  # fmt: skip
+    "notification.events",
+    "notification.mail",
+    "notification.command",
+    "libvirt.password_file",
+)
 """The settings that ``Wishes`` are made of."""
 
 
@@ -61,9 +66,12 @@ def keep(directory: Path, domain: str, settings: "DomainSettings") -> None:
     """
     wishes = Wishes.of({path: settings.get(path) for path in PATHS})
     document = {
-        "version": VERSION, "events": wishes.events, "mail": wishes.mail,
-        "command": wishes.command, "password_file": wishes.password_file,
-    }  # fmt: skip
+        "version": VERSION,
+        "events": wishes.events,
+        "mail": wishes.mail,
+        "command": wishes.command,
+        "password_file": wishes.password_file,
+    }
     data = json.dumps(document, indent=1).encode() + b"\n"
     path = _path(directory, domain)
     try:
@@ -86,10 +94,11 @@ def kept(directory: Path, domain: str) -> Wishes | None:
                 continue
             command = document["command"]
             return Wishes(
-                events=_texts(document["events"]), mail=_texts(document["mail"]),
+                events=_texts(document["events"]),
+                mail=_texts(document["mail"]),
                 command=None if command is None else _texts(command),
                 password_file=str(document["password_file"]),
-            )  # fmt: skip
+            )
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None

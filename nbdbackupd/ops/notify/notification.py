@@ -165,10 +165,18 @@ def template_fault(directory: Path) -> str:
     It is tried with a failure of no domain of this host. Raises ConfigError without jinja2.
     """
     notice = Notice(
-        event="failure", unit="nbdbackup@example.service", domain="example", host="host",
-        what="backup of domain example", result="exit status 20", meaning=MEANINGS[20],
-        started="", ended="", lines=("a line",), reason="a reason",
-    )  # fmt: skip
+        event="failure",
+        unit="nbdbackup@example.service",
+        domain="example",
+        host="host",
+        what="backup of domain example",
+        result="exit status 20",
+        meaning=MEANINGS[20],
+        started="",
+        ended="",
+        lines=("a line",),
+        reason="a reason",
+    )
     found = _by_template(notice, directory / TEMPLATE)
     return found if isinstance(found, str) else ""
 
@@ -203,8 +211,10 @@ def send_mail(text: Text, addresses: tuple[str, ...], moment: datetime) -> None:
     message.set_content(text.body)
     proc.output(
         [sendmail() or "sendmail", "-i", "--", *addresses],
-        input=message.as_bytes(), timeout=DELIVERY_SECONDS, max_output=MAX_TEXT,
-    )  # fmt: skip
+        input=message.as_bytes(),
+        timeout=DELIVERY_SECONDS,
+        max_output=MAX_TEXT,
+    )
 
 
 def run_command(argv: tuple[str, ...], text: Text, notice: Notice) -> None:
@@ -213,15 +223,22 @@ def run_command(argv: tuple[str, ...], text: Text, notice: Notice) -> None:
     Raises ProcessError.
     """
     facts = {
-        "EVENT": notice.event, "UNIT": notice.unit, "DOMAIN": notice.domain, "HOST": notice.host,
-        "RESULT": notice.result, "REASON": notice.reason, "SUBJECT": text.subject,
-    }  # fmt: skip
+        "EVENT": notice.event,
+        "UNIT": notice.unit,
+        "DOMAIN": notice.domain,
+        "HOST": notice.host,
+        "RESULT": notice.result,
+        "REASON": notice.reason,
+        "SUBJECT": text.subject,
+    }
     try:
         proc.output(
-            argv, input=f"{text.subject}\n\n{text.body}", timeout=DELIVERY_SECONDS,
+            argv,
+            input=f"{text.subject}\n\n{text.body}",
+            timeout=DELIVERY_SECONDS,
             env={f"NBDBACKUP_{name}": value for name, value in facts.items()},
             max_output=MAX_TEXT,
-        )  # fmt: skip
+        )
     except ValueError as err:
         raise ProcessError(f"{argv[0]}: can't be told of {notice.unit!r}: {err}") from err
 

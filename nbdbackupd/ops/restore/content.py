@@ -104,10 +104,11 @@ def _is_same(piece: Piece[Record], before: Piece[Record] | None) -> bool:
     one, other = _data(piece), _data(before) if before is not None else None
     if one is None or other is None:
         return one is other
-    return (
-        (one.offset, one.length, one.digest) == (other.offset, other.length, other.digest)
-        and one.digest != NO_DIGEST
-    )  # fmt: skip
+    return (one.offset, one.length, one.digest) == (
+        other.offset,
+        other.length,
+        other.digest,
+    ) and one.digest != NO_DIGEST
 
 
 def _data(piece: Piece[Record]) -> Record | None:

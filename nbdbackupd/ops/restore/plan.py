@@ -294,6 +294,9 @@ def of_sequence(request: RestoreRequest, stack: ExitStack, cancelled: Callable[[
         steps=(Step(point="", layers=given.layers, is_whole=True),),
     )
     return Plan(
-        point=given.point, domain="", created=given.created, jobs=(job,),
+        point=given.point,
+        domain="",
+        created=given.created,
+        jobs=(job,),
         warnings=(*given.warnings, *warnings),
-    )  # fmt: skip
+    )

@@ -172,7 +172,7 @@ class _FileVolume(_Volume):
 
     def name(self) -> None:
         """Rename the file; libvirt sees it when the pool is refreshed."""
-        os.rename(self.incomplete, self.final)  # noqa: PTH104 - as in durable
+        durable.rename(self.incomplete, self.final)
         self._is_named = True
 
 

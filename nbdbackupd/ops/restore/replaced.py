@@ -131,12 +131,12 @@ class _Replaced:
         if self._is_aside:
             return
         if self.final.exists():
-            os.rename(self.final, self.aside)  # noqa: PTH104 - as in durable
+            durable.rename(self.final, self.aside)
             durable.fsync_directory(self.final.parent)
         self._is_aside = True
 
     def name(self) -> None:
-        os.rename(self.incomplete, self.final)  # noqa: PTH104 - as in durable
+        durable.rename(self.incomplete, self.final)
         durable.fsync_directory(self.final.parent)
         self._is_aside = False
 

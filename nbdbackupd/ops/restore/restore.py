@@ -160,16 +160,22 @@ def _planned(plan: Plan, request: RestoreRequest) -> Planned:
     if request.output is None:
         raise UsageError("a domain needs an output directory for its XML and firmware: give -o")
     return Planned(
-        point=plan.point, domain=plan.domain, output=request.output, files=plan.files,
+        point=plan.point,
+        domain=plan.domain,
+        output=request.output,
+        files=plan.files,
         disks=tuple(
             PlannedDisk(
-                target=job.target, path=job.site.final, format=job.options.format,
+                target=job.target,
+                path=job.site.final,
+                format=job.options.format,
                 type="block" if job.site.is_device else "file",
             )
             for job in plan.jobs
         ),
-        live=plan.live, force=request.force,
-    )  # fmt: skip
+        live=plan.live,
+        force=request.force,
+    )
 
 
 def _also(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
@@ -283,7 +289,7 @@ def _name_all(plan: Plan, *, force: bool) -> None:
             if site.is_overwritten:
                 site.name()
         for each in plan.files:
-            os.rename(each.incomplete, each.final)  # noqa: PTH104 - as in durable
+            durable.rename(each.incomplete, each.final)
         for site in named:
             site.name()
         finals = [*(each.final for each in plan.files), *(site.final for site in named)]

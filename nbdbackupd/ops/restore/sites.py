@@ -108,7 +108,7 @@ class NewFile(Site):
 
     def name(self) -> None:
         """Rename it."""
-        os.rename(self.incomplete, self.final)  # noqa: PTH104 - as in durable
+        durable.rename(self.incomplete, self.final)
 
 
 class ChainFile(NewFile):
@@ -201,9 +201,13 @@ def image_at(path: Path, work: Work) -> Iterator[Output]:
             yield output
         return
     with outputs.qcow2(
-        path, work.size, work.options,
-        workers=work.workers, cancelled=work.cancelled, check=work.check,
-    ) as output:  # fmt: skip
+        path,
+        work.size,
+        work.options,
+        workers=work.workers,
+        cancelled=work.cancelled,
+        check=work.check,
+    ) as output:
         yield output
 
 

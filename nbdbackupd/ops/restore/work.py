@@ -87,10 +87,15 @@ class _Writer:
         log.info("disk %s restored, %d bytes written in %.1f s", job.target, written, seconds)
         older = tuple(step.site.final for step in job.steps if step.site is not None)
         return RestoredDisk(
-            target=job.target, path=job.site.final, format=job.options.format, size=job.size,
-            data_bytes=written, seconds=seconds, images=older,
+            target=job.target,
+            path=job.site.final,
+            format=job.options.format,
+            size=job.size,
+            data_bytes=written,
+            seconds=seconds,
+            images=older,
             points=tuple(step.point for step in job.steps if step.point),
-        )  # fmt: skip
+        )
 
     def _write(self) -> int:
         if self._job.style is Style.CHAIN:
@@ -138,10 +143,8 @@ class _Writer:
                 if newer[0].size != older[0].size:
                     snapshots.resize(path, newer[0].size, shrink=newer[0].size < older[0].size)
                 changes = (
-                    content.difference(newer, older)
-                    if step.is_whole
-                    else content.delta(newer[0])
-                )  # fmt: skip
+                    content.difference(newer, older) if step.is_whole else content.delta(newer[0])
+                )
                 written += self._on_top(step, path, changes)
             snapshots.take(path, step.point)
             before = step
@@ -164,9 +167,12 @@ class _Writer:
 
     def _work(self, step: Step, threads: Threads) -> Work:
         return Work(
-            size=step.layers[0].size, options=self._job.options, workers=self._request.workers,
-            cancelled=self._cancelled, check=threads.check,
-        )  # fmt: skip
+            size=step.layers[0].size,
+            options=self._job.options,
+            workers=self._request.workers,
+            cancelled=self._cancelled,
+            check=threads.check,
+        )
 
     def _fill(
         self, output: Output, step: Step, threads: Threads, items: Iterator[Item] | None

@@ -153,7 +153,7 @@ def run(wish: Wish, host: Host, watch: Watch, record: RunRecord) -> RunReport:
                 # it runs again: its next end begins this anew, and so does its timer
                 report = RunReport(
                     domain=wish.domain, uuid="", result="skipped", reason=err.message
-                )  # fmt: skip
+                )
                 record.done(report.exit_code, None, report.reason, "")
                 return report
             gap = next(gaps, None)
@@ -229,9 +229,13 @@ def _find_and_run(wish: Wish, host: Host, watch: Watch) -> RunReport:
             kept_notification.keep(host.own_state_dir, domain.name, settings)
             kept_notification.keep(host.own_state_dir, "", global_settings(configuration))
         one = _Run(
-            wish=wish, host=host, watch=watch, connection=connection, domain=domain,
+            wish=wish,
+            host=host,
+            watch=watch,
+            connection=connection,
+            domain=domain,
             settings=settings,
-        )  # fmt: skip
+        )
         why_not = one.why_not() if wish.shutdown else ""
         if why_not:
             return one.report("skipped", why_not)
@@ -373,9 +377,11 @@ class _Run:
         try:
             self.watch.doing("running the programs before the backup")
             commands.run_each(
-                settings.commands_pre, about,
-                timeout=settings.commands_timeout, cancelled=self.watch.cancelled,
-            )  # fmt: skip
+                settings.commands_pre,
+                about,
+                timeout=settings.commands_timeout,
+                cancelled=self.watch.cancelled,
+            )
             # they may have mounted the repository
             about["NBDBACKUP_DIRECTORY"] = self.directory()
             report = self.backup()
@@ -388,10 +394,15 @@ class _Run:
             raise
         problems = self._after(about | _about(report), settings.commands_timeout)
         return RunReport(
-            domain=report.domain, uuid=report.uuid, result=report.result, reason=report.reason,
-            set=report.set, level=report.level, problems=(*report.problems, *problems),
+            domain=report.domain,
+            uuid=report.uuid,
+            result=report.result,
+            reason=report.reason,
+            set=report.set,
+            level=report.level,
+            problems=(*report.problems, *problems),
             backup=report.backup,
-        )  # fmt: skip
+        )
 
     def directory(self) -> str:
         """The directory of the domain's sets, or nothing while it can't be told."""
@@ -419,9 +430,11 @@ class _Run:
         request = self._request(planned)
         try:
             made = backup.run(
-                request, self.connection,
-                progress=self.watch.progress, cancelled=self.watch.cancelled,
-            )  # fmt: skip
+                request,
+                self.connection,
+                progress=self.watch.progress,
+                cancelled=self.watch.cancelled,
+            )
         except ElsewhereError as err:
             return self._elsewhere(err)
         if made.point is None:
@@ -430,9 +443,13 @@ class _Run:
         if made.point.makes_base:
             problems += self._retire(planned, request, made.point.chain)
         return self.report(
-            "saved", planned.next.reason, set=planned.set, level=made.point.level.value,
-            problems=problems, backup=made,
-        )  # fmt: skip
+            "saved",
+            planned.next.reason,
+            set=planned.set,
+            level=made.point.level.value,
+            problems=problems,
+            backup=made,
+        )
 
     def _request(self, planned: Planned) -> BackupRequest:
         """Level auto: should another run have begun the set meanwhile, this one goes on with it."""

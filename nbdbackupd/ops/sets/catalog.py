@@ -89,9 +89,13 @@ def list_points(path: Path) -> ListReport:
     """
     given = _open(path, sound=True)
     return ListReport(
-        path=path, points=given.known.points, problems=given.problems, warnings=given.hints,
-        written_by=PEER if given.peer else "", tests=boot_tests.read(path),
-    )  # fmt: skip
+        path=path,
+        points=given.known.points,
+        problems=given.problems,
+        warnings=given.hints,
+        written_by=PEER if given.peer else "",
+        tests=boot_tests.read(path),
+    )
 
 
 def show(path: Path, point: str = "") -> ShowReport:

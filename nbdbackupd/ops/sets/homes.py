@@ -5,7 +5,6 @@ on another host that has the same repository, or for a domain that is made anew.
 that name has one beside it, with the beginning of its UUID.
 """
 
-import os
 from pathlib import Path
 from typing import Final
 
@@ -51,7 +50,7 @@ def homes_in(repository: Path) -> list[Path]:
     """
     with durable.translate_os_errors("read", repository):
         try:
-            names = sorted(os.listdir(repository))  # noqa: PTH208 - names are enough
+            names = sorted(each.name for each in repository.iterdir())
         except FileNotFoundError:
             return []
         found = [repository / name for name in names if not name.startswith(".") and name != LOST]

@@ -110,9 +110,12 @@ def run(
         known = stage.commit(points)
     log.info("imported %d restore points into %s", len(known.points), root)
     return ImportReport(
-        path=root, points=known.points, done=True, warnings=warnings,
+        path=root,
+        points=known.points,
+        done=True,
+        warnings=warnings,
         seconds=time.monotonic() - begun,
-    )  # fmt: skip
+    )
 
 
 def _check(request: ImportRequest, *, archive: bool) -> None:
@@ -140,9 +143,12 @@ def _already(repository: Repository, request: ImportRequest, begun: float) -> Im
         if any(ours.get(name) != size for name, size in theirs.items()):
             raise RepositoryError(f"{repository.path} holds another set: give another -o")
     return ImportReport(
-        path=repository.path, points=known.points, done=False, warnings=(),
+        path=repository.path,
+        points=known.points,
+        done=False,
+        warnings=(),
         seconds=time.monotonic() - begun,
-    )  # fmt: skip
+    )
 
 
 class _Import:
@@ -234,8 +240,10 @@ class _Import:
         total = self._checksum(disk)
         after = (self._from / disk.file).stat()
         if (before.st_ino, before.st_size, before.st_mtime_ns) != (
-            after.st_ino, after.st_size, after.st_mtime_ns,
-        ):  # fmt: skip
+            after.st_ino,
+            after.st_size,
+            after.st_mtime_ns,
+        ):
             raise IntegrityError("changed while it was imported", file=self._from / disk.file)
         self._progress(disk.file, disk.file_size, disk.file_size)
         return replace(
@@ -245,10 +253,14 @@ class _Import:
             data_bytes=found.data_bytes,
             zero_bytes=found.zero_bytes,
             index=StoredFile(
-                name, INDEX_ROLE, index.stat().st_size,
-                layering.sha256_file(index, self._cancelled), "", disk.target,
+                name,
+                INDEX_ROLE,
+                index.stat().st_size,
+                layering.sha256_file(index, self._cancelled),
+                "",
+                disk.target,
             ),
-        )  # fmt: skip
+        )
 
     def _checksum(self, disk: DiskPoint) -> int:
         """The Adler-32 of the file, as the checksum file beside it says, which is made if missing.

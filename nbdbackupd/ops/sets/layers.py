@@ -108,8 +108,10 @@ class Layer:
         if record.digest != NO_DIGEST and blocks.digest(view) != record.digest:
             raise IntegrityError(
                 "block is damaged: its SHA-256 does not match",
-                offset=record.position, guest=record.offset, **self.where,
-            )  # fmt: skip
+                offset=record.position,
+                guest=record.offset,
+                **self.where,
+            )
 
     def _whole_frame(self, record: Record) -> bytes:
         stored = memoryview(bytearray(record.stored))
@@ -150,9 +152,12 @@ class IndexedLayer(Layer):
             header = self.index.header
             super().__init__(
                 path,
-                size=header.disk_size, compressed=header.compressed, raw=header.raw,
-                whole=whole, **where,
-            )  # fmt: skip
+                size=header.disk_size,
+                compressed=header.compressed,
+                raw=header.raw,
+                whole=whole,
+                **where,
+            )
         except BaseException:
             self.index.__exit__()
             raise
@@ -195,9 +200,13 @@ class ScannedLayer(Layer):
                     for done in range(0, frame.length, MAX_BLOCK):
                         part = min(MAX_BLOCK, frame.length - done)
                         yield Record(
-                            frame.start + done, part, frame.position + done, part,
-                            Kind.DATA, NO_DIGEST,
-                        )  # fmt: skip
+                            frame.start + done,
+                            part,
+                            frame.position + done,
+                            part,
+                            Kind.DATA,
+                            NO_DIGEST,
+                        )
 
 
 class RawLayer(Layer):

@@ -79,9 +79,10 @@ def _named(name: str, homes: Sequence[Path]) -> list[_Found]:
     exact = [home for home in homes if home.name == wanted]
     # a file system may have stored it in other letters
     same = exact or [
-        home for home in homes
+        home
+        for home in homes
         if layout.is_same(home.name, wanted) and home.samefile(home.parent / wanted)
-    ]  # fmt: skip
+    ]
     beside = [home for home in homes if home.name.startswith(f"{wanted}{MARK}")]
     found = [each for home in (*same, *beside) for each in _split(home)]
     return [each for each in found if each.home in same or each.label == wanted]
@@ -98,11 +99,13 @@ def _split(home: Path) -> list[_Found]:
     uuids = dict.fromkeys(each.uuid or mine for each in sets) or {mine: None}
     return [
         _Found(
-            home=home, label=label, uuid=uuid,
+            home=home,
+            label=label,
+            uuid=uuid,
             sets=tuple(each for each in sets if (each.uuid or mine) == uuid),
         )
         for uuid in uuids
-    ]  # fmt: skip
+    ]
 
 
 def _began(found: DomainSet) -> tuple[bool, float]:

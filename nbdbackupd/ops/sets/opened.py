@@ -145,9 +145,13 @@ def _open_peer_set(path: Path, place: Place, *, sound: bool) -> OpenedSet:
             raise
     return OpenedSet(
         path=unpacked.path if unpacked else path,
-        known=found.known, problems=found.problems, hints=found.warnings, peer=True,
-        place=place, unpacked=unpacked,
-    )  # fmt: skip
+        known=found.known,
+        problems=found.problems,
+        hints=found.warnings,
+        peer=True,
+        place=place,
+        unpacked=unpacked,
+    )
 
 
 def _take_out(place: Place, name: str, directory: Path) -> None:

@@ -1,7 +1,6 @@
 """The sets of one domain, side by side in one directory: which there are, what they hold."""
 
 import logging
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -112,7 +111,7 @@ def _others(directory: Path, facts: Iterable[SetFacts]) -> frozenset[str]:
     """The names of what is no set."""
     with durable.translate_os_errors("read", directory):
         try:
-            names = os.listdir(directory)  # noqa: PTH208 - names are enough
+            names = [each.name for each in directory.iterdir()]
         except FileNotFoundError:
             return frozenset()
     return frozenset(names) - {each.name for each in facts}

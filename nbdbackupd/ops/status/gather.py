@@ -406,7 +406,11 @@ def _look(name: str, known: _Known, host: Host, notes: list[str]) -> DomainStatu
         is_unheard=known.is_silent and bool(is_known) and settings.on_shutdown,
     )
     return status.status_of(
-        name, found, facts, known.limits(settings), host.now(),
+        name,
+        found,
+        facts,
+        known.limits(settings),
+        host.now(),
         next=timer.next if timer is not None else None,
         busy=status.busy(host.runtime_dir, uuid or (newest.uuid if newest is not None else "")),
         last_run=seen.end,
@@ -416,7 +420,7 @@ def _look(name: str, known: _Known, host: Host, notes: list[str]) -> DomainStatu
             )
             for run in seen.alive
         ),
-    )  # fmt: skip
+    )
 
 
 def _concerns(found: Stored, host: Host, uuid: str) -> tuple[str, ...]:

@@ -111,9 +111,14 @@ def argv(query: Query) -> list[str]:
     wanted = ["MESSAGE", "PRIORITY", "MESSAGE_ID", "SYSLOG_IDENTIFIER", "_SYSTEMD_UNIT"]
     wanted += [f"{log.FIELD_PREFIX}{name}" for name in events.FIELDS]
     words = [
-        "journalctl", "--quiet", "--no-pager", "--all", "--output=json",
-        f"--output-fields={','.join(wanted)}", f"--lines={query.count}",
-    ]  # fmt: skip
+        "journalctl",
+        "--quiet",
+        "--no-pager",
+        "--all",
+        "--output=json",
+        f"--output-fields={','.join(wanted)}",
+        f"--lines={query.count}",
+    ]
     if query.since:
         words.append(f"--since={query.since}")
     if query.follow:
@@ -236,7 +241,7 @@ def _opened(path: Path) -> TextIO:
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise RepositoryError(f"{path} is no regular file")
-    return open(fd, encoding="utf-8", errors="backslashreplace")  # noqa: PTH123 - a descriptor
+    return os.fdopen(fd, encoding="utf-8", errors="backslashreplace")
 
 
 def _line(line: str, run: str) -> Entry | None:

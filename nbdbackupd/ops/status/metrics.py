@@ -39,7 +39,7 @@ DOMAIN_METRICS: Final[Mapping[str, tuple[str, str]]] = {
     "runs_total": ("counter", "Runs since this file was made."),
     "failed_runs_total": ("counter", "Runs that made no point and should have."),
     "demotions_total": ("counter", "Disks that increments had to read whole."),
-}  # fmt: skip
+}
 """Type and meaning of each metric of a domain, without the prefix."""
 
 HOST_METRICS: Final[Mapping[str, tuple[str, str]]] = {

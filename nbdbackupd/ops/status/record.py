@@ -60,17 +60,23 @@ class RunRecord:
         given_up = not is_busy or (by_unit and again is None)
         self._end(
             result=runs.FAILED if given_up else runs.BUSY,
-            status=getattr(err, "exit_code", 1), reason=reason, again=stamp(again),
-        )  # fmt: skip
+            status=getattr(err, "exit_code", 1),
+            reason=reason,
+            again=stamp(again),
+        )
 
     def done(self, status: int, report: "BackupReport | None", reason: str, directory: str) -> None:
         """It did what it should; ``report`` is None if no backup was tried."""
         point = report.point if report is not None else None
         if point is not None:
             self._end(
-                result=runs.SAVED, status=status, reason="; ".join(point.warnings),
-                level=point.level.value, point=point.id, set=directory,
-            )  # fmt: skip
+                result=runs.SAVED,
+                status=status,
+                reason="; ".join(point.warnings),
+                level=point.level.value,
+                point=point.id,
+                set=directory,
+            )
             return
         is_current = report is not None and report.is_current
         self._end(result=runs.CURRENT if is_current else runs.SKIPPED, status=status, reason=reason)
@@ -91,8 +97,11 @@ def begun(domain: str, host: Host) -> Iterator[RunRecord]:
     moment = host.now()
     run = Begun(
         ident=own_unit() or f"hand-{new_run_id(moment)}",
-        domain=domain, host=platform.node(), boot=runs.boot_id(), begun=stamp(moment),
-    )  # fmt: skip
+        domain=domain,
+        host=platform.node(),
+        boot=runs.boot_id(),
+        begun=stamp(moment),
+    )
     with contextlib.ExitStack() as stack:
         try:
             living = stack.enter_context(Runs(host.own_state_dir).living(run))

@@ -212,9 +212,13 @@ def status_of(
 ) -> DomainStatus:
     """Judge a domain; ``more`` are ``next``, ``busy``, ``last_run`` and ``runs``."""
     return DomainStatus(
-        name=name, stored=found, verdict=judge(facts, limits, now),
-        is_covered=facts.is_covered and not facts.unscheduled, limits=limits, **more,
-    )  # fmt: skip
+        name=name,
+        stored=found,
+        verdict=judge(facts, limits, now),
+        is_covered=facts.is_covered and not facts.unscheduled,
+        limits=limits,
+        **more,
+    )
 
 
 def nagios(report: StatusReport) -> tuple[str, int]:

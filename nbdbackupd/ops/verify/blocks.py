@@ -60,9 +60,12 @@ class Prover:
         self._pool.shutdown(cancel_futures=True)
 
     def prove(
-        self, layer: IndexedLayer, runs: Iterable[Run], report: Report,
+        self,
+        layer: IndexedLayer,
+        runs: Iterable[Run],
+        report: Report,
         progress: Callable[[int], None],
-    ) -> int:  # fmt: skip
+    ) -> int:
         """Prove runs, which follow one another from byte 0 on; return the Adler-32 of them all.
 
         Ends at the first run that the file does not hold. ``progress`` gets the bytes proven.

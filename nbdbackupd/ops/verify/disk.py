@@ -54,10 +54,13 @@ class DiskCheck:
     def _problem(self, message: str, file: str, offset: int | None = None) -> None:
         self.findings.add(
             Problem(
-                message=message, point=self.point.id, disk=self.disk.target, file=file,
+                message=message,
+                point=self.point.id,
+                disk=self.disk.target,
+                file=file,
                 offset=offset,
             )
-        )  # fmt: skip
+        )
 
     def _error(self, err: FormatError | OSError, file: str) -> None:
         self.findings.add_error(err, point=self.point.id, disk=self.disk.target, file=file)

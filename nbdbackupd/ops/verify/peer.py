@@ -51,8 +51,10 @@ class PeerCheck:
         place = self.source.place
         self._note(
             lambda: opened.check_sum(place, disk, self.cancelled, where),
-            point, disk, layout.checksum(disk.file),
-        )  # fmt: skip
+            point,
+            disk,
+            layout.checksum(disk.file),
+        )
         self._note(lambda: self._prove_blocks(place, point, disk), point, disk, disk.file)
 
     def _note(

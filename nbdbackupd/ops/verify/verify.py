@@ -100,19 +100,27 @@ def _verify(
                     progress(label, done, total)
 
                 DiskCheck(
-                    directory=request.path, point=point, disk=disk, findings=findings,
-                    prover=prover, progress=tell, cancelled=cancelled,
-                ).run()  # fmt: skip
+                    directory=request.path,
+                    point=point,
+                    disk=disk,
+                    findings=findings,
+                    prover=prover,
+                    progress=tell,
+                    cancelled=cancelled,
+                ).run()
                 files, size = files + 2, size + disk.file_size + disk.index.size
     problems = findings.problems()
     return VerifyReport(
-        points=len(chosen), files=files, checked_bytes=size, problems=problems,
+        points=len(chosen),
+        files=files,
+        checked_bytes=size,
+        problems=problems,
         seconds=time.monotonic() - begun,
         warnings=(
             *written.warnings(request.state_dirs, [point for point, _ in chosen]),
             *(() if problems else _useless(request.path, chosen)),
         ),
-    )  # fmt: skip
+    )
 
 
 def _useless(directory: Path, chosen: list[tuple[RestorePoint, frozenset[str]]]) -> tuple[str, ...]:
@@ -139,10 +147,13 @@ def _verify_peer(
     check = PeerCheck(source=source, findings=findings, progress=progress, cancelled=cancelled)
     files, size = check.run(chosen)
     return VerifyReport(
-        points=len(chosen), files=files, checked_bytes=size, problems=findings.problems(),
+        points=len(chosen),
+        files=files,
+        checked_bytes=size,
+        problems=findings.problems(),
         seconds=time.monotonic() - begun,
         warnings=(*source.hints, *_useless(source.path, chosen)),
-    )  # fmt: skip
+    )
 
 
 def _load_points(path: Path, findings: Findings) -> list[RestorePoint]:

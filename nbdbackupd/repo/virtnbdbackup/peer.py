@@ -150,10 +150,16 @@ def read_files(place: Place) -> PeerFiles:
             broken.add((level, ident))
     domain, checkpoints = _read_checkpoints(place, sizes, warnings)
     return PeerFiles(
-        files=tuple(found), problems=tuple(problems), warnings=tuple(warnings),
-        broken=frozenset(broken), checkpoints=checkpoints, domain=domain, sizes=sizes,
-        configs=configs, tracked=_read_tracked(place, found, warnings),
-    )  # fmt: skip
+        files=tuple(found),
+        problems=tuple(problems),
+        warnings=tuple(warnings),
+        broken=frozenset(broken),
+        checkpoints=checkpoints,
+        domain=domain,
+        sizes=sizes,
+        configs=configs,
+        tracked=_read_tracked(place, found, warnings),
+    )
 
 
 def parse_checkpoints(data: bytes) -> tuple[str, ...]:
@@ -227,9 +233,15 @@ def _read_file(
     sum_name = layout.checksum(name)
     checksum = read_checksum(place, sum_name) if sum_name in sizes else None
     return PeerFile(
-        name=name, disk=disk, level=level, ident=ident, size=sizes[name], meta=meta,
-        checksum=checksum, has_crc=place.crc(name) is not None,
-    )  # fmt: skip
+        name=name,
+        disk=disk,
+        level=level,
+        ident=ident,
+        size=sizes[name],
+        meta=meta,
+        checksum=checksum,
+        has_crc=place.crc(name) is not None,
+    )
 
 
 def _read_meta(

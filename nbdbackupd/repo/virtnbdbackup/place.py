@@ -36,9 +36,16 @@ LOCAL_HEADER: Final = struct.Struct("<4s22xHH")
 SIGNATURE: Final = b"PK\x03\x04"
 KNOWN: Final = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 BROKEN: Final = (
-    zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, EOFError, RuntimeError,
-    ValueError, OverflowError, IndexError,
-)  # fmt: skip
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    NotImplementedError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    OverflowError,
+    IndexError,
+)
 """What the library raises for an archive that is damaged or was made to harm."""
 
 
@@ -205,7 +212,7 @@ class Archive:
 
 def _open_archive(path: Path) -> BinaryIO:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    return open(fd, "rb")  # noqa: PTH123 - a descriptor
+    return os.fdopen(fd, "rb")
 
 
 def _directory_size(file: BinaryIO) -> int:
