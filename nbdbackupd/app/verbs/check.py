@@ -14,6 +14,7 @@ from nbdbackupd import plain
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, directory, size
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
+from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.errors import ConfigError
 from nbdbackupd.model.finding import Finding
 from nbdbackupd.ops.check import check
@@ -29,7 +30,6 @@ guest agent, space, access, locks, leftovers of dead runs; without -o also all t
 the configuration needs. Nothing is changed. Exit status: 0 if all
 is well, 3 with warnings, 20 with a failure.
 """
-DEFAULT_RESERVE = 512 << 20
 EXIT: Final = {"ok": 0, "warn": 3, "fail": 20}
 COLOURS: Final = {"ok": "32", "warn": "33", "fail": "1;31"}
 WIDTH: Final = 100
@@ -93,7 +93,7 @@ def _request(
     facts: dict[str, Any] = {
         "directory": args.output.absolute() if args.output is not None else None,
         "scratch_dir": context.host.scratch_dir,
-        "scratch_reserve": DEFAULT_RESERVE,
+        "scratch_reserve": DomainSettings.scratch_reserve.default,
         "state_dir": context.host.state_dir,
         "now": context.host.now(),
     }

@@ -7,6 +7,7 @@ from nbdbackupd.model import domain as domain_model
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.domain import Agent
 from nbdbackupd.model.finding import Notes
+from nbdbackupd.model.policy import FreezePolicy
 from nbdbackupd.model.selection import BY_REQUEST, ImageFacts, select_disks, why_whole
 from nbdbackupd.ops.check import sets
 from nbdbackupd.ops.check.request import Patient
@@ -18,8 +19,6 @@ from nbdbackupd.units import human_size
 from nbdbackupd.virt import features, guest
 
 AGENT_SECONDS = 3.0
-FREEZES = "auto"
-REQUIRES = "require"
 QCOW2 = "qcow2"
 RAW = "raw"
 
@@ -167,7 +166,7 @@ def agent(patient: Patient, notes: Notes) -> None:
     if not patient.looked.is_active:
         channel = "has no channel for" if kind is Agent.ABSENT else "has a channel for"
         notes.ok(f"the domain is off, and {channel} a guest agent")
-    elif policy not in (FREEZES, REQUIRES):
+    elif policy not in (FreezePolicy.AUTO, FreezePolicy.REQUIRE):
         notes.ok(f"the guest is not frozen, as freeze.policy says: {policy}")
     elif kind is Agent.ABSENT:
         cure = f"add a channel {domain_model.AGENT_CHANNEL} to the domain; install qemu-guest-agent"
@@ -181,7 +180,7 @@ def agent(patient: Patient, notes: Notes) -> None:
 
 def _unfrozen(patient: Patient, notes: Notes, problem: str, cure: str) -> None:
     """A guest that can't be frozen: whether its runs fail at that, the policy decides."""
-    if patient.request.freeze_policy == REQUIRES:
+    if patient.request.freeze_policy == FreezePolicy.REQUIRE:
         notes.fail(
             f"{problem}, and freeze.policy is 'require': no run saves the running guest",
             f"{cure}; or set freeze.policy to 'auto'",
@@ -213,7 +212,7 @@ def _remembered(patient: Patient, notes: Notes) -> None:
     obstacle = ""
     if memory is not None:
         obstacle = memory.obstacle(patient.request.now, domains.instance_of(patient.domain))
-    if obstacle and patient.request.freeze_policy == FREEZES:
+    if obstacle and patient.request.freeze_policy == FreezePolicy.AUTO:
         notes.warn(
             f"a run now would not freeze the guest: {obstacle}",
             "look into the guest: what makes its agent hang or die in a freeze, such as a hook",

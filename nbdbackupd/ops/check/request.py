@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nbdbackupd import rundir
 from nbdbackupd.model.chain import RestorePoint
+from nbdbackupd.model.policy import FreezePolicy
 from nbdbackupd.ops.domain.images import ALONE, Sharing, why_elsewhere
 from nbdbackupd.ops.domain.locks import holder
 from nbdbackupd.ops.domain.survey import Looked
@@ -31,7 +32,7 @@ class CheckRequest:
     scratch_reserve: int
     state_dir: Path
     now: datetime
-    freeze_policy: str = "auto"
+    freeze_policy: FreezePolicy = FreezePolicy.AUTO
     sharing: Sharing = ALONE
     is_proven: bool = False
 
