@@ -2,12 +2,15 @@
 
 import argparse
 import shlex
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nbdbackupd.app.parser import build_parser
+from scripts.generated import TOP, main
 
 HEAD = """\
 # bash completion of nbdbackupctl. Made by scripts/gen-completion, not to be edited.
@@ -190,6 +193,11 @@ def _option(action: Any) -> Option:
     return Option(names=names, metavar=metavar, choices=choices, optional=is_optional, help=told)
 
 
+def generated() -> Mapping[Path, str]:
+    """The script's file and what must stand in it."""
+    return {TOP / "packaging/completion/nbdbackupctl.bash": generate()}
+
+
 def generate() -> str:
     """The whole script."""
     program, verbs = read_parser()
@@ -270,4 +278,4 @@ def _kinds(commands: Mapping[str, Command]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print(generate(), end="")
+    sys.exit(main("gen-completion", generated(), sys.argv[1:]))
