@@ -131,15 +131,13 @@ class Setting(Generic[T]):
         """What the command line says of an option for it."""
         return option.help or f"{self.help[:1].lower()}{self.help[1:].removesuffix('.')}"
 
-    def read(self, option: Option, text: str) -> T:
+    def read(self, option: Option, text: str) -> Any:
         """The value that an argument of an option means. Raises ValueError."""
         if option.read is not None:
-            found: T = option.read(text)
-        elif self.kind.many:
-            found = tuple(map(self.kind.parse, names(text)))  # type: ignore[assignment]
-        else:
-            found = self.kind.parse(text)
-        return found
+            return option.read(text)
+        if self.kind.many:
+            return tuple(map(self.kind.parse, names(text)))
+        return self.kind.parse(text)
 
 
 def names(text: str) -> tuple[str, ...]:
