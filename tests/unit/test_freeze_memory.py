@@ -1,4 +1,4 @@
-"""F-45: how long an agent is left alone that let a freeze's deadline pass (G-2)."""
+"""F-45: how long an agent is left alone that did not answer a freeze (G-2)."""
 
 import time
 from datetime import UTC, datetime, timedelta
@@ -19,7 +19,7 @@ NOW = datetime(2026, 1, 31, 2, 0, tzinfo=UTC)
 def test_longer_each_time_up_to_a_limit(count: int, hours: int) -> None:
     memory = FreezeMemory(count, NOW)
     assert memory.until - NOW == timedelta(hours=hours)
-    assert f"at {local_time(NOW)}; " in memory.obstacle(NOW)
+    assert f"the freeze of {local_time(NOW)}; " in memory.obstacle(NOW)
     assert f"from {local_time(memory.until)} on" in memory.obstacle(NOW)
     assert memory.obstacle(memory.until - timedelta(seconds=1))
     assert not memory.obstacle(memory.until)
@@ -32,7 +32,7 @@ def test_its_words_are_for_people_and_for_each_verb(monkeypatch: pytest.MonkeyPa
         time.tzset()
         text = FreezeMemory(1, NOW).obstacle(NOW)
     time.tzset()
-    assert "at 2026-01-31 03:00:00 CET" in text
+    assert "the freeze of 2026-01-31 03:00:00 CET" in text
     assert "from 2026-02-01 15:00:00 CET on" in text
     assert "UTC" not in text
     assert "freeze.policy 'require'" in text
