@@ -9,7 +9,7 @@ from nbdbackupd.config import sample, schema
 from nbdbackupd.config.schema import DIRECTORY, DOMAINS, LABELS_URI, MAIN, MATCHERS
 from nbdbackupd.config.setting import Setting
 
-DATE: Final = "2026-11-21"
+DATE: Final = "2026-11-30"
 
 DESCRIPTION: Final = f"""\
 These files say what *nbdbackupctl*(1) does where its command line says nothing: where backups go, \

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd import __version__, proc
+from scripts import gen_changelog, generated
 from tests.lab.command import LabError, run
 from tests.lib import sets
 from tests.lib.pages import TOP
@@ -100,12 +101,22 @@ def files(found: dict[str, tuple[str, bytes]]) -> dict[str, tuple[str, bytes]]:
 
 
 def test_versions_agree() -> None:
+    """Said twice: by the program and by CHANGELOG.md, which the packages are made from."""
     project = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
-    changelog = (TOP / "packaging/debian/changelog").read_text()
-    assert project["version"] == __version__
-    assert changelog.startswith(f"nbdbackupd ({__version__}) ")
-    spec = (TOP / "packaging/rpm/nbdbackupd.spec").read_text()
-    assert f"\nVersion:        {__version__}\n" in spec
+    assert project["dynamic"] == ["version"]
+    newest = gen_changelog.releases((TOP / "CHANGELOG.md").read_text())[0]
+    assert newest.version == __version__
+    assert generated.stale(gen_changelog.generated()) == [], "run scripts/gen-changelog"
+
+
+def test_a_changelog_becomes_that_of_packages() -> None:
+    heading = "# Log\n\n## [1.2.3] - 2026-01-31\n\n"
+    text = f"{heading}### Added\n\n- One `a`\n  more.\n- Two.\n\n### Fixed\n\n- B.\n"
+    (release,) = gen_changelog.releases(text)
+    assert release.entries == ("One a more.", "Two.", "B.")
+    assert (release.version, f"{release.day:%d %m}") == ("1.2.3", "31 01")
+    with pytest.raises(ValueError, match="Unreleased"):
+        gen_changelog.releases("## Unreleased\n")
 
 
 def test_lintian(debs: dict[str, Path]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdbackupd import __version__, errors
+from nbdbackupd import errors
 from nbdbackupd.format import index, manifest, stream
 from nbdbackupd.format.writer import StreamWriter
 from nbdbackupd.model import chain
@@ -173,7 +173,7 @@ def example_meta() -> stream.StreamMeta:
         compressed=0,
         parent_checkpoint="",
         incremental=False,
-        extra=(("point", "20260131T235959-1a2b3c4d"), ("program", f"nbdbackupd {__version__}")),
+        extra=(("point", "20260131T235959-1a2b3c4d"), ("program", "nbdbackupd 0.1.0")),
     )
 
 
