@@ -167,6 +167,35 @@ def test_no_module_uses_itself_through_others() -> None:
     assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
+LATE: Final = {
+    "app/generator.py": "a boot goes on whatever can't be imported",
+    "app/guard.py": "a guard stays small until it has work",
+    "app/context.py": "libvirt's library",
+    "app/named.py": "PyYAML, where no name of a domain is given",
+    "app/verbs/config.py": "libvirt's library",
+    "app/verbs/give_way.py": "the hook calls it, while libvirt waits: only what that needs",
+    "app/verbs/restore_define.py": "libvirt's library",
+    "app/verbs/restore_targets.py": "libvirt's library",
+    "app/verbs/verify_boot.py": "libvirt's library",
+    "ops/check/host.py": "it tells of a library that is missing",
+    "ops/domain/configured.py": "PyYAML and libvirt's library: restores do without",
+    "ops/status/gather.py": "libvirt's library",
+}
+"""Modules that import others of the package late, and what for."""
+
+
+def test_what_is_imported_late_has_a_reason() -> None:
+    found = {
+        str(path)
+        for path in sources()
+        for function in ast.walk(ast.parse((PACKAGE / path).read_text()))
+        if isinstance(function, ast.FunctionDef)
+        for name in imported(function, path)
+        if name.startswith("nbdbackupd.")
+    }
+    assert found == set(LATE)
+
+
 def test_rooms_of_ops_have_an_order() -> None:
     folders = {path.name for path in (PACKAGE / "ops").iterdir() if (path / "__init__.py").exists()}
     assert folders == set(ROOMS)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbdbackupd import log, plain, rundir
 from nbdbackupd.app.arguments import Arguments
-from nbdbackupd.app.progress import Progress
+from nbdbackupd.app.progress import Progress, choose_style
 from nbdbackupd.model.host import DEFAULT_URI, Host
 
 if TYPE_CHECKING:
@@ -47,11 +47,9 @@ class Context:
     @contextmanager
     def progress(self) -> Iterator[Progress]:
         """A progress display on stderr; quiet where nobody watches."""
-        from nbdbackupd.app import progress
-
         with ExitStack() as stack:
-            style = progress.choose_style(self.progress_style, sys.stderr)
-            yield stack.enter_context(progress.Progress(sys.stderr, style))
+            style = choose_style(self.progress_style, sys.stderr)
+            yield stack.enter_context(Progress(sys.stderr, style))
 
     def show(self, document: Mapping[str, Any], text: str, *, painted: bool = False) -> None:
         """Print a report: JSON if that was asked for, else text.

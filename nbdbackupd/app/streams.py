@@ -4,6 +4,8 @@ import os
 import sys
 from typing import Final
 
+from nbdbackupd import log, plain
+
 STREAMS: Final = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 
@@ -40,8 +42,6 @@ def complain(text: str, *, is_told: bool = False, priority: int = 3) -> None:
     Where that is the journal the line has ``priority``, and what ``is_told`` already, as an event,
     is not said again.
     """
-    from nbdbackupd import log, plain
-
     is_journal = log.is_journal(sys.stderr, os.environ.get("JOURNAL_STREAM", ""))
     if not (is_journal and is_told):
         mark = f"<{priority}>" if is_journal else ""

@@ -3,24 +3,25 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from nbdbackupd import log as runlog
-from nbdbackupd.app import signals
+from nbdbackupd.app import preload, signals
 from nbdbackupd.app.arguments import Arguments, add_settings, directory, given
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.config import schema
+from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.errors import UsageError
+from nbdbackupd.model.chain import Layout, Level
 from nbdbackupd.model.policy import FreezePolicy
-from nbdbackupd.ops.domain import configured
+from nbdbackupd.ops.backup import backup, prepare
+from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
+from nbdbackupd.ops.domain import configured, domains
+from nbdbackupd.ops.status import record as run_record
+from nbdbackupd.systemd import notify
 from nbdbackupd.units import human_size, human_time
-
-if TYPE_CHECKING:
-    from nbdbackupd.config.files import Configuration
-    from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
-    from nbdbackupd.virt.connection import Connection
+from nbdbackupd.virt.connection import Connection
 
 LEVELS = ("auto", "full", "inc", "diff", "copy")
 DESCRIPTION = """\
@@ -76,10 +77,6 @@ def register(verbs: Registry) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 with warnings."""
-    from nbdbackupd.app import preload
-    from nbdbackupd.ops.status import record as run_record
-    from nbdbackupd.systemd import notify
-
     with ExitStack() as stack:
         record = run_record.RunRecord(context.host)
         if args.output is None:
@@ -110,9 +107,7 @@ def _backup(
     context: Context,
     moved: Callable[[str, int, int, int], None],
     cancelled: Callable[[], None],
-) -> "tuple[BackupRequest, BackupReport]":
-    from nbdbackupd.ops.backup import backup
-
+) -> tuple[BackupRequest, BackupReport]:
     configuration = None
     if args.output is None:
         configuration = configured.read(context.host)
@@ -125,13 +120,9 @@ def _backup(
 def _request(
     args: Arguments,
     context: Context,
-    connection: "Connection",
-    configuration: "Configuration | None",
-) -> "BackupRequest":
-    from nbdbackupd.model.chain import Layout, Level
-    from nbdbackupd.ops.backup import prepare
-    from nbdbackupd.ops.domain import domains
-
+    connection: Connection,
+    configuration: Configuration | None,
+) -> BackupRequest:
     level, host = Level(args.level), context.host
     if configuration is None:
         name, directory, settings = args.domain, args.output, schema.defaults()
@@ -176,7 +167,7 @@ def with_options(args: Arguments, settings: DomainSettings) -> DomainSettings:
     return settings.given(**found)
 
 
-def render(report: "BackupReport") -> str:
+def render(report: BackupReport) -> str:
     """The report for people."""
     point = report.point
     if point is None:

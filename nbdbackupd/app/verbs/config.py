@@ -11,11 +11,14 @@ from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.config import address, analyze, inventory, sample, schema
+from nbdbackupd.config import remarks as config_remarks
 from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.reading import Problem
 from nbdbackupd.config.remarks import Known
 from nbdbackupd.config.schema import BY_PATH, DomainSettings
 from nbdbackupd.errors import ConfigError, DomainNotFoundError, NbdbackupError, UsageError
+from nbdbackupd.model import throwaway
+from nbdbackupd.model.domain import parse_domain
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.ops.notify import notification
 
@@ -86,9 +89,7 @@ def _check(configuration: Configuration, context: Context) -> int:
 
 def _remarks(configuration: Configuration, context: Context) -> tuple[Problem, ...]:
     """What is sound and still can't work, as far as libvirt, or else its files, tell."""
-    from nbdbackupd.config import remarks
-
-    found = remarks.remarks(configuration, _domains(configuration, context), analyze.is_over)
+    found = config_remarks.remarks(configuration, _domains(configuration, context), analyze.is_over)
     directory = context.host.config_dir or schema.DIRECTORY
     try:
         fault = notification.template_fault(directory)
@@ -103,8 +104,6 @@ def _remarks(configuration: Configuration, context: Context) -> tuple[Problem, .
 def _domains(configuration: Configuration, context: Context) -> list[Known] | None:
     """The domains that libvirt knows; if it can't be asked, those of its files; None without."""
     try:
-        from nbdbackupd.model import throwaway
-        from nbdbackupd.model.domain import parse_domain
         from nbdbackupd.ops.domain import domains
         from nbdbackupd.virt.domain import Domain
 

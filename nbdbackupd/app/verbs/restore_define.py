@@ -11,7 +11,7 @@ from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import missing
 from nbdbackupd.errors import UsageError
-from nbdbackupd.model.definition import Consent
+from nbdbackupd.model.definition import Consent, refuse
 from nbdbackupd.ops.define import adjust
 from nbdbackupd.ops.define.adjust import Adjuster
 from nbdbackupd.ops.restore.definer import Definition
@@ -69,11 +69,10 @@ def add_trust(group: argparse._ActionsContainer) -> None:
 
 def consent(cancelled: Callable[[], None]) -> Consent:
     """What asks before a definition keeps something of its host; it raises UsageError."""
-    from nbdbackupd.model import definition
 
     def agree(kept: tuple[str, ...]) -> None:
         if not asking.has_person():
-            definition.refuse(kept)
+            refuse(kept)
         refused = "nothing was done: the answer was not 'yes'"
         asking.ask("The definition names this of its host, and keeps it", kept, refused, cancelled)
 

@@ -26,6 +26,7 @@ from nbdbackupd.errors import (
 from nbdbackupd.model import unitname
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.host import Host
+from nbdbackupd.ops.backup import backup as backup_verb
 from nbdbackupd.ops.backup import outcome, prepare
 from nbdbackupd.ops.backup.prepare import Planned
 from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
@@ -421,15 +422,13 @@ class _Run:
 
     def backup(self) -> RunReport:
         """Choose the set, make the point, drop what older sets have left at libvirt."""
-        from nbdbackupd.ops.backup import backup
-
         # only now: a program before the run may have mounted the repository
         planned = self.plan()
         self.watch.doing(f"saving into {planned.set}: {planned.next.reason}")
         log.info("set %s, level %s: %s", planned.set, planned.next.level, planned.next.reason)
         request = self._request(planned)
         try:
-            made = backup.run(
+            made = backup_verb.run(
                 request,
                 self.connection,
                 progress=self.watch.progress,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from nbdbackupd import rundir
+from nbdbackupd.config import timers as config_timers
 from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.matching import is_uuid
 from nbdbackupd.config.schema import DomainSettings
@@ -32,6 +33,7 @@ from nbdbackupd.ops.notify import notification
 from nbdbackupd.ops.sets import homes, sets
 from nbdbackupd.ops.sets.homes import MARK
 from nbdbackupd.ops.status import metrics, record
+from nbdbackupd.ops.status import status as report
 from nbdbackupd.ops.status.status import DomainStatus, StatusReport, Stored
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.runs import Seen
@@ -89,10 +91,12 @@ class _Known:
 
     def names(self) -> list[str]:
         """All domains that anybody knows, in the order of names."""
-        from nbdbackupd.config import timers
-
         loaded = (unitname.domain_of(unit) for unit in self.units.timers)
-        found = {*timers.exact_names(self.configuration), *self.folders, *(self.domains or ())}
+        found = {
+            *config_timers.exact_names(self.configuration),
+            *self.folders,
+            *(self.domains or ()),
+        }
         return sorted(found | {each for each in loaded if each and not is_uuid(each)})
 
 
@@ -180,10 +184,8 @@ def _inventory(
     configuration: Configuration, units: Units, domains: Iterable[str]
 ) -> tuple[str, ...]:
     """The domains that are this host's: libvirt knows them, a file names them, or a timer."""
-    from nbdbackupd.config import timers
-
     loaded = filter(None, map(unitname.domain_of, units.timers))
-    return tuple(dict.fromkeys((*domains, *timers.exact_names(configuration), *loaded)))
+    return tuple(dict.fromkeys((*domains, *config_timers.exact_names(configuration), *loaded)))
 
 
 def ask_systemd(notes: list[str]) -> Units:
@@ -347,8 +349,6 @@ def _folders(
     configuration: Configuration, domains: dict[str, tuple[str, DomainSettings]] | None
 ) -> dict[str, tuple[Path, str]]:
     """The directories of domains: of those that libvirt knows by name, else by their own."""
-    from nbdbackupd.ops.status import status
-
     path = "repository.path"
     repositories: Iterable[Path] = (
         global_settings(configuration).repository_path,
@@ -361,7 +361,7 @@ def _folders(
             if home.exists():
                 found[name] = home, uuid
     for repository in dict.fromkeys(repositories):
-        for name, folder in status.names_in(repository).items():
+        for name, folder in report.names_in(repository).items():
             if folder in {home for home, _ in found.values()}:
                 continue
             uuid, known = "", (domains or {}).get(name, ("",))[0]
@@ -375,7 +375,6 @@ def _folders(
 
 
 def _look(name: str, known: _Known, host: Host, notes: list[str]) -> DomainStatus:
-    from nbdbackupd.ops.status import status
 
     uuid, settings = _settings(name, known, notes)
     timer = _timer(known.units, name, uuid)
@@ -405,17 +404,17 @@ def _look(name: str, known: _Known, host: Host, notes: list[str]) -> DomainStatu
         is_known=is_known,
         is_unheard=known.is_silent and bool(is_known) and settings.on_shutdown,
     )
-    return status.status_of(
+    return report.status_of(
         name,
         found,
         facts,
         known.limits(settings),
         host.now(),
         next=timer.next if timer is not None else None,
-        busy=status.busy(host.runtime_dir, uuid or (newest.uuid if newest is not None else "")),
+        busy=report.busy(host.runtime_dir, uuid or (newest.uuid if newest is not None else "")),
         last_run=seen.end,
         runs=tuple(
-            status.LiveRun(
+            report.LiveRun(
                 unit=run.unit, begun=run.begun, doing=record.doing(run, host) or "begins"
             )
             for run in seen.alive
@@ -446,7 +445,6 @@ def _settings(name: str, known: _Known, notes: list[str]) -> tuple[str, DomainSe
 
 
 def _stored(name: str, settings: DomainSettings, known: _Known) -> Stored:
-    from nbdbackupd.ops.status import status
 
     # sets of a domain that files no longer send here are still where they are
     default = settings.repository_path / layout.escape(name, layout.MAX_DOMAIN)
@@ -456,5 +454,5 @@ def _stored(name: str, settings: DomainSettings, known: _Known) -> Stored:
     try:
         mounted.check(settings)
     except RepositoryError as err:
-        return status.Stored(directory=directory, problem=" ".join(str(err).split()))
-    return status.stored(directory, uuid, *more)
+        return report.Stored(directory=directory, problem=" ".join(str(err).split()))
+    return report.stored(directory, uuid, *more)
