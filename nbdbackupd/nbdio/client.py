@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
 import nbd
 
@@ -53,11 +53,14 @@ class Keeper(Protocol):
     def ready(self, number: int) -> None:
         """Note that it has entered it."""
 
-    def take(self, key: object) -> object | None:
-        """A handle that was given back under this key, or None."""
+    def take(self, key: object) -> tuple[int, Any] | None:
+        """Number and handle of a connection that was given back under this key, or None."""
 
-    def give(self, key: object, handle: object) -> None:
-        """Store an idle handle for the next one who wants such a connection."""
+    def give(self, key: object, idle: tuple[int, Any]) -> None:
+        """Store an idle connection for the next one who wants such a connection."""
+
+    def abandon(self, number: int) -> None:
+        """Read what still comes on a connection, which nobody uses any more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,10 +120,12 @@ class Connection:
         self._key = (endpoint.socket, endpoint.export, tuple(contexts))
         self._number = -1
         found = endpoint.keeper.take(self._key) if endpoint.keeper is not None else None
-        self.handle = found if isinstance(found, nbd.NBD) else nbd.NBD()
+        self.handle = nbd.NBD()
         try:
             if found is None:
                 self._connect(contexts)
+            else:
+                self._number, self.handle = found
             self._learn(contexts)
         except BaseException:
             self.close()
@@ -229,13 +234,18 @@ class Connection:
     def close(self) -> None:
         """Say goodbye if the server listens, and close; or give it back. Safe to call twice."""
         handle: nbd.NBD | None = self.__dict__.pop("handle", None)
-        if handle is None or not handle.aio_is_ready():
-            return  # a dead connection needs no goodbye
+        if handle is None:
+            return
+        is_ready = handle.aio_is_ready()
         keeper = self.endpoint.keeper
         if keeper is not None and keeper.is_holding:
-            if not handle.aio_in_flight():
-                keeper.give(self._key, handle)
+            if is_ready and not handle.aio_in_flight():
+                keeper.give(self._key, (self._number, handle))
+            elif self._number >= 0:
+                keeper.abandon(self._number)
             return
+        if not is_ready:
+            return  # a dead connection needs no goodbye
         with contextlib.suppress(nbd.Error):
             handle.aio_disconnect()
         # libnbd 1.14 has no close(): the last reference, ours, closes the socket

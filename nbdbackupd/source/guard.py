@@ -54,6 +54,8 @@ TURN_SECONDS: Final = 60.0
 
 TURN_POLL_SECONDS: Final = 0.05
 
+DISCARD_SECONDS: Final = 0.2
+
 KEEP: Final = b"keep"
 """Comes with a descriptor."""
 
@@ -163,8 +165,11 @@ class Guard:
         self._lock = threading.Lock()
         self._settling = threading.Lock()
         self.kept = KeptConnections()
-        self._idle: dict[object, list[object]] = {}
+        self._idle: dict[object, list[tuple[int, Any]]] = {}
         self._notes: list[bytes] = []
+        self._abandoned: set[int] = set()
+        self._reader: threading.Thread | None = None
+        self._is_left = threading.Event()
         self._left = REPLACEMENTS
         self._share = _open_directory(Path(charge.runtime_dir))
         try:
@@ -208,16 +213,29 @@ class Guard:
         with self._settling:
             return self.kept.settle()
 
-    def take(self, key: object) -> object | None:
-        """A handle that was given back under this key, or None."""
+    def take(self, key: object) -> tuple[int, Any] | None:
+        """Number and handle of a connection that was given back under this key, or None."""
         with self._lock:
             found = self._idle.get(key)
             return found.pop() if found else None
 
-    def give(self, key: object, handle: object) -> None:
-        """Store an idle handle for the next one who wants such a connection."""
+    def give(self, key: object, idle: tuple[int, Any]) -> None:
+        """Store an idle connection for the next one who wants such a one."""
         with self._lock:
-            self._idle.setdefault(key, []).append(handle)
+            self._idle.setdefault(key, []).append(idle)
+
+    def abandon(self, number: int) -> None:
+        """Read what still comes on a connection of which a user left with requests in flight.
+
+        QEMU can neither end the job nor pause the guest before that has been sent, and hangs.
+        """
+        with self._lock:
+            self._abandoned.add(number)
+            if self._reader is None:
+                self._reader = threading.Thread(
+                    target=runlog.carried(self._discard), name="discard", daemon=True
+                )
+                self._reader.start()
 
     def note(self, word: bytes) -> None:
         """Tell the guard how far the run is: ``BEGUN`` or ``THAW``."""
@@ -242,10 +260,18 @@ class Guard:
                 self._charge.domain,
                 self._charge.domain,
             )
+        self._is_left.set()
+        if self._reader is not None:
+            self._reader.join()
+        # from here on the process reads them
         self._line.close()
         self._idle.clear()
         self.kept.close()
         os.close(self._share)
+
+    def _discard(self) -> None:
+        while not self._is_left.is_set():
+            self.kept.discard(DISCARD_SECONDS, tuple(self._abandoned))
 
     def _advance(self, number: int, stage: Stage) -> None:
         with self._lock:

@@ -14,6 +14,7 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from enum import IntEnum
 from typing import Final
@@ -99,14 +100,15 @@ class KeptConnections:
             if self._is_open(number)
         )
 
-    def discard(self, seconds: float) -> None:
+    def discard(self, seconds: float, which: Collection[int] | None = None) -> None:
         """Read what the server sends in the transmission phase, or wait for it that long.
 
-        Only if nobody else reads it any more.
+        Only if nobody else reads it any more: ``which``, or all.
         """
         poller = select.poll()
         numbers = {}
-        for number, stage in enumerate(self.stages):
+        for number in range(len(self.stages)) if which is None else which:
+            stage = self.stages[number]
             if stage is Stage.READY and number not in self._ended and self._is_open(number):
                 numbers[self.all[number].fileno()] = number
                 poller.register(self.all[number], select.POLLIN)
