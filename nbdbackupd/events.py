@@ -256,6 +256,19 @@ DEAD_RUN_SWEPT: Final = Event(
     cure="Find out what killed it: the out-of-memory killer, the watchdog of the unit, a power "
     "cut, an administrator.",
 )
+HUNG_RUN_KILLED: Final = Event(
+    name="hung-run-killed",
+    id="4a2fd52e870348b4b1c235bcdeec4b04",
+    priority=ERROR,
+    level=logging.ERROR,
+    text="the run is stopped or hangs, it is killed: {REASON}",
+    fields=("REASON",),
+    meaning="QEMU could not go on, or scratch space ran out, because the run of a backup was "
+    "stopped or hung as a whole. Its guard has killed it, so that the guest goes on. Nothing was "
+    "saved; no point is harmed.",
+    cure="Find out what stopped the run: a signal, a terminal, a host that is out of memory. "
+    "Then run again.",
+)
 SCRATCH_LOW: Final = Event(
     name="scratch-low",
     id="a188d108d4b84298999d5d779a11521c",

@@ -2,7 +2,8 @@
 
 It reads a socket whose other end only the run holds. When that end is closed, by whatever end of
 the run, the guard ends the run's job, lets the guest go that was frozen, and removes the scratch
-files (source/guarding.py): nothing of it waits for the next run.
+files (source/guarding.py): nothing of it waits for the next run. A run that lives says so twice a
+second; what is done about one that does not is in source/silence.py.
 
 It also holds a duplicate of each connection to the job's NBD server where QEMU must not see it
 closed (source/kept_connections.py).
@@ -65,6 +66,9 @@ STAGE: Final = b"stage"
 BEGUN: Final = b"begun"
 """The job has begun: if it can't be seen, it has ended."""
 
+BEAT: Final = b"beat"
+"""The run lives, and is neither stopped nor stuck as a whole."""
+
 THAW: Final = b"thaw"
 """The guest may be frozen, or freeze late: thaw it until its agent has answered."""
 
@@ -73,7 +77,8 @@ THAW: Final = b"thaw"
 class Charge:
     """Whose end is waited for, and what is his: the first message to a guard.
 
-    ``scratch`` are the run's scratch files; by them its job is told from that of another run.
+    ``pid`` is the run's process, our parent. ``scratch`` are its scratch files; by them its job is
+    told from that of another run. The run itself keeps ``scratch_reserve`` bytes free beside them.
     ``is_reachable``: libvirt can be asked by another process than the run.
     """
 
@@ -83,7 +88,10 @@ class Charge:
     domain: str
     uuid: str
     run_id: str
+    pid: int
     runtime_dir: str
+    scratch_dir: str
+    scratch_reserve: int
     scratch: tuple[str, ...]
     is_reachable: bool
 
@@ -244,10 +252,16 @@ class Guard:
             self._tell(word)
 
     def check(self) -> None:
-        """Replace the process if it has died."""
+        """Replace the process if it has died; tell it that we live."""
         with self._lock:
             if not self._program.is_running():
                 self._replace()
+            poller = select.poll()
+            poller.register(self._line, select.POLLOUT)
+            # one that does not read may be stopped; what it must know will wait for it
+            if any(event & select.POLLOUT for _, event in poller.poll(0)):
+                with suppress(OSError):  # it has died: seen the next time
+                    self._send(BEAT)
 
     def leave(self) -> None:
         """Our end: end the process, or let it do what is left, and let go of everything."""
@@ -372,18 +386,24 @@ class Post:
         self.charge: Charge | None = None
         self.kept = KeptConnections()
         self.words: set[bytes] = set()
+        self.heard = time.monotonic()
+        """When the run has last said anything."""
 
-    def read(self, idle: Callable[[], float]) -> None:
+    def read(self, idle: Callable[[], float | None]) -> None:
         """Read until the run's end.
 
-        ``idle`` is called before each message and when its time is over: it says in how many
-        seconds that is; less than 0 is never.
+        ``idle`` is called when no message waits, and again when its time is over: it says in how
+        many seconds that is; less than 0 is never. None: the run is as good as dead.
         """
         poller = select.poll()
         poller.register(self._line, select.POLLIN)
         while True:
-            if not poller.poll(idle() * 1000):
-                continue
+            if not poller.poll(0):
+                seconds = idle()
+                if seconds is None:
+                    return
+                if not poller.poll(seconds * 1000):
+                    continue
             try:
                 data, numbers, _, _ = socket.recv_fds(self._line, MAX_MESSAGE, 1)
             except OSError:
@@ -407,6 +427,7 @@ class Post:
         return True
 
     def _note(self, data: bytes) -> None:
+        self.heard = time.monotonic()
         word, *rest = data.split(b" ")
         if self.charge is None:
             self.charge = Charge.parse(data)

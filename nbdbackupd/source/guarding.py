@@ -21,13 +21,13 @@ from nbdbackupd import events
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import DomainNotFoundError
 from nbdbackupd.source import quiesce, running
-from nbdbackupd.source.guard import BEGUN, THAW, Charge, Post, turn
+from nbdbackupd.source.guard import BEGUN, DISCARD_SECONDS, THAW, Charge, Post, turn
+from nbdbackupd.source.silence import Silence
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.connection import open_connection
 from nbdbackupd.virt.domain import Domain
 
 LOG = logging.getLogger(__name__)
-DISCARD_SECONDS: Final = 0.2
 PAUSE_SECONDS: Final = 0.2
 LONGEST_PAUSE_SECONDS: Final = 15.0
 BEGINNING_SECONDS: Final = 40.0
@@ -51,7 +51,7 @@ class Watch:
 
     def __init__(self, post: Post, charge: Charge) -> None:
         self._post = post
-        self._charge = charge
+        self.charge = charge
         self._begun = time.monotonic()
         self._is_job_gone = False
         self._is_thawed = False
@@ -86,7 +86,7 @@ class Watch:
         while True:
             # first, also for others who want to end the job
             is_settled = self._post.settle()
-            is_done = self._try(is_settled=is_settled) if self._charge.is_reachable else True
+            is_done = self._try(is_settled=is_settled) if self.charge.is_reachable else True
             self._is_job_gone = self._is_job_gone or self._post.kept.has_ended()
             is_done = is_done or (self._is_job_gone and self._is_thawed)
             is_closed = self._post.kept.wait_closed()
@@ -95,8 +95,8 @@ class Watch:
             if is_closed and self._is_late():
                 LOG.error(
                     "domain %s: given up, see what is left with 'nbdbackupctl abort %s'",
-                    self._charge.domain,
-                    self._charge.domain,
+                    self.charge.domain,
+                    self.charge.domain,
                 )
                 return
             self._wait()
@@ -116,14 +116,14 @@ class Watch:
         The job is not ended before its connections are settled.
         """
         try:
-            with self._domain() as domain, turn(Path(self._charge.runtime_dir)):
+            with self._domain() as domain, turn(Path(self.charge.runtime_dir)):
                 # first: a guest that is frozen hangs, and this is quick
                 self._is_thawed = self._is_thawed or self._thaw(domain)
                 if is_settled and not self._is_job_gone:
                     self._is_job_gone = self._end_job(domain)
         except DomainNotFoundError:
             # a transient guest that has ended: there is nobody to be thawed
-            quiesce.forget(running.marker(Path(self._charge.runtime_dir)), self._charge.run_id)
+            quiesce.forget(running.marker(Path(self.charge.runtime_dir)), self.charge.run_id)
             return True
         except Exception as err:  # noqa: BLE001 - the end of a guard may be that of the guest
             self._tell(str(err))
@@ -133,18 +133,18 @@ class Watch:
     def _tell(self, problem: str) -> None:
         """Log what keeps us from being done, once."""
         if problem != self._problem:
-            LOG.info("domain %s: the guard of its run waits: %s", self._charge.domain, problem)
+            LOG.info("domain %s: the guard of its run waits: %s", self.charge.domain, problem)
         self._problem = problem
 
     @contextmanager
     def _domain(self) -> Iterator[Domain]:
-        charge = self._charge
+        charge = self.charge
         with open_connection(charge.uri, user=charge.user, password=charge.password) as connection:
             yield Domain.find(connection, charge.uuid)
 
     def _thaw(self, domain: Domain) -> bool:
-        marker = running.marker(Path(self._charge.runtime_dir))
-        found = quiesce.settle(domain, marker, self._charge.run_id, seconds=ANSWER_SECONDS)
+        marker = running.marker(Path(self.charge.runtime_dir))
+        found = quiesce.settle(domain, marker, self.charge.run_id, seconds=ANSWER_SECONDS)
         self._refusals = self._refusals + 1 if found.is_answered else 0
         if found.problem:
             self._tell(found.problem)
@@ -160,7 +160,7 @@ class Watch:
         """End the run's job; False if it may yet begin."""
         job = jobs.active_job(domain)
         backup = job.backup if job is not None else None
-        own = set(self._charge.scratch)
+        own = set(self.charge.scratch)
         if job is not None and backup is not None and own & set(backup.scratch.values()):
             jobs.abort(domain)
             events.emit(LOG, events.DEAD_RUN_SWEPT, reason=job)
@@ -186,17 +186,13 @@ class Watch:
 
 def stand(post: Post) -> None:
     """Watch until the run's end, then do what it has left."""
-    watch: Watch | None = None
-    is_thawed = False
+    standing: _Standing | None = None
 
-    def idle() -> float:
-        nonlocal watch, is_thawed
-        if watch is None and post.charge is not None:
-            watch = Watch(post, post.charge)
-        if watch is None or THAW not in post.words or is_thawed:
-            return -1
-        is_thawed = watch.thaw()
-        return watch.thaw_pause
+    def idle() -> float | None:
+        nonlocal standing
+        if standing is None and post.charge is not None:
+            standing = _Standing(post, post.charge)
+        return -1 if standing is None else standing.look()
 
     post.read(idle)
     if post.charge is not None:
@@ -204,3 +200,28 @@ def stand(post: Post) -> None:
             DOMAIN=post.charge.domain, UUID=post.charge.uuid, RUN=post.charge.run_id
         ):
             Watch(post, post.charge).finish()
+
+
+class _Standing:
+    """What is done while the run lives."""
+
+    def __init__(self, post: Post, charge: Charge) -> None:
+        self._post = post
+        self._watch = Watch(post, charge)
+        self._silence = Silence(charge)
+        self._is_thawed = False
+        self._thaw_at = 0.0
+
+    def look(self) -> float | None:
+        """Do what is due; returns in how many seconds the next is. None: the run is over."""
+        charge = self._watch.charge
+        with runlog.context(DOMAIN=charge.domain, UUID=charge.uuid, RUN=charge.run_id):
+            if self._silence.is_over(self._post.heard):
+                return None
+            pause = self._silence.pause
+            if THAW not in self._post.words or self._is_thawed:
+                return pause
+            if time.monotonic() >= self._thaw_at:
+                self._is_thawed = self._watch.thaw()
+                self._thaw_at = time.monotonic() + self._watch.thaw_pause
+            return min(pause, max(0.0, self._thaw_at - time.monotonic()))

@@ -170,7 +170,10 @@ def _charge(request: RunningRequest) -> Charge:
         domain=request.domain.name,
         uuid=request.domain.uuid,
         run_id=request.run_id,
+        pid=os.getpid(),
         runtime_dir=os.fspath(request.runtime_dir.absolute()),
+        scratch_dir=os.fspath(request.scratch_dir),
+        scratch_reserve=request.scratch_reserve,
         scratch=tuple(os.fspath(_scratch_file(request, disk.target)) for disk in request.disks),
         is_reachable=not connection.is_embedded,
     )

@@ -136,11 +136,12 @@ def watch(job: Watched) -> Iterator[None]:
             thread.join(seconds)
 
 
-class _Space:
-    """Free space, and how fast it goes."""
+class Space:
+    """Free space in a directory, and how fast it goes."""
 
-    def __init__(self, job: Watched) -> None:
-        self._job = job
+    def __init__(self, directory: Path, reserve: int) -> None:
+        self._directory = directory
+        self._reserve = reserve
         self._seen = time.monotonic()
         self._rate = 0.0
         self.free = self.lowest = self._look()
@@ -154,24 +155,24 @@ class _Space:
         )
         self._seen = now
         self.lowest = min(self.lowest, self.free)
-        return self.free - self._rate * REACTION_SECONDS < self._job.reserve
+        return self.free - self._rate * REACTION_SECONDS < self._reserve
 
     def pause(self) -> float:
         """How long nobody can eat what is above the reserve, were it at a rate never seen yet."""
-        above = self.free - self._job.reserve
+        above = self.free - self._reserve
         seconds = above / (2 * max(self._rate, FASTEST))
         return min(max(seconds, SHORTEST_SECONDS), SPACE_POLL_SECONDS)
 
     def _look(self) -> int:
         try:
-            return free_bytes(self._job.directory)
+            return free_bytes(self._directory)
         except OSError as err:
-            LOG.warning("scratch directory %s: %s", self._job.directory, err)
+            LOG.warning("scratch directory %s: %s", self._directory, err)
             return 0
 
 
 def _watch_space(stop: threading.Event, job: Watched) -> None:
-    space = _Space(job)
+    space = Space(job.directory, job.reserve)
     while not space.is_low():
         if stop.wait(space.pause()):
             return
@@ -191,7 +192,7 @@ def _watch_space(stop: threading.Event, job: Watched) -> None:
     events.emit(LOG, events.SCRATCH_LOW, reason=error, bytes=space.free)
 
 
-def _seen_by_guest(domain: Domain, space: _Space) -> str:
+def _seen_by_guest(domain: Domain, space: Space) -> str:
     """What is known of errors that the guest has seen; one that is held by them is let go.
 
     Without the job its writes need no scratch space: QEMU does again what had failed.
