@@ -289,7 +289,7 @@ def test_the_command_line_loads_nothing_heavy() -> None:
     script = (
         "import sys; from nbdbackupd.app import ctl, parser; parser.build_parser([]);"
         "heavy = {'libvirt', 'nbd', 'lz4', 'subprocess', 'asyncio', 'xml.etree.ElementTree',"
-        " 'yaml', 'jinja2', 'nbdbackupd.ops.backup.backup', 'nbdbackupd.repo.repository'};"
+        " 'yaml', 'jinja2', 'nbdbackupd.ops.backup.backup', 'nbdbackupd.repo.set_directory'};"
         "print(*sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(

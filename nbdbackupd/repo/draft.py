@@ -67,7 +67,7 @@ class Intent:
 
 
 class Draft:
-    """The files of a point to be; made and removed by ``Repository.draft``.
+    """The files of a point to be; made and removed by ``SetDirectory.draft``.
 
     Files get mode 0600: a domain's XML holds secrets, and so may every block of its disks.
     """

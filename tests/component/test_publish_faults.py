@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd.model.chain import Level
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 from tests.lib import chains
 
 pytestmark = pytest.mark.component
@@ -24,7 +24,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from nbdbackupd.model.chain import Level
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 from tests.lib import chains
 
 action, path, number, deadly, *calls = sys.argv[1:]
@@ -56,7 +56,7 @@ for each in calls:
 if action == "add":
     chains.add_point(path, number, Level.FULL if number == 1 else Level.INC)
 else:
-    repository = Repository.open(path)
+    repository = SetDirectory.open(path)
     with repository.lock(owner="sweep"):
         repository.sweep()
 """
@@ -78,7 +78,7 @@ def run(action: str, path: Path, number: int, deadly: int) -> bool:
 
 def sweep(path: Path) -> tuple[int, int]:
     """Sweep; how many points there are, and how many runs were found dead."""
-    repository = Repository.open(path)
+    repository = SetDirectory.open(path)
     with repository.lock(owner="test"):
         dead = repository.dead_runs()
         assert repository.sweep() == dead
@@ -109,7 +109,7 @@ def test_kill_at_every_step(tmp_path: Path, number: int) -> None:
         path = copied(base, tmp_path / f"set{deadly}")
         finished = run("add", path, number, deadly)
         # A run looks at the directory before it sweeps it.
-        Repository.open(path).check_can_begin()
+        SetDirectory.open(path).check_can_begin()
         found, dead = sweep(path)
         assert found in (number - 1, number)
         if found == number - 1:
@@ -147,7 +147,7 @@ def test_kill_during_the_sweep(tmp_path: Path) -> None:
     for deadly in range(1, 1000):
         path = copied(torn, tmp_path / f"sweep{deadly}")
         finished = run("sweep", path, 0, deadly)
-        repository = Repository.open(path)
+        repository = SetDirectory.open(path)
         with repository.lock(owner="test"):
             if not finished and (path / ".draft-run2" / "manifest.json").exists():
                 assert repository.dead_runs() == [chains.intent_for(2)]

@@ -9,7 +9,7 @@ from nbdbackupd.format.writer import StreamWriter
 from nbdbackupd.model.chain import DiskMode, DiskPoint, Level, RestorePoint
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Draft, Intent
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 from tests.lib import points
 
 DISK_SIZE = 1 << 20
@@ -96,7 +96,7 @@ def fill(draft: Draft, known: tuple[RestorePoint, ...], level: Level) -> Restore
 
 def add_point(path: Path, number: int, level: Level = Level.INC) -> RestorePoint:
     """Publish point ``number`` into the set."""
-    repository = Repository.open(path)
+    repository = SetDirectory.open(path)
     with repository.lock(owner=f"run {number}"):
         known = repository.load().points
         with repository.draft(intent_for(number, level=level)) as draft:

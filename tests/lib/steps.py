@@ -31,7 +31,7 @@ STEPS: Final = {
     "block-written": "nbdbackupd.format.writer:StreamWriter.write",
     "stream-finished": "nbdbackupd.format.writer:StreamWriter.finish",
     "point-published": "nbdbackupd.repo.draft:Draft.publish",
-    "derived-files-written": "nbdbackupd.repo.repository:Repository._write_derived",
+    "derived-files-written": "nbdbackupd.repo.set_directory:SetDirectory._write_derived",
     "draft-removed": "nbdbackupd.repo.draft:remove",
     # before and after it
     "leftovers-swept": "nbdbackupd.ops.checkpoints.leftovers:sweep",

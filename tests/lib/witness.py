@@ -15,7 +15,7 @@ from typing import Any
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import Layout
 from nbdbackupd.repo import layout
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 from tests.lab.command import LabError
 from tests.lab.compare import first_difference
 from tests.lab.disks import MIB
@@ -146,7 +146,7 @@ class Witness:
         assert set(left) - set(allow) <= {"lock", "images"}
         if not self.path.exists():
             return
-        known = Repository.open(self.path).load()
+        known = SetDirectory.open(self.path).load()
         names = {f"{layout.POINTS}/{layout.manifest(each.sequence, each.id)}"
                  for each in known.points}  # fmt: skip
         for point in known.points:

@@ -10,7 +10,7 @@ import pytest
 
 from nbdbackupd.errors import NoSpaceError, RepositoryError
 from nbdbackupd.model.chain import Level
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 from tests.lib import chains
 
 pytestmark = [
@@ -56,7 +56,7 @@ def test_each_shortage_of_space_leaves_the_old_set(
     path = tmp_path / "set"
     mount(path, "size=2m")
     chains.make_chain(path, 0)
-    repository = Repository.open(path)
+    repository = SetDirectory.open(path)
     for count in range(200):
         with repository.lock(owner="test"):
             repository.sweep()
@@ -84,7 +84,7 @@ def test_shortage_of_inodes(tmp_path: Path, mount: Mount) -> None:
         try:
             chains.make_chain(path, 1)
         except NoSpaceError:
-            repository = Repository.open(path)
+            repository = SetDirectory.open(path)
             with repository.lock(owner="test"):
                 assert repository.sweep() == []
             repository.check_present(repository.load().points)
@@ -102,8 +102,8 @@ def test_full_disk_can_still_be_locked(tmp_path: Path, mount: Mount) -> None:
     (path / ".lock").unlink()
     (path / ".lock").touch()
     leave_pages(path, 0)
-    with Repository.open(path).lock(owner="prune"):
-        assert Repository.open(path).load().points
+    with SetDirectory.open(path).lock(owner="prune"):
+        assert SetDirectory.open(path).load().points
 
 
 def test_read_only_target(tmp_path: Path, mount: Mount) -> None:
@@ -111,6 +111,6 @@ def test_read_only_target(tmp_path: Path, mount: Mount) -> None:
     mount(path, "size=1m")
     made = chains.make_chain(path, 1)
     subprocess.run(["mount", "-o", "remount,ro", path], check=True, timeout=30)
-    assert list(Repository.open(path).load().points) == made
+    assert list(SetDirectory.open(path).load().points) == made
     with pytest.raises(RepositoryError, match="mounted read-only"):
         chains.add_point(path, 3)

@@ -10,7 +10,7 @@ from nbdbackupd.model.domain import Domain as Definition
 from nbdbackupd.ops.backup import metadata
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Draft, Intent
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.virt.connection import Connection, open_connection
 from nbdbackupd.virt.domain import Domain
 from tests.lab.daemon import DaemonLab
@@ -49,7 +49,7 @@ def definition(domain: Domain) -> Definition:
 
 @pytest.fixture
 def draft(tmp_path: Path, domain: Domain) -> Iterator[Draft]:
-    repository = Repository.open(tmp_path / "set")
+    repository = SetDirectory.open(tmp_path / "set")
     intent = Intent(
         uuid=domain.uuid, domain="vm1", chain="c", checkpoint="", run_id="r", point_id="p"
     )

@@ -22,7 +22,7 @@ from nbdbackupd.model.choice import Choice
 from nbdbackupd.model.policy import LevelPolicy, NextRun, Rotate
 from nbdbackupd.ops.run import commands, slots
 from nbdbackupd.ops.sets import homes, lookup, sets
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 from tests.lib import chains, points
 from tests.lib.ctl import Ctl
 
@@ -32,7 +32,7 @@ RULES = LevelPolicy(rotate=Rotate.MONTHLY)
 
 def add(path: Path, number: int, day: str, *, uuid: str = points.UUID) -> None:
     """Publish point ``p<number>``, made at noon of a day; the first of a set is a full."""
-    repository = Repository.open(path)
+    repository = SetDirectory.open(path)
     with repository.lock(owner="test"):
         known = repository.load().points
         level = Level.INC if known else Level.FULL
@@ -126,7 +126,7 @@ def test_a_directory_belongs_to_one_uuid(home: Path) -> None:
     with pytest.raises(FormatError):
         homes.home_of(repository, "", OTHER)
     # who has begun a first point has the directory already
-    begun = Repository.open(repository / "new/2026-01")
+    begun = SetDirectory.open(repository / "new/2026-01")
     with begun.lock(owner="test"), begun.draft(chains.intent_for(1, level=Level.FULL)):
         assert homes.home_of(repository, "new", points.UUID) == repository / "new"
         assert homes.home_of(repository, "new", OTHER).name == f"new@{OTHER[:8]}"

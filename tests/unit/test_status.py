@@ -25,7 +25,7 @@ from nbdbackupd.model.freeze_memory import MAY_BE_FROZEN
 from nbdbackupd.model.health import GONE, UNHEARD, Facts, Health, Limits, age_text, judge
 from nbdbackupd.ops.status import metrics, record
 from nbdbackupd.repo import boot_tests, layout, runs
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.source import hooked
 from nbdbackupd.systemd import units
 from tests.lib import chains
@@ -95,7 +95,7 @@ class Host:
         """Publish a point; the first of a set is a full."""
         folder = self.repository / (into or layout.escape(domain, layout.MAX_DOMAIN))
         uuid = uuid or uuid_of(domain)
-        repository = Repository.open(folder / (set_name or f"{moment:%Y-%m}"))
+        repository = SetDirectory.open(folder / (set_name or f"{moment:%Y-%m}"))
         with repository.lock(owner="test"):
             known = repository.load().points
             level = Level.INC if known else Level.FULL
@@ -580,7 +580,7 @@ def test_a_point_that_did_not_come_up(host: Host) -> None:
     host.file("a", "match: {name: vm1}")
     host.save("vm1", NOW)
     (folder,) = (host.repository / "vm1").iterdir()
-    (point,) = (each.id for each in Repository.open(folder).load().points)
+    (point,) = (each.id for each in SetDirectory.open(folder).load().points)
     failed = boot_tests.BootTest(
         point=point, tested="2026-03-01T00:00:00Z", passed=False, waited_for="agent", seconds=9.0,
         reason="no sign within 9 s",

@@ -28,7 +28,7 @@ from nbdbackupd.ops.domain import domains, endings, locks
 from nbdbackupd.ops.domain.images import images_of, note_saved, prove_start
 from nbdbackupd.ops.domain.survey import Looked, Survey, Wish, look, survey_domain
 from nbdbackupd.repo import written
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.repo.state import Record, State
 from nbdbackupd.source.lease import Lease
 from nbdbackupd.source.paused_start import started_paused
@@ -69,14 +69,14 @@ def run(
         who = f"{locks.BACKUP}{domain.name}, run {request.run_id}"
         wait = _wait(request.settings.limits_wait, cancelled)
         stack.enter_context(durable.Lock(directory / rundir.LOCK, owner=who, wait=wait))
-        repository = Repository.open(request.directory)
-        repository.check_can_begin()
-        stack.enter_context(repository.lock(owner=who, wait=wait))
-        stack.enter_context(runlog.run_log(repository.log_path(request.run_id)))
+        set_dir = SetDirectory.open(request.directory)
+        set_dir.check_can_begin()
+        stack.enter_context(set_dir.lock(owner=who, wait=wait))
+        stack.enter_context(runlog.run_log(set_dir.log_path(request.run_id)))
         stack.enter_context(ending.told())
         events.emit(log, events.BACKUP_STARTED, level=request.level)
         dead = leftovers.sweep(
-            domain, repository, request.runtime_dir, request.settings.scratch_directory
+            domain, set_dir, request.runtime_dir, request.settings.scratch_directory
         )
         with (
             started_paused(domain, directory, wanted=request.settings.start_paused) as started,
@@ -84,7 +84,7 @@ def run(
         ):
             report = _run_locked(
                 _Run(
-                    request=request, domain=domain, repository=repository, lease=lease,
+                    request=request, domain=domain, set_dir=set_dir, lease=lease,
                     at_rest=started.at_rest, dead=dead, progress=progress, cancelled=cancelled,
                 )
             )  # fmt: skip
@@ -130,7 +130,7 @@ class _Run:
 
     request: BackupRequest
     domain: Domain
-    repository: Repository
+    set_dir: SetDirectory
     lease: Lease | None
     at_rest: Consistency | None
     dead: frozenset[str]
@@ -140,24 +140,24 @@ class _Run:
 
 def _run_locked(run: _Run) -> BackupReport:
     """Reconcile, decide, make the point, let the base advance."""
-    request, domain, repository = run.request, run.domain, run.repository
+    request, domain, set_dir = run.request, run.domain, run.set_dir
     if request.only_off and run.lease is None:
         return BackupReport(point=None, skipped="the domain runs")
     erase = reconcile.eraser(run.lease) if run.lease is not None else None
     state = State(request.settings.checkpoint_directory)
-    known = repository.load()
+    known = set_dir.load()
     _check_binding(domain, known)
     looked = look(domain)
     records = state.records(domain.uuid)
-    chain = reconcile.of_set(repository, known, records)
+    chain = reconcile.of_set(set_dir, known, records)
     dead = run.dead
     left = reconcile.prepare(domain, chain, looked, dead, erase=erase, cancelled=run.cancelled)
     if not left & dead:
-        leftovers.finish(domain, repository, request.runtime_dir)
+        leftovers.finish(domain, set_dir, request.runtime_dir)
     level = effective_level(request.level, known)
     parent = known.head if level in (Level.INC, Level.DIFF) else None
     if parent is not None:
-        repository.check_present(known.points)
+        set_dir.check_present(known.points)
     wish = _wish(request)
     survey = survey_domain(domain, wish, level, parent, looked)
     doubts = _doubts(run.lease, survey)
@@ -172,7 +172,7 @@ def _run_locked(run: _Run) -> BackupReport:
         return BackupReport(point=None, skipped=small, is_current=True)
     point, seconds = recording.record(
         Job(
-            request=request, domain=domain, repository=repository, survey=survey, level=level,
+            request=request, domain=domain, set_dir=set_dir, survey=survey, level=level,
             known=known, parent=parent, progress=run.progress, cancelled=run.cancelled,
             lease=run.lease, at_rest=run.at_rest,
             warnings=(*doubts, *(str(each) for each in beside if each.is_gone)),
@@ -181,7 +181,7 @@ def _run_locked(run: _Run) -> BackupReport:
     if run.lease is not None:
         note_saved(domain, request.sharing, point.id)
     written.note(state.directory, point)
-    reconcile.advance(domain, repository, point, parent, looked, state=state, erase=erase)
+    reconcile.advance(domain, set_dir, point, parent, looked, state=state, erase=erase)
     encrypted = [each.target for each in point.disks if each.target in looked.encrypted]
     notes = [ENCRYPTED.format(disk=target) for target in encrypted]
     notes += [str(each) for each in beside if not each.is_gone]
@@ -250,12 +250,12 @@ def _below_threshold(run: _Run, survey: Survey, parent: RestorePoint | None) -> 
         return ""
     if any(not plan.delta for plan in survey.plans):
         return ""
-    if foreign.why_other(run.domain, run.repository, parent):
+    if foreign.why_other(run.domain, run.set_dir, parent):
         return ""
     try:
         sizes = changed_bytes(
             run.domain,
-            run.repository,
+            run.set_dir,
             parent,
             survey,
             held=run.lease,

@@ -13,7 +13,7 @@ from nbdbackupd.model.selection import BY_REQUEST
 from nbdbackupd.ops.backup.sources import changed_bytes
 from nbdbackupd.ops.domain.images import ALONE, Sharing, images_of
 from nbdbackupd.ops.domain.survey import Survey, Wish, survey_domain
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.source import running
 from nbdbackupd.source.lease import Lease
 from nbdbackupd.virt.connection import Connection
@@ -91,8 +91,8 @@ def run(
     and the errors of reading the set.
     """
     domain = Domain.find(connection, request.domain)
-    repository = Repository.open(request.directory)
-    head = repository.load().head
+    set_dir = SetDirectory.open(request.directory)
+    head = set_dir.load().head
     if head is not None and head.uuid != domain.uuid:
         raise RepositoryError(f"the set belongs to domain {head.domain}, not to {domain.name}")
     with ExitStack() as stack:
@@ -106,7 +106,7 @@ def run(
             )
         survey = survey_domain(domain, _wish(domain, head), Level.INC, head)
         measuring = _Measuring(
-            request=request, domain=domain, repository=repository, lease=lease, cancelled=cancelled
+            request=request, domain=domain, set_dir=set_dir, lease=lease, cancelled=cancelled
         )
         disks = _disks(measuring, head, survey)
     return EstimateReport(domain=domain.name, base=head.id if head is not None else "", disks=disks)
@@ -118,7 +118,7 @@ class _Measuring:
 
     request: EstimateRequest
     domain: Domain
-    repository: Repository
+    set_dir: SetDirectory
     lease: Lease | None
     cancelled: Callable[[], None]
 
@@ -126,7 +126,7 @@ class _Measuring:
         """The bytes that changed, by disk. Raises CheckpointError if nobody knows."""
         return changed_bytes(
             self.domain,
-            self.repository,
+            self.set_dir,
             head,
             survey,
             held=self.lease,

@@ -7,7 +7,7 @@ from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint
 from nbdbackupd.model.naming import checkpoint_prefix
 from nbdbackupd.ops.backup.request import BackupRequest
 from nbdbackupd.ops.domain.survey import Survey
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.source.lease import Lease
 from nbdbackupd.virt.domain import Domain
 
@@ -23,7 +23,7 @@ class Job:
 
     request: BackupRequest
     domain: Domain
-    repository: Repository
+    set_dir: SetDirectory
     survey: Survey
     level: Level
     known: BackupSet

@@ -28,7 +28,7 @@ from nbdbackupd.ops.checkpoints import foreign, leftovers, origin, reconcile
 from nbdbackupd.qemu import image
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Draft, Intent
-from nbdbackupd.repo.repository import CHECKPOINT_XML
+from nbdbackupd.repo.set_directory import CHECKPOINT_XML
 from nbdbackupd.repo.state import State
 from nbdbackupd.source import Export, Snapshot
 from nbdbackupd.units import local_time
@@ -66,8 +66,8 @@ def record(job: Job) -> tuple[RestorePoint, Mapping[str, float]]:
     )
     try:
         with ExitStack() as stack:
-            draft = stack.enter_context(job.repository.draft(intent))
-            leftovers.note(job.request.runtime_dir, intent, job.repository.path)
+            draft = stack.enter_context(job.set_dir.draft(intent))
+            leftovers.note(job.request.runtime_dir, intent, job.set_dir.path)
             stack.callback(_settle, job, draft)
             point = _fill(job, draft, notes)
             if notes.trouble is not None:
@@ -122,9 +122,9 @@ def _proven(job: Job, snapshot: Snapshot, notes: _Notes) -> Snapshot:
     """Without the changes of images that may not be those of their disks."""
     if job.parent is None:
         return snapshot
-    snapshot = foreign.prove(snapshot, job.domain, job.repository, job.parent)
+    snapshot = foreign.prove(snapshot, job.domain, job.set_dir, job.parent)
     patience = _patience(job, notes)
-    return origin.prove(snapshot, job.repository.path, job.known, job.parent, patience)
+    return origin.prove(snapshot, job.set_dir.path, job.known, job.parent, patience)
 
 
 def _patience(job: Job, notes: _Notes) -> Patience:

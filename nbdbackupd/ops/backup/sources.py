@@ -13,7 +13,7 @@ from nbdbackupd.ops.backup.job import Job
 from nbdbackupd.ops.checkpoints import foreign
 from nbdbackupd.ops.domain import domains
 from nbdbackupd.ops.domain.survey import Survey
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.repo.state import State
 from nbdbackupd.source import Snapshot, kept, offline, running
 from nbdbackupd.source.lease import Lease
@@ -65,7 +65,7 @@ def _ending(job: Job) -> Ending:
 
 def changed_bytes(
     domain: Domain,
-    repository: Repository,
+    set_dir: SetDirectory,
     parent: RestorePoint,
     survey: Survey,
     *,
@@ -79,7 +79,7 @@ def changed_bytes(
     """
     if held is None:
         targets = [plan.target for plan in survey.plans if plan.delta]
-        stored = foreign.stored_xml(repository, parent)
+        stored = foreign.stored_xml(set_dir, parent)
         return running.changed_bytes(domain, parent.checkpoint, stored, targets)
     return offline.changed_bytes(
         OfflineRequest(
@@ -129,7 +129,7 @@ def _running_request(
         scratch_reserve=settings.scratch_reserve,
         on_trouble=on_trouble,
         base_checkpoint=job.parent.checkpoint if job.parent is not None else "",
-        base_xml=foreign.stored_xml(job.repository, job.parent),
+        base_xml=foreign.stored_xml(job.set_dir, job.parent),
         new_checkpoint=job.checkpoint,
         freeze=settings.freeze_policy,
         was_frozen=any(point.consistency is Consistency.FILESYSTEM for point in job.known.points),

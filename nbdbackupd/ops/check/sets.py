@@ -12,7 +12,7 @@ from nbdbackupd.model.reconcile import WHY, Action, Entry, Fate, KnownChain, Pla
 from nbdbackupd.ops.check.request import Patient, existing
 from nbdbackupd.ops.checkpoints import leftovers, others
 from nbdbackupd.ops.checkpoints import reconcile as reconciling
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.repo.state import State
 from nbdbackupd.units import human_size
 from nbdbackupd.virt import checkpoints as virt_checkpoints
@@ -76,22 +76,22 @@ def _chains(patient: Patient) -> tuple[KnownChain, ...]:
     records = State(patient.request.state_dir).records(patient.domain.uuid)
     chains: tuple[KnownChain, ...] = ()
     if patient.request.directory is not None:
-        repository, known = _load(patient.request.directory)
+        set_dir, known = _load(patient.request.directory)
         if known is not None and known.head is not None:
-            chains = reconciling.of_set(repository, known, records).chains
+            chains = reconciling.of_set(set_dir, known, records).chains
     seen = {chain.id for chain in chains}
     others = [reconciling.of_record(each) for each in records if each.chain not in seen]
     return (*chains, *(chain for other in others for chain in other.chains))
 
 
-def _load(path: Path) -> tuple[Repository, BackupSet | None]:
+def _load(path: Path) -> tuple[SetDirectory, BackupSet | None]:
     """The set and its points, or None if it is damaged, or none: that is told of the target."""
-    repository = Repository(path)
+    set_dir = SetDirectory(path)
     try:
-        repository = Repository.open(path)
-        return repository, repository.load()
+        set_dir = SetDirectory.open(path)
+        return set_dir, set_dir.load()
     except (NbdbackupError, OSError):
-        return repository, None
+        return set_dir, None
 
 
 def head(patient: Patient) -> RestorePoint | None:
@@ -133,13 +133,13 @@ def target(patient: Patient, notes: Notes) -> None:
     if path is None:
         notes.ok("not looked at: which set is next is not known")
         return
-    repository = Repository.open(path)
+    set_dir = SetDirectory.open(path)
     _place(path, notes, is_proven=patient.request.is_proven)
     try:
-        repository.check_can_begin()
-        known = repository.load()
+        set_dir.check_can_begin()
+        known = set_dir.load()
         if known.head is not None:
-            repository.check_present(known.points)
+            set_dir.check_present(known.points)
     except NbdbackupError as err:
         notes.fail(err.message, f"'nbdbackupctl verify {path}' names all that is damaged")
         return

@@ -26,7 +26,7 @@ from nbdbackupd.ops.checkpoints.reconcile import Done, Known
 from nbdbackupd.ops.domain import domains, locks
 from nbdbackupd.ops.domain.images import ALONE, Sharing, images_of, why_elsewhere
 from nbdbackupd.ops.domain.survey import Looked, look
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.repo.state import Record, State
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.connection import Connection
@@ -344,19 +344,19 @@ class _Sets:
         return self._read_sets[real]
 
     def _read_new(self, path: Path, records: tuple[Record, ...]) -> Known:
-        repository = Repository.open(path)
-        if not repository.exists:
+        set_dir = SetDirectory.open(path)
+        if not set_dir.exists:
             raise RepositoryError(f"there is no set {path}")
         if self._stack is not None:
-            self._stack.enter_context(repository.lock(owner=f"{OWNER}{self._domain.name}"))
-        known = repository.load()
+            self._stack.enter_context(set_dir.lock(owner=f"{OWNER}{self._domain.name}"))
+        known = set_dir.load()
         for point in known.points:
             if point.uuid != self._domain.uuid:
                 raise RepositoryError(f"set {path} belongs to domain {point.domain}, {point.uuid}")
         if self._stack is not None:
-            dead = [each for each in repository.dead_runs() if each.uuid == self._domain.uuid]
+            dead = [each for each in set_dir.dead_runs() if each.uuid == self._domain.uuid]
             self.dead |= {each.checkpoint for each in dead if each.checkpoint}
-        return reconciling.of_set(repository, known, records)
+        return reconciling.of_set(set_dir, known, records)
 
 
 def _holder(lock: Path) -> str:

@@ -14,7 +14,7 @@ from nbdbackupd.errors import NbdbackupError
 from nbdbackupd.model import jobxml
 from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.model.naming import is_foreign
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.source import Snapshot
 from nbdbackupd.virt import checkpoints
 from nbdbackupd.virt.domain import Domain
@@ -22,18 +22,18 @@ from nbdbackupd.virt.domain import Domain
 log = logging.getLogger(__name__)
 
 
-def stored_xml(repository: Repository, parent: RestorePoint | None) -> str:
+def stored_xml(set_dir: SetDirectory, parent: RestorePoint | None) -> str:
     """The stored XML from which a base may be redefined; nothing for one of others.
 
     Raises RepositoryError or FormatError if the file can't be read.
     """
     if parent is None or is_foreign(parent.checkpoint):
         return ""
-    return repository.checkpoint_xml(parent)
+    return set_dir.checkpoint_xml(parent)
 
 
 def prove(
-    snapshot: Snapshot, domain: Domain, repository: Repository, parent: RestorePoint
+    snapshot: Snapshot, domain: Domain, set_dir: SetDirectory, parent: RestorePoint
 ) -> Snapshot:
     """The snapshot without changes if their base is not the checkpoint that the set knows.
 
@@ -43,7 +43,7 @@ def prove(
     deltas = [target for target, export in snapshot.exports.items() if export.bitmap]
     if not deltas or not is_foreign(parent.checkpoint):
         return snapshot
-    reason = why_other(domain, repository, parent)
+    reason = why_other(domain, set_dir, parent)
     if not reason:
         log.info("checkpoint %s is the one that the set knows", parent.checkpoint)
         return snapshot
@@ -53,13 +53,13 @@ def prove(
     )
 
 
-def why_other(domain: Domain, repository: Repository, parent: RestorePoint) -> str:
+def why_other(domain: Domain, set_dir: SetDirectory, parent: RestorePoint) -> str:
     """Why libvirt's checkpoint may be another than the base of that name, or nothing."""
     name = parent.checkpoint
     if not is_foreign(name):
         return ""
     try:
-        stored = jobxml.creation_time(repository.checkpoint_xml(parent))
+        stored = jobxml.creation_time(set_dir.checkpoint_xml(parent))
         found = jobxml.creation_time(checkpoints.xml(domain, name))
     except NbdbackupError as err:
         return f"whether checkpoint {name} is that of the set is not known: {err.message}"

@@ -18,7 +18,7 @@ from nbdbackupd import documents, durable, rundir
 from nbdbackupd.errors import FormatError
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Intent
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.source import kept, lease
 from nbdbackupd.source import sweep as source_sweep
 from nbdbackupd.virt.domain import Domain
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def sweep(
-    domain: Domain, repository: Repository, runtime_dir: Path, scratch_dir: Path
+    domain: Domain, set_dir: SetDirectory, runtime_dir: Path, scratch_dir: Path
 ) -> frozenset[str]:
     """End the job of a dead run, remove its files and let its guest go; both locks are held.
 
@@ -44,19 +44,19 @@ def sweep(
         lease.forget(rundir.domain_dir(runtime_dir, domain.uuid))
         with suppress(OSError):
             rundir.offline_socket(runtime_dir, domain.uuid).unlink(missing_ok=True)
-    dead = [each for each in repository.dead_runs() if each.uuid == domain.uuid]
+    dead = [each for each in set_dir.dead_runs() if each.uuid == domain.uuid]
     noted = dead_run(runtime_dir, domain.uuid)
     if noted is not None:
         dead.append(noted)
     return frozenset(each.checkpoint for each in dead if each.checkpoint)
 
 
-def finish(domain: Domain, repository: Repository, runtime_dir: Path) -> None:
+def finish(domain: Domain, set_dir: SetDirectory, runtime_dir: Path) -> None:
     """Remove what dead runs left in the set, and their notes; both locks are held.
 
     Raises the errors of the set.
     """
-    repository.sweep()
+    set_dir.sweep()
     forget(runtime_dir, domain.uuid)
 
 

@@ -37,7 +37,7 @@ from nbdbackupd.model.reconcile import (
 from nbdbackupd.ops.domain.survey import Looked
 from nbdbackupd.qemu import bitmaps
 from nbdbackupd.repo import layout
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.repo.state import Record, State
 from nbdbackupd.source.lease import Lease
 from nbdbackupd.virt import checkpoints
@@ -65,13 +65,13 @@ class Done:
     problem: str = ""
 
 
-def of_set(repository: Repository, known: BackupSet, records: Iterable[Record] = ()) -> Known:
+def of_set(set_dir: SetDirectory, known: BackupSet, records: Iterable[Record] = ()) -> Known:
     """The chain of a set that was read; a record of another copy of it protects that one's base."""
-    chain = KnownChain.of_set(known, os.fspath(repository.path))
+    chain = KnownChain.of_set(known, os.fspath(set_dir.path))
     if chain is None:
         return Known()
     record = next((each for each in records if each.chain == chain.id), None)
-    stored = _stored_xml(repository, known.head)
+    stored = _stored_xml(set_dir, known.head)
     if record is not None:
         chain = replace(chain, elsewhere=_elsewhere(record, chain))
         if record.checkpoint == chain.base:
@@ -291,7 +291,7 @@ def _try(
 
 def advance(
     domain: Domain,
-    repository: Repository,
+    set_dir: SetDirectory,
     point: RestorePoint,
     parent: RestorePoint | None,
     looked: Looked,
@@ -305,7 +305,7 @@ def advance(
     """
     if not point.makes_base:
         return
-    xml = {point.checkpoint: _stored_xml(repository, point)}
+    xml = {point.checkpoint: _stored_xml(set_dir, point)}
     steps = []
     if point.checkpoint and not looked.is_active:
         # of a running domain libvirt made it itself
@@ -316,7 +316,7 @@ def advance(
         steps += _whole_again(point, parent, looked)
         steps.append(removal(parent.checkpoint, looked.states, WHY[Fate.SUPERSEDED]))
     if state is not None:
-        remember(state, repository, point, xml[point.checkpoint])
+        remember(state, set_dir, point, xml[point.checkpoint])
     _try(domain, steps, xml, erase)
 
 
@@ -335,13 +335,13 @@ def _whole_again(point: RestorePoint, parent: RestorePoint, looked: Looked) -> l
     return [Step(action=Action.REDEFINE, name=parent.checkpoint, why=why, targets=targets)]
 
 
-def remember(state: State, repository: Repository, head: RestorePoint, xml: str) -> None:
+def remember(state: State, set_dir: SetDirectory, head: RestorePoint, xml: str) -> None:
     """Note a chain's newest base in the state directory; a failure costs a warning."""
     record = Record(
         chain=head.chain,
         uuid=head.uuid,
         domain=head.domain,
-        set=os.fspath(repository.path),
+        set=os.fspath(set_dir.path),
         point=head.id,
         checkpoint=head.checkpoint,
         xml=xml,
@@ -353,9 +353,9 @@ def remember(state: State, repository: Repository, head: RestorePoint, xml: str)
         log.warning("the base of the chain is not noted: %s", err)
 
 
-def _stored_xml(repository: Repository, point: RestorePoint | None) -> str:
+def _stored_xml(set_dir: SetDirectory, point: RestorePoint | None) -> str:
     try:
-        return repository.checkpoint_xml(point)
+        return set_dir.checkpoint_xml(point)
     except NbdbackupError as err:
         log.warning("the XML of a checkpoint can't be read: %s", err)
         return ""

@@ -12,8 +12,8 @@ from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.model.host import Host
 from nbdbackupd.ops.backup.request import BackupReport
 from nbdbackupd.ops.status import metrics
-from nbdbackupd.repo.repository import Repository
 from nbdbackupd.repo.runs import End
+from nbdbackupd.repo.set_directory import SetDirectory
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class RunMetrics:
         point, count = report.point if report is not None else None, 0
         if point is not None and directory is not None:
             try:
-                count = len(Repository.open(directory).load().points)
+                count = len(SetDirectory.open(directory).load().points)
             except NbdbackupError as err:
                 log.warning("the points of %s can't be counted: %s", directory, err)
         self._record(exit_status, succeeded=True, point=point, count=count)

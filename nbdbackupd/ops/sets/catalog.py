@@ -14,7 +14,7 @@ from nbdbackupd.model.choice import Choice
 from nbdbackupd.ops.sets import opened
 from nbdbackupd.repo import boot_tests, layout
 from nbdbackupd.repo.boot_tests import BootTest
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.repo.virtnbdbackup.place import Folder, is_archive
 from nbdbackupd.units import human_size, local_time
 
@@ -101,7 +101,7 @@ def list_points(path: Path) -> ListReport:
 def show(path: Path, point: str = "") -> ShowReport:
     """Read everything that the set says of its points, or of one (an id, or ``latest``).
 
-    Raises what ``Repository.load`` raises, RepositoryError if there is no set or for an id that
+    Raises what ``SetDirectory.load`` raises, RepositoryError if there is no set or for an id that
     is none, FormatError or RepositoryError if a stream is damaged or missing.
     """
     given = _open(path)
@@ -170,7 +170,7 @@ def stored_bytes(point: RestorePoint) -> int:
 
 
 def _check_is_set(path: Path) -> None:
-    if not is_archive(path) and not Repository.open(path).exists:
+    if not is_archive(path) and not SetDirectory.open(path).exists:
         raise RepositoryError(f"there is no backup set at {path}: no such directory")
 
 

@@ -11,7 +11,7 @@ from typing import Final
 from nbdbackupd import durable
 from nbdbackupd.ops.sets.sets import DomainSet, sets_of
 from nbdbackupd.repo import layout
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 
 MARK: Final = "@"
 SHORT: Final = 8
@@ -39,7 +39,7 @@ def owner(sets: tuple[DomainSet, ...]) -> str:
     points = [point for each in sets for point in each.known.points]
     if points:
         return min(points, key=lambda point: point.created).uuid
-    begun = [uuid for each in sets for uuid in Repository.open(each.path).begun_for()]
+    begun = [uuid for each in sets for uuid in SetDirectory.open(each.path).begun_for()]
     return begun[0] if begun else ""
 
 

@@ -30,7 +30,7 @@ from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets.opened import OpenedSet
 from nbdbackupd.repo import importing, layout
 from nbdbackupd.repo.importing import Stage
-from nbdbackupd.repo.repository import CHECKPOINT_XML, Repository
+from nbdbackupd.repo.set_directory import CHECKPOINT_XML, SetDirectory
 from nbdbackupd.repo.virtnbdbackup import peer
 from nbdbackupd.repo.virtnbdbackup.place import Folder, is_archive, read_small
 
@@ -91,14 +91,14 @@ def run(
     archive = is_archive(request.source)
     _check(request, archive=archive)
     root = request.output or request.source
-    repository = Repository.open(root)
+    set_dir = SetDirectory.open(root)
     with ExitStack() as stack:
-        stack.enter_context(repository.lock(owner=f"import of {request.source}"))
-        if repository.exists and not repository.is_empty:
-            return _already(repository, request, begun)
+        stack.enter_context(set_dir.lock(owner=f"import of {request.source}"))
+        if set_dir.exists and not set_dir.is_empty:
+            return _already(set_dir, request, begun)
         stage = stack.enter_context(importing.staged(root))
         if request.output is not None:
-            repository.check_can_begin()
+            set_dir.check_can_begin()
             if archive:
                 import_files.unpack(request.source, stage, cancelled)
             else:
@@ -132,18 +132,18 @@ def _check(request: ImportRequest, *, archive: bool) -> None:
         raise UsageError("leave out -o to import a set where it lies")
 
 
-def _already(repository: Repository, request: ImportRequest, begun: float) -> ImportReport:
+def _already(set_dir: SetDirectory, request: ImportRequest, begun: float) -> ImportReport:
     """A set that was imported before; anything else is refused."""
-    known = repository.load()
+    known = set_dir.load()
     if not all(point.program.startswith(PROGRAM) for point in known.points[:1]):
-        raise RepositoryError(f"{repository.path} is a set of this program already")
+        raise RepositoryError(f"{set_dir.path} is a set of this program already")
     if request.output is not None and not is_archive(request.source):
         theirs = {each.name: each.size for each in peer.read_files(Folder(request.source)).files}
         ours = {disk.file: disk.file_size for point in known.points for disk in point.disks}
         if any(ours.get(name) != size for name, size in theirs.items()):
-            raise RepositoryError(f"{repository.path} holds another set: give another -o")
+            raise RepositoryError(f"{set_dir.path} holds another set: give another -o")
     return ImportReport(
-        path=repository.path,
+        path=set_dir.path,
         points=known.points,
         done=False,
         warnings=(),

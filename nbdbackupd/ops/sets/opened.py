@@ -19,7 +19,7 @@ from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets.frames import FrameCache
 from nbdbackupd.ops.sets.layers import Layer, RawLayer, ScannedLayer
 from nbdbackupd.repo import layout
-from nbdbackupd.repo.repository import Repository, refuse_links
+from nbdbackupd.repo.set_directory import SetDirectory, refuse_links
 from nbdbackupd.repo.virtnbdbackup import peer, points
 from nbdbackupd.repo.virtnbdbackup.place import Archive, Place
 
@@ -103,11 +103,11 @@ def open_set(path: Path, *, sound: bool = False) -> OpenedSet:
     refuse_links(path)
     if place is not None and peer.is_peer(place):
         return _open_peer_set(path, place, sound=sound)
-    repository = Repository.open(path)
+    set_dir = SetDirectory.open(path)
     if sound:
-        known, problems = repository.load_sound()
+        known, problems = set_dir.load_sound()
         return OpenedSet(path=path, known=known, problems=problems)
-    return OpenedSet(path=path, known=repository.load())
+    return OpenedSet(path=path, known=set_dir.load())
 
 
 def open_point(path: Path, choice: Choice) -> tuple[OpenedSet, RestorePoint]:

@@ -12,7 +12,7 @@ from nbdbackupd.model import policy
 from nbdbackupd.model.chain import BackupSet, Level
 from nbdbackupd.model.policy import LevelPolicy, NextRun, SetFacts
 from nbdbackupd.repo import layout
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def _facts(found: DomainSet) -> SetFacts:
 
 def _missing_files(found: DomainSet) -> str:
     try:
-        Repository.open(found.path).check_present(found.known.points)
+        SetDirectory.open(found.path).check_present(found.known.points)
     except (ChainBrokenError, FormatError) as err:
         return err.message
     return ""
@@ -124,11 +124,11 @@ def _is_set(path: Path) -> bool:
 
 
 def _read(path: Path) -> DomainSet:
-    repository = Repository.open(path)
+    set_dir = SetDirectory.open(path)
     try:
-        return DomainSet(path=path, known=repository.load())
+        return DomainSet(path=path, known=set_dir.load())
     except (ChainBrokenError, FormatError) as err:
-        known, problems = repository.load_sound()
+        known, problems = set_dir.load_sound()
         return DomainSet(path=path, known=known, problems=problems or (_line(err),))
 
 

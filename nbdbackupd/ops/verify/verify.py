@@ -32,7 +32,7 @@ from nbdbackupd.ops.verify.findings import Findings, Problem
 from nbdbackupd.ops.verify.peer import PeerCheck
 from nbdbackupd.ops.verify.request import VerifyReport, VerifyRequest
 from nbdbackupd.repo import layout, written
-from nbdbackupd.repo.repository import refuse_links
+from nbdbackupd.repo.set_directory import refuse_links
 from nbdbackupd.repo.virtnbdbackup import peer
 
 __all__ = ["Progress", "VerifyReport", "VerifyRequest", "run"]

@@ -21,20 +21,20 @@ from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import Level
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Intent
-from nbdbackupd.repo.repository import Repository
+from nbdbackupd.repo.set_directory import SetDirectory
 from tests.lib import chains, points
 
 
 def test_missing_and_empty_sets(tmp_path: Path) -> None:
-    missing = Repository.open(tmp_path / "missing")
+    missing = SetDirectory.open(tmp_path / "missing")
     assert not missing.exists
     assert missing.is_empty
     assert missing.load().points == ()
     missing.check_can_begin()
-    assert Repository.open(tmp_path).is_empty
+    assert SetDirectory.open(tmp_path).is_empty
     (tmp_path / "file").touch()
     with pytest.raises(RepositoryError, match="no directory"):
-        Repository.open(tmp_path / "file")
+        SetDirectory.open(tmp_path / "file")
 
 
 def test_chain_of_every_level(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_chain_of_every_level(tmp_path: Path) -> None:
     made.append(chains.add_point(path, 4, Level.DIFF))
     made.append(chains.add_point(path, 5, Level.COPY))
     made.append(chains.add_point(path, 6, Level.INC))
-    repository = Repository.open(path)
+    repository = SetDirectory.open(path)
     known = repository.load()
     assert list(known.points) == made
     assert [point.digest for point in known.points] == [point.digest for point in made]
@@ -76,17 +76,17 @@ SUFFIXES = ("", ".index", ".chksum")
 
 def test_second_run_is_busy(tmp_path: Path) -> None:
     with (
-        Repository.open(tmp_path).lock(owner="backup of vm1"),
+        SetDirectory.open(tmp_path).lock(owner="backup of vm1"),
         pytest.raises(BusyError, match="backup of vm1"),
-        Repository.open(tmp_path).lock(owner="other"),
+        SetDirectory.open(tmp_path).lock(owner="other"),
     ):
         pass
-    with Repository.open(tmp_path).lock(owner="other"):
+    with SetDirectory.open(tmp_path).lock(owner="other"):
         pass
 
 
 def test_changes_need_the_lock(tmp_path: Path) -> None:
-    repository = Repository.open(tmp_path)
+    repository = SetDirectory.open(tmp_path)
     with pytest.raises(RuntimeError, match="lock"):
         repository.sweep()
     with pytest.raises(RuntimeError, match="lock"), repository.draft(chains.intent_for(1)):
@@ -95,7 +95,7 @@ def test_changes_need_the_lock(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, Interrupted])
 def test_draft_is_removed_on_every_path(tmp_path: Path, error: type[BaseException]) -> None:
-    repository = Repository.open(tmp_path)
+    repository = SetDirectory.open(tmp_path)
     seen: list[str] = []
 
     def fail() -> None:
@@ -112,7 +112,7 @@ def test_draft_is_removed_on_every_path(tmp_path: Path, error: type[BaseExceptio
 
 def test_foreign_files_refuse_a_full(tmp_path: Path) -> None:
     (tmp_path / "vda.full.data").write_bytes(b"peer")
-    repository = Repository.open(tmp_path)
+    repository = SetDirectory.open(tmp_path)
     with (
         pytest.raises(RepositoryError, match=r"vda\.full\.data.*virtnbdbackup.*-o"),
         repository.lock(owner="x"),
@@ -166,7 +166,7 @@ def test_file_that_appears_during_the_renames_is_kept(
 
 
 def test_manifest_must_tell_all_and_only_the_truth(tmp_path: Path) -> None:
-    repository = Repository.open(tmp_path)
+    repository = SetDirectory.open(tmp_path)
     with (
         repository.lock(owner="x"),
         repository.draft(chains.intent_for(1, level=Level.FULL)) as made,
@@ -194,7 +194,7 @@ def test_manifest_must_tell_all_and_only_the_truth(tmp_path: Path) -> None:
 
 
 def test_names_cannot_leave_the_draft(tmp_path: Path) -> None:
-    repository = Repository.open(tmp_path)
+    repository = SetDirectory.open(tmp_path)
     with repository.lock(owner="x"), repository.draft(chains.intent_for(1)) as draft:
         for name in ["../x", "/x", "a/b", ".lock", "", "checkpoints/", "checkpoints/.x", ".."]:
             with pytest.raises(RepositoryError, match="no name"):
@@ -210,7 +210,7 @@ def test_copies(tmp_path: Path) -> None:
     (state / "tpm2" / ".lock").touch()
     (state / "link").symlink_to(source)
     os.mkfifo(state / "pipe")
-    repository = Repository.open(tmp_path / "set")
+    repository = SetDirectory.open(tmp_path / "set")
     with repository.lock(owner="x"), repository.draft(chains.intent_for(1)) as draft:
         stored = draft.copy_file(layout.copy("nvram", "p1", source.name), source, "nvram")
         assert stored.sha256 == points.sha(source.read_bytes())
@@ -230,7 +230,7 @@ def test_copies(tmp_path: Path) -> None:
 
 
 def test_discarded_file_needs_no_manifest(tmp_path: Path) -> None:
-    repository = Repository.open(tmp_path)
+    repository = SetDirectory.open(tmp_path)
     with (
         repository.lock(owner="x"),
         repository.draft(chains.intent_for(1, level=Level.FULL)) as made,
@@ -250,7 +250,7 @@ def test_manifest_under_another_name_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "points"
     (folder / "000001-p1.json").rename(folder / "000002-p1.json")
     with pytest.raises(IntegrityError, match="name of another point"):
-        Repository.open(tmp_path).load()
+        SetDirectory.open(tmp_path).load()
 
 
 def test_damaged_manifests_are_named(tmp_path: Path) -> None:
@@ -260,17 +260,17 @@ def test_damaged_manifests_are_named(tmp_path: Path) -> None:
     data[200] ^= 1
     newest.write_bytes(data)
     with pytest.raises(IntegrityError, match=r"damaged.*000002-p2\.json"):
-        Repository.open(tmp_path).load()
+        SetDirectory.open(tmp_path).load()
     newest.unlink()
     newest.symlink_to("/dev/zero")
     with pytest.raises(IntegrityError, match=r"not a regular file.*000002-p2\.json"):
-        Repository.open(tmp_path).load()
+        SetDirectory.open(tmp_path).load()
     newest.unlink()
     os.mkfifo(newest)
     with pytest.raises(IntegrityError, match="not a regular file"):
-        Repository.open(tmp_path).load()
+        SetDirectory.open(tmp_path).load()
     newest.unlink()
-    assert len(Repository.open(tmp_path).load().points) == 1
+    assert len(SetDirectory.open(tmp_path).load().points) == 1
 
 
 def test_missing_parent_and_swapped_parent_are_found(tmp_path: Path) -> None:
@@ -279,17 +279,17 @@ def test_missing_parent_and_swapped_parent_are_found(tmp_path: Path) -> None:
     data = first.read_bytes()
     first.unlink()
     with pytest.raises(ChainBrokenError, match="needs its parent p1"):
-        Repository.open(tmp_path).load()
+        SetDirectory.open(tmp_path).load()
     first.write_bytes(manifest.pack(replace(made[0], program="another")))
     with pytest.raises(ChainBrokenError, match="another manifest"):
-        Repository.open(tmp_path).load()
+        SetDirectory.open(tmp_path).load()
     first.write_bytes(data)
-    assert len(Repository.open(tmp_path).load().points) == 2
+    assert len(SetDirectory.open(tmp_path).load().points) == 2
 
 
 def test_check_present(tmp_path: Path) -> None:
     made = chains.make_chain(tmp_path, 1)
-    repository = Repository.open(tmp_path)
+    repository = SetDirectory.open(tmp_path)
     stream = tmp_path / "vda.full.data"
     data = stream.read_bytes()
     stream.write_bytes(data[:-1])
@@ -310,7 +310,7 @@ def test_order_needs_no_times_nor_names(tmp_path: Path) -> None:
     made = chains.make_chain(tmp_path, 3)
     for number, path in enumerate(sorted(tmp_path.rglob("*"), reverse=True)):
         os.utime(path, (number, number))
-    assert list(Repository.open(tmp_path).load().points) == made
+    assert list(SetDirectory.open(tmp_path).load().points) == made
 
 
 def test_sweep_restores_derived_files_and_removes_temporary_ones(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_sweep_restores_derived_files_and_removes_temporary_ones(tmp_path: Path)
     (tmp_path / "points" / ".nbdbackup-tmp-0123456789abcdef").touch()
     (tmp_path / "note.txt").write_text("mine")
     (tmp_path / ".draft-of-a-letter").write_text("mine")
-    repository = Repository.open(tmp_path)
+    repository = SetDirectory.open(tmp_path)
     with repository.lock(owner="x"):
         assert repository.sweep() == []
     expected = {**before, "note.txt": b"mine", ".draft-of-a-letter": b"mine"}
@@ -335,7 +335,7 @@ def test_sweep_keeps_what_a_damaged_set_may_need(tmp_path: Path) -> None:
     path = tmp_path / "points" / "000002-p2.json"
     path.write_bytes(path.read_bytes()[:-5])
     before = chains.tree(tmp_path)
-    repository = Repository.open(tmp_path)
+    repository = SetDirectory.open(tmp_path)
     with repository.lock(owner="x"):
         with pytest.raises(IntegrityError):
             repository.sweep()
@@ -349,7 +349,7 @@ def test_sweep_of_damaged_drafts(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         (tmp_path / f".draft-{name}" / "intent.json").write_bytes(content)
     (tmp_path / ".draft-empty").mkdir()
     (tmp_path / ".draft-link").symlink_to(tmp_path / ".draft-empty")
-    repository = Repository.open(tmp_path)
+    repository = SetDirectory.open(tmp_path)
     with repository.lock(owner="x"):
         assert repository.sweep() == []
     assert [path.name for path in sorted(tmp_path.iterdir())] == [".draft-link", ".lock"]
@@ -399,7 +399,7 @@ def test_files_that_cannot_be_taken_back_are_swept_later(
         with pytest.raises(RepositoryError, match="Input/output error"):
             chains.add_point(tmp_path, 2)
     assert set(chains.tree(tmp_path)) > set(before)
-    repository = Repository.open(tmp_path)
+    repository = SetDirectory.open(tmp_path)
     with repository.lock(owner="x"):
         assert repository.sweep() == [chains.intent_for(2)]
     assert chains.tree(tmp_path) == before

@@ -48,7 +48,7 @@ class _Leftover:
     names: frozenset[str]
 
 
-class Repository:
+class SetDirectory:
     """One backup set: a directory that may not exist yet."""
 
     def __init__(self, path: Path) -> None:
@@ -56,7 +56,7 @@ class Repository:
         self._lock: durable.Lock | None = None
 
     @classmethod
-    def open(cls, path: Path) -> "Repository":
+    def open(cls, path: Path) -> "SetDirectory":
         """A set at a path, which may be missing or empty.
 
         Raises RepositoryError if the path is something else than a directory.
