@@ -31,7 +31,7 @@ _NUMBER_BITS: Final = 40
 _NUMBERS: Final = (1 << _NUMBER_BITS) - 1
 
 
-class Place(NamedTuple):
+class BlockPlace(NamedTuple):
     """A run of guest bytes that a layer holds: as zeroes, or in its block ``number``."""
 
     offset: int
@@ -47,7 +47,7 @@ class Source(Protocol):
     def size(self) -> int:
         """Size of the disk at that point."""
 
-    def places(self, start: int) -> Iterator[Place]:
+    def places(self, start: int) -> Iterator[BlockPlace]:
         """All that end after ``start``, ascending, without overlap."""
 
 
@@ -69,7 +69,7 @@ class _Window:
         self.refs = array("q")
         self.end = 0
 
-    def add(self, piece: flatten.Piece[Place], must: int) -> None:
+    def add(self, piece: flatten.Piece[BlockPlace], must: int) -> None:
         """Take the next piece; bytes below ``must`` have to be in some block."""
         if piece.block is None and piece.offset < must:
             self._append(piece.offset, MISSING)

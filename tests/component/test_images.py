@@ -11,7 +11,7 @@ import pytest
 from nbdbackupd.errors import BusyError, DomainError, ElsewhereError
 from nbdbackupd.ops.checkpoints import reconcile
 from nbdbackupd.ops.domain.images import Sharing, gone_to, images_of, note_saved, prove, prove_start
-from nbdbackupd.ops.domain.survey import Wish
+from nbdbackupd.ops.domain.survey import DiskFilter
 from nbdbackupd.qemu import image
 from nbdbackupd.source.hosts import Host, Hosts
 from nbdbackupd.source.lease import Lease
@@ -157,7 +157,7 @@ def test_a_qemu_that_has_an_image_is_seen_before_anything_is_done(
             ):
                 pass
             # one that is left out may be another domain's at the moment
-            with held(domain, tmp_path, Sharing(wish=Wish(exclude=("vda",)))):
+            with held(domain, tmp_path, Sharing(wish=DiskFilter(exclude=("vda",)))):
                 pass
         finally:
             process.kill()

@@ -15,7 +15,7 @@ from nbdbackupd.model.chain import Level
 from nbdbackupd.model.choice import Choice
 from nbdbackupd.ops.restore import restore
 from nbdbackupd.ops.restore.request import (
-    Place,
+    OutputPlace,
     RestoredDisk,
     RestoreReport,
     RestoreRequest,
@@ -172,7 +172,7 @@ def test_backing_files_are_named_relative(tmp_path: Path) -> None:
     made.full()
     made.inc({"vda": [Change(0, b"b" * 4096)]})
     made.inc({"vda": [Change(4096, 8192)]})
-    place = Place("vda", tmp_path / "nbd:x,y z.qcow2")
+    place = OutputPlace("vda", tmp_path / "nbd:x,y z.qcow2")
     report = run(RestoreRequest(source=made.path, places=(place,), style=Style.CHAIN))
     prove(made, report, ["point1", "point2", "point3"], tmp_path)
     chain = image.info_chain(report.disks[0].path, format="qcow2")

@@ -14,7 +14,7 @@ import pytest
 from nbdbackupd.errors import BusyError, IntegrityError, NoSpaceError, RepositoryError, UsageError
 from nbdbackupd.model.choice import Choice
 from nbdbackupd.ops.restore import restore
-from nbdbackupd.ops.restore.request import Place
+from nbdbackupd.ops.restore.request import OutputPlace
 from nbdbackupd.ops.restore.restore import RestoreReport, RestoreRequest
 from tests.lib import sets
 from tests.lib.ctl import Ctl
@@ -46,7 +46,7 @@ def built(path: Path, size: int = SIZE, level: int | None = None) -> SetBuilder:
 
 
 def to(made: SetBuilder, device: Path, **how: object) -> RestoreRequest:
-    return RestoreRequest(source=made.path, places=(Place("vda", device),), **how)  # type: ignore[arg-type]
+    return RestoreRequest(source=made.path, places=(OutputPlace("vda", device),), **how)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sector", [512, 4096])
@@ -145,13 +145,13 @@ def test_what_fails_beforehand_leaves_the_device_alone(tmp_path: Path) -> None:
             run(to(made, device))
         (tmp_path / "away").rename(stream)
         # another disk has no room: it is written first
-        places = (Place("vda", device), Place("vdb", Path("/dev/full/x")))
+        places = (OutputPlace("vda", device), OutputPlace("vdb", Path("/dev/full/x")))
         with pytest.raises(UsageError, match="no directory"):
             run(RestoreRequest(source=made.path, places=places))
         image = tmp_path / "b.qcow2"
         image.write_text("mine")
         with pytest.raises(RepositoryError, match="exists"):
-            run(RestoreRequest(source=made.path, places=(places[0], Place("vdb", image))))
+            run(RestoreRequest(source=made.path, places=(places[0], OutputPlace("vdb", image))))
         assert content(device, SIZE) == old
 
 

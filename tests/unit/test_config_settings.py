@@ -26,7 +26,7 @@ from nbdbackupd.model.policy import FreezePolicy, LevelPolicy, Rotate
 from nbdbackupd.ops.backup import prepare
 from nbdbackupd.ops.domain import configured, mounted
 from nbdbackupd.ops.domain.images import ALONE, Sharing
-from nbdbackupd.ops.domain.survey import Wish
+from nbdbackupd.ops.domain.survey import DiskFilter
 from scripts import gen_config, generated
 from tests.lib.pages import TOP
 
@@ -167,7 +167,7 @@ limits: {workers: 3, wait: 5m, timeout: 10, bandwidth: 64K}
     assert sharing == Sharing(
         state_dir=Path("/c"),
         devices="local",
-        wish=Wish(include=("vda", "vdb"), exclude=("vdc",)),
+        wish=DiskFilter(include=("vda", "vdb"), exclude=("vdc",)),
     )
     pause = read(tmp_path / "b", "freeze: {policy: pause}")
     assert settings.settings_for("vm", "", {}, pause).freeze_policy is FreezePolicy.PAUSE

@@ -7,18 +7,18 @@ from collections.abc import Iterator
 import pytest
 
 from nbdbackupd.model import view
-from nbdbackupd.model.view import MISSING, ZERO, Place, View
+from nbdbackupd.model.view import MISSING, ZERO, BlockPlace, View
 
 
 class Held:
     """A layer in memory, which counts how often it is searched."""
 
-    def __init__(self, size: int, places: list[Place]) -> None:
+    def __init__(self, size: int, places: list[BlockPlace]) -> None:
         self.size = size
         self.all = places
         self.searches = 0
 
-    def places(self, start: int) -> Iterator[Place]:
+    def places(self, start: int) -> Iterator[BlockPlace]:
         self.searches += 1
         return (place for place in self.all if place.offset + place.length > start)
 
@@ -30,7 +30,7 @@ def layer(rng: random.Random, size: int, count: int, *, whole: bool) -> Held:
     return Held(
         size,
         [
-            Place(start, end - start, number, rng.random() < 0.3)
+            BlockPlace(start, end - start, number, rng.random() < 0.3)
             for number, (start, end) in enumerate(pairs)
             if whole or rng.random() < 0.4
         ],
@@ -83,8 +83,8 @@ def test_every_byte_has_the_owner_that_a_replay_gives(
 
 
 def test_a_full_with_a_gap_is_not_taken_for_zeroes() -> None:
-    full = Held(100, [Place(0, 40, 0, zero=False), Place(60, 40, 1, zero=False)])
-    delta = Held(120, [Place(50, 5, 0, zero=True)])
+    full = Held(100, [BlockPlace(0, 40, 0, zero=False), BlockPlace(60, 40, 1, zero=False)])
+    delta = Held(120, [BlockPlace(50, 5, 0, zero=True)])
     seen = View([delta, full], whole=True)
     assert list(seen.spans(0, 120)) == [
         (0, 40, 1, 0),
@@ -98,7 +98,7 @@ def test_a_full_with_a_gap_is_not_taken_for_zeroes() -> None:
 
 
 def test_a_place_is_searched_once() -> None:
-    full = Held(1 << 30, [Place(n << 20, 1 << 20, n, zero=False) for n in range(1 << 10)])
+    full = Held(1 << 30, [BlockPlace(n << 20, 1 << 20, n, zero=False) for n in range(1 << 10)])
     seen = View([full], whole=True)
     for offset in (5 << 20, (5 << 20) + 77, 100 << 20, 6 << 20):
         assert found(seen, offset, 10) == [(0, offset >> 20)] * 10
@@ -108,7 +108,7 @@ def test_a_place_is_searched_once() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    full = Held(1 << 20, [Place(n * 16, 16, n, zero=False) for n in range(1 << 16)])
+    full = Held(1 << 20, [BlockPlace(n * 16, 16, n, zero=False) for n in range(1 << 16)])
     seen = View([full], whole=True, most=2000)
     seen.spans(0, 1 << 20)
     assert sum(len(window.starts) for window in seen._windows.values()) <= 2000

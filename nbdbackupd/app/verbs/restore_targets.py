@@ -14,7 +14,7 @@ from nbdbackupd.errors import UsageError
 from nbdbackupd.model.host import new_run_id
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.ops.restore.plan import Placement
-from nbdbackupd.ops.restore.request import Place, Style
+from nbdbackupd.ops.restore.request import OutputPlace, Style
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +87,7 @@ def wishes(args: Arguments) -> dict[str, Any]:
         raise UsageError("--since goes with --as-chain or --as-snapshots")
     return {
         "disks": tuple(target for target, path in given if path is None),
-        "places": tuple(Place(target, path) for target, path in given if path is not None),
+        "places": tuple(OutputPlace(target, path) for target, path in given if path is not None),
         "style": style,
         "since": args.since,
         "jobs": args.jobs,

@@ -48,7 +48,7 @@ def register(verbs: Registry) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 with warnings."""
-    wish = runner.Wish(
+    wish = runner.RunRequest(
         domain=args.domain,
         shutdown=args.shutdown,
         dry_run=args.dry_run,

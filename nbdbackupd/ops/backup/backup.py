@@ -26,7 +26,7 @@ from nbdbackupd.ops.checkpoints.checkpoints import OWNER as CHECKPOINTS
 from nbdbackupd.ops.checkpoints.others import OtherChain, other_chains
 from nbdbackupd.ops.domain import domains, endings, locks
 from nbdbackupd.ops.domain.images import images_of, note_saved, prove_start
-from nbdbackupd.ops.domain.survey import Looked, Survey, Wish, look, survey_domain
+from nbdbackupd.ops.domain.survey import DiskFilter, Looked, Survey, look, survey_domain
 from nbdbackupd.repo import written
 from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.repo.state import Record, State
@@ -113,9 +113,9 @@ def _images(
     return images_of(domain, request.runtime_dir, request.run_id, cancelled, sharing)
 
 
-def _wish(request: BackupRequest) -> Wish:
+def _wish(request: BackupRequest) -> DiskFilter:
     settings = request.settings
-    return Wish(
+    return DiskFilter(
         include=settings.disks_include, exclude=settings.disks_exclude, raw=settings.disks_raw
     )
 

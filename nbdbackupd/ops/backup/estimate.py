@@ -12,7 +12,7 @@ from nbdbackupd.model.chain import Level, RestorePoint
 from nbdbackupd.model.selection import BY_REQUEST
 from nbdbackupd.ops.backup.sources import changed_bytes
 from nbdbackupd.ops.domain.images import ALONE, Sharing, images_of
-from nbdbackupd.ops.domain.survey import Survey, Wish, survey_domain
+from nbdbackupd.ops.domain.survey import DiskFilter, Survey, survey_domain
 from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.source import running
 from nbdbackupd.source.lease import Lease
@@ -135,12 +135,12 @@ class _Measuring:
         )
 
 
-def _wish(domain: Domain, head: RestorePoint | None) -> Wish:
+def _wish(domain: Domain, head: RestorePoint | None) -> DiskFilter:
     """Take the same disks as the last point did, and new ones."""
     if head is None:
-        return Wish()
+        return DiskFilter()
     known = {disk.target for disk in domain.definition().disks}
-    return Wish(
+    return DiskFilter(
         exclude=tuple(
             skip.target
             for skip in head.skipped

@@ -18,7 +18,7 @@ from nbdbackupd.virt.domain import Domain
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Planned:
+class PlannedRun:
     """Where the next run of a domain goes; ``directory`` holds its sets."""
 
     settings: DomainSettings
@@ -36,7 +36,7 @@ class Planned:
         return (self.next.problem,) if self.next.problem else ()
 
 
-def plan(domain: Domain, settings: DomainSettings, now: datetime, wanted: Level) -> Planned:
+def plan(domain: Domain, settings: DomainSettings, now: datetime, wanted: Level) -> PlannedRun:
     """Choose set and level by the settings; nothing is created.
 
     Raises RepositoryError if the repository is not mounted or can't be read, NoFullError for a
@@ -45,7 +45,7 @@ def plan(domain: Domain, settings: DomainSettings, now: datetime, wanted: Level)
     mounted.check(settings)
     directory = homes.home_of(settings.repository_path, domain.name, domain.uuid)
     chosen = sets.next_run(directory, domain.uuid, level_policy(settings), now, wanted)
-    return Planned(settings=settings, directory=directory, next=chosen)
+    return PlannedRun(settings=settings, directory=directory, next=chosen)
 
 
 def level_policy(settings: DomainSettings) -> LevelPolicy:

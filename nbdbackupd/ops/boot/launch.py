@@ -28,7 +28,7 @@ from nbdbackupd.ops.map import map as mapping
 from nbdbackupd.ops.map.map import MapRequest
 from nbdbackupd.ops.map.mapped import ServedDisk
 from nbdbackupd.ops.restore import side_files
-from nbdbackupd.ops.restore.definer import Planned, PlannedDisk
+from nbdbackupd.ops.restore.definer import PlannedDisk, PlannedDomain
 from nbdbackupd.ops.restore.side_files import FileCopy
 from nbdbackupd.ops.sets.opened import OpenedSet
 from nbdbackupd.qemu import overlay
@@ -216,7 +216,7 @@ class Making:
         definer = BootDefiner(wanted, secrets.token_bytes, self._connection, self._consent)
         definer.proven = written.verdict(self._request.state_dirs, point) is Verdict.OURS
         definer.prepare(
-            Planned(
+            PlannedDomain(
                 point=point.id,
                 domain=point.domain,
                 output=self._request.output or self._places.work,

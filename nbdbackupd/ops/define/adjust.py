@@ -23,7 +23,7 @@ from nbdbackupd.model.hostpaths import PathUse
 from nbdbackupd.ops.define import live
 from nbdbackupd.ops.domain import vtpm
 from nbdbackupd.ops.restore import output_names, side_files
-from nbdbackupd.ops.restore.definer import Definition, Planned
+from nbdbackupd.ops.restore.definer import Definition, PlannedDomain
 from nbdbackupd.ops.restore.side_files import FileCopy
 from nbdbackupd.ops.sets import layers
 
@@ -74,7 +74,7 @@ class DefineRequest:
 class State:
     """What ``prepare`` found out for ``finish``; ``tpm_place``: where a TPM's state is to go."""
 
-    planned: Planned
+    planned: PlannedDomain
     adapted: Adapted
     config: Path
     tpm_place: Path | None = None
@@ -96,7 +96,7 @@ class Adjuster:
         self._consent = consent
         self._state: State | None = None
 
-    def prepare(self, planned: Planned) -> None:
+    def prepare(self, planned: PlannedDomain) -> None:
         """Look at everything; nothing is made but directories for firmware.
 
         Raises UsageError, RepositoryError, IntegrityError, DomainError, NotSupportedError,
@@ -209,7 +209,7 @@ def tell_tpm(state: State) -> None:
     )
 
 
-def _read_xml(planned: Planned) -> str:
+def _read_xml(planned: PlannedDomain) -> str:
     """The point's domain XML, proven."""
     if not planned.point and not planned.files:
         raise UsageError("stream files alone are no domain: give the backup set to define one")
@@ -219,7 +219,7 @@ def _read_xml(planned: Planned) -> str:
     return live.read(found[0], planned.point)
 
 
-def _changes(planned: Planned, xml: str, request: DefineRequest) -> Changes:
+def _changes(planned: PlannedDomain, xml: str, request: DefineRequest) -> Changes:
     files = {each.stored.role: each for each in planned.files}
     # what the point's XML says, whatever the domain is called today
     name = model.parse(xml).findtext("name", "") or planned.domain
@@ -276,11 +276,11 @@ def _is_same(path: Path, copy: FileCopy) -> bool:
     return found == layers.read_file(copy.source, copy.stored, MAX_LOADER)
 
 
-def _tpm_directory(planned: Planned) -> Path:
+def _tpm_directory(planned: PlannedDomain) -> Path:
     return planned.output / output_names.CONFIG / side_files.TREE_ROLE
 
 
-def tpm_files(planned: Planned) -> list[tuple[Path, PurePosixPath]]:
+def tpm_files(planned: PlannedDomain) -> list[tuple[Path, PurePosixPath]]:
     """The restored files of the TPM's state, with their paths within it."""
     base = _tpm_directory(planned)
     return [
@@ -290,7 +290,7 @@ def tpm_files(planned: Planned) -> list[tuple[Path, PurePosixPath]]:
     ]
 
 
-def _tpm_path(planned: Planned, xml: str) -> str | None:
+def _tpm_path(planned: PlannedDomain, xml: str) -> str | None:
     """The private path of a TPM state whose path the XML tells."""
     source = model.parse(xml).find("./devices/tpm/backend[@type='emulator']/source")
     files = tpm_files(planned)
@@ -299,7 +299,7 @@ def _tpm_path(planned: Planned, xml: str) -> str | None:
     return str(files[0][0] if source.get("type") == "file" else _tpm_directory(planned))
 
 
-def _make_passable(planned: Planned) -> None:
+def _make_passable(planned: PlannedDomain) -> None:
     """Make the directories of firmware such that QEMU and swtpm get through as other accounts.
 
     The files stay closed; libvirt gives them away when the domain starts.

@@ -3,12 +3,12 @@
 from nbdbackupd import documents
 from nbdbackupd.errors import FormatError, IntegrityError
 from nbdbackupd.model import live_disks
-from nbdbackupd.ops.restore.definer import Planned
+from nbdbackupd.ops.restore.definer import PlannedDomain
 from nbdbackupd.ops.restore.side_files import FileCopy
 from nbdbackupd.ops.sets import layers
 
 
-def completed(planned: Planned, xml: str) -> tuple[str, tuple[str, ...]]:
+def completed(planned: PlannedDomain, xml: str) -> tuple[str, tuple[str, ...]]:
     """``xml`` with what is missing in it, and a line for each disk that was added.
 
     The XML of the running domain is read only if a disk of the restore is missing. Raises

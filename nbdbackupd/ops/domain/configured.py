@@ -139,11 +139,11 @@ def labels(domain: "Domain") -> Mapping[str, str]:
 def sharing(settings: "DomainSettings") -> "Sharing":
     """What the settings say of other hosts: a state directory that is set may be theirs, too."""
     from nbdbackupd.ops.domain.images import Sharing
-    from nbdbackupd.ops.domain.survey import Wish
+    from nbdbackupd.ops.domain.survey import DiskFilter
 
     is_own = settings.is_default("checkpoint_directory")
     return Sharing(
         state_dir=None if is_own else settings.checkpoint_directory,
         devices=settings.block_devices,
-        wish=Wish(include=settings.disks_include, exclude=settings.disks_exclude),
+        wish=DiskFilter(include=settings.disks_include, exclude=settings.disks_exclude),
     )

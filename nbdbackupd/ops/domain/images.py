@@ -23,7 +23,7 @@ from nbdbackupd.errors import (
 )
 from nbdbackupd.model import domain as domain_model
 from nbdbackupd.model.whereabouts import Note, Phase, Standing, standing
-from nbdbackupd.ops.domain.survey import Wish
+from nbdbackupd.ops.domain.survey import DiskFilter
 from nbdbackupd.qemu import image, storage_daemon
 from nbdbackupd.source import hooked, kept, lease, reach
 from nbdbackupd.source.hosts import Hosts
@@ -44,7 +44,7 @@ CURE = (
 )
 
 
-ALL: Final = Wish()
+ALL: Final = DiskFilter()
 """All disks."""
 
 
@@ -60,7 +60,7 @@ class Sharing:
 
     state_dir: Path | None = None
     devices: str = AUTO
-    wish: Wish = ALL
+    wish: DiskFilter = ALL
 
     def hosts(self, domain: Domain) -> Hosts | None:
         """The hosts that share the state of a domain; None: nobody tells of another one."""

@@ -21,7 +21,7 @@ VHOST_USER = "vhostuser"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wish:
+class DiskFilter:
     """Which disks the request wants."""
 
     include: tuple[str, ...] = ()
@@ -146,7 +146,7 @@ def _is_sound(bitmap: image.BitmapInfo) -> bool:
 
 def survey_domain(
     domain: Domain,
-    wish: Wish,
+    wish: DiskFilter,
     level: Level,
     parent: RestorePoint | None,
     looked: Looked | None = None,

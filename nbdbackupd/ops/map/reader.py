@@ -20,7 +20,7 @@ from nbdbackupd.errors import IntegrityError
 from nbdbackupd.files import File, HeldFile
 from nbdbackupd.format import blocks
 from nbdbackupd.format.index import NO_DIGEST, Index, Kind, Record
-from nbdbackupd.model.view import ZERO, Place, View
+from nbdbackupd.model.view import ZERO, BlockPlace, View
 
 ZEROES: Final = memoryview(bytes(1 << 20))
 FLIGHT_SECONDS: Final = 60.0
@@ -201,7 +201,7 @@ class _Layer:
         skip, whole = PART.unpack(record.digest)
         return record._replace(digest=NO_DIGEST, skip=skip, whole=whole)
 
-    def places(self, start: int) -> Iterator[Place]:
+    def places(self, start: int) -> Iterator[BlockPlace]:
         """The blocks that end after ``start``; each is proven to be possible."""
         end = 0
         for number in range(self.index.find(start), len(self.index)):
@@ -213,7 +213,7 @@ class _Layer:
                     file=self._plan.stream.path,
                 )
             end = record.end
-            yield Place(record.offset, record.length, number, record.kind == Kind.ZERO)
+            yield BlockPlace(record.offset, record.length, number, record.kind == Kind.ZERO)
 
     def _fits(self, record: Record) -> bool:
         if not 0 < record.length <= self.size - record.offset:

@@ -22,7 +22,7 @@ class PlannedDisk:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Planned:
+class PlannedDomain:
     """A restore that is about to begin; ``files`` are the XML and firmware of the same point.
 
     ``point`` is that of the set, empty where stream files were given by hand. ``live`` is the XML
@@ -65,7 +65,7 @@ class Definition:
 class Definer(Protocol):
     """Makes a domain of restored images, in two steps."""
 
-    def prepare(self, planned: Planned) -> None:
+    def prepare(self, planned: PlannedDomain) -> None:
         """Look at everything; called before the first byte is written.
 
         Raises NbdbackupError if the domain could not be defined in the end.

@@ -26,7 +26,7 @@ from nbdbackupd.repo import written
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class DiskJob:
     """One disk to write, and where to; ``steps`` are its points, oldest first, the wanted last."""
 
     target: str
@@ -52,7 +52,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class RestorePlan:
     """All that is to be done, everything but the blocks proven.
 
     ``source`` must live as long: what is unpacked of an archive goes with it.
@@ -61,7 +61,7 @@ class Plan:
     point: str
     domain: str
     created: str
-    jobs: tuple[Job, ...]
+    jobs: tuple[DiskJob, ...]
     files: tuple[FileCopy, ...] = ()
     live: FileCopy | None = None
     warnings: tuple[str, ...] = ()
@@ -114,7 +114,7 @@ def of_set(
     placement: Placement | None,
     stack: ExitStack,
     cancelled: Callable[[], None],
-) -> Plan:
+) -> RestorePlan:
     """The plan for a point of a set. Raises as ``restore.run``."""
     assert request.source is not None  # noqa: S101 - for the type checker
     source, point = opened.open_point(request.source, request.choice)
@@ -126,7 +126,7 @@ def of_set(
     made = {disk: _choose(request, source, point, disk, placement) for disk in disks}
     found = _sites(request, placement, point, made, stack)
     jobs = tuple(
-        Job(
+        DiskJob(
             target=disk.target,
             options=each.options,
             site=found[disk.target],
@@ -139,7 +139,7 @@ def of_set(
         for disk, each in made.items()
     )  # fmt: skip
     files = _files(request, source, point, placement)
-    return Plan(
+    return RestorePlan(
         point=point.id,
         domain=point.domain,
         created=point.created,
@@ -181,7 +181,7 @@ def _files(
     return files
 
 
-def _sizes(job: Job) -> tuple[str, ...]:
+def _sizes(job: DiskJob) -> tuple[str, ...]:
     sizes = {step.layers[0].size for step in job.steps}
     if job.style is not Style.SNAPSHOTS or len(sizes) == 1:
         return ()
@@ -266,7 +266,9 @@ def about_disk(point: RestorePoint, target: str) -> str:
     return f"Disk {target} of domain {point.domain}, restore point {point.id}"
 
 
-def of_sequence(request: RestoreRequest, stack: ExitStack, cancelled: Callable[[], None]) -> Plan:
+def of_sequence(
+    request: RestoreRequest, stack: ExitStack, cancelled: Callable[[], None]
+) -> RestorePlan:
     """The plan for stream files given by hand. Raises as ``restore.run``."""
     given = sequence.load(request.sequence, stack, cancelled)
     wrong = [place.target for place in request.places if place.target != given.disk]
@@ -287,13 +289,13 @@ def of_sequence(request: RestoreRequest, stack: ExitStack, cancelled: Callable[[
         site = sites.NewFile(request.output / output_names.choose([naming], "")[given.disk])
     else:
         raise UsageError("the disk has no place: give -o, or -d DISK=PATH")
-    job = Job(
+    job = DiskJob(
         target=given.disk,
         options=restore_options.plain(format_, preallocate=request.preallocate),
         site=site,
         steps=(Step(point="", layers=given.layers, is_whole=True),),
     )
-    return Plan(
+    return RestorePlan(
         point=given.point,
         domain="",
         created=given.created,

@@ -26,7 +26,7 @@ class Style(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class OutputPlace:
     """Where one disk is to go: a block device, or an image's path."""
 
     target: str
@@ -53,7 +53,7 @@ class RestoreRequest:
     output: Path | None = None
     source: Path | None = None
     disks: tuple[str, ...] = ()
-    places: tuple[Place, ...] = ()
+    places: tuple[OutputPlace, ...] = ()
     choice: Choice = NEWEST
     sequence: tuple[Path, ...] = ()
     format: str | None = None

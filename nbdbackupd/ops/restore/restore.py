@@ -22,8 +22,8 @@ from nbdbackupd.nbdio.throttle import Throttle
 from nbdbackupd.ops.domain import endings
 from nbdbackupd.ops.restore import plan as restore_plan
 from nbdbackupd.ops.restore import side_files, sites, work
-from nbdbackupd.ops.restore.definer import Definer, Definition, Planned, PlannedDisk
-from nbdbackupd.ops.restore.plan import Placement, Plan
+from nbdbackupd.ops.restore.definer import Definer, Definition, PlannedDisk, PlannedDomain
+from nbdbackupd.ops.restore.plan import Placement, RestorePlan
 from nbdbackupd.ops.restore.replaced import resemble
 from nbdbackupd.ops.restore.request import (
     Progress,
@@ -89,7 +89,7 @@ def run(
 
 
 def _report(
-    plan: Plan,
+    plan: RestorePlan,
     disks: tuple[RestoredDisk, ...],
     definition: Definition | None,
     seconds: float,
@@ -132,7 +132,7 @@ def _check_request(request: RestoreRequest) -> None:
 
 
 def _prepare(
-    plan: Plan,
+    plan: RestorePlan,
     request: RestoreRequest,
     confirm: Confirm,
     definer: Definer | None,
@@ -156,10 +156,10 @@ def _prepare(
         confirm(tuple(lost))
 
 
-def _planned(plan: Plan, request: RestoreRequest) -> Planned:
+def _planned(plan: RestorePlan, request: RestoreRequest) -> PlannedDomain:
     if request.output is None:
         raise UsageError("a domain needs an output directory for its XML and firmware: give -o")
-    return Planned(
+    return PlannedDomain(
         point=plan.point,
         domain=plan.domain,
         output=request.output,
@@ -202,7 +202,7 @@ def _deaf(cancelled: Callable[[], None], placement: Placement | None) -> Callabl
 
 
 def _write(
-    plan: Plan,
+    plan: RestorePlan,
     request: RestoreRequest,
     placement: Placement | None,
     progress: Progress,
@@ -265,21 +265,21 @@ def _state_told(places: Iterable[Site]) -> Iterator[None]:
         raise
 
 
-def _check_targets(plan: Plan, *, force: bool) -> None:
+def _check_targets(plan: RestorePlan, *, force: bool) -> None:
     for site in plan.sites:
         site.check(force=force)
     for each in plan.files:
         sites.refuse_existing(each.final, force=force or each.replaces)
 
 
-def _set_aside(plan: Plan) -> None:
+def _set_aside(plan: RestorePlan) -> None:
     with durable.translate_os_errors("rename", "the old images"):
         # what stands on others goes first
         for site in reversed(plan.sites):
             site.set_aside()
 
 
-def _name_all(plan: Plan, *, force: bool) -> None:
+def _name_all(plan: RestorePlan, *, force: bool) -> None:
     """Give everything its name, durably."""
     _check_targets(plan, force=force)
     named = [site for site in plan.sites if not site.is_overwritten]

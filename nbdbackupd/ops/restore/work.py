@@ -13,7 +13,7 @@ from nbdbackupd.ops.restore import content, outputs
 from nbdbackupd.ops.restore.content import Item
 from nbdbackupd.ops.restore.fill import fill
 from nbdbackupd.ops.restore.outputs import Output
-from nbdbackupd.ops.restore.plan import Job
+from nbdbackupd.ops.restore.plan import DiskJob
 from nbdbackupd.ops.restore.request import Progress, RestoredDisk, RestoreRequest, Style
 from nbdbackupd.ops.restore.sites import Site, Work
 from nbdbackupd.ops.restore.steps import Step
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def write_all(
-    jobs: Sequence[Job],
+    jobs: Sequence[DiskJob],
     request: RestoreRequest,
     pace: Throttle | None,
     progress: Progress,
@@ -61,7 +61,7 @@ class _Writer:
 
     def __init__(
         self,
-        job: Job,
+        job: DiskJob,
         request: RestoreRequest,
         pace: Throttle | None,
         progress: Progress,

@@ -28,7 +28,7 @@ from nbdbackupd.model.chain import Level
 from nbdbackupd.model.host import Host
 from nbdbackupd.ops.backup import backup as backup_verb
 from nbdbackupd.ops.backup import outcome, prepare
-from nbdbackupd.ops.backup.prepare import Planned
+from nbdbackupd.ops.backup.prepare import PlannedRun
 from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
 from nbdbackupd.ops.domain import configured, domains, endings, images
 from nbdbackupd.ops.notify import kept as kept_notification
@@ -67,7 +67,7 @@ INTERRUPTED_SECONDS: Final = 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wish:
+class RunRequest:
     """Which domain; ``shutdown``: its guest has just ended; ``wait`` in seconds, None: defaults.
 
     ``retry``: try again where others come first.
@@ -137,7 +137,7 @@ class RunReport:
         }
 
 
-def run(wish: Wish, host: Host, watch: Watch, record: RunRecord) -> RunReport:
+def run(wish: RunRequest, host: Host, watch: Watch, record: RunRecord) -> RunReport:
     """Save a domain as the configuration says, trying again if that is wished.
 
     Raises ConfigError, DomainNotFoundError (not after the guest's end), BusyError if there is no
@@ -173,7 +173,7 @@ def run(wish: Wish, host: Host, watch: Watch, record: RunRecord) -> RunReport:
 
 
 def _wait(
-    gap: float, err: BusyError, *, wish: Wish, host: Host, watch: Watch, record: RunRecord
+    gap: float, err: BusyError, *, wish: RunRequest, host: Host, watch: Watch, record: RunRecord
 ) -> None:
     """Let those go first who come first; raises what ends the run meanwhile."""
     moment = host.now() + timedelta(seconds=gap)
@@ -194,7 +194,7 @@ def _wait(
         raise
 
 
-def _told(wish: Wish, host: Host, watch: Watch) -> RunReport:
+def _told(wish: RunRequest, host: Host, watch: Watch) -> RunReport:
     """One try."""
     with ExitStack() as stack:
         stack.enter_context(runlog.context(DOMAIN=wish.domain))
@@ -206,7 +206,7 @@ def _told(wish: Wish, host: Host, watch: Watch) -> RunReport:
     return report
 
 
-def _find_and_run(wish: Wish, host: Host, watch: Watch) -> RunReport:
+def _find_and_run(wish: RunRequest, host: Host, watch: Watch) -> RunReport:
     configuration = configured.read(host).require_sound()
     host = configured.connected(configuration, host)
     with ExitStack() as stack:
@@ -278,7 +278,7 @@ def _record_host(
 class _Run:
     """One run of a domain that was found."""
 
-    wish: Wish
+    wish: RunRequest
     host: Host
     watch: Watch
     connection: Connection
@@ -330,7 +330,7 @@ class _Run:
         problem = f"no host has noted a point of domain {self.domain.name} in {shared}"
         return self.report("skipped", err.message, problems=(problem,))
 
-    def plan(self) -> Planned:
+    def plan(self) -> PlannedRun:
         return prepare.plan(self.domain, self.settings, self.host.now(), Level.AUTO)
 
     def plan_only(self) -> RunReport:
@@ -450,7 +450,7 @@ class _Run:
             backup=made,
         )
 
-    def _request(self, planned: Planned) -> BackupRequest:
+    def _request(self, planned: PlannedRun) -> BackupRequest:
         """Level auto: should another run have begun the set meanwhile, this one goes on with it."""
         settings, more = self.settings, {}
         if self.wish.shutdown:
@@ -477,7 +477,7 @@ class _Run:
         directory = self.host.own_state_dir / PENDING
         return kept.put_off(directory / unitname.escape(self.domain.name))
 
-    def _retire(self, planned: Planned, request: BackupRequest, chain: str) -> tuple[str, ...]:
+    def _retire(self, planned: PlannedRun, request: BackupRequest, chain: str) -> tuple[str, ...]:
         order = retire.RetireRequest(
             uuid=self.domain.uuid,
             directory=planned.directory,
