@@ -287,7 +287,7 @@ def test_exceptions_of_the_design_are_ours() -> None:
 
 def test_the_glossary_names_classes() -> None:
     """Each class that it names is one of the product, so that a term is found in the code."""
-    rows = re.findall(r"^\| [^|]+ \| [^|]+ \|(.*)\|$", section(DESIGN, "Terms"), re.MULTILINE)
+    rows = re.findall(r"^\| [^|]+ \| [^|]+ \|(.*)\|$", section(DESIGN, "## Terms"), re.MULTILINE)
     named = set(re.findall(r"`(\w+)`", " ".join(rows)))
     assert len(named) > 20
     code = "\n".join(path.read_text() for path in (TOP / "nbdbackupd").rglob("*.py"))
