@@ -15,14 +15,39 @@ What was found out by experiment (libvirt 9.0):
   changes something waits 30 s for a lock "held by monitor=init-NAME" and fails.
 * The guest agent is reachable 30 to 110 ms after the open, not before.
 * Right after QEMU died, the first client may still see the domain "running".
-* Probing QEMU's capabilities takes 4 s per root, unless the root has a cache of them.  With
-  another user than root it takes 4 s again and again wherever that user may not open
-  /dev/kvm: libvirt then throws its cache away at every look.  ``DaemonLab`` hides the device.
+* Probing QEMU's capabilities takes 4 s per root, unless the root has a cache of them.  It takes
+  4 s at each call wherever there is a /dev/kvm that can't be used, or not by QEMU's user: libvirt
+  then throws its cache away at every look.  So both kinds of labs hide the device.
 """
 
+import ctypes
+import functools
+import os
 from pathlib import Path
+from typing import Final
 
-from tests.lab.base import Lab
+from tests.lab.base import Lab, cache_directory
+from tests.lab.command import LabError, run
+
+KVM: Final = Path("/dev/kvm")
+CLONE_NEWNS: Final = 0x00020000
+
+
+@functools.cache
+def hide_kvm() -> None:
+    """Have a file without use as /dev/kvm in this process and all that it starts from now on.
+
+    The driver runs in whatever process opens it, so there is no other one to hide it from.
+    """
+    if not KVM.exists():
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNS) != 0:
+        raise LabError(f"no mount namespace: {os.strerror(ctypes.get_errno())}")
+    run(["mount", "--make-rslave", "/"])
+    nothing = cache_directory() / "no-kvm"
+    nothing.touch(0o600)
+    run(["mount", "--bind", nothing, KVM])
 
 
 class EmbeddedLab(Lab):
@@ -30,6 +55,7 @@ class EmbeddedLab(Lab):
 
     def __init__(self, *, qemu_user: str = "root") -> None:
         """Make the root and its qemu.conf."""
+        hide_kvm()
         super().__init__(qemu_user=qemu_user)
         self.root = self.directory / "l"
         configuration = self.root / "etc" / "qemu.conf"
