@@ -2,9 +2,6 @@
 
 import contextlib
 import os
-import random
-import shutil
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -13,12 +10,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nbdbackupd.config import analyze, calendar, files, kinds, reading, sample, schema
+from nbdbackupd.config import calendar, files, kinds, reading, sample, schema
 from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.setting import Setting
 from nbdbackupd.config.settings import settings_for
 from nbdbackupd.errors import ConfigError
 from nbdbackupd.units import parse_duration, parse_size
+from tests.lib.calendars import BAD_EVENTS, GOOD_EVENTS
 
 
 def read(directory: Path, main: str | bytes = "", **others: str | bytes) -> Configuration:
@@ -326,17 +324,6 @@ def test_quoted_texts_are_texts_to_any_reader(text: str) -> None:
 # -- calendar events
 
 
-GOOD_EVENTS = (
-    "daily", "Weekly", "Mon..Fri 22:30", "*-*-01 02:00", "Sat,Sun 6:00", "*:0/15", "Mon", "12-01",
-    "2026-*-01 00:00:00", "daily Europe/Berlin", "02:00 UTC", "*-*~03 4:00", "Mon *-05~07/1",
-    "Thu,Fri 2012-*-1,5 11:12:13", "quarterly", "08:05:40.23",
-)  # fmt: skip
-BAD_EVENTS = (
-    "", "noon", "02", "every day", "Mon.. 02:00", "hourly 02:00", "02:00 x", "a\nb", "--help",
-    "-*-* 2:00",
-)  # fmt: skip
-
-
 def test_calendar_events_by_their_form() -> None:
     for event in GOOD_EVENTS:
         assert not calendar.plain_fault(event), event
@@ -346,32 +333,6 @@ def test_calendar_events_by_their_form() -> None:
     for event in ("1," * 2000, "Mon," * 1000, "*-" * 2000, "1:" * 2000, " " * 4000, "1..1" * 1000):
         calendar.plain_fault(f"{event}x")
     assert time.monotonic() - began < 5
-
-
-def systemd_takes(event: str) -> bool:
-    argv = [analyze.PROGRAM, "calendar", "--", event]
-    return subprocess.run(argv, capture_output=True, check=False).returncode == 0
-
-
-@pytest.mark.skipif(shutil.which(analyze.PROGRAM) is None, reason="no systemd-analyze here")
-def test_systemd_is_the_judge() -> None:
-    assert all(map(systemd_takes, GOOD_EVENTS))
-    assert not any(map(systemd_takes, BAD_EVENTS))
-    assert not analyze.fault("Mon..Fri 22:30")
-    assert "not a calendar event for systemd" in analyze.fault("Mon 25:00")
-    # what systemd takes must not be refused by its form
-    rng = random.Random(5)
-    days = ("", "Mon ", "tue,Wed ", "Sat..Sun ", "Monday ", "Mon..")
-    dates = ("", "*-*-* ", "*-2-29 ", "2027-1/2-1..5 ", "*-*~1 ", "12-24 ", "1- ")
-    times = ("", "2:00", "*:*", "00:00:00", "0/4:30:10..20", "24:00", "9")
-    zones = ("", " UTC", " Asia/Tokyo", " Xyz")
-    taken = 0
-    for _ in range(150):
-        event = "".join(rng.choice(each) for each in (days, dates, times, zones)).strip()
-        if systemd_takes(event):
-            taken += 1
-            assert not calendar.plain_fault(event), event
-    assert taken > 40
 
 
 def test_check_asks_systemd(tmp_path: Path) -> None:

@@ -5,10 +5,8 @@ import io
 import logging
 import os
 import re
-import shutil
 import socket
 import string
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -303,24 +301,6 @@ def test_catalogue_says_what_the_table_says() -> None:
         for text in (event.meaning, event.cure):
             assert re.sub(r"\{(\w+)\}", r"@NBDBACKUP_\1@", text) in words
         assert max(map(len, body.split("\n"))) <= 78
-
-
-@pytest.mark.skipif(shutil.which("journalctl") is None, reason="systemd is not installed")
-def test_systemd_takes_the_catalogue(tmp_path: Path) -> None:
-    folder = tmp_path / "usr/lib/systemd/catalog"
-    folder.mkdir(parents=True)
-    (tmp_path / "var/lib/systemd/catalog").mkdir(parents=True)
-    shutil.copy(CATALOG, folder)
-    for action in ("--update-catalog", "--list-catalog"):
-        done = subprocess.run(
-            ["journalctl", f"--root={tmp_path}", "--no-pager", action],
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
-        assert (done.returncode, done.stderr) == (0, ""), action
-    lines = done.stdout.splitlines()
-    assert sorted(line.split(" ", 1)[0] for line in lines) == sorted(event.id for event in ALL)
-    for event in ALL:
-        assert any(event.id in line and "nbdbackupd: " in line for line in lines)
 
 
 # -- how runs end

@@ -1,5 +1,6 @@
 """The sets of a domain side by side: which one goes on, which one a name and a wish mean."""
 
+import json
 import os
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,7 +25,6 @@ from nbdbackupd.ops.run import commands, slots
 from nbdbackupd.ops.sets import homes, lookup, sets
 from nbdbackupd.repo.set_directory import SetDirectory
 from tests.lib import chains, points
-from tests.lib.ctl import Ctl
 
 OTHER = "11111111-2222-4333-8444-555555555555"
 RULES = LevelPolicy(rotate=Rotate.MONTHLY)
@@ -229,34 +229,42 @@ def test_names_and_typos(home: Path) -> None:
         lookup.find("vm1", [home / "nowhere"])
 
 
-def test_sources_by_name_on_the_command_line(home: Path, tmp_path: Path) -> None:
+def test_sources_by_name_on_the_command_line(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tmp_path / "etc"
     config.mkdir()
     (config / "nbdbackup.yaml").write_text(f"repository: {{path: {home.parent}}}\n")
-    ctl = Ctl("test:///default", tmp_path)
+
+    def said(verb: str, *argv: str | Path, code: int = 0) -> tuple[str, str]:
+        own = ["--checkpoint-dir", tmp_path / "state"] if verb in ("restore", "verify") else []
+        head = ["-c", "test:///default", "--runtime-dir", tmp_path / "run"]
+        assert ctl.main([str(word) for word in (*head, verb, *argv, *own)]) == code
+        out, err = capsys.readouterr()
+        return out, err
 
     def run(verb: str, *argv: str, code: int = 0) -> Any:
-        return ctl(verb, *argv, "--config-dir", config, "--json", code=code).json
+        return json.loads(said(verb, *argv, "--config-dir", config, "--json", code=code)[0])
 
     listed = run("list", "vm1")
     assert (listed["domain"], listed["directory"]) == ("vm1", str(home))
     assert [each["set"] for each in listed["sets"]] == [
         str(home / "2025-11"), str(home / "2025-12"),
     ]  # fmt: skip
-    assert listed["sets"][0] == ctl("list", home / "2025-11", "--json").json
-    text = ctl("list", "vm1", "--config-dir", config).stdout
+    assert listed["sets"][0] == json.loads(said("list", home / "2025-11", "--json")[0])
+    text, _ = said("list", "vm1", "--config-dir", config)
     assert text.index("2025-11: vm1") < text.index("2025-12: vm1")
     assert run("show", "vm1", "--point", "p2")["set"] == str(home / "2025-11")
     # these small sets do not cover their disks
-    verified = ctl("verify", "vm1", "--config-dir", config, code=40).stderr
+    _, verified = said("verify", "vm1", "--config-dir", config, code=40)
     assert f"{home / '2025-12'} is damaged" in verified
     error = run("restore", "vm", "-o", str(tmp_path / "out"), code=50)["error"]["message"]
     assert "did you mean vm1" in error
     # what is a path stays one, whatever the configuration is like
     (config / "nbdbackup.yaml").write_text("nonsense\n")
-    assert ctl("list", home / "2025-11", "--config-dir", config).code == 0
-    assert "nonsense" not in ctl("list", "./vm1/x", "--config-dir", config, code=50).stderr
-    ctl("list", "vm1", "--config-dir", config, code=10)
+    said("list", home / "2025-11", "--config-dir", config)
+    assert "nonsense" not in said("list", "./vm1/x", "--config-dir", config, code=50)[1]
+    said("list", "vm1", "--config-dir", config, code=10)
     # a damaged set is told, the others are listed
     (config / "nbdbackup.yaml").write_text(f"repository: {{path: {home.parent}}}\n")
     next((home / "2025-11/points").glob("*p1.json")).write_text("{}")

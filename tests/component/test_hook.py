@@ -24,6 +24,8 @@ from nbdbackupd.source.hosts import Hosts
 from nbdbackupd.virt.domain import Ending
 from tests.lib.pages import TOP
 
+pytestmark = pytest.mark.component
+
 HOOK = TOP / "hooks" / "qemu"
 ENTRY = TOP / "hooks" / "qemu.d" / "nbdbackup"
 CATCH_UP = TOP / "hooks" / "catch-up"

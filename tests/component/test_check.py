@@ -27,6 +27,8 @@ from nbdbackupd.repo.state import State
 from nbdbackupd.systemd import units
 from nbdbackupd.virt import guest
 
+pytestmark = pytest.mark.component
+
 OWNER, GROUP, OTHER = 65001, 65002, 65003
 
 

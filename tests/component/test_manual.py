@@ -14,6 +14,8 @@ from scripts import gen_completion, generated
 from scripts.gen_completion import Command
 from tests.lib.pages import DESIGN, TOP, table_column, tables
 
+pytestmark = pytest.mark.component
+
 MAN = TOP / "docs/man/nbdbackupctl.1"
 COMPLETION = TOP / "packaging/completion/nbdbackupctl.bash"
 

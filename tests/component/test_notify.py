@@ -22,6 +22,8 @@ from nbdbackupd.repo import runs
 from nbdbackupd.systemd import units
 from tests.lib.pages import TOP
 
+pytestmark = pytest.mark.component
+
 # what systemctl 252 prints for a service that failed
 SHOW = """\
 ExecMainStartTimestamp=@1769911200

@@ -12,6 +12,8 @@ from nbdbackupd.app import parser
 from tests.lab.command import LabError, run
 from tests.lib.pages import TOP
 
+pytestmark = pytest.mark.component
+
 UNITS = sorted(path for path in (TOP / "units").iterdir() if path.is_file())
 SERVICES = [each for each in UNITS if each.suffix == ".service"]
 TIMERS = [each for each in UNITS if each.suffix == ".timer"]

@@ -30,6 +30,8 @@ from nbdbackupd.ops.domain.survey import DiskFilter
 from scripts import gen_config, generated
 from tests.lib.pages import TOP
 
+pytestmark = pytest.mark.component
+
 UUID = "4a64cc71-19c4-2fd0-2323-3050941ea3c3"
 NOVA = "http://openstack.org/xmlns/libvirt/nova/1.1"
 METADATA = f"""\

@@ -16,6 +16,8 @@ from nbdbackupd.config import schema, timers
 from nbdbackupd.model import throwaway, unitname
 from tests.lib.pages import TOP
 
+pytestmark = pytest.mark.component
+
 HOSTILE = (
     "vm1", "a b", ".hidden", "-dash", "a/b", "100%", "$HOME", "ü€😀", "a\nb", "back\\slash",
     "\\x2d", "quote'\"", "a@b", "a.timer", "..", "@", "%i", "a:b_c", "#x", "trailing.",

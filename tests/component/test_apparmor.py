@@ -9,6 +9,8 @@ import pytest
 from nbdbackupd import rundir
 from tests.lib.pages import TOP
 
+pytestmark = pytest.mark.component
+
 SNIPPET = TOP / "packaging/common/libvirt-qemu.apparmor"
 MINE, OTHER = "5a1f0a3e-9d0f-4a8e-8a5e-0f2a3f9b1c77", "0b6cf5b0-1f5c-4a07-9b55-6c0f6d6f7a11"
 RUNTIME = rundir.DEFAULT

@@ -16,6 +16,8 @@ from nbdbackupd import durable
 from nbdbackupd.errors import BusyError, NoSpaceError, RepositoryError
 from tests.lib.accounts import NOBODY, flock_as_nobody, open_to_others, run_as
 
+pytestmark = pytest.mark.component
+
 HOLD = """
 import sys, time
 from pathlib import Path

@@ -14,6 +14,7 @@ from nbdbackupd.source.guard import Charge
 from nbdbackupd.source.silence import Silence, is_dying
 from tests.lib.told import heard
 
+pytestmark = pytest.mark.component
 FULL = 1 << 60
 """A reserve that no disk has."""
 

@@ -31,6 +31,8 @@ from nbdbackupd.systemd import units
 from tests.lib import chains
 from tests.lib.pages import TOP
 
+pytestmark = pytest.mark.component
+
 NOW = datetime(2026, 2, 10, 12, 0, 0, tzinfo=UTC)
 LIMITS = Limits(warning=36 * 3600, critical=72 * 3600)
 HOSTILE = "a b|c='d'é"

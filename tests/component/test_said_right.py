@@ -23,6 +23,8 @@ from nbdbackupd.ops.sets import catalog
 from nbdbackupd.qemu.image import ImageInfo
 from tests.lib.pages import TOP
 
+pytestmark = pytest.mark.component
+
 
 def test_an_image_that_was_replaced_under_its_name() -> None:
     was = BaseDisk(target="vda", size=1, layers=(ImageLayer("/i/a", "qcow2", 1, 2),), bitmap="b")

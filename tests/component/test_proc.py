@@ -12,6 +12,8 @@ import pytest
 from nbdbackupd import proc
 from nbdbackupd.errors import ProcessError
 
+pytestmark = pytest.mark.component
+
 
 def is_running(pid: int) -> bool:
     try:
@@ -256,3 +258,10 @@ def wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_what_a_program_said_is_printable() -> None:
+    script = "printf 'a\\033[2Jb\\r\\n' >&2; exit 1"
+    with pytest.raises(ProcessError) as caught:
+        proc.output(["sh", "-c", script], timeout=10)
+    assert caught.value.message.isprintable()

@@ -14,6 +14,8 @@ from nbdbackupd.repo import runs
 from nbdbackupd.repo.runs import Begun, End, Runs
 from tests.lib.pages import TOP
 
+pytestmark = pytest.mark.component
+
 BOOT = "0d6c1f5e-0000-4000-8000-00000000000a"
 OTHER = "0d6c1f5e-0000-4000-8000-00000000000b"
 UNIT = "nbdbackup@vm1.service"
