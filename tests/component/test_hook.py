@@ -38,6 +38,11 @@ HOSTILE = (
     "x\n", " lead", "trail ", "@", "%s%n", "\x7f",
 )  # fmt: skip
 
+HUNG = 13.0
+"""Seconds: all deadlines together are 4, and a busy machine takes its time for the rest."""
+HOSTS_HUNG = 20.0
+"""The same with the deadline for what other hosts are told, which is 6."""
+
 FAKE = """#!/bin/sh
 # {name}: tells its arguments and descriptors, then does as it is bid
 {{
@@ -376,7 +381,8 @@ def test_a_start_is_held_up_only_so_long(dash: Host, settings: str, seconds: int
     # also one that does not care for SIGTERM
     dash.bid("nbdbackupctl", "trap '' TERM; sleep 1; sleep 1; sleep 1; sleep 30")
     took = dash.hook("vm1", "prepare", "begin", "-")
-    assert seconds <= took < seconds + 3
+    # less than the 10 that count where nothing is set
+    assert seconds <= took < seconds + 7
     # 124 after SIGTERM, 137 after SIGKILL
     assert "yield ended with 1" in dash.trouble()
 
@@ -397,7 +403,7 @@ def test_real_yield_ends_a_real_reader(dash: Host) -> None:
                 f'"server_pid": {server.pid}, "server_start": {server.start}}}'
             )
             dash.hook("vm1", "prepare", "begin", "-")
-            assert reader.wait(timeout=1) == -signal.SIGKILL
+            assert reader.wait(timeout=10) == -signal.SIGKILL
         finally:
             reader.kill()
     assert dash.calls() == []
@@ -453,7 +459,7 @@ def test_a_shared_directory_that_hangs(dash: Host) -> None:
     """H-1: nobody can end who waits there; here the deadline's own program is stopped."""
     dash.share(dash.top / "shared")
     dash.bid("nbdbackupctl", 'echo $$ $PPID >"$HOOK_TEST/pids"; kill -STOP $PPID; sleep 60')
-    assert dash.hook("x", "prepare", "begin", "-") < 10
+    assert dash.hook("x", "prepare", "begin", "-") < HOSTS_HUNG
     assert "yield ended with nothing" in dash.trouble()
     for pid in (dash.top / "pids").read_text().split():
         os.kill(int(pid), signal.SIGKILL)
@@ -544,8 +550,8 @@ def test_directories_that_can_not_be_written(host: Host, operation: str) -> None
 
 @pytest.mark.parametrize("operation", ["started", "release"])
 def test_systemd_hangs(dash: Host, operation: str) -> None:
-    dash.bid("systemctl", "trap '' TERM; sleep 30")
-    assert dash.hook("vm1", operation, "end", "-") < 8
+    dash.bid("systemctl", "trap '' TERM; sleep 60")
+    assert dash.hook("vm1", operation, "end", "-") < HUNG
     if operation == "release":
         assert [each.name for each in dash.pending.iterdir()] == ["vm1"]
     else:
@@ -554,11 +560,12 @@ def test_systemd_hangs(dash: Host, operation: str) -> None:
 
 @pytest.mark.slow
 def test_everything_hangs(dash: Host) -> None:
+    (dash.top / "hook.conf").write_text("yield_seconds=1\n")
     for name in ("systemctl", "nbdbackupctl", "logger"):
-        dash.bid(name, "sleep 30")
+        dash.bid(name, "sleep 60")
     dash.leave_lease()
-    assert dash.hook("vm1", "prepare", "begin", "-") < 13
-    assert dash.hook("vm1", "release", "end", "-") < 5
+    assert dash.hook("vm1", "prepare", "begin", "-") < HUNG
+    assert dash.hook("vm1", "release", "end", "-") < HUNG
 
 
 def test_programs_get_no_descriptor_of_libvirt(host: Host) -> None:
@@ -579,7 +586,7 @@ def test_killed_in_the_middle(dash: Host) -> None:
     assert process.stdin is not None
     process.stdin.write(b"<domain>" * 100)
     process.stdin.flush()
-    until = time.monotonic() + 5
+    until = time.monotonic() + 20
     while not list((dash.runtime / "xml").glob(".*")) and time.monotonic() < until:
         time.sleep(0.01)
     process.kill()
