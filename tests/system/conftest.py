@@ -1,11 +1,25 @@
-"""Which guests have iothreads: see tests/lib/matrix.py."""
+"""The labs of system tests, and which guests have iothreads: see tests/lib/matrix.py.
 
+A file of tests has one lab. Constants of the file say what is special about it: ``LAB`` is its
+class, where that is not ``DaemonLab``; ``SMALL_MIB`` is the size of a small file system.
+"""
+
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from nbdbackupd.virt.connection import Connection, open_connection
+from tests.lab.agent_guest import AgentGuest, agent_guest, make_ext4
 from tests.lab.base import Lab
+from tests.lab.command import run
+from tests.lab.daemon import DaemonLab
+from tests.lab.disks import DiskSpec
+from tests.lab.guest import Guest
 from tests.lib import matrix
+from tests.lib.rigged import RiggedCtl
+from tests.lib.witness import Witness
 
 HERE = Path(__file__).parent
 
@@ -22,3 +36,60 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before any fixture: one of a module makes the guests of all of its tests."""
     Lab.iothreads = matrix.iothreads_of(item.path.stem, item.config.getoption("--iothreads"))
+
+
+@pytest.fixture(scope="module")
+def small(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A small file system.
+
+    Not among pytest's directories, where only root gets through: QEMU has another user here.
+    """
+    path = Path(tempfile.mkdtemp(prefix="nbs-", dir="/tmp"))
+    path.chmod(0o711)
+    size = f"size={request.module.SMALL_MIB}M,mode=711"
+    run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", path])
+    yield path
+    run(["umount", path])
+    path.rmdir()
+
+
+@pytest.fixture(scope="module")
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """The one of a file."""
+    if hasattr(request.module, "SMALL_MIB"):
+        # mounted before libvirtd begins, or QEMU might not see it
+        request.getfixturevalue("small")
+    kind = getattr(request.module, "LAB", DaemonLab)
+    with kind() as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def ctl(lab: Lab) -> RiggedCtl:
+    return RiggedCtl(lab.uri, lab.directory / "ctl")
+
+
+@pytest.fixture(scope="module")
+def connection(lab: Lab) -> Iterator[Connection]:
+    with open_connection(lab.uri) as connection:
+        yield connection
+
+
+@pytest.fixture(scope="module")
+def linux(lab: DaemonLab) -> AgentGuest:
+    """A guest with a system, its agent, and two disks with ext4."""
+    disks = [DiskSpec(target=name, path=make_ext4(lab.images / name)) for name in ("vda", "vdb")]
+    linux = agent_guest(lab, disks=disks)
+    linux.start()
+    return linux
+
+
+@pytest.fixture
+def witness(
+    ctl: RiggedCtl, guest: Guest, tmp_path: Path, request: pytest.FixtureRequest
+) -> Witness:
+    """A set of its own, of a guest with data; the checkpoints of earlier ones are gone."""
+    witness = Witness(ctl, guest, tmp_path, f"set{abs(hash(request.node.name)) % 1000}")
+    witness.delete_checkpoints()
+    witness.fill()
+    return witness

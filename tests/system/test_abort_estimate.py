@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,18 +25,6 @@ from tests.lab.guest import Guest
 pytestmark = pytest.mark.system
 MIB = 1024 * 1024
 KIB = 1024
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
-def connection(lab: DaemonLab) -> Iterator[Connection]:
-    with open_connection(lab.uri) as connection:
-        yield connection
 
 
 @pytest.fixture

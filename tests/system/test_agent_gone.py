@@ -15,12 +15,6 @@ pytestmark = pytest.mark.system
 DOMAIN = 20
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
 @pytest.fixture
 def here(lab: DaemonLab, tmp_path: Path) -> Iterator[Scene]:
     """A guest with a channel, and nobody at its end."""

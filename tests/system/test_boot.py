@@ -45,12 +45,6 @@ SCREEN = (
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
 def production(lab: DaemonLab) -> Iterator[Scene]:
     """A running guest, beside a disk that only the test writes to."""
     directory = lab.directory / "w"

@@ -1,7 +1,6 @@
 """A random history of one guest, saved into two sets: each point comes back bit for bit."""
 
 import random
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -13,16 +12,11 @@ from tests.lab.embed import EmbeddedLab
 from tests.lib.scene import Saved, Scene, scene
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(300)]
+LAB = EmbeddedLab
 KIB = 1024
 STEPS = 8
 OPERATIONS = 14
 OPTIONS = {"plain": (), "lz4": ("-z",)}
-
-
-@pytest.fixture
-def lab() -> Iterator[EmbeddedLab]:
-    with EmbeddedLab() as lab:
-        yield lab
 
 
 def make_disks(lab: EmbeddedLab, rng: random.Random) -> list[DiskSpec]:

@@ -29,12 +29,6 @@ DOMAIN = 20
 AGENT = {("guest", "warn")}
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
 @contextmanager
 def mounted(path: Path, options: str) -> Iterator[Path]:
     path.mkdir(parents=True, exist_ok=True)

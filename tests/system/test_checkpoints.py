@@ -32,12 +32,6 @@ TWO = (DiskSpec(target="vda", size=8 * MIB), DiskSpec(target="vdb", size=8 * MIB
 FOREIGN = ("bitmap0", "nbdbackup", "nbdbackup.x", "nbdbackup2.x.y")
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
 @pytest.fixture
 def here(lab: DaemonLab, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
     """A guest with data on two disks and a full of it."""

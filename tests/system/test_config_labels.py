@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,12 +19,6 @@ pytestmark = pytest.mark.system
 GOLD = "match:\n  metadata:\n    tier: gold\nstrict: yes\n"
 OTHER = "match:\n  metadata:\n    '{urn:other}owner/team@name': 'a*'\nthreshold: 3M\n"
 DISK = DiskSpec(target="vda", size=MIB)
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
 
 
 def applied(here: Scene, directory: Path, name: str) -> set[str]:

@@ -24,12 +24,6 @@ pytestmark = pytest.mark.system
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
 @pytest.fixture
 def connection(lab: DaemonLab) -> Iterator[Connection]:
     with open_connection(lab.uri) as connection:

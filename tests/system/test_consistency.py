@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.agent_guest import AgentGuest, agent_guest, make_ext4
+from tests.lab.agent_guest import AgentGuest
 from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec
 from tests.lib.scene import WARNED, Saved, Scene, scene, scene_of, tree
@@ -17,20 +17,6 @@ from tests.lib.scene import WARNED, Saved, Scene, scene, scene_of, tree
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 KIB = 1024
 DOMAIN = 20
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
-def linux(lab: DaemonLab) -> AgentGuest:
-    disks = [DiskSpec(target=name, path=make_ext4(lab.images / name)) for name in ("vda", "vdb")]
-    linux = agent_guest(lab, disks=disks)
-    linux.start()
-    return linux
 
 
 @pytest.fixture

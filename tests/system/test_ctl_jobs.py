@@ -20,12 +20,6 @@ PULL = """<domainbackup mode='pull'><server transport='unix' socket='{socket}'/>
 <disk name='vdb' backup='no'/></disks></domainbackup>"""
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
 @pytest.fixture
 def here(lab: DaemonLab, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
     disks = [

@@ -24,11 +24,11 @@ KILL = "KILL@disk-copied#1"
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+def here(lab: DaemonLab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     """A guest with a full of it, for one test after the other."""
     options = GuestOptions(uuid=str(uuid.uuid4()))
     directory = tmp_path_factory.mktemp("told")
-    with DaemonLab() as lab, scene(lab, directory, "told", [DISK], options) as here:
+    with scene(lab, directory, "told", [DISK], options) as here:
         here.guest.write("vda", 0, MIB, 1)
         here.save()
         yield here

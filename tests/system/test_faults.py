@@ -3,7 +3,6 @@
 import contextlib
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,32 +20,10 @@ from tests.lib.told import told
 from tests.lib.witness import Witness, wait_for_copy, wait_for_job
 
 pytestmark = pytest.mark.system
+SMALL_MIB = 24
 
 DISKS = (DiskSpec(target="vda", size=32 * MIB), DiskSpec(target="vdb", size=16 * MIB))
 SLOW = "SLOW0.2@block-written#2"
-
-
-@pytest.fixture(scope="module")
-def scratch() -> Iterator[Path]:
-    """A file system of 24 MiB; mounted before libvirtd begins, or QEMU might not see it."""
-    path = Path(tempfile.mkdtemp(prefix="nbl-", dir="/tmp"))
-    path.chmod(0o711)
-    run(["mount", "-t", "tmpfs", "-o", "size=24M,mode=711", "tmpfs", path])
-    yield path
-    run(["umount", path])
-    path.rmdir()
-
-
-@pytest.fixture(scope="module")
-def lab(scratch: Path) -> Iterator[DaemonLab]:
-    assert scratch.is_mount()
-    with DaemonLab() as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
-def ctl(lab: DaemonLab) -> RiggedCtl:
-    return RiggedCtl(lab.uri, lab.directory / "ctl")
 
 
 @pytest.fixture(scope="module")
@@ -63,23 +40,13 @@ def guest(only_guest: Guest) -> Guest:
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
+def target(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 MiB for sets."""
     path = tmp_path / "small"
     path.mkdir()
     run(["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", path])
     yield path
     run(["umount", path])
-
-
-@pytest.fixture
-def witness(
-    ctl: RiggedCtl, guest: Guest, tmp_path: Path, request: pytest.FixtureRequest
-) -> Witness:
-    witness = Witness(ctl, guest, tmp_path, f"set{abs(hash(request.node.name)) % 1000}")
-    witness.delete_checkpoints()
-    witness.fill()
-    return witness
 
 
 def one_line(text: str) -> str:
@@ -104,20 +71,20 @@ def resize(path: Path, size: str) -> None:
     run(["mount", "-o", f"remount,size={size}", path])
 
 
-def test_target_runs_full(witness: Witness, small: Path) -> None:
-    witness.path = small / "set"
-    resize(small, "5M")
+def test_target_runs_full(witness: Witness, target: Path) -> None:
+    witness.path = target / "set"
+    resize(target, "5M")
     error = one_line(witness.run("-l", "full", code=50).stderr)
     assert "No space left on device" in error
     assert str(witness.path) in error
     assert "free space" in error
     assert witness.points() == []
     witness.assert_clean()
-    resize(small, "64M")
+    resize(target, "64M")
     ok(witness, "full")
-    ballast = small / "ballast"
-    ballast.write_bytes(bytes(small.stat().st_blksize))
-    run(["fallocate", "-l", str(free(small) - 2 * MIB), ballast])
+    ballast = target / "ballast"
+    ballast.write_bytes(bytes(target.stat().st_blksize))
+    run(["fallocate", "-l", str(free(target) - 2 * MIB), ballast])
     witness.fill(4 * MIB)
     assert "No space left" in one_line(witness.run(code=50).stderr)
     witness.assert_clean()
@@ -157,14 +124,14 @@ def test_target_fails_at_any_step(witness: Witness, ctl: RiggedCtl) -> None:
     ok(witness, "inc")
 
 
-def test_target_turns_read_only(witness: Witness, guest: Guest, small: Path) -> None:
-    witness.path = small / "set"
+def test_target_turns_read_only(witness: Witness, guest: Guest, target: Path) -> None:
+    witness.path = target / "set"
     witness.run("-l", "full")
     witness.change()
-    run(["mount", "-o", "remount,ro", small])
+    run(["mount", "-o", "remount,ro", target])
     assert "read-only" in one_line(witness.run(code=50).stderr)
     assert guest.block_jobs() == []
-    run(["mount", "-o", "remount,rw", small])
+    run(["mount", "-o", "remount,rw", target])
     ok(witness, "inc")
 
 
@@ -186,9 +153,9 @@ def test_target_vanishes(witness: Witness, guest: Guest, ctl: RiggedCtl) -> None
 
 
 def test_scratch_fills_up(
-    witness: Witness, guest: Guest, ctl: RiggedCtl, scratch: Path, monkeypatch: pytest.MonkeyPatch
+    witness: Witness, guest: Guest, ctl: RiggedCtl, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ctl, "scratch", scratch)
+    monkeypatch.setattr(ctl, "scratch", small)
     guest.write("vda", 0, 32 * MIB, 1)
     options = ("-o", witness.path, "--scratch-reserve", "8M")
     with ctl.rigged(SLOW), ctl.start("backup", guest.name, *options) as process:
@@ -203,7 +170,7 @@ def test_scratch_fills_up(
     assert "the job was ended; no disk of the guest shows an error" in stderr
     logs = [path.read_text() for path in witness.path.glob("logs/*")]
     assert any("scratch-low" in told(log) for log in logs), logs
-    assert str(scratch) in stderr
+    assert str(small) in stderr
     assert "--scratch-dir" in stderr
     assert not guest.is_paused()
     for device in guest.qmp("query-blockstats"):
@@ -226,11 +193,11 @@ def fill(path: Path) -> None:
 
 
 def test_a_guest_that_writes_as_fast_as_it_can(
-    lab: DaemonLab, ctl: RiggedCtl, scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lab: DaemonLab, ctl: RiggedCtl, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G-4: the job ends before the guest sees an error; where it can't, it says so and lets go."""
-    monkeypatch.setattr(ctl, "scratch", scratch)
-    run(["mount", "-o", "remount,size=160M", scratch])
+    monkeypatch.setattr(ctl, "scratch", small)
+    run(["mount", "-o", "remount,size=160M", small])
     quick = lab.guest("quick", [DiskSpec(target="vda", size=192 * MIB)], GuestOptions(iothreads=1))
     quick.start()
     witness = Witness(ctl, quick, tmp_path, "quick")
@@ -249,10 +216,10 @@ def test_a_guest_that_writes_as_fast_as_it_can(
 
 
 def test_a_guest_that_was_held_goes_on(
-    lab: DaemonLab, ctl: RiggedCtl, scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lab: DaemonLab, ctl: RiggedCtl, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G-4: space that goes at once can't be watched: the guest is let go, and that is said."""
-    monkeypatch.setattr(ctl, "scratch", scratch)
+    monkeypatch.setattr(ctl, "scratch", small)
     console = lab.directory / "console"
     image = bootsector.make_disk(lab.images / "held.qcow2", 32 * MIB, 1)
     disk = DiskSpec(target="vda", path=image, size=32 * MIB)
@@ -265,14 +232,14 @@ def test_a_guest_that_was_held_goes_on(
     with slow, ctl.start("backup", held.name, *options) as process:
         wait_for_job(held)
         # nothing that it wrote before is written again without space
-        fill(scratch)
+        fill(small)
         held.virsh("resume", "--domain", held.name)
         _, stderr = process.communicate(timeout=100)
     assert process.returncode == 30, stderr
     assert "the guest was held by an error of vda meanwhile, and goes on" in one_line(stderr)
     before = len(bootsector.said(console))
     wait_until(lambda: len(bootsector.said(console)) > before, "more writes of the guest", 30)
-    (scratch / "ballast").unlink()
+    (small / "ballast").unlink()
     held.destroy()
 
 

@@ -26,28 +26,13 @@ from nbdbackupd.virt import guest as guest_agent
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.connection import open_connection
 from nbdbackupd.virt.domain import Domain
-from tests.lab.agent_guest import AgentGuest, agent_guest, make_ext4
+from tests.lab.agent_guest import AgentGuest
 from tests.lab.daemon import DaemonLab
-from tests.lab.disks import DiskSpec
 from tests.lab.process import wait_until
 from tests.lib.rigged import RiggedCtl
 from tests.lib.told import heard
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
-def linux(lab: DaemonLab) -> AgentGuest:
-    disks = [DiskSpec(target=name, path=make_ext4(lab.images / name)) for name in ("vda", "vdb")]
-    linux = agent_guest(lab, disks=disks)
-    linux.start()
-    return linux
 
 
 @pytest.fixture

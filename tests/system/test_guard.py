@@ -8,7 +8,7 @@ from happening, and ends the job of a run that is dead at once.
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,12 +58,6 @@ ENDS = {
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
 def shared(lab: DaemonLab) -> Guest:
     return lab.guest("vm1", DISKS, GuestOptions(iothreads=2))
 
@@ -76,18 +70,9 @@ def guest(shared: Guest) -> Guest:
     return shared
 
 
-@pytest.fixture(scope="module")
-def ctl(lab: DaemonLab) -> RiggedCtl:
-    return RiggedCtl(lab.uri, lab.directory / "ctl")
-
-
 @pytest.fixture
-def witness(
-    ctl: RiggedCtl, guest: Guest, tmp_path: Path, request: pytest.FixtureRequest
-) -> Witness:
-    witness = Witness(ctl, guest, tmp_path, f"set{abs(hash(request.node.name)) % 1000}")
-    witness.delete_checkpoints()
-    witness.fill()
+def witness(witness: Witness) -> Witness:
+    """It has a full, and the guest has gone on since."""
     witness.run("-l", "full")
     witness.change()
     return witness

@@ -67,12 +67,6 @@ class Canaries:
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
 def production(lab: DaemonLab) -> Iterator[Scene]:
     directory = lab.directory / "w"
     directory.mkdir(mode=0o755)

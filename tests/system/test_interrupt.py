@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,31 +37,10 @@ MOMENTS = [
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
 def guest(lab: DaemonLab) -> Guest:
     guest = lab.guest("vm 1", DISKS)
     guest.start()
     return guest
-
-
-@pytest.fixture(scope="module")
-def ctl(lab: DaemonLab) -> RiggedCtl:
-    return RiggedCtl(lab.uri, lab.directory / "ctl")
-
-
-@pytest.fixture
-def witness(
-    ctl: RiggedCtl, guest: Guest, tmp_path: Path, request: pytest.FixtureRequest
-) -> Witness:
-    witness = Witness(ctl, guest, tmp_path, f"set{abs(hash(request.node.name)) % 1000}")
-    witness.delete_checkpoints()
-    witness.fill()
-    return witness
 
 
 def exit_code(fault: str) -> int:

@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -73,12 +73,6 @@ def records(text: str) -> list[dict[str, Any]]:
 
 
 JSON: Final = ("journalctl", "--no-pager", "--all", "-o", "json")
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
 
 
 def remove_bitmap(guest: Guest, target: str, name: str) -> None:

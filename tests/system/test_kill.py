@@ -1,7 +1,6 @@
 """A run that is killed or interrupted at any step loses nothing and leaves nothing for ever."""
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from tests.lib.rigged import RiggedCtl
 from tests.lib.witness import Witness
 
 pytestmark = pytest.mark.system
+LAB = EmbeddedLab
 
 DISKS = (DiskSpec(target="vda", size=16 * MIB), DiskSpec(target="vdb", size=16 * MIB))
 FILES = 11
@@ -55,30 +55,10 @@ SOME_BEFORE = [fault for number, fault in enumerate(BEFORE_COMMIT) if number % 3
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[EmbeddedLab]:
-    with EmbeddedLab() as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
 def guest(lab: EmbeddedLab) -> Guest:
     guest = lab.guest("vm1", DISKS)
     guest.start()
     return guest
-
-
-@pytest.fixture(scope="module")
-def ctl(lab: EmbeddedLab) -> RiggedCtl:
-    return RiggedCtl(lab.uri, lab.directory / "ctl")
-
-
-@pytest.fixture
-def alone(ctl: RiggedCtl, guest: Guest, tmp_path: Path, request: pytest.FixtureRequest) -> Witness:
-    """A set of its own; the checkpoints of earlier ones are gone."""
-    witness = Witness(ctl, guest, tmp_path, f"set{abs(hash(request.node.name)) % 1000}")
-    witness.delete_checkpoints()
-    witness.fill()
-    return witness
 
 
 def killed(witness: Witness, fault: str, *options: str) -> None:
@@ -88,76 +68,76 @@ def killed(witness: Witness, fault: str, *options: str) -> None:
 
 
 @pytest.mark.parametrize("fault", SOME_BEFORE + AFTER_COMMIT)
-def test_killed_full(alone: Witness, fault: str) -> None:
-    killed(alone, fault, "-l", "full")
-    is_committed = len(alone.points()) == 1
+def test_killed_full(witness: Witness, fault: str) -> None:
+    killed(witness, fault, "-l", "full")
+    is_committed = len(witness.points()) == 1
     assert is_committed == (fault in AFTER_COMMIT)
-    alone.change()
-    point = alone.run().json["point"]
+    witness.change()
+    point = witness.run().json["point"]
     assert point["level"] == ("inc" if is_committed else "full")
     assert point["warnings"] == []
-    alone.assert_clean()
-    alone.change()
-    assert alone.run("-l", "inc").json["point"]["warnings"] == []
-    alone.assert_clean()
-    alone.check_all()
+    witness.assert_clean()
+    witness.change()
+    assert witness.run("-l", "inc").json["point"]["warnings"] == []
+    witness.assert_clean()
+    witness.check_all()
 
 
 @pytest.mark.timeout(400)  # two runs for each fault
-def test_killed_increments(alone: Witness) -> None:
+def test_killed_increments(witness: Witness) -> None:
     """One long chain, so that what one kill leaves could harm all that come later."""
-    alone.run("-l", "full")
+    witness.run("-l", "full")
     for fault in BEFORE_COMMIT + AFTER_COMMIT + AFTER_COMMIT_OF_INCREMENT:
-        before = len(alone.points())
-        alone.change()
-        killed(alone, fault)
-        assert (len(alone.points()) - before == 1) == (fault not in BEFORE_COMMIT), fault
-        alone.change()
-        point = alone.run("-l", "auto").json["point"]
+        before = len(witness.points())
+        witness.change()
+        killed(witness, fault)
+        assert (len(witness.points()) - before == 1) == (fault not in BEFORE_COMMIT), fault
+        witness.change()
+        point = witness.run("-l", "auto").json["point"]
         assert point["level"] == "inc"
         assert point["warnings"] == [], fault
-        alone.assert_clean()
-    alone.check_all()
+        witness.assert_clean()
+    witness.check_all()
 
 
 @pytest.mark.parametrize("fault", [BEFORE_COMMIT[7], *AFTER_COMMIT[:2]])
 @pytest.mark.parametrize("is_there", [True, False], ids=["there", "unmounted"])
 def test_another_set_between(
-    alone: Witness, ctl: RiggedCtl, guest: Guest, tmp_path: Path, fault: str, *, is_there: bool
+    witness: Witness, ctl: RiggedCtl, guest: Guest, tmp_path: Path, fault: str, *, is_there: bool
 ) -> None:
     """A run into another set sweeps up after the dead one, and harms none of its chain."""
-    alone.run("-l", "full")
-    alone.change()
-    killed(alone, fault)
+    witness.run("-l", "full")
+    witness.change()
+    killed(witness, fault)
     other = Witness(ctl, guest, tmp_path, "other")
     away = tmp_path / "away"
     if not is_there:
-        alone.path.rename(away)
+        witness.path.rename(away)
     # W-1: what a dead run left in a set that is away stays, and is warned of
     other.run("-l", "full", code=0 if is_there else 3)
     if not is_there:
-        away.rename(alone.path)
-    alone.change()
-    point = alone.run().json["point"]
+        away.rename(witness.path)
+    witness.change()
+    point = witness.run().json["point"]
     assert point["level"] == "inc"
     assert point["warnings"] == []
     other.run("-l", "inc")
-    bases = {each.points()[-1]["checkpoint"] for each in (alone, other)}
-    assert alone.checkpoints() == bases
-    for each in (alone, other):
+    bases = {each.points()[-1]["checkpoint"] for each in (witness, other)}
+    assert witness.checkpoints() == bases
+    for each in (witness, other):
         each.assert_no_files()
         each.check_all()
 
 
-def test_killed_again_and_again(alone: Witness) -> None:
+def test_killed_again_and_again(witness: Witness) -> None:
     """The run that sweeps up after a dead one is killed, too."""
-    alone.run("-l", "full")
-    alone.change()
-    killed(alone, "KILL+@block-written#2")
-    killed(alone, "KILL@checkpoint-deleted#1")
-    killed(alone, "KILL+@checkpoint-deleted#1")
-    killed(alone, "KILL@draft-removed#1")
-    alone.change()
-    assert alone.run().json["point"]["warnings"] == []
-    alone.assert_clean()
-    alone.check_all()
+    witness.run("-l", "full")
+    witness.change()
+    killed(witness, "KILL+@block-written#2")
+    killed(witness, "KILL@checkpoint-deleted#1")
+    killed(witness, "KILL+@checkpoint-deleted#1")
+    killed(witness, "KILL@draft-removed#1")
+    witness.change()
+    assert witness.run().json["point"]["warnings"] == []
+    witness.assert_clean()
+    witness.check_all()

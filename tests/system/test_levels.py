@@ -16,12 +16,6 @@ USAGE, DOMAIN, REPOSITORY = 2, 20, 50
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
 def guest(lab: DaemonLab) -> Guest:
     """A guest whose disks no test changes but by writing."""
     iso = lab.images / "cd.iso"

@@ -29,12 +29,6 @@ PRESERVE_GUEST = 1 << 1
 UNKNOWN_FLAG = 1 << 13
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
 @pytest.fixture
 def here(lab: DaemonLab, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
     """A running guest with a full of it."""

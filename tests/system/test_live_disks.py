@@ -1,7 +1,6 @@
 """Disks that are no ordinary ones: attached to the running domain alone, or of no bytes."""
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -13,12 +12,7 @@ from tests.lab.embed import EmbeddedLab
 from tests.lib.scene import WARNED, Scene, assert_same, scene
 
 pytestmark = pytest.mark.system
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[EmbeddedLab]:
-    with EmbeddedLab() as lab:
-        yield lab
+LAB = EmbeddedLab
 
 
 def attach_live(here: Scene, target: str, size: int) -> None:

@@ -17,6 +17,7 @@ from tests.lib.rigged import RiggedCtl
 from tests.lib.witness import Witness
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
+LAB = EmbeddedLab
 
 KIB = 1024
 DISKS = (
@@ -26,33 +27,32 @@ DISKS = (
 
 
 @pytest.fixture(scope="module")
-def guest() -> Iterator[tuple[EmbeddedLab, Guest]]:
-    with EmbeddedLab() as lab:
-        machine = lab.guest("vm1", DISKS)
-        machine.start()
-        yield lab, machine
+def guest(lab: EmbeddedLab) -> Guest:
+    guest = lab.guest("vm1", DISKS)
+    guest.start()
+    return guest
 
 
 @pytest.fixture(scope="module", params=["", "-z"], ids=["plain", "lz4"])
 def chain(
-    guest: tuple[EmbeddedLab, Guest],
+    lab: EmbeddedLab,
+    guest: Guest,
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Witness:
     """A full, increments, and one in which a disk that has grown was read in full."""
-    lab, machine = guest
     ctl = RiggedCtl(lab.uri, lab.directory / f"ctl{request.param}")
-    witness = Witness(ctl, machine, tmp_path_factory.mktemp("map"))
+    witness = Witness(ctl, guest, tmp_path_factory.mktemp("map"))
     options = [request.param] if request.param else []
     witness.fill(6 * MIB)
     witness.run("-l", "full", *options)
     for _ in range(2):
         witness.change()
         witness.run("-l", "inc", *options)
-    size = machine.disk_size("vdb") + MIB
-    machine.virsh("blockresize", "vm1", "vdb", f"{size}B")
+    size = guest.disk_size("vdb") + MIB
+    guest.virsh("blockresize", "vm1", "vdb", f"{size}B")
     witness.change()
-    machine.write("vdb", size - 64 * KIB, 64 * KIB, 0x77)
+    guest.write("vdb", size - 64 * KIB, 64 * KIB, 0x77)
     witness.run("-l", "inc", *options, code=3)
     witness.change()
     witness.run("-l", "diff", *options)

@@ -6,7 +6,6 @@ import shutil
 import struct
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from tests.lab.embed import EmbeddedLab
 from tests.lib.ctl import PYTHON, ROOT, Ctl
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
+LAB = EmbeddedLab
 
 LIMIT = 120 * MIB
 KIB = 1024
@@ -28,17 +28,6 @@ subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 log = logging.getLogger(__name__)
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[EmbeddedLab]:
-    with EmbeddedLab() as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
-def ctl(lab: EmbeddedLab) -> Ctl:
-    return Ctl(lab.uri, lab.directory / "ctl")
 
 
 def peak(ctl: Ctl, verb: str, *arguments: str | Path) -> int:

@@ -11,24 +11,12 @@ from nbdbackupd.ops.backup import metadata
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Draft, Intent
 from nbdbackupd.repo.set_directory import SetDirectory
-from nbdbackupd.virt.connection import Connection, open_connection
+from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
 from tests.lab.daemon import DaemonLab
 
 pytestmark = pytest.mark.system
 GRAPHICS = "<graphics type='vnc' port='-1' passwd='hush'><listen type='none'/></graphics>"
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
-def connection(lab: DaemonLab) -> Iterator[Connection]:
-    with open_connection(lab.uri) as connection:
-        yield connection
 
 
 @pytest.fixture(scope="module")

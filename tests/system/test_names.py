@@ -3,7 +3,6 @@
 import os
 import subprocess
 import uuid
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,12 +19,6 @@ pytestmark = pytest.mark.system
 KIB = 1024
 HOSTILE = "a 'b' \"c\" %41%2F &amp;<x> $(id) `id` ; | * ? \\ ü_é\u2013 "
 SCSI = "<controller type='scsi' model='virtio-scsi'/>"
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
 
 
 def test_hostile_names(lab: DaemonLab, tmp_path: Path) -> None:

@@ -21,12 +21,6 @@ REPOSITORY = 50
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
 def guest(lab: DaemonLab) -> Guest:
     guest = lab.guest("Odd", [DiskSpec(size=8 * MIB)])
     guest.start()

@@ -28,12 +28,6 @@ TWO = (
 )
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
 @contextmanager
 def guest_with(
     lab: DaemonLab, directory: Path, name: str, disks: tuple[DiskSpec, ...]

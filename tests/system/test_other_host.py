@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,12 +26,6 @@ threading.Thread(target=send, daemon=True).start()
 while data := made.recv(65536):
     os.write(1, data)
 """
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -5,7 +5,6 @@ whose increments hold data alone is restored exactly.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from tests.lib.rigged import RiggedCtl
 from tests.lib.witness import Witness
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
+LAB = EmbeddedLab
 
 KIB = 1024
 DISKS = (
@@ -32,32 +32,31 @@ NOWHERE = ("-U", "test:///default")
 
 
 @pytest.fixture(scope="module")
-def guest() -> Iterator[tuple[EmbeddedLab, Guest]]:
-    with EmbeddedLab() as lab:
-        guest = lab.guest("vm1", DISKS)
-        guest.start()
-        yield lab, guest
+def guest(lab: EmbeddedLab) -> Guest:
+    guest = lab.guest("vm1", DISKS)
+    guest.start()
+    return guest
 
 
 @pytest.fixture(scope="module", params=["", "-z", "-z9"], ids=["plain", "lz4", "lz4-9"])
 def chain(
-    guest: tuple[EmbeddedLab, Guest],
+    lab: EmbeddedLab,
+    guest: Guest,
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Witness:
     """A full with data, zeroes and holes; two increments that hold nothing but data."""
-    lab, machine = guest
     ctl = RiggedCtl(lab.uri, lab.directory / "ctl")
-    witness = Witness(ctl, machine, tmp_path_factory.mktemp("peer"))
+    witness = Witness(ctl, guest, tmp_path_factory.mktemp("peer"))
     options = [request.param] if request.param else []
     witness.fill(6 * MIB)
     witness.change()
-    machine.write("vda", 10 * MIB, 300 * KIB, 0)
+    guest.write("vda", 10 * MIB, 300 * KIB, 0)
     witness.run("-l", "full", *options)
     for number in (1, 2):
-        for target in machine.disks:
-            machine.write(target, number * 700 * KIB, 256 * KIB, number)
-            machine.write(target, 12 * MIB + number * KIB, 4 * KIB, 9)
+        for target in guest.disks:
+            guest.write(target, number * 700 * KIB, 256 * KIB, number)
+            guest.write(target, 12 * MIB + number * KIB, 4 * KIB, 9)
         witness.run("-l", "inc", *options)
     return witness
 

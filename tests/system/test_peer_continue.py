@@ -25,12 +25,6 @@ DISKS = (DiskSpec(target="vda", size=8 * MIB), DiskSpec(target="vdb", size=8 * M
 BASE = "virtnbdbackup.0"
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
 BOTH = pytest.mark.parametrize("suite", [BOOKWORM, TRIXIE])
 ONE = pytest.mark.parametrize("suite", [TRIXIE])
 

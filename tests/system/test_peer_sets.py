@@ -30,12 +30,6 @@ WARNED = 3
 FORMS = {"plain": (), "lz4": ("-z",)}
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
 @pytest.fixture(scope="module", params=[BOOKWORM, TRIXIE])
 def made(
     lab: DaemonLab, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

@@ -23,6 +23,7 @@ from tests.lib.ctl import PYTHON, ROOT
 from tests.lib.scene import Saved, Scene, assert_same, scene
 
 pytestmark = pytest.mark.system
+LAB = EmbeddedLab
 
 UUID = "0f1e2d3c-4b5a-4978-8695-a4b3c2d1e0ff"
 DEVICES = """
@@ -44,12 +45,6 @@ CARD = """
   <source><address domain='0x0000' bus='0x77' slot='0x00' function='0x0'/></source>
 </hostdev>
 """
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[EmbeddedLab]:
-    with EmbeddedLab() as lab:
-        yield lab
 
 
 @pytest.fixture(scope="module")

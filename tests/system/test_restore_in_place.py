@@ -31,12 +31,6 @@ USAGE, DOMAIN, SOURCE, INTEGRITY, BUSY = 2, 20, 30, 40, 75
 SIZE = 8 * MIB
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
 @pytest.fixture
 def here(lab: DaemonLab, tmp_path: Path) -> Iterator[Scene]:
     """A guest with an image file, a raw and a qcow2 block device, and two points of it; off."""

@@ -22,12 +22,6 @@ pytestmark = pytest.mark.system
 USAGE, WARNED, DOMAIN, INTEGRITY, REPOSITORY = 2, 3, 20, 40, 50
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
 @pytest.fixture
 def pool(lab: DaemonLab, tmp_path: Path) -> Iterator[str]:
     """A pool that is a directory with an odd name."""

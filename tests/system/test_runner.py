@@ -31,12 +31,6 @@ DOMAIN, SOURCE, REPOSITORY, BUSY = 20, 30, 50, 75
 LATER = "LATER40@clock-read#1"
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
 @dataclass(frozen=True)
 class Appliance:
     """A scene whose runs read a configuration below ``directory``."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -41,36 +40,10 @@ from tests.lab.process import wait_until
 from tests.lib.told import heard
 
 pytestmark = pytest.mark.system
+SMALL_MIB = 32
 MIB = 1024 * 1024
 KIB = 1024
 STAYING: list[nbd.NBD] = []
-
-
-@pytest.fixture(scope="module")
-def small() -> Iterator[Path]:
-    """A file system of 32 MiB; mounted before libvirtd begins, or QEMU would not see it.
-
-    Not among pytest's directories, where only root gets through: QEMU has another user here.
-    """
-    path = Path(tempfile.mkdtemp(prefix="nbs-", dir="/tmp"))
-    path.chmod(0o755)
-    run(["mount", "-t", "tmpfs", "-o", "size=32M,mode=711", "none", path])
-    yield path
-    run(["umount", path])
-    path.rmdir()
-
-
-@pytest.fixture(scope="module")
-def lab(small: Path) -> Iterator[DaemonLab]:
-    assert small.is_mount()
-    with DaemonLab() as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
-def connection(lab: DaemonLab) -> Iterator[Connection]:
-    with open_connection(lab.uri) as connection:
-        yield connection
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import random
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,17 +45,6 @@ done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, check=True, text=Tru
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
 print(json.dumps({"seconds": used.ru_utime + used.ru_stime, "report": json.loads(done.stdout)}))
 """
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
-def ctl(lab: DaemonLab) -> Ctl:
-    return Ctl(lab.uri, lab.directory / "ctl")
 
 
 def off_guest(lab: DaemonLab, name: str, disk: DiskSpec) -> Guest:

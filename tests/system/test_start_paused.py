@@ -19,12 +19,6 @@ DISKS = (DiskSpec(target="vda", size=16 * MIB), DiskSpec(target="vdb", size=8 * 
 MARKER = "started-paused"
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
 @pytest.fixture
 def off(lab: DaemonLab, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
     """A domain with data that was shut down in order."""

@@ -4,7 +4,6 @@ import os
 import random
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,21 +23,10 @@ HIDDEN = "pa55 w0rd'\"<&>"
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[DaemonLab]:
-    with DaemonLab() as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
 def guest(lab: DaemonLab) -> Guest:
     guest = lab.guest("vm1", [DiskSpec(size=16 * MIB)])
     guest.start()
     return guest
-
-
-@pytest.fixture(scope="module")
-def ctl(lab: DaemonLab) -> RiggedCtl:
-    return RiggedCtl(lab.uri, lab.directory / "ctl")
 
 
 @pytest.fixture

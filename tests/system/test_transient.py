@@ -64,6 +64,9 @@ class HookedLab(DaemonLab):
         return [each.partition("@")[0] for each in found if each.endswith(f"@{name}.service")]
 
 
+LAB = HookedLab
+
+
 class TransientGuest:
     """Runs a guest without leaving libvirt a definition."""
 
@@ -92,12 +95,6 @@ class TransientGuest:
         assert process.wait(30)
         self.guest.close()
         self.wait_gone()
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[HookedLab]:
-    with HookedLab() as lab:
-        yield lab
 
 
 @dataclass(frozen=True)
