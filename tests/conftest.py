@@ -8,6 +8,8 @@ from collections.abc import Generator
 
 import pytest
 
+pytest_plugins = ["tests.lib.fresh"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
