@@ -215,7 +215,7 @@ def test_a_silent_server_ends_the_copy(tmp_path: Path) -> None:
         begun = time.monotonic()
         with pytest.raises(NbdError, match="for 1 s"):
             run(Endpoint(socket=socket, export=""), Memory(), seconds=1.0)
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 20
 
 
 def test_cancel_ends_the_copy_soon(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_cancel_ends_the_copy_soon(tmp_path: Path) -> None:
 
     with serve(tmp_path, *argv) as (socket, _), pytest.raises(Interrupted):
         run(Endpoint(socket=socket, export=""), Memory(), cancelled=cancelled)
-    assert time.monotonic() - deadline < 2
+    assert time.monotonic() - deadline < 8
     assert threading.active_count() == 1
 
 

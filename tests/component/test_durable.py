@@ -132,7 +132,7 @@ def test_lock_waits_up_to_its_deadline(tmp_path: Path) -> None:
         begin = time.monotonic()
         with pytest.raises(BusyError, match="is locked by process"):
             durable.Lock(path, owner="me", wait=durable.Wait(seconds=0.3)).__enter__()
-        assert 0.3 <= time.monotonic() - begin < 5
+        assert 0.3 <= time.monotonic() - begin < 20
         timer = threading.Timer(0.3, child.send_signal, [signal.SIGKILL])
         timer.start()
         with durable.Lock(path, owner="me", wait=durable.Wait(seconds=30)) as lock:

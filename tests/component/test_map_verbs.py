@@ -141,7 +141,7 @@ def test_clients_that_stay_keep_nothing_alive(ctl: Ctl, made: SetBuilder) -> Non
             process.send_signal(signum)
             process.communicate(timeout=SECONDS)
             wait_for(lambda: servers(ctl) == [])
-            assert time.monotonic() - begun < 4
+            assert time.monotonic() - begun < 15
             assert process.returncode == code
     report = ctl("map", made.path, "--detach", "--json").json
     with idle_client(report["map"]["disks"][1]):

@@ -43,7 +43,7 @@ def test_children_die_with_a_killed_parent() -> None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         parent.kill()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while is_running(child):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -85,7 +85,7 @@ def test_output_and_input(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_failures_are_told_apart(argv: list[str], message: str) -> None:
     with pytest.raises(ProcessError, match=message):
-        proc.output(argv, timeout=2)
+        proc.output(argv, timeout=5)
 
 
 def test_what_is_no_program(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_timeout_kills_the_whole_group(tmp_path: Path) -> None:
     begin = time.monotonic()
     with pytest.raises(ProcessError, match=r"sh did not end within 0\.5 s"):
         proc.output(["sh", "-c", script], timeout=0.5)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 30
     assert not is_running(int((tmp_path / "pid").read_text()))
 
 
@@ -137,10 +137,10 @@ def test_stubborn_program_is_killed_after_the_grace(tmp_path: Path) -> None:
     argv = ["sh", "-c", f"trap '' TERM; touch {ready}; sleep 60; sleep 60"]
     begin = time.monotonic()
     with proc.spawn(argv, grace_seconds=0.3) as child:
-        while not ready.exists() and time.monotonic() - begin < 10:
+        while not ready.exists() and time.monotonic() - begin < 30:
             time.sleep(0.01)
     assert not is_running(child.pid)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 30
 
 
 def test_death_is_noticed_with_last_words() -> None:
@@ -254,7 +254,7 @@ def test_what_must_finish_outlives_its_deadline(tmp_path: Path) -> None:
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not path.exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)

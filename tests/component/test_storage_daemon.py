@@ -329,7 +329,7 @@ def test_a_silent_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(ProcessError, match=r"did not answer query-.* within 0\.3 s"):
             server.nodes()
         os.kill(server.pid, signal.SIGCONT)
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 20
 
 
 def test_descriptors_are_handed_on(tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_what_a_monitor_may_say(said: bytes, message: str) -> None:
         theirs.sendall(said)
         theirs.shutdown(socket.SHUT_WR)
         if not message:
-            assert Monitor(ours, "p", timeout=1).execute("a", {"b": None}) == 5
+            assert Monitor(ours, "p", timeout=20).execute("a", {"b": None}) == 5
             assert theirs.recv(1000).endswith(b'{"execute": "a", "arguments": {"b": null}}\n')
             return
         with pytest.raises(ProcessError, match=message):

@@ -208,7 +208,7 @@ def test_cancel_while_the_server_sleeps(tmp_path: Path) -> None:
         begun = time.monotonic()
         with pytest.raises(Interrupted):
             fill_all(endpoint, Patience(30, cancelled))
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 20
 
 
 def test_memory_stays_flat(tmp_path: Path) -> None:
@@ -254,4 +254,4 @@ def test_server_goes_with_its_clients(tmp_path: Path) -> None:
         nbd_server.serve(path, format="qcow2", endpoint=tmp_path / "s", clients=1, cancelled=never),
     ):
         raise RuntimeError
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20

@@ -317,7 +317,8 @@ def test_the_hook_without_libvirt(appliance: Appliance) -> None:
         begun = time.monotonic()
         done = host.call(HOOK, "vm8", *words, stdin=xml)
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-        assert time.monotonic() - begun < 3
+        # libvirt hangs for as long as it takes
+        assert time.monotonic() - begun < 13
 
     pid = host.run("systemctl", "show", "--value", "-p", "MainPID", "libvirtd.service").strip()
     host.run("kill", "-STOP", pid)

@@ -188,7 +188,7 @@ def check_unlocked(path: Path) -> None:
                 return False
         return True
 
-    wait_until(is_free, f"end of the readers that hold {path}", 2)
+    wait_until(is_free, f"end of the readers that hold {path}", 30)
 
 
 def prove(world: World, target: SetModel, point: str) -> None:
