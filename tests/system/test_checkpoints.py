@@ -497,7 +497,9 @@ def test_a_chain_that_has_lost_its_bitmaps_is_not_carried(here: Scene, tmp_path:
     state = ("--checkpoint-dir", str(here.ctl.state))
     here.ctl("checkpoints", here.guest.name, "--repair", *state, code=None)
     here.guest.start()
-    here.ctl("checkpoints", here.guest.name, "--repair", *state, code=None)
+    repaired = here.ctl("checkpoints", here.guest.name, "--repair", *state, code=None).stdout
+    assert "has lost its bitmap, and the next run reads whole" in repaired
+    assert "the next increment starts from it" not in repaired
     found = here.ctl("check", here.guest.name, "-o", tmp_path / "other", *state, code=None)
     assert "carry bitmaps" not in found.stdout
     assert here.save(into=tmp_path / "other", code=WARNED).report["notes"] == []

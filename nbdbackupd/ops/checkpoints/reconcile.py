@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
 from nbdbackupd import events
 from nbdbackupd.errors import (
@@ -175,7 +176,7 @@ def apply(
             # a transient one: libvirt is told when it knows it again
             continue
         cancelled()
-        problem = ""
+        problem, seen = "", step
         try:
             is_done = _carry_out(domain, step, xml, erase, cancelled)
         except GaveWayError:
@@ -184,11 +185,28 @@ def apply(
             problem = err.message
             events.emit(log, events.CHECKPOINT_LEFT, checkpoint=step.name, reason=problem)
         else:
+            seen = _seen(domain, step)
             if is_done:
-                events.emit(log, _EVENTS[step.action], checkpoint=step.name, reason=step.why)
-        results.append(Done(step, problem))
+                events.emit(log, _EVENTS[step.action], checkpoint=step.name, reason=seen.why)
+        results.append(Done(seen, problem))
     return tuple(results)
 
+
+def _seen(domain: Domain, step: Step) -> Step:
+    """The step, with what only the checkpoint that was redefined has shown: its bitmap is lost."""
+    if (
+        step.action is not Action.REDEFINE
+        or not domain.is_active()
+        or _has_bitmap(domain, step.name)
+    ):
+        return step
+    return replace(step, why=LOST)
+
+
+LOST: Final = (
+    "libvirt does not know it; the running QEMU has lost its bitmap, and the next run reads whole "
+    "disks"
+)
 
 _EVENTS = {
     Action.REDEFINE: events.CHECKPOINT_REDEFINED,
