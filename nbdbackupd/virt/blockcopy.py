@@ -11,7 +11,6 @@ from xml.etree import ElementTree as ET
 
 import libvirt
 
-from nbdbackupd.errors import NbdbackupError
 from nbdbackupd.model import bootxml
 from nbdbackupd.model.bootxml import LiveDisk
 from nbdbackupd.virt.domain import Domain
@@ -58,12 +57,3 @@ def pivot(domain: Domain, target: str) -> None:
         f"can't change disk {target} over to its copy",
         lambda each: each.blockJobAbort(target, flag),
     )
-
-
-def give_up(domain: Domain, target: str) -> None:
-    """End the copy of a disk, which stays where it is; no copy is fine."""
-    try:
-        domain.call(f"can't end the copy of {target}", lambda each: each.blockJobAbort(target, 0))
-    except NbdbackupError:
-        if target in disks(domain) and disks(domain)[target].mirror:
-            raise

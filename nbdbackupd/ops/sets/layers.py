@@ -239,14 +239,6 @@ class RawLayer(Layer):
             return self.size
 
 
-def check_is_file(path: Path) -> None:
-    """Prove that a regular file is there.
-
-    Raises IntegrityError.
-    """
-    os.close(open_regular(path))
-
-
 def check_size(path: Path, size: int, **where: object) -> None:
     """Prove that a file is there and has its size.
 
