@@ -1,0 +1,110 @@
+"""How points leave a set: which go as they are, which are merged into a newer one, which stay.
+
+A point on which nothing that stays hangs is dropped. One on which a single increment hangs is
+merged into that: what it holds and the increment does not is kept there. All else stays, with the
+reason.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from nbdbackupd.errors import RepositoryError
+from nbdbackupd.model.chain import BackupSet, DiskMode, RestorePoint
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """The points of ids ``absorbed``, oldest first, become a part of their descendant ``into``."""
+
+    into: str
+    absorbed: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What removing some points of a set means; every doomed id is in one of the three.
+
+    ``dropped`` go as they are, ``merges`` are oldest first, ``needed`` says why a point stays.
+    """
+
+    dropped: tuple[str, ...]
+    merges: tuple[Merge, ...]
+    needed: Mapping[str, str]
+
+    @property
+    def gone(self) -> frozenset[str]:
+        """The ids that the set does not hold afterwards."""
+        return frozenset(self.dropped).union(*(each.absorbed for each in self.merges))
+
+
+def plan_removal(known: BackupSet, doomed: Collection[str], *, live: bool = True) -> Removal:
+    """What becomes of the points with the ids ``doomed``.
+
+    ``live``: runs go on with the set, so the base of its next increment stays. Raises
+    RepositoryError if the set holds no such point.
+    """
+    by_id = {point.id: point for point in known.points}
+    if unknown := sorted(set(doomed) - set(by_id)):
+        raise RepositoryError(f"the set holds no restore point {unknown[0]}")
+    children: dict[str, list[RestorePoint]] = {}
+    dropped, needed = [], {}
+    absorbed: dict[str, tuple[str, ...]] = {}
+    into: dict[str, str] = {}
+    # children come before their parents: what becomes of them decides
+    for point in reversed(known.points):
+        hanging = children.get(point.id, [])
+        if point.id in doomed:
+            if reason := _reason(point, hanging, known, live=live):
+                needed[point.id] = reason
+            elif not hanging:
+                dropped.append(point.id)
+                continue
+            else:
+                end = into[point.id] = into.get(hanging[0].id, hanging[0].id)
+                absorbed[end] = (point.id, *absorbed.get(end, ()))
+        if point.parent:
+            children.setdefault(point.parent, []).append(point)
+    merges = tuple(
+        Merge(each.id, absorbed[each.id]) for each in known.points if each.id in absorbed
+    )
+    return Removal(tuple(reversed(dropped)), merges, needed)
+
+
+def _reason(
+    point: RestorePoint, hanging: list[RestorePoint], known: BackupSet, *, live: bool
+) -> str:
+    """Why a point can't leave, or nothing."""
+    head = known.head
+    if live and head is not None and head.id == point.id:
+        return "the next increment starts from it"
+    if len(hanging) > 1 or any(not child.makes_base for child in hanging):
+        return f"needed by {', '.join(sorted(child.id for child in hanging))}"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskMerge:
+    """How one disk of the point that stays is made: from ``sources``, newest first.
+
+    ``mode`` is what it is then: whole, if the oldest source is.
+    """
+
+    target: str
+    sources: tuple[RestorePoint, ...]
+    mode: DiskMode
+
+
+def disk_merges(known: BackupSet, merge: Merge) -> tuple[DiskMerge, ...]:
+    """The disks for which a merge makes a new stream; one that was read in full needs none.
+
+    Raises ChainBrokenError if a point lacks a disk of which a newer one holds changes.
+    """
+    points = {each.id: each for each in known.points}
+    newest, found = points[merge.into], []
+    for disk in newest.disks:
+        if disk.mode is DiskMode.FULL:
+            continue
+        path = known.path(newest, disk.target)
+        sources = tuple(each for each in path if each.id in {merge.into, *merge.absorbed})
+        found.append(DiskMerge(disk.target, sources, sources[-1].disk(disk.target).mode))
+    return tuple(found)
