@@ -33,7 +33,25 @@ line: what, where, how to fix it.
 """
 
 import re
-from typing import ClassVar
+from typing import ClassVar, Final
+
+WARNED: Final = 3
+"""The exit status of a run that is done, with warnings."""
+
+MEANINGS: Final = {
+    "0": "done",
+    "1": "a bug in this program, with a traceback",
+    "2": "the command line is wrong or contradicts itself",
+    "3": "done, with warnings",
+    "10": "the configuration",
+    "20": "the domain or libvirt",
+    "30": "the source of the blocks, or a program",
+    "40": "damaged data, or a format that is not known",
+    "50": "the backup set or its directory",
+    "75": "locked or busy, to be tried later",
+    "128+n": "ended by signal n",
+}
+"""What each exit status means: for ``--help``, notifications, the manual, docs/design.md."""
 
 
 class NbdbackupError(Exception):
@@ -164,3 +182,8 @@ class Interrupted(BaseException):
     def exit_code(self) -> int:
         """The shell's convention for death by signal."""
         return 128 + self.signum
+
+
+def one_line(err: BaseException) -> str:
+    """What an error says, as one line; what kind it is, if it says nothing."""
+    return " ".join(str(err).split()) or type(err).__name__

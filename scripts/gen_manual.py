@@ -1,7 +1,8 @@
 """The body of scripts/gen-manual: the options of nbdbackupctl(1) are those of its parser.
 
 Which options there are, how they are spelled and what their arguments are called is the parser's;
-what the page says of them is written by hand. A new option begins with the text of its help.
+what the page says of them is written by hand. A new option begins with the text of its help. The
+first line of each exit status is of ``errors.MEANINGS``.
 """
 
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from nbdbackupd.config import manpage
+from nbdbackupd.errors import MEANINGS
 from scripts.gen_completion import Command, Option, read_parser
 from scripts.generated import TOP, main
 
@@ -32,12 +34,26 @@ def render(page: str, program: Command, verbs: Mapping[str, Command]) -> str:
         name = heading.removeprefix(".SS ")
         if heading == ".SH GLOBAL OPTIONS":
             lines += _section(body, program.options)
+        elif heading == ".SH EXIT STATUS":
+            lines += _statuses(body)
         elif name in verbs:
             own = [option for option in verbs[name].options if option.names not in shared]
             lines += _section(body, own)
         else:
             lines += body
     return "\n".join(lines) + "\n"
+
+
+def _statuses(lines: list[str]) -> list[str]:
+    """An entry for each exit status: its meaning, then what the page says more of it."""
+    entries = "\n".join(lines).split(".TP\n")[1:]
+    more = {re.sub(r"^\.BI? | ", "", tag): text for tag, _, *text in map(str.splitlines, entries)}
+    found: list[str] = []
+    for status, meaning in MEANINGS.items():
+        number, plus, letter = status.partition("+")
+        tag = f".BI {number}+ {letter}" if plus else f".B {number}"
+        found += [".TP", tag, f"{meaning[:1].upper()}{meaning[1:]}.", *more.get(status, [])]
+    return found
 
 
 def _sections(lines: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

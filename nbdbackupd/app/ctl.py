@@ -14,10 +14,9 @@ from nbdbackupd import events, files, log, plain
 from nbdbackupd.app import parser, streams
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
-from nbdbackupd.errors import BusyError, Interrupted, NbdbackupError
+from nbdbackupd.errors import WARNED, BusyError, Interrupted, NbdbackupError, one_line
 
 JSON_VERSION = 1
-WARNED = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +71,7 @@ def _run(args: Arguments, context: Context) -> int:
 
 def _report(context: Context, err: BaseException, code: int) -> int:
     """One line on stderr, and the same as JSON on stdout if JSON was asked for."""
-    text = " ".join(str(err).split()) or type(err).__name__
+    text = one_line(err)
     # what is tried again later is no error of this host
     priority = 4 if code == BusyError.exit_code else 3
     streams.complain(text, is_told=events.is_told(err), priority=priority)

@@ -8,13 +8,12 @@ from nbdbackupd import __version__
 from nbdbackupd.app import verbs
 from nbdbackupd.app.arguments import Parser, add_settings
 from nbdbackupd.config.setting import GLOBAL
+from nbdbackupd.errors import MEANINGS
 
-EPILOG = """\
+STATUSES = "\n".join(f"{status:>7} {meaning}" for status, meaning in MEANINGS.items())
+EPILOG = f"""\
 exit status:
-  0 done            2 usage                    40 damaged data or format
-  1 bug             10 configuration           50 backup set or its directory
-  3 done, with      20 domain or libvirt       75 locked or busy, try later
-    warnings        30 source or NBD        128+n ended by signal n
+{STATUSES}
 
 'nbdbackupctl VERB --help' explains a verb, nbdbackupctl(1) everything.
 """

@@ -26,12 +26,6 @@ def tables(page: Path, column: str) -> list[list[list[str]]]:
     return found
 
 
-def table_column(page: Path, column: str) -> list[str]:
-    """The first cells of the one table of that title."""
-    (table,) = tables(page, column)
-    return [row[0] for row in table]
-
-
 def section(page: Path, heading: str) -> str:
     """The text under a heading, up to the next one."""
     text = page.read_text()

@@ -12,7 +12,7 @@ from nbdbackupd.app.verbs import Registry
 from nbdbackupd.config import schema
 from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.schema import DomainSettings
-from nbdbackupd.errors import UsageError
+from nbdbackupd.errors import WARNED, UsageError
 from nbdbackupd.model.chain import Layout, Level
 from nbdbackupd.model.policy import FreezePolicy
 from nbdbackupd.ops.backup import backup, prepare
@@ -96,7 +96,7 @@ def run(args: Arguments, context: Context) -> int:
         except BaseException as err:
             record.failed(err)
             raise
-        code = 3 if report.warnings or runlog.warned() else 0
+        code = WARNED if report.warnings or runlog.warned() else 0
         record.done(code, report, report.skipped, str(request.directory))
     context.show(report.to_json(), render(report))
     return code

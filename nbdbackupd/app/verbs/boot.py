@@ -19,7 +19,7 @@ from nbdbackupd.app.arguments import (
 )
 from nbdbackupd.app.context import Context, now
 from nbdbackupd.app.verbs import Registry, restore_define
-from nbdbackupd.errors import Interrupted, UsageError
+from nbdbackupd.errors import WARNED, Interrupted, UsageError
 from nbdbackupd.ops.boot import boot, boots, live_restore
 from nbdbackupd.ops.boot.boot import Booted, BootRequest
 from nbdbackupd.ops.boot.boots import KnownBoot
@@ -197,7 +197,7 @@ def _tell(up: Booted, context: Context, request: BootRequest) -> None:
 
 
 def _code(up: Booted) -> int:
-    return 3 if up.warnings else 0
+    return WARNED if up.warnings else 0
 
 
 def _wait(up: Booted, cancel: signals.Cancel) -> None:

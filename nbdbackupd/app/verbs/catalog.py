@@ -8,11 +8,10 @@ from nbdbackupd.app import named, streams
 from nbdbackupd.app.arguments import Arguments, chosen
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
+from nbdbackupd.errors import FormatError
 from nbdbackupd.ops.sets import catalog
 from nbdbackupd.ops.sets.catalog import ListReport
 from nbdbackupd.ops.sets.lookup import DomainSets
-
-DAMAGED = 40
 
 
 def register(verbs: Registry) -> None:
@@ -42,7 +41,7 @@ def run_list(args: Arguments, context: Context) -> int:
     problems = [problem for report in reports for problem in report.problems]
     for problem in problems:
         streams.complain(problem)
-    return DAMAGED if problems else 0
+    return FormatError.exit_code if problems else 0
 
 
 def _document(domain: DomainSets, reports: Sequence[ListReport]) -> dict[str, Any]:

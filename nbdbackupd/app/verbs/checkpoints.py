@@ -4,7 +4,7 @@ from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, directory, seconds
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
-from nbdbackupd.errors import DomainNotFoundError, NbdbackupError, UsageError
+from nbdbackupd.errors import WARNED, DomainNotFoundError, NbdbackupError, UsageError
 from nbdbackupd.model.host import new_run_id
 from nbdbackupd.model.naming import point_of, tag_of
 from nbdbackupd.model.reconcile import LEFT_ALONE, WHY, Entry, KnownChain, Step
@@ -12,7 +12,6 @@ from nbdbackupd.ops.checkpoints import checkpoints
 from nbdbackupd.ops.checkpoints.checkpoints import CheckpointsReport, CheckpointsRequest
 from nbdbackupd.ops.domain import configured
 
-WARNED = 3
 JSON_VERSION = 1
 DESCRIPTION = """\
 Show the checkpoints and bitmaps that backups of a domain have left in libvirt and in its images,

@@ -16,14 +16,13 @@ from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.reading import Problem
 from nbdbackupd.config.remarks import Known
 from nbdbackupd.config.schema import BY_PATH, DomainSettings
-from nbdbackupd.errors import ConfigError, DomainNotFoundError, NbdbackupError, UsageError
+from nbdbackupd.errors import WARNED, ConfigError, DomainNotFoundError, NbdbackupError, UsageError
 from nbdbackupd.model import throwaway
 from nbdbackupd.model.domain import parse_domain
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.ops.notify import notification
 
 JSON_VERSION = 1
-WARNED = 3
 ACTIONS = ("check", "show", "sample")
 DESCRIPTION = """\
 check: show all errors of the configuration files, each with its file and line, and what in them

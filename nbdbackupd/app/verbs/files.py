@@ -10,7 +10,7 @@ from nbdbackupd.app import named, signals, streams, tables, tree_options
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
-from nbdbackupd.errors import FormatError, SourceError, UsageError
+from nbdbackupd.errors import WARNED, FormatError, SourceError, UsageError
 from nbdbackupd.ops.files import mount, tar
 from nbdbackupd.ops.files import report as files_report
 from nbdbackupd.ops.files.files import Entry
@@ -65,7 +65,7 @@ def run(args: Arguments, context: Context) -> int:
         return FormatError.exit_code
     if not report.is_complete:
         return SourceError.exit_code
-    return 3 if tree.warnings or report.problems.skipped else 0
+    return WARNED if tree.warnings or report.problems.skipped else 0
 
 
 def _check(args: Arguments, context: Context) -> None:

@@ -7,10 +7,10 @@ from nbdbackupd.app import signals
 from nbdbackupd.app.arguments import Arguments, directory
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
+from nbdbackupd.errors import WARNED
 from nbdbackupd.model.host import new_run_id
 from nbdbackupd.ops.sets import import_set
 
-WARNED = 3
 DESCRIPTION = """\
 Make a set that virtnbdbackup wrote one of ours: each block gets a SHA-256, each restore point a
 manifest, so that it is verified, mapped and continued as ours are. The streams stay as they are.

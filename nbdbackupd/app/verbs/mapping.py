@@ -12,7 +12,7 @@ from nbdbackupd.app import named, signals
 from nbdbackupd.app.arguments import Arguments, add_point, chosen, names, size
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
-from nbdbackupd.errors import RepositoryError, UsageError
+from nbdbackupd.errors import WARNED, FormatError, RepositoryError, UsageError
 from nbdbackupd.ops.map import map as maps
 from nbdbackupd.ops.map import mapped
 from nbdbackupd.ops.map.map import Mapping, MapRequest, Serving
@@ -24,7 +24,6 @@ at once and is read by qemu-img, nbdcopy or QEMU. Ends on Ctrl-C or 'unmap'.
 """
 UNMAP: Final = "End maps that 'map' has made, and tell when nothing of them is left."
 POLL_SECONDS: Final = 0.2
-DAMAGED: Final = 40
 DEFAULT_CACHE: Final = 64 << 20
 
 log = logging.getLogger(__name__)
@@ -148,13 +147,13 @@ def run_map(args: Arguments, context: Context) -> int:
         if args.detach:
             up = maps.detach(request, cancelled=cancel.check)
             _show(up, context, is_detached=True)
-            return 3 if up.warnings else 0
+            return WARNED if up.warnings else 0
         with maps.serving(request, cancelled=cancel.check) as up:
             _show(up, context, is_detached=False)
             damaged = _watch(up, cancel)
     if damaged:
-        return DAMAGED
-    return 3 if up.warnings else 0
+        return FormatError.exit_code
+    return WARNED if up.warnings else 0
 
 
 def _request(args: Arguments, context: Context) -> MapRequest:

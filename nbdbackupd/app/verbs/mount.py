@@ -11,7 +11,7 @@ from nbdbackupd.app import named, signals, streams, tree_options
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
-from nbdbackupd.errors import FormatError
+from nbdbackupd.errors import WARNED, FormatError
 from nbdbackupd.ops.files import mount
 from nbdbackupd.units import human_size, local_time
 
@@ -65,7 +65,7 @@ def run_mount(args: Arguments, context: Context) -> int:
             damaged = tree.wait(lambda: bool(cancel.signum))
     if damaged:
         return FormatError.exit_code
-    return 3 if tree.warnings else 0
+    return WARNED if tree.warnings else 0
 
 
 def _detach(context: Context) -> int:
@@ -90,7 +90,7 @@ def _detach(context: Context) -> int:
         return code
     tree_options.warn(document["warnings"], document["notes"])
     context.show(document, _render(document))
-    return 3 if document["warnings"] else 0
+    return WARNED if document["warnings"] else 0
 
 
 def _render(document: dict[str, Any]) -> str:

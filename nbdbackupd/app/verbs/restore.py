@@ -15,7 +15,7 @@ from nbdbackupd.app.arguments import (
 )
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry, restore_define, restore_targets
-from nbdbackupd.errors import UsageError
+from nbdbackupd.errors import WARNED, UsageError
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.ops.restore import restore
 from nbdbackupd.ops.restore.restore import RestoreReport
@@ -103,7 +103,7 @@ def run(args: Arguments, context: Context) -> int:
             definer=definer,
         )
     context.show(report.to_json(), render(report))
-    return 3 if report.warnings else 0
+    return WARNED if report.warnings else 0
 
 
 def render(report: RestoreReport) -> str:

@@ -9,13 +9,12 @@ from nbdbackupd.app.arguments import Arguments, duration
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.config.settings import global_settings
-from nbdbackupd.errors import ConfigError, NbdbackupError, UsageError
+from nbdbackupd.errors import WARNED, ConfigError, NbdbackupError, UsageError, one_line
 from nbdbackupd.model.health import Health
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.ops.status import gather, metrics, status
 from nbdbackupd.ops.status.status import StatusReport
 
-WARNED = 3
 UNKNOWN = 3
 DESCRIPTION = """\
 Show the newest restore point of each domain, its next run, and what is wrong. Domains are those
@@ -65,7 +64,7 @@ def run(args: Arguments, context: Context) -> int:
         if args.metrics:
             _write_metrics(report, args, context)
     except NbdbackupError as err:
-        message = " ".join(str(err).split()).replace("|", "?")
+        message = one_line(err).replace("|", "?")
         print(f"NBDBACKUP UNKNOWN - {plain.line(message)}")
         return UNKNOWN
     line, code = status.nagios(report)

@@ -10,6 +10,7 @@ from nbdbackupd.app import named, signals, streams
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, chosen, positive
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry, verify_boot
+from nbdbackupd.errors import WARNED, FormatError
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.ops.verify import verify
 from nbdbackupd.ops.verify.verify import VerifyReport
@@ -18,7 +19,6 @@ from nbdbackupd.units import human_size
 if TYPE_CHECKING:
     from nbdbackupd.ops.boot.boot_test import BootTestReport
 
-DAMAGED = 40
 DESCRIPTION = """\
 Prove a backup set: manifests, parent links, presence and size of every file, each index against
 its stream, the SHA-256 of every block, and that each disk is covered completely. Damage is named
@@ -62,12 +62,12 @@ def run(args: Arguments, context: Context) -> int:
         booted = verify_boot.run(args, context, path, cancel) if args.boot else None
     if booted is None:
         context.show(_document(document, None), text)
-        return 3 if warned else 0
+        return WARNED if warned else 0
     lines = [text] if text else []
     context.show(_document(document, booted), "\n".join([*lines, verify_boot.render(booted)]))
     if not booted.test.passed:
-        return DAMAGED
-    return 3 if booted.warnings or warned else 0
+        return FormatError.exit_code
+    return WARNED if booted.warnings or warned else 0
 
 
 def _document(proof: dict[str, Any], booted: "BootTestReport | None") -> dict[str, Any]:
@@ -98,4 +98,4 @@ def _tell_damage(
     context.show(document, "\n".join(plain.line(problem.text) for problem in report.problems))
     count = len(report.problems)
     streams.complain(f"{path} is damaged: {count} problem{'s' * (count > 1)} found")
-    return DAMAGED
+    return FormatError.exit_code

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from nbdbackupd import events
+from nbdbackupd.errors import one_line
 from nbdbackupd.events import Event, emit, usec
 
 
@@ -30,7 +31,7 @@ class Ending:
         except BaseException as err:
             if not events.is_told(err):
                 events.mark_told(err)
-                reason = " ".join(str(err).split()) or type(err).__name__
+                reason = one_line(err)
                 event = self._event_of(err)
                 emit(self._log, event, reason=reason, duration_usec=usec(self.seconds))
             raise

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nbdbackupd import plain, proc
-from nbdbackupd.errors import ConfigError, ProcessError
+from nbdbackupd.errors import MEANINGS, WARNED, ConfigError, ProcessError, one_line
 
 TEMPLATE: Final = "notify.txt.j2"
 MAX_TEMPLATE: Final = 64 << 10
@@ -27,20 +27,6 @@ EVENTS: Final = {
     "warning": "is done, with warnings",
     "success": "is done",
 }
-
-MEANINGS: Final = {
-    0: "done",
-    1: "an error in the program",
-    2: "the command line is wrong",
-    3: "done, with warnings",
-    10: "the configuration",
-    20: "the domain or libvirt",
-    30: "the source of the blocks, or a program",
-    40: "damaged data",
-    50: "the backup set or its directory",
-    75: "locked or busy, to be tried later",
-}
-"""Exit statuses of ours, as in the manual."""
 
 DEFAULT: Final = """\
 {{ what }} {{ word }}{% if event == "warning" %},{% endif %} on {{ host }}
@@ -120,8 +106,8 @@ def result_of(result: str, status: str) -> tuple[str, str, str]:
     number = int(status) if status.isascii() and status.isdigit() else None
     if number is not None and (result == "exit-code" or (result == "success" and number)):
         event = "success" if result == "success" else "failure"
-        meaning = MEANINGS.get(number, "ended by a signal" if number > 128 else "")
-        return ("warning" if number == 3 else event), f"exit status {number}", meaning
+        meaning = MEANINGS.get(str(number), "ended by a signal" if number > 128 else "")
+        return ("warning" if number == WARNED else event), f"exit status {number}", meaning
     if result == "success":
         return "success", "success", ""
     meanings = {
@@ -171,7 +157,7 @@ def template_fault(directory: Path) -> str:
         host="host",
         what="backup of domain example",
         result="exit status 20",
-        meaning=MEANINGS[20],
+        meaning=MEANINGS["20"],
         started="",
         ended="",
         lines=("a line",),
@@ -189,7 +175,7 @@ def _by_template(notice: Notice, path: Path) -> Text | str:
     except ConfigError:
         raise
     except Exception as err:  # noqa: BLE001 - a template can fail in any way there is
-        return " ".join(str(err).split()) or type(err).__name__
+        return one_line(err)
 
 
 def sendmail() -> str | None:

@@ -16,12 +16,14 @@ from nbdbackupd.config.matching import is_uuid
 from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.config.settings import global_settings, settings_for
 from nbdbackupd.errors import (
+    WARNED,
     BusyError,
     DomainNotFoundError,
     ElsewhereError,
     GaveWayError,
     Interrupted,
     NbdbackupError,
+    one_line,
 )
 from nbdbackupd.model import unitname
 from nbdbackupd.model.chain import Level
@@ -44,7 +46,6 @@ from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain, Ending
 
 log = logging.getLogger(__name__)
-WARNED: Final = 3
 PENDING: Final = "pending"
 """Where below the state directory the hook notes what it puts off to the next boot."""
 
@@ -180,10 +181,10 @@ def _wait(
     at = f"{moment.astimezone():%H:%M %Z}"
     record.failed(err, again=moment)
     with runlog.context(DOMAIN=wish.domain):
-        events.emit(log, events.BACKUP_AGAIN, reason=_one_line(err), at=at)
+        events.emit(log, events.BACKUP_AGAIN, reason=one_line(err), at=at)
     # what ends the wait counts for the next try, what was warned of does not
     watch.anew()
-    watch.doing(f"tried again at {at}: {_one_line(err)}")
+    watch.doing(f"tried again at {at}: {one_line(err)}")
     until = time.monotonic() + gap
     try:
         while (left := until - time.monotonic()) > 0:
@@ -387,7 +388,7 @@ class _Run:
             about["NBDBACKUP_DIRECTORY"] = self.directory()
             report = self.backup()
         except BaseException as err:
-            about |= {"NBDBACKUP_RESULT": "failure", "NBDBACKUP_REASON": _one_line(err)}
+            about |= {"NBDBACKUP_RESULT": "failure", "NBDBACKUP_REASON": one_line(err)}
             expected = isinstance(err, NbdbackupError)
             limit = settings.commands_timeout if expected else INTERRUPTED_SECONDS
             for problem in self._after(about, min(limit, settings.commands_timeout)):
@@ -508,7 +509,3 @@ def _about(report: RunReport) -> dict[str, str]:
         "NBDBACKUP_LEVEL": report.level,
         "NBDBACKUP_POINT": point.id if point is not None else "",
     }
-
-
-def _one_line(err: BaseException) -> str:
-    return " ".join(str(err).split()) or type(err).__name__

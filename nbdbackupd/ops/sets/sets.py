@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from nbdbackupd import durable
-from nbdbackupd.errors import ChainBrokenError, FormatError, NbdbackupError
+from nbdbackupd.errors import ChainBrokenError, FormatError, one_line
 from nbdbackupd.model import policy
 from nbdbackupd.model.chain import BackupSet, Level
 from nbdbackupd.model.policy import LevelPolicy, NextRun, SetFacts
@@ -129,11 +129,7 @@ def _read(path: Path) -> DomainSet:
         return DomainSet(path=path, known=set_dir.load())
     except (ChainBrokenError, FormatError) as err:
         known, problems = set_dir.load_sound()
-        return DomainSet(path=path, known=known, problems=problems or (_line(err),))
-
-
-def _line(err: NbdbackupError) -> str:
-    return " ".join(str(err).split())
+        return DomainSet(path=path, known=known, problems=problems or (one_line(err),))
 
 
 def _local(created: str) -> datetime:

@@ -22,6 +22,7 @@ from nbdbackupd.errors import (
     ProcessError,
     RepositoryError,
     UsageError,
+    one_line,
 )
 from nbdbackupd.model import throwaway, unitname
 from nbdbackupd.model.freeze_memory import once_let_go
@@ -454,5 +455,5 @@ def _stored(name: str, settings: DomainSettings, known: _Known) -> Stored:
     try:
         mounted.check(settings)
     except RepositoryError as err:
-        return report.Stored(directory=directory, problem=" ".join(str(err).split()))
+        return report.Stored(directory=directory, problem=one_line(err))
     return report.stored(directory, uuid, *more)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nbdbackupd import plain, rundir
-from nbdbackupd.errors import FormatError, NbdbackupError
+from nbdbackupd.errors import FormatError, NbdbackupError, one_line
 from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.model.health import Facts, Health, Limits, Verdict, age_text, judge
 from nbdbackupd.ops.domain.locks import holder
@@ -154,7 +154,7 @@ def stored(directory: Path, uuid: str = "", *more: Path) -> Stored:
     except NbdbackupError as err:
         return Stored(
             directory=directory,
-            problem=" ".join(str(err).split()),
+            problem=one_line(err),
             is_denied=isinstance(err.__cause__, PermissionError),
         )
     # of two that were made in the same second, the set that began last

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nbdbackupd import documents, durable, plain
-from nbdbackupd.errors import CheckpointError, DomainError, FormatError, IntegrityError
+from nbdbackupd.errors import CheckpointError, DomainError, FormatError, IntegrityError, one_line
 from nbdbackupd.format import stream
 from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model import jobxml
@@ -146,7 +146,7 @@ def read_files(place: Place) -> PeerFiles:
             found.append(_read_file(place, name, parsed, sizes, config))
         except FormatError as err:
             err.fields.setdefault("file", place.path / name)
-            problems.append(_line(err))
+            problems.append(one_line(err))
             broken.add((level, ident))
     domain, checkpoints = _read_checkpoints(place, sizes, warnings)
     return PeerFiles(
@@ -310,7 +310,7 @@ def _read_configs(place: Place, sizes: Mapping[str, int], warnings: list[str]) -
             try:
                 config = parse_config(place.read_small(name, MAX_FILE))
             except FormatError as err:
-                warnings.append(f"{name}: {_line(err)}")
+                warnings.append(f"{name}: {one_line(err)}")
             else:
                 found[name.removeprefix("vmconfig.").removesuffix(".xml")] = config
     return found
@@ -329,7 +329,7 @@ def _read_checkpoints(
     try:
         return name.removesuffix(".cpt"), parse_checkpoints(place.read_small(name, MAX_FILE))
     except FormatError as err:
-        warnings.append(f"{name}: {_line(err)}")
+        warnings.append(f"{name}: {one_line(err)}")
         return name.removesuffix(".cpt"), ()
 
 
@@ -350,7 +350,3 @@ def _read_tracked(
         except (FormatError, CheckpointError) as err:
             warnings.append(f"{path}: {err.message}")
     return found
-
-
-def _line(err: FormatError) -> str:
-    return " ".join(str(err).split())
