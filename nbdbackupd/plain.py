@@ -3,11 +3,14 @@
 Names and messages come from sets, guests, other hosts. A control character in them moves the
 cursor, a line feed begins a line that nobody said, a bidirectional control turns words around, and
 what has no width hides. Each such character is shown by its number instead. JSON escapes by
-itself, and stays exact.
+itself, and stays exact; that it has a version is said here, too.
 """
 
 import re
-from typing import Final
+from typing import Any, Final
+
+JSON_VERSION: Final = 1
+"""Of the documents of ``--json``, see docs/json.md."""
 
 CONTROL: Final = re.compile("[\0-\x08\x0a-\x1f\x7f-\x9f]")
 """What no name may hold that a set gives: control characters, but for the tab, which libvirt takes.
@@ -35,3 +38,8 @@ def _escaped(char: str) -> str:
     if "\udc80" <= char <= "\udcff":
         return f"\\x{ord(char) - 0xDC00:02x}"
     return char.encode("unicode_escape").decode()
+
+
+def versioned(**members: Any) -> dict[str, Any]:
+    """A document for ``--json``: its version, then its members."""
+    return {"version": JSON_VERSION, **members}

@@ -15,8 +15,7 @@ from nbdbackupd.app import parser, streams
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.errors import WARNED, BusyError, Interrupted, NbdbackupError, one_line
-
-JSON_VERSION = 1
+from nbdbackupd.plain import versioned
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,14 +79,13 @@ def _report(context: Context, err: BaseException, code: int) -> int:
             name: value if isinstance(value, int) else str(value)
             for name, value in getattr(err, "fields", {}).items()
         }
-        document = {
-            "version": JSON_VERSION,
-            "error": {
+        document = versioned(
+            error={
                 "kind": type(err).__name__,
                 "message": getattr(err, "message", text),
                 "exit_code": code,
                 "fields": fields,
             },
-        }
+        )
         print(json.dumps(document, indent=2))
     return code

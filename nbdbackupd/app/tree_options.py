@@ -12,6 +12,7 @@ from nbdbackupd.model.file_systems import FileSystem
 from nbdbackupd.ops.files.mount import MountRequest
 from nbdbackupd.ops.files.readers import KERNEL
 from nbdbackupd.ops.map.map import MapRequest
+from nbdbackupd.plain import versioned
 from nbdbackupd.units import human_size
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def warn(warnings: Iterable[str], notes: Iterable[str] = ()) -> None:
 def show_file_systems(found: Iterable[FileSystem], context: Context) -> None:
     """Print what there is on the disks."""
     known = list(found)
-    document = {"version": 1, "file_systems": [each.to_json() for each in known]}
+    document = versioned(file_systems=[each.to_json() for each in known])
     rows = [("DISK", "PARTITION", "TYPE", "SIZE", "LABEL")]
     rows += [
         (

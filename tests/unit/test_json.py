@@ -89,7 +89,7 @@ def told(heading: str) -> list[list[str]]:
 
 
 def literals(file: str, function: str) -> Iterator[list[str]]:
-    """The keys of each object that the first function of that name writes down."""
+    """The keys of each object that the first function of that name writes down, in its order."""
     tree = ast.parse((ROOT / file).read_text())
     found = next(
         node
@@ -99,6 +99,8 @@ def literals(file: str, function: str) -> Iterator[list[str]]:
     for node in ast.walk(found):
         if isinstance(node, ast.Dict) and node.keys:
             yield [str(key.value) for key in node.keys if isinstance(key, ast.Constant)]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "versioned":
+            yield ["version", *(str(keyword.arg) for keyword in node.keywords)]
 
 
 @pytest.mark.parametrize("heading", REPORTS)

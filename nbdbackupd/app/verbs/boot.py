@@ -26,6 +26,7 @@ from nbdbackupd.ops.boot.boots import KnownBoot
 from nbdbackupd.ops.boot.live_restore import LiveReport
 from nbdbackupd.ops.boot.record import Places
 from nbdbackupd.ops.domain import configured
+from nbdbackupd.plain import versioned
 from nbdbackupd.units import local_time
 from nbdbackupd.virt.connection import Connection
 
@@ -170,16 +171,15 @@ def _tell(up: Booted, context: Context, request: BootRequest) -> None:
     for warning in up.warnings:
         log.warning("%s", warning)
     record = up.record
-    document = {
-        "version": 1,
-        "name": record.name,
-        "uuid": record.uuid,
-        "point": record.point,
-        "created": record.created,
-        "console": str(up.console) if request.console else "",
-        "warnings": list(up.warnings),
-        "seconds": round(up.seconds, 3),
-    }
+    document = versioned(
+        name=record.name,
+        uuid=record.uuid,
+        point=record.point,
+        created=record.created,
+        console=str(up.console) if request.console else "",
+        warnings=list(up.warnings),
+        seconds=round(up.seconds, 3),
+    )
     name = shlex.quote(record.name)
     end = f"'nbdbackupctl boot --stop {name}'" + ("" if not record.attended else " or Ctrl-C")
     lines = [
@@ -280,7 +280,7 @@ def _stop(name: str, context: Context) -> int:
             connection,
             cancelled=cancel.check,
         )
-    document = {"version": 1, "ended": record.name, "point": record.point}
+    document = versioned(ended=record.name, point=record.point)
     context.show(document, f"ended {record.name}")
     return 0
 
@@ -288,7 +288,7 @@ def _stop(name: str, context: Context) -> int:
 def _list(context: Context) -> int:
     with context.connection() as connection:
         found = boots.known(context.host.runtime_dir, context.host.scratch_dir, connection)
-    document = {"version": 1, "boots": [each.to_json() for each in found]}
+    document = versioned(boots=[each.to_json() for each in found])
     context.show(document, "\n".join(map(_line, found)) or "nothing is booted")
     return 0
 

@@ -12,6 +12,7 @@ from nbdbackupd.errors import FormatError
 from nbdbackupd.ops.sets import catalog
 from nbdbackupd.ops.sets.catalog import ListReport
 from nbdbackupd.ops.sets.lookup import DomainSets
+from nbdbackupd.plain import versioned
 
 
 def register(verbs: Registry) -> None:
@@ -45,12 +46,11 @@ def run_list(args: Arguments, context: Context) -> int:
 
 
 def _document(domain: DomainSets, reports: Sequence[ListReport]) -> dict[str, Any]:
-    return {
-        "version": 1,
-        "domain": domain.name,
-        "directory": str(domain.directory),
-        "sets": [report.to_json() for report in reports],
-    }
+    return versioned(
+        domain=domain.name,
+        directory=str(domain.directory),
+        sets=[report.to_json() for report in reports],
+    )
 
 
 def run_show(args: Arguments, context: Context) -> int:

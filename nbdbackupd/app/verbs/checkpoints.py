@@ -11,8 +11,8 @@ from nbdbackupd.model.reconcile import LEFT_ALONE, WHY, Entry, KnownChain, Step
 from nbdbackupd.ops.checkpoints import checkpoints
 from nbdbackupd.ops.checkpoints.checkpoints import CheckpointsReport, CheckpointsRequest
 from nbdbackupd.ops.domain import configured
+from nbdbackupd.plain import versioned
 
-JSON_VERSION = 1
 DESCRIPTION = """\
 Show the checkpoints and bitmaps that backups of a domain have left in libvirt and in its images,
 whether they agree with the restore points, and what is to be done where they do not. Nothing is
@@ -100,7 +100,7 @@ def _release_all(args: Arguments, context: Context) -> int:
             if report.steps:
                 said = _done_lines(report) if report.changed else _todo_lines(report, dropping=True)
                 lines += [f"{name}:", *(f"  {line}" for line in said)]
-    document = {"version": JSON_VERSION, "domains": documents}
+    document = versioned(domains=documents)
     context.show(document, "\n".join(lines) or "no domain carries checkpoints or bitmaps of ours")
     return WARNED if failed else 0
 

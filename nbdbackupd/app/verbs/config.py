@@ -21,8 +21,8 @@ from nbdbackupd.model import throwaway
 from nbdbackupd.model.domain import parse_domain
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.ops.notify import notification
+from nbdbackupd.plain import versioned
 
-JSON_VERSION = 1
 ACTIONS = ("check", "show", "sample")
 DESCRIPTION = """\
 check: show all errors of the configuration files, each with its file and line, and what in them
@@ -57,23 +57,22 @@ def run(args: Arguments, context: Context) -> int:
 
 def _sample(context: Context) -> int:
     text = sample.render()
-    context.show({"version": JSON_VERSION, "sample": text}, text.rstrip("\n"))
+    context.show(versioned(sample=text), text.rstrip("\n"))
     return 0
 
 
 def _check(configuration: Configuration, context: Context) -> int:
     problems = tuple(sorted({*configuration.problems, *_foreign_hosts(configuration)}))
     remarks = _remarks(configuration, context)
-    document = {
-        "version": JSON_VERSION,
-        "result": "bad" if problems else "sound",
-        "files": [str(file.path) for file in configuration.files],
-        "problems": [
+    document = versioned(
+        result="bad" if problems else "sound",
+        files=[str(file.path) for file in configuration.files],
+        problems=[
             {"file": each.file, "line": each.line, "path": each.path, "message": each.message}
             for each in problems
         ],
-        "warnings": [str(each) for each in remarks],
-    }
+        warnings=[str(each) for each in remarks],
+    )
     for problem in problems:
         print(plain.line(str(problem)), file=sys.stderr)
     for remark in remarks:
@@ -146,12 +145,11 @@ def _document(settings: DomainSettings, name: str, uuid: str) -> dict[str, Any]:
             return [plain(each) for each in value]
         return str(value) if isinstance(value, Path) else value
 
-    return {
-        "version": JSON_VERSION,
-        "domain": name,
-        "uuid": uuid,
-        "files": [str(path) for path in settings.applied],
-        "settings": [
+    return versioned(
+        domain=name,
+        uuid=uuid,
+        files=[str(path) for path in settings.applied],
+        settings=[
             {
                 "path": setting.path,
                 "value": plain(settings.get(setting.path)),
@@ -161,7 +159,7 @@ def _document(settings: DomainSettings, name: str, uuid: str) -> dict[str, Any]:
             }
             for setting in BY_PATH.values()
         ],
-    }
+    )
 
 
 def _render(settings: DomainSettings, name: str) -> str:

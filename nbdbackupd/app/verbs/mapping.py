@@ -16,6 +16,7 @@ from nbdbackupd.errors import WARNED, FormatError, RepositoryError, UsageError
 from nbdbackupd.ops.map import map as maps
 from nbdbackupd.ops.map import mapped
 from nbdbackupd.ops.map.map import Mapping, MapRequest, Serving
+from nbdbackupd.plain import versioned
 from nbdbackupd.units import human_size, local_time
 
 MAP: Final = """\
@@ -182,7 +183,7 @@ def _request(args: Arguments, context: Context) -> MapRequest:
 def _show(up: Serving, context: Context, *, is_detached: bool) -> None:
     for warning in up.warnings:
         log.warning("%s", warning)
-    document = {"version": 1, "map": up.mapping.to_json(), "warnings": up.warnings}
+    document = versioned(map=up.mapping.to_json(), warnings=up.warnings)
     context.show(document, render(up.mapping, is_detached=is_detached))
     # whoever reads us through a pipe waits for it
     print(end="", flush=True)
@@ -211,7 +212,7 @@ def _watch(up: Serving, cancel: signals.Cancel) -> int:
 
 def _list(context: Context) -> int:
     found = mapped.known(context.host.runtime_dir)
-    document = {"version": 1, "maps": [each.to_json() for each in found]}
+    document = versioned(maps=[each.to_json() for each in found])
     lines = []
     for each in found:
         of = f"point {each.point} of {each.domain}" if each.point else ""
@@ -240,7 +241,7 @@ def run_unmap(args: Arguments, context: Context) -> int:
     ended = [each for each in chosen if each not in others]
     for each in ended:
         mapped.end(each, runtime_dir)
-    document = {"version": 1, "ended": [each.id for each in ended]}
+    document = versioned(ended=[each.id for each in ended])
     context.show(document, "\n".join(f"ended map {each.id}" for each in ended))
     return 0
 

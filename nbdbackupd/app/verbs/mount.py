@@ -13,6 +13,7 @@ from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import WARNED, FormatError
 from nbdbackupd.ops.files import mount
+from nbdbackupd.plain import versioned
 from nbdbackupd.units import human_size, local_time
 
 MOUNT: Final = """\
@@ -114,5 +115,5 @@ def run_unmount(args: Arguments, context: Context) -> int:
     """Carry ``unmount`` out."""
     directory = args.directory.absolute()
     mount.end(directory, context.host.runtime_dir, lazy=args.lazy)
-    context.show({"version": 1, "directory": str(directory)}, f"{directory} is unmounted")
+    context.show(versioned(directory=str(directory)), f"{directory} is unmounted")
     return 0

@@ -23,6 +23,7 @@ from nbdbackupd.ops.notify import kept, notification
 from nbdbackupd.ops.notify.kept import PATHS, Wishes
 from nbdbackupd.ops.notify.notification import Notice, Text
 from nbdbackupd.ops.status import record
+from nbdbackupd.plain import versioned
 from nbdbackupd.repo.runs import End
 from nbdbackupd.systemd import units
 from nbdbackupd.systemd.units import Service
@@ -30,7 +31,6 @@ from nbdbackupd.units import local_time
 
 log = logging.getLogger(__name__)
 
-JSON_VERSION = 1
 LINES: Final = 40
 LAST_RESORT: Final = ("root",)
 """Whom to mail to if no file says it that can be read, and none ever did."""
@@ -91,16 +91,15 @@ def _tell(args: Arguments, context: Context) -> int:
     told: list[str] = []
     if not args.print and notice.event in wishes.events:
         told = _deliver(text, notice, wishes, context.host)
-    document = {
-        "version": JSON_VERSION,
-        "unit": notice.unit,
-        "domain": notice.domain,
-        "event": notice.event,
-        "reason": notice.reason,
-        "subject": text.subject,
-        "body": text.body,
-        "told": told,
-    }
+    document = versioned(
+        unit=notice.unit,
+        domain=notice.domain,
+        event=notice.event,
+        reason=notice.reason,
+        subject=text.subject,
+        body=text.body,
+        told=told,
+    )
     shown = f"{text.subject}\n\n{text.body}".rstrip("\n") if args.print else ""
     context.show(document, shown)
     return 0

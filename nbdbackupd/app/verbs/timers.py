@@ -16,12 +16,12 @@ from nbdbackupd.model import unitname
 from nbdbackupd.model.host import Host
 from nbdbackupd.ops.notify import notification
 from nbdbackupd.ops.status import record
+from nbdbackupd.plain import versioned
 from nbdbackupd.repo.runs import End
 from nbdbackupd.systemd import units
 from nbdbackupd.systemd.units import Service, Timer
 from nbdbackupd.units import human_time
 
-JSON_VERSION = 1
 PATTERN = "nbdbackup*.timer"
 DESCRIPTION = """\
 Show the timers of this host's backups and verifications: when each runs next, when it ran last,
@@ -123,10 +123,7 @@ def _end(timer: Timer, host: Host) -> End | None:
 
 
 def _document(lines: list[Line]) -> dict[str, Any]:
-    return {
-        "version": JSON_VERSION,
-        "timers": [_entry(line) for line in lines],
-    }
+    return versioned(timers=[_entry(line) for line in lines])
 
 
 def _entry(line: Line) -> dict[str, Any]:

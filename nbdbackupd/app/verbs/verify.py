@@ -14,6 +14,7 @@ from nbdbackupd.errors import WARNED, FormatError
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.ops.verify import verify
 from nbdbackupd.ops.verify.verify import VerifyReport
+from nbdbackupd.plain import versioned
 from nbdbackupd.units import human_size
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 40 if anything is damaged, or a guest did not come up, 3 for warnings."""
     verify_boot.check(args)
     path = named.set_of(args.source, context, chosen(args))
-    document: dict[str, Any] = {"version": 1}
+    document = versioned()
     text, warned = "", False
     with signals.listen() as cancel:
         if not args.boot_only:

@@ -11,6 +11,7 @@ from nbdbackupd import log as runlog
 from nbdbackupd.errors import BusyError
 from nbdbackupd.ops.checkpoints.checkpoints import OWNER as CHECKPOINTS
 from nbdbackupd.ops.domain import domains
+from nbdbackupd.plain import versioned
 from nbdbackupd.source import paused_start, sweep
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.connection import Connection
@@ -55,14 +56,13 @@ class AbortReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain values."""
-        return {
-            "version": 1,
-            "domain": self.domain,
-            "ended": list(self.ended),
-            "left": self.left,
-            "files": list(self.files),
-            "guest": self.guest,
-        }
+        return versioned(
+            domain=self.domain,
+            ended=list(self.ended),
+            left=self.left,
+            files=list(self.files),
+            guest=self.guest,
+        )
 
 
 def run(request: AbortRequest, connection: Connection) -> AbortReport:

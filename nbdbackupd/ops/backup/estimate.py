@@ -13,6 +13,7 @@ from nbdbackupd.model.selection import BY_REQUEST
 from nbdbackupd.ops.backup.sources import changed_bytes
 from nbdbackupd.ops.domain.images import ALONE, Sharing, images_of
 from nbdbackupd.ops.domain.survey import DiskFilter, Survey, survey_domain
+from nbdbackupd.plain import versioned
 from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.source import running
 from nbdbackupd.source.lease import Lease
@@ -60,12 +61,11 @@ class EstimateReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain values."""
-        return {
-            "version": 1,
-            "domain": self.domain,
-            "base": self.base,
-            "bytes": self.total,
-            "disks": [
+        return versioned(
+            domain=self.domain,
+            base=self.base,
+            bytes=self.total,
+            disks=[
                 {
                     "target": disk.target,
                     "mode": disk.mode,
@@ -74,7 +74,7 @@ class EstimateReport:
                 }
                 for disk in self.disks
             ],
-        }
+        )
 
 
 def run(

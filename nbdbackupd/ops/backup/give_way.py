@@ -8,6 +8,7 @@ from typing import Any
 from nbdbackupd import events
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import BusyError
+from nbdbackupd.plain import versioned
 from nbdbackupd.source import lease
 
 log = logging.getLogger(__name__)
@@ -35,13 +36,12 @@ class GiveWayReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain values."""
-        return {
-            "version": 1,
-            "domain": self.domain,
-            "runs": [{"run": run, "pid": pid} for run, pid in self.runs],
-            "killed": self.killed,
-            "seconds": round(self.seconds, 3),
-        }
+        return versioned(
+            domain=self.domain,
+            runs=[{"run": run, "pid": pid} for run, pid in self.runs],
+            killed=self.killed,
+            seconds=round(self.seconds, 3),
+        )
 
 
 def run(domain: str, runtime_dir: Path) -> GiveWayReport:

@@ -10,6 +10,7 @@ from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.model.chain import Layout, Level, RestorePoint
 from nbdbackupd.ops.domain.images import ALONE, Sharing
 from nbdbackupd.ops.sets import catalog
+from nbdbackupd.plain import versioned
 from nbdbackupd.virt.domain import Ending
 
 
@@ -61,11 +62,10 @@ class BackupReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1."""
-        return {
-            "version": 1,
-            "result": "saved" if self.point else "skipped",
-            "reason": self.skipped,
-            "seconds": round(self.seconds, 3),
-            "point": catalog.describe(self.point) if self.point else None,
-            "notes": list(self.notes),
-        }
+        return versioned(
+            result="saved" if self.point else "skipped",
+            reason=self.skipped,
+            seconds=round(self.seconds, 3),
+            point=catalog.describe(self.point) if self.point else None,
+            notes=list(self.notes),
+        )

@@ -20,6 +20,7 @@ from nbdbackupd.errors import BusyError, DomainError, NbdbackupError, Repository
 from nbdbackupd.ops.boot import boot, images, launch
 from nbdbackupd.ops.boot.record import BootDisk, BootRecord, Phase, Places
 from nbdbackupd.ops.map import mapped
+from nbdbackupd.plain import versioned
 from nbdbackupd.qemu import image
 from nbdbackupd.qemu.image import CreateOptions
 from nbdbackupd.virt import blockcopy, definition, transient
@@ -50,15 +51,14 @@ class LiveReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1."""
-        return {
-            "version": 1,
-            "name": self.record.name,
-            "uuid": self.record.uuid,
-            "point": self.record.point,
-            "created": self.record.created,
-            "defined": self.defined,
-            "running": self.running,
-            "disks": [
+        return versioned(
+            name=self.record.name,
+            uuid=self.record.uuid,
+            point=self.record.point,
+            created=self.record.created,
+            defined=self.defined,
+            running=self.running,
+            disks=[
                 {
                     "target": disk.target,
                     "path": disk.final,
@@ -67,8 +67,8 @@ class LiveReport:
                 }
                 for disk in self.record.disks
             ],
-            "seconds": round(self.seconds, 3),
-        }
+            seconds=round(self.seconds, 3),
+        )
 
 
 def resume(

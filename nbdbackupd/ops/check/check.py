@@ -15,6 +15,7 @@ from nbdbackupd.ops.check import access, host, runs, sets
 from nbdbackupd.ops.check import domain as check_domain
 from nbdbackupd.ops.check.request import CheckRequest, Patient
 from nbdbackupd.ops.domain.survey import look
+from nbdbackupd.plain import versioned
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
 
@@ -35,14 +36,13 @@ class CheckReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1."""
-        return {
-            "version": 1,
-            "domain": self.domain,
-            "uuid": self.uuid,
-            "state": self.state,
-            "severity": self.severity.value,
-            "findings": [each.to_json() for each in self.findings],
-        }
+        return versioned(
+            domain=self.domain,
+            uuid=self.uuid,
+            state=self.state,
+            severity=self.severity.value,
+            findings=[each.to_json() for each in self.findings],
+        )
 
 
 def run(request: CheckRequest, connection: Connection) -> CheckReport:

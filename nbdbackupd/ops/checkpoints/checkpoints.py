@@ -26,6 +26,7 @@ from nbdbackupd.ops.checkpoints.reconcile import Done, Known
 from nbdbackupd.ops.domain import domains, locks
 from nbdbackupd.ops.domain.images import ALONE, Sharing, images_of, why_elsewhere
 from nbdbackupd.ops.domain.survey import Looked, look
+from nbdbackupd.plain import versioned
 from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.repo.state import Record, State
 from nbdbackupd.virt import jobs
@@ -102,14 +103,13 @@ class CheckpointsReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain values."""
-        return {
-            "version": 1,
-            "domain": self.domain,
-            "uuid": self.uuid,
-            "active": self.is_active,
-            "busy": self.holder,
-            "elsewhere": self.elsewhere,
-            "chains": [
+        return versioned(
+            domain=self.domain,
+            uuid=self.uuid,
+            active=self.is_active,
+            busy=self.holder,
+            elsewhere=self.elsewhere,
+            chains=[
                 {
                     "id": chain.id,
                     "tag": tag_of_chain(chain.id),
@@ -121,11 +121,11 @@ class CheckpointsReport:
                 }
                 for chain in self.chains
             ],
-            "checkpoints": [_entry_json(entry) for entry in self.plan.entries],
-            "foreign": self.plan.foreign,
-            "changed": self.changed,
-            "steps": [_step_json(each) for each in self.steps],
-        }
+            checkpoints=[_entry_json(entry) for entry in self.plan.entries],
+            foreign=self.plan.foreign,
+            changed=self.changed,
+            steps=[_step_json(each) for each in self.steps],
+        )
 
 
 def _entry_json(entry: Entry) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from nbdbackupd.ops.files import fuse, probe, readers
 from nbdbackupd.ops.files.readers import Reader, Source
 from nbdbackupd.ops.map import map as mapping
 from nbdbackupd.ops.map.map import MapRequest
+from nbdbackupd.plain import versioned
 
 log = logging.getLogger(__name__)
 
@@ -81,17 +82,16 @@ class MountedTree:
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1."""
-        return {
-            "version": 1,
-            "directory": str(self.path),
-            "point": self.point,
-            "domain": self.domain,
-            "created": self.created,
-            "file_system": self.file_system.to_json(),
-            "tool": self.reader.tool,
-            "notes": list(self.notes),
-            "warnings": list(self.warnings),
-        }
+        return versioned(
+            directory=str(self.path),
+            point=self.point,
+            domain=self.domain,
+            created=self.created,
+            file_system=self.file_system.to_json(),
+            tool=self.reader.tool,
+            notes=list(self.notes),
+            warnings=list(self.warnings),
+        )
 
     def wait(self, is_over: Callable[[], bool]) -> int:
         """Wait until somebody unmounts it, or it is over; how many damaged blocks were met.

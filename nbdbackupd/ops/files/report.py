@@ -10,6 +10,7 @@ from nbdbackupd.ops.files import tar
 from nbdbackupd.ops.files.copy import Copied
 from nbdbackupd.ops.files.files import Entry, Problems, Tree
 from nbdbackupd.ops.files.mount import MountedTree
+from nbdbackupd.plain import versioned
 from nbdbackupd.threads import Threads
 
 Result = TypeVar("Result")
@@ -33,21 +34,20 @@ class FilesReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1."""
-        return {
-            "version": 1,
-            "action": self.action,
-            "point": self.tree.point,
-            "domain": self.tree.domain,
-            "created": self.tree.created,
-            "file_system": self.tree.file_system.to_json(),
-            "tool": self.tree.reader.tool,
-            "entries": [each.to_json() for each in self.entries],
-            "copied": self.copied.to_json() if self.copied else None,
-            "archived": self.archived,
-            "notes": list(self.tree.notes),
-            "warnings": [*self.tree.warnings, *self.problems.skipped],
-            "problems": list(self.problems.failed),
-        }
+        return versioned(
+            action=self.action,
+            point=self.tree.point,
+            domain=self.tree.domain,
+            created=self.tree.created,
+            file_system=self.tree.file_system.to_json(),
+            tool=self.tree.reader.tool,
+            entries=[each.to_json() for each in self.entries],
+            copied=self.copied.to_json() if self.copied else None,
+            archived=self.archived,
+            notes=list(self.tree.notes),
+            warnings=[*self.tree.warnings, *self.problems.skipped],
+            problems=list(self.problems.failed),
+        )
 
 
 def show(

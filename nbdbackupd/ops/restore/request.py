@@ -8,6 +8,7 @@ from typing import Any
 
 from nbdbackupd.model.choice import NEWEST, Choice
 from nbdbackupd.ops.restore.definer import Definition
+from nbdbackupd.plain import versioned
 
 Progress = Callable[[str, int, int], None]
 """Gets a disk's target, its guest bytes done, and its size; from any thread."""
@@ -106,12 +107,11 @@ class RestoreReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1."""
-        return {
-            "version": 1,
-            "point": self.point,
-            "domain": self.domain,
-            "created": self.created,
-            "disks": [
+        return versioned(
+            point=self.point,
+            domain=self.domain,
+            created=self.created,
+            disks=[
                 {
                     "target": disk.target,
                     "path": str(disk.path),
@@ -124,10 +124,10 @@ class RestoreReport:
                 }
                 for disk in self.disks
             ],
-            "config": str(self.config) if self.config else None,
-            "files": [str(path) for path in self.files],
-            "definition": self.definition.to_json() if self.definition else None,
-            "warnings": list(self.warnings),
-            "data_bytes": self.data_bytes,
-            "seconds": round(self.seconds, 3),
-        }
+            config=str(self.config) if self.config else None,
+            files=[str(path) for path in self.files],
+            definition=self.definition.to_json() if self.definition else None,
+            warnings=list(self.warnings),
+            data_bytes=self.data_bytes,
+            seconds=round(self.seconds, 3),
+        )

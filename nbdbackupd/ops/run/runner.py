@@ -39,6 +39,7 @@ from nbdbackupd.ops.run.metrics import RunMetrics
 from nbdbackupd.ops.sets import homes
 from nbdbackupd.ops.status import gather
 from nbdbackupd.ops.status.record import RunRecord
+from nbdbackupd.plain import versioned
 from nbdbackupd.repo.state import State
 from nbdbackupd.source import kept
 from nbdbackupd.systemd import inhibit
@@ -125,17 +126,16 @@ class RunReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1."""
-        return {
-            "version": 1,
-            "domain": self.domain,
-            "uuid": self.uuid,
-            "result": self.result,
-            "reason": self.reason,
-            "set": str(self.set) if self.set is not None else "",
-            "level": self.level,
-            "problems": list(self.problems),
-            "backup": self.backup.to_json() if self.backup is not None else None,
-        }
+        return versioned(
+            domain=self.domain,
+            uuid=self.uuid,
+            result=self.result,
+            reason=self.reason,
+            set=str(self.set) if self.set is not None else "",
+            level=self.level,
+            problems=list(self.problems),
+            backup=self.backup.to_json() if self.backup is not None else None,
+        )
 
 
 def run(wish: RunRequest, host: Host, watch: Watch, record: RunRecord) -> RunReport:

@@ -12,13 +12,13 @@ from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model.chain import DiskPoint, Layout, RestorePoint
 from nbdbackupd.model.choice import Choice
 from nbdbackupd.ops.sets import opened
+from nbdbackupd.plain import versioned
 from nbdbackupd.repo import boot_tests, layout
 from nbdbackupd.repo.boot_tests import BootTest
 from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.repo.virtnbdbackup.place import Folder, is_archive
 from nbdbackupd.units import human_size, local_time
 
-JSON_VERSION: Final = 1
 GAP: Final = "  "
 PEER: Final = "virtnbdbackup"
 
@@ -40,15 +40,14 @@ class ListReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1; sizes in bytes."""
-        return {
-            "version": JSON_VERSION,
-            "set": str(self.path),
-            "stored_bytes": sum(stored_bytes(point) for point in self.points),
-            "points": [describe(point, self.tests.get(point.id)) for point in self.points],
-            "problems": list(self.problems),
-            "warnings": list(self.warnings),
-            "written_by": self.written_by,
-        }
+        return versioned(
+            set=str(self.path),
+            stored_bytes=sum(stored_bytes(point) for point in self.points),
+            points=[describe(point, self.tests.get(point.id)) for point in self.points],
+            problems=list(self.problems),
+            warnings=list(self.warnings),
+            written_by=self.written_by,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,11 +64,10 @@ class ShowReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1; sizes in bytes."""
-        return {
-            "version": JSON_VERSION,
-            "set": str(self.path),
-            "points": [self._point(point) for point in self.points],
-        }
+        return versioned(
+            set=str(self.path),
+            points=[self._point(point) for point in self.points],
+        )
 
     def _point(self, point: RestorePoint) -> dict[str, Any]:
         document = asdict(point)

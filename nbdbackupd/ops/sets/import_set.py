@@ -28,6 +28,7 @@ from nbdbackupd.model.chain import DiskMode, DiskPoint, Layout, RestorePoint, St
 from nbdbackupd.ops.sets import catalog, import_files, opened, originals, peer_index
 from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets.opened import OpenedSet
+from nbdbackupd.plain import versioned
 from nbdbackupd.repo import importing, layout
 from nbdbackupd.repo.importing import Stage
 from nbdbackupd.repo.set_directory import CHECKPOINT_XML, SetDirectory
@@ -68,14 +69,13 @@ class ImportReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1."""
-        return {
-            "version": 1,
-            "set": str(self.path),
-            "imported": self.done,
-            "points": [catalog.describe(point) for point in self.points],
-            "warnings": list(self.warnings),
-            "seconds": round(self.seconds, 3),
-        }
+        return versioned(
+            set=str(self.path),
+            imported=self.done,
+            points=[catalog.describe(point) for point in self.points],
+            warnings=list(self.warnings),
+            seconds=round(self.seconds, 3),
+        )
 
 
 def run(

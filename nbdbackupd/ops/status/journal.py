@@ -16,6 +16,7 @@ from typing import IO, Any, Final, TextIO
 from nbdbackupd import documents, durable, events, log, proc
 from nbdbackupd.errors import NotSupportedError, ProcessError, RepositoryError, UsageError
 from nbdbackupd.model import unitname
+from nbdbackupd.plain import versioned
 from nbdbackupd.repo import layout
 
 JOURNALS: Final = (Path("/run/log/journal"), Path("/var/log/journal"))
@@ -65,19 +66,18 @@ class Entry:
 
     def describe(self) -> dict[str, Any]:
         """The entry as a JSON document, schema version 1."""
-        return {
-            "version": 1,
-            "time": self.time.astimezone(UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
-            "priority": self.priority,
-            "event": self.event,
-            "message": self.message,
-            "fields": dict(self.fields),
-        }
+        return versioned(
+            time=self.time.astimezone(UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
+            priority=self.priority,
+            event=self.event,
+            message=self.message,
+            fields=dict(self.fields),
+        )
 
 
 def to_json(entries: list[Entry]) -> dict[str, Any]:
     """All entries as one JSON document, schema version 1."""
-    return {"version": 1, "entries": [entry.describe() for entry in entries]}
+    return versioned(entries=[entry.describe() for entry in entries])
 
 
 def read(query: Query, cancelled: Callable[[], None]) -> Iterator[Entry]:

@@ -13,12 +13,12 @@ from nbdbackupd.model.health import Facts, Health, Limits, Verdict, age_text, ju
 from nbdbackupd.ops.domain.locks import holder
 from nbdbackupd.ops.sets.catalog import stored_bytes
 from nbdbackupd.ops.sets.sets import DomainSet, sets_of
+from nbdbackupd.plain import versioned
 from nbdbackupd.repo import boot_tests, layout
 from nbdbackupd.repo.boot_tests import BootTest
 from nbdbackupd.repo.runs import End
 from nbdbackupd.units import human_size
 
-JSON_VERSION: Final = 1
 NAGIOS: Final = {Health.OK: 0, Health.WARNING: 1, Health.CRITICAL: 2, Health.UNKNOWN: 3}
 SHOWN: Final = 3
 
@@ -133,13 +133,12 @@ class StatusReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1; sizes in bytes, ages in seconds."""
-        return {
-            "version": JSON_VERSION,
-            "health": self.health.value,
-            "moment": _time(self.moment),
-            "notes": list(self.notes),
-            "domains": [each.describe(self.moment) for each in self.domains],
-        }
+        return versioned(
+            health=self.health.value,
+            moment=_time(self.moment),
+            notes=list(self.notes),
+            domains=[each.describe(self.moment) for each in self.domains],
+        )
 
 
 def stored(directory: Path, uuid: str = "", *more: Path) -> Stored:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdbackupd.ops.verify.findings import Problem
+from nbdbackupd.plain import versioned
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,13 +38,12 @@ class VerifyReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1."""
-        return {
-            "version": 1,
-            "sound": not self.problems,
-            "points": self.points,
-            "files": self.files,
-            "checked_bytes": self.checked_bytes,
-            "problems": [problem.to_json() for problem in self.problems],
-            "warnings": list(self.warnings),
-            "seconds": round(self.seconds, 3),
-        }
+        return versioned(
+            sound=not self.problems,
+            points=self.points,
+            files=self.files,
+            checked_bytes=self.checked_bytes,
+            problems=[problem.to_json() for problem in self.problems],
+            warnings=list(self.warnings),
+            seconds=round(self.seconds, 3),
+        )
