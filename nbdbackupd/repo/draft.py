@@ -14,13 +14,14 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Final
 
 from nbdbackupd import documents, durable
 from nbdbackupd.errors import FormatError, IntegrityError, RepositoryError, SourceError
+from nbdbackupd.files import open_sized
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import BackupSet, Layout, RestorePoint, StoredFile
 from nbdbackupd.repo import layout
@@ -87,6 +88,7 @@ class Draft:
         self._load = load
         self._read_back = read_back
         self._names: set[str] = set()
+        self._shared: dict[str, StoredFile] = {}
 
     def create(self, name: str) -> Path:
         """The path for a file that the caller writes; it does not exist yet.
@@ -156,6 +158,40 @@ class Draft:
             os.close(reading)
         return StoredFile(name, role, size, digest, os.fspath(source.absolute()), disk)
 
+    def share(self, source: Path, role: str, held: Iterable[StoredFile]) -> StoredFile | None:
+        """The file of ``held``, of earlier points of this set, that is a copy of ``source`` by now.
+
+        Both are read, so a damaged one is not shared. None: it is to be copied. Raises SourceError
+        if ``source`` can't be read.
+        """
+        reading = _open_regular(source)
+        try:
+            size = os.fstat(reading).st_size
+            like = {each for each in held if (each.role, each.size) == (role, size)}
+            digest = _digest(reading, source) if like else ""
+        finally:
+            os.close(reading)
+        for each in sorted(like, key=lambda one: one.name):
+            if each.sha256 == digest and self._is_sound(each):
+                self._shared[each.name] = each
+                return replace(each, origin=os.fspath(source.absolute()))
+        return None
+
+    def _is_sound(self, stored: StoredFile) -> bool:
+        path = self._root / stored.name
+        try:
+            reading = open_sized(path, stored.size)
+            try:
+                digest = _digest(reading, path)
+            finally:
+                os.close(reading)
+        except (IntegrityError, SourceError, OSError) as err:
+            log.warning("a file of earlier points can't be used again: %s", err)
+            return False
+        if digest != stored.sha256:
+            log.warning("a file of earlier points is damaged: %s", path)
+        return digest == stored.sha256
+
     def copy_tree(self, source: Path, role: str) -> tuple[StoredFile, ...]:
         """Copy a directory's regular files, one stored file each (a vTPM's state).
 
@@ -186,8 +222,9 @@ class Draft:
         """
         data = manifest.pack(point)
         parsed = manifest.parse(data)
-        names = self._complete(parsed)
-        BackupSet.from_points([*self._load().points, parsed])
+        known = self._load().points
+        names = self._complete(parsed, known)
+        BackupSet.from_points([*known, parsed])
         target = self._root / layout.POINTS / layout.manifest(point.sequence, point.id)
         with durable.translate_os_errors("publish the restore point in", self._root):
             self._prepare(names, data, target)
@@ -210,8 +247,10 @@ class Draft:
                 (self.path / layout.CHECKPOINTS).mkdir(mode=0o700, exist_ok=True)
         return self.path / name
 
-    def _complete(self, point: RestorePoint) -> list[str]:
+    def _complete(self, point: RestorePoint, known: Iterable[RestorePoint]) -> list[str]:
         """The names to publish, after proof that the draft holds just what the manifest says.
+
+        What is shared with points of the set lies there already, and is not of the draft.
 
         The peer's checksum files are made here: decimal Adler-32 of each stream.
         """
@@ -232,6 +271,9 @@ class Draft:
                 with durable.translate_os_errors("write", self.path / name):
                     durable.write_atomic(self.path / name, text, mode=0o600)
                 sizes[name] = len(text)
+        self._check_shared(sizes, known)
+        for name in self._shared:
+            sizes.pop(name, None)
         for name, size in sizes.items():
             _check_size(self.path / name, size)
             if os.path.lexists(self._root / name):
@@ -239,6 +281,15 @@ class Draft:
                     f"{self._root / name} exists and is of no restore point: move it away"
                 )
         return sorted(sizes)
+
+    def _check_shared(self, sizes: dict[str, int], known: Iterable[RestorePoint]) -> None:
+        """Raises RepositoryError if a shared file is not of a point any more, or not there."""
+        held = {(each.name, each.sha256) for point in known for each in point.files}
+        for name, stored in self._shared.items():
+            if name in sizes and (name, stored.sha256) not in held:
+                raise RepositoryError(f"{self._root / name} is of no restore point any more")
+            if name in sizes:
+                _check_size(self._root / name, stored.size)
 
     def _prepare(self, names: list[str], data: bytes, target: Path) -> None:
         for name in names:
@@ -287,10 +338,10 @@ def _check_size(path: Path, size: int) -> None:
     try:
         status = path.lstat()
     except OSError as err:
-        raise RepositoryError(f"the draft lacks {path.name}: {err.strerror}") from err
+        raise RepositoryError(f"the new point lacks {path.name}: {err.strerror}") from err
     if not stat.S_ISREG(status.st_mode) or status.st_size != size:
         raise IntegrityError(
-            "file of the draft is not what was written", file=path, size=status.st_size, told=size
+            "file of the point is not what was written", file=path, size=status.st_size, told=size
         )
 
 
@@ -312,16 +363,29 @@ def _refuse_unread(err: OSError) -> None:
 
 def _copy(reading: int, writing: int, source: Path) -> tuple[int, str]:
     size, digest = 0, hashlib.sha256()
+    for part in _parts(reading, source):
+        digest.update(part)
+        durable.write_all(writing, part)
+        size += len(part)
+    return size, digest.hexdigest()
+
+
+def _digest(reading: int, source: Path) -> str:
+    digest = hashlib.sha256()
+    for part in _parts(reading, source):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(reading: int, source: Path) -> Iterator[bytes]:
     while True:
         try:
             part = os.read(reading, CHUNK)
         except OSError as err:
             raise SourceError(f"can't read {source}: {err.strerror}") from err
         if not part:
-            return size, digest.hexdigest()
-        digest.update(part)
-        durable.write_all(writing, part)
-        size += len(part)
+            return
+        yield part
 
 
 def remove(path: Path) -> None:

@@ -1,13 +1,18 @@
 """Kill -9 before every change of the file system, and what a power cut would find."""
 
+import contextlib
+import errno
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nbdbackupd.errors import RepositoryError
 from nbdbackupd.model.chain import Level
 from nbdbackupd.repo.set_directory import SetDirectory
 from tests.lib import chains
@@ -99,6 +104,8 @@ def test_kill_at_every_step(tmp_path: Path, number: int) -> None:
     """Each kill leaves the old set or the new one, never a mixture, and nobody's files suffer."""
     base = tmp_path / "base" / "set"
     base.mkdir(parents=True, mode=0o700)
+    for folder in (tmp_path, base.parent):
+        (folder / chains.KERNEL).write_text("a kernel that both points boot")
     if number > 1:
         chains.make_chain(base, number - 2)
     (base / ".mine").write_text("keep me")
@@ -118,6 +125,7 @@ def test_kill_at_every_step(tmp_path: Path, number: int) -> None:
             assert (dead, "keep me") == (0, (path / ".mine").read_text())
             new = set(chains.tree(path)) - set(old)
             assert len([name for name in new if name.endswith(".data")]) == 2
+            assert [path.name for path in path.glob("kernel.*")] == ["kernel.p1.vmlinuz"]
         outcomes.append((found, dead))
         if finished:
             break
@@ -129,6 +137,55 @@ def test_kill_at_every_step(tmp_path: Path, number: int) -> None:
     assert {(number - 1, 0), (number - 1, 1), (number, 0)} <= set(outcomes)
     assert outcomes == sorted(outcomes, key=lambda outcome: outcome[0])
     assert len(outcomes) > 30
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_call_that_fails_at_every_step(tmp_path: Path, code: int) -> None:
+    """Each failure of the target leaves the old set or the new one; a shared file stays."""
+    base = tmp_path / "base" / "set"
+    base.mkdir(parents=True, mode=0o700)
+    for folder in (tmp_path, base.parent):
+        (folder / chains.KERNEL).write_text("a kernel that both points boot")
+    chains.make_chain(base, 0)
+    sweep(base)
+    old = chains.tree(base)
+    counts = set()
+    for step in range(1, 1000):
+        path = copied(base, tmp_path / f"set{step}")
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(RepositoryError):
+            count = fail_at(patch, step, code)
+            chains.add_point(path, 2)
+        found, _ = sweep(path)
+        counts.add(found)
+        if found == 1:
+            assert chains.tree(path) == old, step
+        assert (path / "kernel.p1.vmlinuz").read_bytes() == old["kernel.p1.vmlinuz"]
+        if count[0] < step:
+            break
+    assert (counts, step > 50) == ({1, 2}, True)
+
+
+def fail_at(patch: pytest.MonkeyPatch, step: int, code: int) -> list[int]:
+    """Have one call that changes or settles the file system fail; how many there were, in a list.
+
+    No real target fails at a chosen call.
+    """
+    count = [0]
+
+    def failing(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if name == "open" and not (args[1] & os.O_CREAT):
+                return plain(*args, **kwargs)
+            count[0] += 1
+            if count[0] == step:
+                raise OSError(code, os.strerror(code))
+            return plain(*args, **kwargs)
+
+        return call
+
+    for each in CALLS:
+        patch.setattr(os, each, failing(each, getattr(os, each)))
+    return count
 
 
 def test_kill_during_the_sweep(tmp_path: Path) -> None:

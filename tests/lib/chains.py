@@ -14,6 +14,8 @@ from tests.lib import points
 
 DISK_SIZE = 1 << 20
 BLOCK = 4096
+KERNEL = "vmlinuz"
+"""A file beside the set: if it is there, the guest boots it directly."""
 
 
 def intent_for(number: int, *, level: Level = Level.INC) -> Intent:
@@ -80,6 +82,12 @@ def fill(draft: Draft, known: tuple[RestorePoint, ...], level: Level) -> Restore
     if intent.checkpoint:
         name = layout.checkpoint_xml(intent.checkpoint)
         files.append(draft.add_bytes(name, b"<domaincheckpoint/>", "checkpoint-xml"))
+    kernel = draft.path.parent.parent / KERNEL
+    if kernel.exists():
+        held = [file for point in known for file in point.files]
+        name = layout.copy("kernel", intent.point_id, KERNEL)
+        shared = draft.share(kernel, "kernel", held)
+        files.append(shared or draft.copy_file(name, kernel, "kernel"))
     bases = [point for point in known if point.makes_base]
     if level in (Level.FULL, Level.COPY):
         point = replace(points.full_point(intent.point_id), level=level, disks=disks)

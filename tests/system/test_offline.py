@@ -110,6 +110,29 @@ def test_a_chain_that_goes_on_whether_the_domain_runs_or_not(here: Scene) -> Non
     here.prove_all()
 
 
+def test_what_boots_it_is_stored_once(lab: DaemonLab, here: Scene, tmp_path: Path) -> None:
+    """An increment in which nothing changed takes next to nothing, and restores with its kernel."""
+    kernel = tmp_path / "vmlinuz"
+    kernel.write_bytes(os.urandom(2 * MIB))
+    xml = lab.virsh("dumpxml", here.guest.name, "--inactive")
+    changed = tmp_path / "changed.xml"
+    changed.write_text(xml.replace("</type>", f"</type><kernel>{kernel}</kernel>"))
+    lab.virsh("define", changed)
+    full, idle = here.save(), here.save()
+    assert full.point["stored_bytes"] > 2 * MIB
+    assert idle.point["stored_bytes"] < 32 * KIB
+    old = kernel.read_bytes()
+    kernel.write_bytes(os.urandom(2 * MIB))
+    other = here.save()
+    assert other.point["stored_bytes"] > 2 * MIB
+    assert len([*here.set.glob("kernel.*")]) == 2
+    for saved, content in ((full, old), (idle, old), (other, kernel.read_bytes())):
+        out = tmp_path / f"out-{saved.id}"
+        here.ctl("restore", here.set, "--point", saved.id, "-o", out)
+        assert (out / "config" / "kernel" / "vmlinuz").read_bytes() == content
+    here.ctl("verify", here.set)
+
+
 def test_every_level_and_option(here: Scene) -> None:
     copy = here.save("-l", "copy", "-t", "raw")
     assert here.checkpoints() == []

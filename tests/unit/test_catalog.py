@@ -8,6 +8,7 @@ import pytest
 
 from nbdbackupd.errors import ChainBrokenError, FormatError, IntegrityError, RepositoryError
 from nbdbackupd.model.chain import DiskMode, Layout, Level
+from nbdbackupd.model.space import own_bytes
 from nbdbackupd.ops.sets import catalog
 from nbdbackupd.units import human_size
 from tests.lib import chains, points
@@ -138,7 +139,9 @@ def test_hostile_texts_reach_no_terminal() -> None:
         points.full_point(), disks=(disk, raw), domain="vm\x1b]0;x\x07", warnings=("a\rb",)
     )
     report = catalog.ListReport(path=Path("/b\udce4\x1b"), points=(point,))
-    show = catalog.ShowReport(path=report.path, points=report.points)
+    show = catalog.ShowReport(
+        path=report.path, points=report.points, sizes=own_bytes(report.points)
+    )
     for text in (catalog.render_list(report), catalog.render_show(show)):
         assert text.replace("\n", "").isprintable()
         text.encode()

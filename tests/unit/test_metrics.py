@@ -51,7 +51,7 @@ def values(path: Path) -> dict[str, float]:
 def good(domain: str = "vm1") -> RunFacts:
     return RunFacts(
         domain=domain, ended=NOW, seconds=12.25, exit_status=0, succeeded=True,
-        point=points.full_point(), chain_points=1,
+        point=points.full_point(), stored_bytes=9, chain_points=1,
     )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def test_a_good_run(tmp_path: Path) -> None:
         "last_success_timestamp_seconds": NOW.timestamp(),
         "last_point_timestamp_seconds": datetime(2026, 1, 31, 23, 59, 59, tzinfo=UTC).timestamp(),
         "last_point_duration_seconds": 12.25,
-        "last_point_stored_bytes": len(b"full") + len(b"index"),
+        "last_point_stored_bytes": 9,
         "last_point_data_bytes": 4096,
         "last_point_full": 1,
         "last_point_demoted_disks": 0,

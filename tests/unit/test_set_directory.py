@@ -18,7 +18,8 @@ from nbdbackupd.errors import (
     SourceError,
 )
 from nbdbackupd.format import manifest
-from nbdbackupd.model.chain import Level
+from nbdbackupd.model.chain import Level, RestorePoint, StoredFile
+from nbdbackupd.model.space import own_bytes
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Intent
 from nbdbackupd.repo.set_directory import SetDirectory
@@ -227,6 +228,61 @@ def test_copies(tmp_path: Path) -> None:
                 draft.copy_file("x", bad, "nvram")
         with pytest.raises(SourceError, match="absent"):
             draft.copy_tree(tmp_path / "absent", "tpm-state")
+
+
+def kernel_of(point: RestorePoint) -> StoredFile:
+    return next(each for each in point.files if each.role == "kernel")
+
+
+def add_with_kernel(path: Path, number: int, content: bytes) -> RestorePoint:
+    """Publish a point of a guest that boots this kernel."""
+    (path.parent / chains.KERNEL).write_bytes(content)
+    return chains.add_point(path, number, Level.FULL if number == 1 else Level.INC)
+
+
+def test_a_boot_file_is_stored_once_per_content(tmp_path: Path) -> None:
+    path = tmp_path / "set"
+    contents = [b"old", b"new", b"old", b"new"]
+    made = [add_with_kernel(path, number, each) for number, each in enumerate(contents, 1)]
+    names = [kernel_of(point).name for point in made]
+    assert names == ["kernel.p1.vmlinuz", "kernel.p2.vmlinuz"] * 2
+    assert sorted(each.name for each in path.glob("kernel.*")) == sorted(set(names))
+    assert own_bytes(made)["p3"] == own_bytes(made)["p4"] == own_bytes(made)["p2"] - 3
+    known = SetDirectory.open(path).load()
+    SetDirectory.open(path).check_present(known.points)
+    assert [(path / kernel_of(point).name).read_bytes() for point in known.points] == contents
+
+
+def test_a_damaged_boot_file_is_not_shared(tmp_path: Path) -> None:
+    """A copy of it is stored, so that the new point is sound; what was damaged is as it was."""
+    path = tmp_path / "set"
+    add_with_kernel(path, 1, b"kernel")
+    for number, spoil in enumerate((b"KERNEL", b"k", None), 2):
+        newest = SetDirectory.open(path).load().newest
+        old = path / kernel_of(newest).name
+        old.unlink()
+        if spoil is not None:
+            old.write_bytes(spoil)
+        made = add_with_kernel(path, number, b"kernel")
+        assert kernel_of(made).name == f"kernel.p{number}.vmlinuz"
+        assert (path / kernel_of(made).name).read_bytes() == b"kernel"
+        assert (old.read_bytes() if spoil is not None else None) == spoil
+
+
+def test_what_is_shared_must_be_of_a_point(tmp_path: Path) -> None:
+    """A file that lies in the set and is of nobody may be swept away at any time."""
+    path = tmp_path / "set"
+    held = [kernel_of(add_with_kernel(path, 1, b"kernel"))]
+    stray = replace(held[0], name="kernel.x.vmlinuz")
+    (path / stray.name).write_bytes(b"kernel")
+    repository = SetDirectory.open(path)
+    with repository.lock(owner="x"), repository.draft(chains.intent_for(2)) as draft:
+        shared = draft.share(path.parent / chains.KERNEL, "kernel", [stray])
+        assert shared is not None
+        point = chains.fill(draft, repository.load().points, Level.INC)
+        files = [each for each in point.files if each.role != "kernel"]
+        with pytest.raises(RepositoryError, match="of no restore point any more"):
+            draft.publish(replace(point, files=(*files, shared)))
 
 
 def test_discarded_file_needs_no_manifest(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ out the draft and the new checkpoint go away and the old base stays what it was.
 
 import functools
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Final
@@ -17,6 +17,7 @@ from nbdbackupd import durable, events, rundir
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import BusyError, CheckpointError, DomainError, RepositoryError
 from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint, effective_level
+from nbdbackupd.model.space import own_bytes
 from nbdbackupd.ops.backup import outcome, recording
 from nbdbackupd.ops.backup.job import Job
 from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
@@ -182,10 +183,25 @@ def _run_locked(run: _Run) -> BackupReport:
         note_saved(domain, request.sharing, point.id)
     written.note(state.directory, point)
     reconcile.advance(domain, set_dir, point, parent, looked, state=state, erase=erase)
+    return _report(known, point, seconds, looked, beside)
+
+
+def _report(
+    known: BackupSet,
+    point: RestorePoint,
+    seconds: Mapping[str, float],
+    looked: Looked,
+    beside: tuple[OtherChain, ...],
+) -> BackupReport:
     encrypted = [each.target for each in point.disks if each.target in looked.encrypted]
     notes = [ENCRYPTED.format(disk=target) for target in encrypted]
     notes += [str(each) for each in beside if not each.is_gone]
-    return BackupReport(point=point, disk_seconds=seconds, notes=tuple(notes))
+    return BackupReport(
+        point=point,
+        stored_bytes=own_bytes([*known.points, point])[point.id],
+        disk_seconds=seconds,
+        notes=tuple(notes),
+    )
 
 
 def _wait(seconds: float, cancelled: Cancelled) -> durable.Wait:

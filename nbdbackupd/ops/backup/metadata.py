@@ -7,6 +7,7 @@ declares and that can't be read costs a warning, never the backup (F-92).
 import json
 import logging
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -27,6 +28,8 @@ DOMAIN_XML: Final = "domain-xml"
 DOMAIN_XML_LIVE: Final = "domain-xml-live"
 GUEST_INFO: Final = "guest-info"
 TPM_STATE: Final = "tpm-state"
+BOOT_ROLES: Final = frozenset({"loader", "nvram", "kernel", "initrd"})
+"""Stored once in a set as long as they don't change; a vTPM's files are small and tell a path."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,9 +80,12 @@ def collect(domain: Domain, definition: domain_model.Domain) -> Collected:
     return Collected(items=tuple(items), warnings=tuple(warnings), autostart=domain.has_autostart())
 
 
-def save(draft: Draft, collected: Collected, point_id: str) -> tuple[list[StoredFile], list[str]]:
+def save(
+    draft: Draft, collected: Collected, point_id: str, held: Collection[StoredFile] = ()
+) -> tuple[list[StoredFile], list[str]]:
     """Put the items into a draft; return the stored files, and a warning for each unreadable one.
 
+    What boots the guest and is among ``held``, files of the set's points, is not stored again.
     Raises RepositoryError or NoSpaceError if the set can't be written.
     """
     files: list[StoredFile] = []
@@ -94,7 +100,8 @@ def save(draft: Draft, collected: Collected, point_id: str) -> tuple[list[Stored
             warnings.append(f"the {item.role} is not saved: {item.source} has too long a path")
             continue
         try:
-            files.append(draft.copy_file(name, item.source, item.role))
+            shared = draft.share(item.source, item.role, held) if item.role in BOOT_ROLES else None
+            files.append(shared or draft.copy_file(name, item.source, item.role))
         except SourceError as err:
             draft.discard(name)
             warnings.append(f"the {item.role} is not saved: {err.message}")

@@ -5,8 +5,8 @@ import logging
 from nbdbackupd import events
 from nbdbackupd.errors import BusyError, GaveWayError
 from nbdbackupd.events import Event, emit, usec
+from nbdbackupd.model.space import disk_bytes
 from nbdbackupd.ops.backup.request import BackupReport
-from nbdbackupd.ops.sets import catalog
 
 
 def event_of(err: BaseException) -> Event:
@@ -26,7 +26,7 @@ def tell(log: logging.Logger, report: BackupReport) -> None:
         "point": point.id,
         "level": point.level,
         "checkpoint": point.checkpoint,
-        "bytes": sum(catalog.disk_bytes(disk) for disk in point.disks),
+        "bytes": sum(disk_bytes(disk) for disk in point.disks),
         "duration_usec": usec(report.seconds),
     }
     if point.warnings:

@@ -206,7 +206,8 @@ def _save_metadata(
     notes: _Notes,
 ) -> list[StoredFile]:
     """Everything beside the disks; a component that can't be read costs a warning (F-92)."""
-    files, unread = metadata.save(draft, collected, job.point_id)
+    held = [file for point in job.known.points for file in point.files]
+    files, unread = metadata.save(draft, collected, job.point_id, held)
     notes.warnings += unread
     if snapshot.checkpoint_xml:
         name = layout.checkpoint_xml(job.checkpoint)

@@ -44,12 +44,14 @@ class BackupRequest:
 class BackupReport:
     """The published point, or why none was made (``skipped``); seconds in all and by disk.
 
+    ``stored_bytes`` is what the point has added to its set.
     ``notes`` are what its user should know though nothing went wrong.
     ``is_current``: none was made because the newest one holds what there is to hold.
     """
 
     point: RestorePoint | None
     skipped: str = ""
+    stored_bytes: int = 0
     seconds: float = 0.0
     disk_seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -66,6 +68,6 @@ class BackupReport:
             result="saved" if self.point else "skipped",
             reason=self.skipped,
             seconds=round(self.seconds, 3),
-            point=catalog.describe(self.point) if self.point else None,
+            point=catalog.describe(self.point, self.stored_bytes) if self.point else None,
             notes=list(self.notes),
         )

@@ -54,7 +54,8 @@ class RunMetrics:
                 count = len(SetDirectory.open(directory).load().points)
             except NbdbackupError as err:
                 log.warning("the points of %s can't be counted: %s", directory, err)
-        self._record(exit_status, succeeded=True, point=point, count=count)
+        size = report.stored_bytes if report is not None else 0
+        self._record(exit_status, succeeded=True, point=point, size=size, count=count)
 
     def _record(
         self,
@@ -62,6 +63,7 @@ class RunMetrics:
         *,
         succeeded: bool = False,
         point: RestorePoint | None = None,
+        size: int = 0,
         count: int = 0,
     ) -> None:
         if self._directory is None:
@@ -74,6 +76,7 @@ class RunMetrics:
             exit_status=exit_status,
             succeeded=succeeded,
             point=point,
+            stored_bytes=size,
             chain_points=count,
         )
         try:

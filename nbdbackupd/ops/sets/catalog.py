@@ -11,6 +11,7 @@ from nbdbackupd.format import stream
 from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model.chain import DiskPoint, Layout, RestorePoint
 from nbdbackupd.model.choice import Choice
+from nbdbackupd.model.space import disk_bytes, own_bytes
 from nbdbackupd.ops.sets import opened
 from nbdbackupd.plain import versioned
 from nbdbackupd.repo import boot_tests, layout
@@ -40,10 +41,13 @@ class ListReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1; sizes in bytes."""
+        sizes = own_bytes(self.points)
         return versioned(
             set=str(self.path),
-            stored_bytes=sum(stored_bytes(point) for point in self.points),
-            points=[describe(point, self.tests.get(point.id)) for point in self.points],
+            stored_bytes=sum(sizes.values()),
+            points=[
+                describe(point, sizes[point.id], self.tests.get(point.id)) for point in self.points
+            ],
             problems=list(self.problems),
             warnings=list(self.warnings),
             written_by=self.written_by,
@@ -54,11 +58,13 @@ class ListReport:
 class ShowReport:
     """Points with all that their manifests and streams say.
 
-    ``metas`` are the meta frames by the stream's file name, ``tests`` the boot tests by point.
+    ``sizes`` is what each point takes, ``metas`` are the meta frames by the stream's file name,
+    ``tests`` the boot tests by point.
     """
 
     path: Path
     points: tuple[RestorePoint, ...]
+    sizes: Mapping[str, int]
     metas: Mapping[str, StreamMeta] = field(default_factory=dict)
     tests: Mapping[str, BootTest] = field(default_factory=dict)
 
@@ -71,7 +77,7 @@ class ShowReport:
 
     def _point(self, point: RestorePoint) -> dict[str, Any]:
         document = asdict(point)
-        document["stored_bytes"] = stored_bytes(point)
+        document["stored_bytes"] = self.sizes[point.id]
         document["boot_test"] = _test(self.tests.get(point.id))
         for disk, described in zip(point.disks, document["disks"], strict=True):
             described["stored_bytes"] = disk_bytes(disk)
@@ -113,14 +119,16 @@ def show(path: Path, point: str = "") -> ShowReport:
                 file = place.file(disk.file)
                 with durable.translate_os_errors("read", file):
                     metas[disk.file] = stream.read_meta(file, place.window(disk.file))
-    return ShowReport(path=path, points=points, metas=metas, tests=boot_tests.read(path))
+    sizes = own_bytes(known.points)
+    tests = boot_tests.read(path)
+    return ShowReport(path=path, points=points, sizes=sizes, metas=metas, tests=tests)
 
 
 def _test(test: BootTest | None) -> dict[str, Any] | None:
     return test.to_json() if test is not None else None
 
 
-def describe(point: RestorePoint, test: BootTest | None = None) -> dict[str, Any]:
+def describe(point: RestorePoint, size: int, test: BootTest | None = None) -> dict[str, Any]:
     """One point as ``list`` tells it, with its boot test if it had one; sizes in bytes."""
     return {
         "id": point.id,
@@ -135,7 +143,7 @@ def describe(point: RestorePoint, test: BootTest | None = None) -> dict[str, Any
         "consistency": point.consistency.value,
         "warnings": list(point.warnings),
         "skipped": [asdict(each) for each in point.skipped],
-        "stored_bytes": stored_bytes(point),
+        "stored_bytes": size,
         "disks": [_describe_disk(disk) for disk in point.disks],
         "boot_test": _test(test),
     }
@@ -154,17 +162,6 @@ def _describe_disk(disk: DiskPoint) -> dict[str, Any]:
         "layout": disk.layout.value,
         "reason": disk.reason,
     }
-
-
-def disk_bytes(disk: DiskPoint) -> int:
-    """What a disk's files take: stream and index; of a raw image, which is sparse, its data."""
-    content = disk.data_bytes if disk.layout is Layout.RAW else disk.file_size
-    return content + disk.index.size
-
-
-def stored_bytes(point: RestorePoint) -> int:
-    """What all files of a point take, its manifest left out."""
-    return sum(map(disk_bytes, point.disks)) + sum(file.size for file in point.files)
 
 
 def _check_is_set(path: Path) -> None:
@@ -189,7 +186,8 @@ def render_list(report: ListReport) -> str:
     if not report.points:
         return f"{plain.line(str(report.path))}: no restore points yet"
     names = sorted({point.domain for point in report.points})
-    total = human_size(sum(stored_bytes(point) for point in report.points))
+    sizes = own_bytes(report.points)
+    total = human_size(sum(sizes.values()))
     count = len(report.points)
     points = "1 restore point" if count == 1 else f"{count} restore points"
     head = f"{plain.line(str(report.path))}: {', '.join(names)}, {points}, {total} stored"
@@ -197,7 +195,7 @@ def render_list(report: ListReport) -> str:
     rows: list[tuple[str, ...]] = [
         ("#", "POINT", "LEVEL", "CREATED", "STATE", "STORED", "CHECKPOINT")
     ]
-    rows += [_point_row(point) for point in report.points]
+    rows += [_point_row(point, sizes[point.id]) for point in report.points]
     disks = [_disk_row(disk) for point in report.points for disk in point.disks]
     point_lines = _table(rows, right={0, 5})
     disk_lines = iter(_table(disks, right={1, 3, 4, 5}))
@@ -214,14 +212,14 @@ def render_list(report: ListReport) -> str:
     return "\n".join(lines)
 
 
-def _point_row(point: RestorePoint) -> tuple[str, ...]:
+def _point_row(point: RestorePoint, size: int) -> tuple[str, ...]:
     return (
         str(point.sequence),
         point.id,
         point.level.value,
         local_time(point.created),
         point.consistency.value,
-        human_size(stored_bytes(point)),
+        human_size(size),
         point.checkpoint or "-",
     )
 

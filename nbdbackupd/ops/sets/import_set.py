@@ -25,6 +25,7 @@ from nbdbackupd.errors import (
 from nbdbackupd.format import adler
 from nbdbackupd.model import jobxml
 from nbdbackupd.model.chain import DiskMode, DiskPoint, Layout, RestorePoint, StoredFile
+from nbdbackupd.model.space import own_bytes
 from nbdbackupd.ops.sets import catalog, import_files, opened, originals, peer_index
 from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets.opened import OpenedSet
@@ -69,10 +70,11 @@ class ImportReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1."""
+        sizes = own_bytes(self.points)
         return versioned(
             set=str(self.path),
             imported=self.done,
-            points=[catalog.describe(point) for point in self.points],
+            points=[catalog.describe(point, sizes[point.id]) for point in self.points],
             warnings=list(self.warnings),
             seconds=round(self.seconds, 3),
         )

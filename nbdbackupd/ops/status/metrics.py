@@ -16,7 +16,6 @@ from typing import Final
 from nbdbackupd import durable
 from nbdbackupd.errors import FormatError
 from nbdbackupd.model.chain import DiskMode, Level, RestorePoint
-from nbdbackupd.ops.sets.catalog import stored_bytes
 from nbdbackupd.repo import layout
 
 MODE: Final = 0o644  # the exporter has an account of its own
@@ -31,7 +30,7 @@ DOMAIN_METRICS: Final[Mapping[str, tuple[str, str]]] = {
     "last_success_timestamp_seconds": ("gauge", "When the last good run ended."),
     "last_point_timestamp_seconds": ("gauge", "The instant that the newest point holds."),
     "last_point_duration_seconds": ("gauge", "How long the run took that made the newest point."),
-    "last_point_stored_bytes": ("gauge", "What the files of the newest point take."),
+    "last_point_stored_bytes": ("gauge", "What the newest point has added to its set."),
     "last_point_data_bytes": ("gauge", "Guest bytes that the newest point holds as data."),
     "last_point_full": ("gauge", "Whether the newest point is a full, 1 or 0."),
     "last_point_demoted_disks": ("gauge", "Disks that the newest increment had to read whole."),
@@ -56,7 +55,8 @@ class RunFacts:
     """How a run ended.
 
     ``seconds`` is its duration. ``succeeded``: it made a point, or rightly made none; ``point`` is
-    the one that it made, or None, and ``chain_points`` the number of points in its set.
+    the one that it made, or None, ``stored_bytes`` what it takes, and ``chain_points`` the number
+    of points in its set.
     """
 
     domain: str
@@ -65,6 +65,7 @@ class RunFacts:
     exit_status: int
     succeeded: bool
     point: RestorePoint | None = None
+    stored_bytes: int = 0
     chain_points: int = 0
 
 
@@ -162,7 +163,7 @@ def _of_point(point: RestorePoint, facts: RunFacts) -> dict[str, float]:
     return {
         "last_point_timestamp_seconds": created,
         "last_point_duration_seconds": facts.seconds,
-        "last_point_stored_bytes": stored_bytes(point),
+        "last_point_stored_bytes": facts.stored_bytes,
         "last_point_data_bytes": sum(disk.data_bytes for disk in point.disks),
         "last_point_full": int(point.level is Level.FULL),
         "last_point_demoted_disks": demoted(point),

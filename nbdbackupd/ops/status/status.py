@@ -10,8 +10,8 @@ from nbdbackupd import plain, rundir
 from nbdbackupd.errors import FormatError, NbdbackupError, one_line
 from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.model.health import Facts, Health, Limits, Verdict, age_text, judge
+from nbdbackupd.model.space import own_bytes
 from nbdbackupd.ops.domain.locks import holder
-from nbdbackupd.ops.sets.catalog import stored_bytes
 from nbdbackupd.ops.sets.sets import DomainSet, sets_of
 from nbdbackupd.plain import versioned
 from nbdbackupd.repo import boot_tests, layout
@@ -27,15 +27,16 @@ SHOWN: Final = 3
 class Stored:
     """What the sets of a domain hold.
 
-    ``set`` is the one with the newest point, and ``points`` the number of its points. ``problem``
-    says why they can't be read (``is_denied``: this account may not), ``damage`` what is damaged in
-    that set. ``test`` is the last boot
-    test of one of its points.
+    ``set`` is the one with the newest point, ``size`` what that point has added to it, and
+    ``points`` the number of its points. ``problem`` says why they can't be read (``is_denied``:
+    this account may not), ``damage`` what is damaged in that set. ``test`` is the last boot test
+    of one of its points.
     """
 
     directory: Path
     set: str = ""
     newest: RestorePoint | None = None
+    size: int = 0
     points: int = 0
     problem: str = ""
     is_denied: bool = False
@@ -102,7 +103,7 @@ class DomainStatus:
             "created": point.created if point is not None else "",
             "age": (now - instant).total_seconds() if instant is not None else None,
             "level": point.level.value if point is not None else "",
-            "stored_bytes": stored_bytes(point) if point is not None else 0,
+            "stored_bytes": self.stored.size,
             "points": self.stored.points,
             "boot_test": self.stored.test.to_json() if self.stored.test is not None else None,
             "next_run": _time(self.next),
@@ -166,6 +167,7 @@ def stored(directory: Path, uuid: str = "", *more: Path) -> Stored:
         directory=found.path.parent,
         set=found.path.name,
         newest=found.known.newest,
+        size=own_bytes(found.known.points)[found.known.newest.id],
         points=len(found.known.points),
         damage=damage,
         test=_last_test(found),
@@ -267,7 +269,7 @@ def rows(domains: Sequence[DomainStatus], now: datetime) -> list[tuple[str, ...]
         else:
             age = age_text((now - instant).total_seconds())
             local = instant.astimezone().strftime("%Y-%m-%d %H:%M %Z")
-            cells = (local, age, point.level.value, human_size(stored_bytes(point)))
+            cells = (local, age, point.level.value, human_size(each.stored.size))
         next_run = each.next.astimezone().strftime("%Y-%m-%d %H:%M %Z") if each.next else "-"
         found.append((each.name, *cells, next_run, each.verdict.health.value))
     return found

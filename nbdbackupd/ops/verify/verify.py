@@ -5,10 +5,12 @@ stream against its index, every block against its SHA-256, that each disk is cov
 What is found is returned, not raised: one damaged file must not hide the next.
 """
 
+import functools
 import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -23,7 +25,7 @@ from nbdbackupd.errors import (
 )
 from nbdbackupd.files import open_regular
 from nbdbackupd.format import manifest
-from nbdbackupd.model.chain import BackupSet, RestorePoint, StoredFile
+from nbdbackupd.model.chain import BackupSet, DiskPoint, RestorePoint, StoredFile
 from nbdbackupd.model.choice import Choice
 from nbdbackupd.ops.sets import layers, opened, originals
 from nbdbackupd.ops.verify.blocks import Prover
@@ -87,25 +89,24 @@ def _verify(
     known = _link(found, findings)
     chosen = _choose(known, request.point, findings)
     files = size = 0
+    proven: set[StoredFile] = set()
     with Prover(request.workers, cancelled) as prover:
         for point, targets in chosen:
             for stored in point.files:
-                _check_file(request.path, point, stored, findings, cancelled)
-                files, size = files + 1, size + stored.size
-            for disk in point.disks:
-                if disk.target not in targets:
+                # points may share one; what is wrong with it is told of each
+                if (file := replace(stored, origin="")) in proven:
                     continue
-
-                def tell(done: int, label: str = disk.target, total: int = disk.file_size) -> None:
-                    progress(label, done, total)
-
+                if _check_file(request.path, point, stored, findings, cancelled):
+                    proven.add(file)
+                files, size = files + 1, size + stored.size
+            for disk in (each for each in point.disks if each.target in targets):
                 DiskCheck(
                     directory=request.path,
                     point=point,
                     disk=disk,
                     findings=findings,
                     prover=prover,
-                    progress=tell,
+                    progress=functools.partial(_tell_disk, progress, disk),
                     cancelled=cancelled,
                 ).run()
                 files, size = files + 2, size + disk.file_size + disk.index.size
@@ -121,6 +122,10 @@ def _verify(
             *(() if problems else _useless(request.path, chosen)),
         ),
     )
+
+
+def _tell_disk(progress: Progress, disk: DiskPoint, done: int) -> None:
+    progress(disk.target, done, disk.file_size)
 
 
 def _useless(directory: Path, chosen: list[tuple[RestorePoint, frozenset[str]]]) -> tuple[str, ...]:
@@ -252,7 +257,7 @@ def _check_file(
     stored: StoredFile,
     findings: Findings,
     cancelled: Callable[[], None],
-) -> None:
+) -> bool:
     path = directory / stored.name
     try:
         layers.check_size(path, stored.size)
@@ -260,3 +265,5 @@ def _check_file(
             raise IntegrityError("SHA-256 of the file is not the manifest's")
     except (FormatError, OSError) as err:
         findings.add_error(err, point=point.id, disk=stored.disk, file=stored.name)
+        return False
+    return True
