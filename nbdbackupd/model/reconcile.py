@@ -7,7 +7,7 @@ libvirt's metadata is made to agree. What is not certainly ours and useless is l
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from nbdbackupd.model.chain import BackupSet
@@ -57,7 +57,8 @@ class KnownChain:
 
     ``committed`` are the checkpoints of all its points. ``elsewhere`` are those that a point of
     another copy of the set may need. ``is_whole``: the set itself was read; from a record of it
-    alone nothing can be said to be useless.
+    alone nothing can be said to be useless. ``lost`` are disks that had lost the base's bitmap
+    when they were last asked.
     """
 
     id: str
@@ -68,6 +69,7 @@ class KnownChain:
     elsewhere: frozenset[str] = frozenset()
     is_whole: bool = False
     set: str = ""
+    lost: frozenset[str] = frozenset()
 
     @classmethod
     def of_set(cls, known: BackupSet, path: str) -> "KnownChain | None":
@@ -246,10 +248,12 @@ def _fate(name: str, chain: KnownChain | None, dead: Collection[str]) -> Fate:
 
 def _base(view: View, chain: KnownChain, held: tuple[Held, ...]) -> Entry:
     problems = {}
+    # only of a checkpoint that libvirt knows a running QEMU tells, and images that are at rest
+    lost = chain.lost if view.is_active and chain.base not in view.checkpoints else frozenset()
     for disk in chain.disks:
         state = view.disks.get(disk.target)
         why = why_full(disk, state) if state is not None else GONE
-        if not why and disk.target not in view.sound.get(chain.base, {disk.target}):
+        if not why and disk.target not in view.sound.get(chain.base, {disk.target} - lost):
             why = LOST
         if why:
             problems[disk.target] = why
@@ -275,33 +279,29 @@ def _base_steps(view: View, chain: KnownChain, entry: Entry) -> list[Step]:
 
 
 def _broken(view: View, chain: KnownChain, entry: Entry, usable: tuple[str, ...]) -> list[Step]:
-    """Clean up after lost bitmaps of the base; of a running guest that waits for the next point.
+    """Clean up after lost bitmaps of the base; of a running guest only if no disk has one left.
 
     A bitmap that is sound stays even where it can't be used now: its disk may come back.
     """
-    if view.is_active or not chain.is_whole:
+    if not chain.is_whole:
         return []
-    needed = {
-        layer.path
-        for disk in chain.disks
-        if disk.target in usable
-        for layer in bitmap_layers(disk.layers, view.disks[disk.target].layers)
-    }
-    broken = tuple(each for each in entry.held if not each.is_sound and each.path not in needed)
+    broken: tuple[Held, ...] = ()
     forget = entry.in_libvirt and not any(each.is_sound for each in entry.held)
+    if view.is_active:
+        why = LOST
+        forget = forget and not usable and {*entry.problems.values()} == {LOST}
+    else:
+        needed = {
+            layer.path
+            for disk in chain.disks
+            if disk.target in usable
+            for layer in bitmap_layers(disk.layers, view.disks[disk.target].layers)
+        }
+        broken = tuple(each for each in entry.held if not each.is_sound and each.path not in needed)
+        why = "inconsistent" if broken else "no image holds its bitmap any more"
     if not broken and not forget:
         return []
-    return [
-        Step(
-            action=Action.REMOVE,
-            name=entry.name,
-            why="inconsistent" if broken else "no image holds its bitmap any more",
-            chain=chain.id,
-            targets=_targets(broken),
-            images=_images(broken),
-            metadata=forget,
-        )
-    ]
+    return [_removal(replace(entry, held=broken, in_libvirt=forget), why)]
 
 
 def _removal(entry: Entry, why: str) -> Step:

@@ -37,7 +37,8 @@ class Record:
     """One chain of one domain, as of its newest base.
 
     ``point`` is that point, ``checkpoint`` what it made (empty if its disks can't be tracked)
-    and ``xml`` libvirt's XML of it, or empty. ``set`` is the directory of the set.
+    and ``xml`` libvirt's XML of it, or empty. ``set`` is the directory of the set. ``lost`` are
+    the disks that were seen to have no bitmap of it any more.
     """
 
     chain: str
@@ -48,6 +49,7 @@ class Record:
     checkpoint: str
     xml: str
     disks: tuple[BaseDisk, ...]
+    lost: tuple[str, ...] = ()
 
     def pack(self) -> bytes:
         """The record's JSON."""
@@ -77,6 +79,7 @@ class Record:
                 }
                 for disk in self.disks
             ],
+            **({"lost": self.lost} if self.lost else {}),
         }
         return json.dumps(document, indent=1).encode() + b"\n"
 
@@ -102,7 +105,11 @@ class Record:
         if not text["chain"] or not text["uuid"]:
             raise FormatError("it names no chain or no domain")
         disks = tuple(_disk(each) for each in _get(document, "disks", list))
-        return cls(**text, disks=disks)
+        # an older version did not note it
+        lost = _get({"lost": [], **document}, "lost", list)
+        if not all(isinstance(each, str) for each in lost):
+            raise FormatError("a lost disk is no text")
+        return cls(**text, disks=disks, lost=tuple(lost))
 
 
 class State:

@@ -260,16 +260,28 @@ def changed_bytes(
 
     A checkpoint that libvirt has lost is redefined from its ``stored`` XML first. So is one of
     which a disk beyond ``targets`` can't tell: of an overlay that has grown, libvirt 9.0 can't
-    merge the bitmaps, and then tells of no disk at all (measured). Raises CheckpointError if that
-    is not possible.
+    merge the bitmaps, and then tells of no disk at all (measured). One that libvirt had lost and of
+    which no disk can tell is not kept: it would be in the way of undefining the domain. Raises
+    CheckpointError if that is not possible.
     """
-    if base not in checkpoints.names(domain):
-        if not stored:
-            raise CheckpointError(f"libvirt does not know checkpoint {base}")
-        checkpoints.redefine(domain, stored, targets)
+    if base in checkpoints.names(domain):
+        return _changed_bytes(domain, base, stored, targets)
+    if not stored:
+        raise CheckpointError(f"libvirt does not know checkpoint {base}")
+    checkpoints.redefine(domain, stored, targets)
+    sizes = _changed_bytes(domain, base, stored, targets)
+    if sizes:
         events.emit(
             LOG, events.CHECKPOINT_REDEFINED, checkpoint=base, reason="libvirt did not know it"
         )
+    else:
+        checkpoints.forget(domain, base)
+    return sizes
+
+
+def _changed_bytes(
+    domain: Domain, base: str, stored: str, targets: Collection[str]
+) -> dict[str, int]:
     try:
         return checkpoints.sound_sizes(domain, base)
     except DomainError as err:

@@ -102,7 +102,7 @@ def delete(domain: Domain, name: str) -> Deleted:
     if not is_known(domain, name):
         return Deleted.ABSENT
     if not domain.is_active():
-        _delete(domain, name, libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+        forget(domain, name)
         return Deleted.METADATA
     try:
         _delete(domain, name, 0)
@@ -121,8 +121,13 @@ def _delete_rest(domain: Domain, name: str) -> Deleted:
     except DomainError:
         if not is_known(domain, name):
             return Deleted.ABSENT
-    _delete(domain, name, libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+    forget(domain, name)
     return Deleted.METADATA
+
+
+def forget(domain: Domain, name: str) -> None:
+    """Make libvirt forget a checkpoint; the images stay as they are. Raises DomainError."""
+    _delete(domain, name, libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
 
 
 def _delete(domain: Domain, name: str, flags: int) -> None:

@@ -489,20 +489,82 @@ def test_other_chains_are_told_with_the_cure(here: Scene, power: str, tmp_path: 
     here.prove_all()
 
 
-def test_a_chain_that_has_lost_its_bitmaps_is_not_carried(here: Scene, tmp_path: Path) -> None:
-    """What a crash of QEMU takes: libvirt is told of the checkpoint again, and no image has it."""
-    (note,) = here.save(into=tmp_path / "other").report["notes"]
+def test_a_crash_takes_the_bases_of_two_chains(lab: DaemonLab, here: Scene, tmp_path: Path) -> None:
+    """libvirt is not told of them again: 'virsh undefine' works, the next runs say why."""
+    other, name = tmp_path / "other", here.guest.name
+    (note,) = here.save(into=other).report["notes"]
     assert "the images carry bitmaps of chain" in note
     here.guest.kill9()
-    state = ("--checkpoint-dir", str(here.ctl.state))
-    here.ctl("checkpoints", here.guest.name, "--repair", *state, code=None)
+    here.guest.wait_shut_off()
+    assert len(steps(show(here, "--repair"))) == 2
     here.guest.start()
-    repaired = here.ctl("checkpoints", here.guest.name, "--repair", *state, code=None).stdout
-    assert "has lost its bitmap, and the next run reads whole" in repaired
-    assert "the next increment starts from it" not in repaired
-    found = here.ctl("check", here.guest.name, "-o", tmp_path / "other", *state, code=None)
-    assert "carry bitmaps" not in found.stdout
-    assert here.save(into=tmp_path / "other", code=WARNED).report["notes"] == []
+    assert here.ctl("checkpoints", name, "--repair").stdout == "nothing to do\n"
+    told = here.ctl("checkpoints", name).stdout
+    assert told.count("reads vda whole: its bitmap is missing or inconsistent") == 2
+    found = here.ctl("check", name, "-o", other, code=None).stdout
+    assert "carry bitmaps" not in found
+    here.guest.stop()
+    lab.restart()
+    here.lab.virsh("undefine", name)
+    here.guest.define()
+    here.guest.start()
+    for into in (here.set, other):
+        saved = here.save(into=into, code=WARNED)
+        assert set(saved.modes.values()) == {"full"}
+        assert all("missing or inconsistent" in why for why in saved.reasons.values())
+    change(here, 3)
+    for into in (here.set, other):
+        assert_delta(here, into=into)
+    assert_in_order(here)
+
+
+@pytest.mark.parametrize("how", ["started at once", "released", "without a record"])
+def test_libvirt_does_not_keep_a_base_that_is_lost(here: Scene, how: str) -> None:
+    name, options = here.guest.name, ["--repair"]
+    if how == "released":
+        here.ctl("checkpoints", name, "--release")
+        here.guest.stop()
+    else:
+        here.guest.kill9()
+        here.guest.wait_shut_off()
+    if how == "without a record":
+        here.lab.virsh("undefine", name, "--checkpoints-metadata")
+        here.guest.define()
+        shutil.rmtree(here.ctl.state)
+        options += ["-o", str(here.set)]
+    here.guest.start()
+    (said,) = here.ctl("checkpoints", name, *options).stdout.splitlines()
+    expected = {
+        "started at once": f"done: remove {base(here)}: its bitmap is missing or inconsistent in ",
+        "released": "nothing to do",
+        "without a record": f"of no use: redefine {base(here)} (vda, vdb): libvirt does not know "
+        f"it; the running QEMU has lost its bitmap, and the next run reads whole disks",
+    }
+    assert said.startswith(expected[how])
+    assert here.checkpoints() == []
+    # nor does a run that makes no point
+    here.refuse("--strict", code=DOMAIN)
+    assert set(here.save(code=WARNED).modes.values()) == {"full"}
+    assert_in_order(here)
+
+
+def test_one_disk_has_lost_its_bitmap(here: Scene) -> None:
+    """libvirt is told of the base for the other, whose changes are read as before."""
+    here.guest.stop()
+    name = base(here)
+    run(["qemu-img", "bitmap", "--remove", here.guest.image("vdb"), name])
+    here.lab.virsh("undefine", here.guest.name, "--checkpoints-metadata")
+    here.guest.define()
+    here.guest.start()
+    (step,) = show(here, "--repair")["steps"]
+    assert (step["action"], step["disks"], step["lost"]) == ("redefine", ["vda", "vdb"], ["vdb"])
+    assert here.checkpoints() == [name]
+    change(here, 1)
+    assert here.save(code=WARNED).modes == {"vda": "delta", "vdb": "full"}
+    change(here, 2)
+    assert_delta(here)
+    assert_in_order(here)
+    here.prove_all()
 
 
 @both

@@ -126,7 +126,12 @@ VDA = ("/img/vda",)
         (view(state({BASE: BROKEN})), [("remove", BASE, VDA, False)]),
         (view(state({}), known=[BASE]), [("remove", BASE, (), True)]),
         (view(state({})), []),
-        (view(state({}), known=[BASE], active=True, sound={BASE: frozenset()}), []),
+        (
+            view(state({}), known=[BASE], active=True, sound={BASE: frozenset()}),
+            [("remove", BASE, (), True)],
+        ),
+        # a lower image may be the disk's again
+        (view(state({}, {BASE: SOUND}), known=[BASE], active=True, sound={BASE: frozenset()}), []),
         # another size, another disk: what is sound stays, the disk may come back
         (view(state({BASE: SOUND}, size=9), known=[BASE]), []),
         (view(state({BASE: SOUND}, size=9)), []),
@@ -138,6 +143,26 @@ VDA = ("/img/vda",)
 )  # fmt: skip
 def test_steps(seen: View, expected: list[tuple[str, str, tuple[str, ...], bool]]) -> None:
     assert steps(reconcile(seen, [chain()])) == expected
+
+
+@pytest.mark.parametrize(
+    ("seen", "whole"),
+    [
+        # remembered: libvirt is not told of it again
+        (view(state({}), state({}, target="vdb"), active=True), {"vda"}),
+        # while it is off the image is the proof, and libvirt's word is newer than a note
+        (view(state({BASE: SOUND}), state({BASE: SOUND}, target="vdb")), set()),
+        (view(state({}), state({}, target="vdb"), known=[BASE], active=True), set()),
+    ],
+)
+def test_what_was_lost(seen: View, whole: set[str]) -> None:
+    ours = chain(disk("vda"), disk("vdb"), lost=frozenset({"vda"}))
+    plan = reconcile(seen, [ours])
+    assert plan.demotions(CHAIN).keys() == whole
+    told = [step.targets for step in plan.steps]
+    assert told == ([] if seen.checkpoints else [tuple(sorted({"vda", "vdb"} - whole))])
+    both = reconcile(seen, [replace(ours, lost=frozenset({"vda", "vdb"}))])
+    assert bool(both.steps) == (not seen.is_active)
 
 
 def test_two_disks_and_layers() -> None:
@@ -327,13 +352,14 @@ def test_any_view(seed: int) -> None:
             assert naming.tag_of(step.name) in whole or step.name in dead
             for each in known:
                 if step.name == each.base:
-                    assert not seen.is_active
+                    # of a guest that runs only what libvirt says is lost
+                    assert not seen.is_active or not (deltas(seen, each) or step.images)
                     # not one sound bitmap of a base goes, nor its metadata while one is there
                     sound = [
-                        path
+                        image.path
                         for now in seen.disks.values()
-                        for path, held in now.bitmaps.items()
-                        if held.get(step.name)
+                        for image in now.layers[seen.is_active :]
+                        if now.bitmaps[image.path].get(step.name)
                     ]
                     assert not set(step.images) & set(sound)
                     assert not (step.metadata and sound)

@@ -74,6 +74,11 @@ def test_names_stay_within_the_directory(state: State, name: str) -> None:
 def test_every_missing_or_wrong_field_is_refused() -> None:
     document = json.loads(RECORD.pack())
     assert Record.parse(RECORD.pack()) == RECORD
+    lost = replace(RECORD, lost=("vda", "vd\udcff"))
+    assert Record.parse(lost.pack()) == lost
+    for wrong in (None, "vda", ["vda", 1]):
+        with pytest.raises(FormatError):
+            Record.parse(json.dumps({**document, "lost": wrong}).encode())
     places: list[tuple[Any, ...]] = [(key,) for key in document]
     places += [("disks", 0, key) for key in document["disks"][0]]
     places += [("disks", 0, "layers", 0, key) for key in document["disks"][0]["layers"][0]]

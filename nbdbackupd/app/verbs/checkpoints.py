@@ -7,7 +7,7 @@ from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import WARNED, DomainNotFoundError, NbdbackupError, UsageError
 from nbdbackupd.model.host import new_run_id
 from nbdbackupd.model.naming import point_of, tag_of
-from nbdbackupd.model.reconcile import LEFT_ALONE, WHY, Entry, KnownChain, Step
+from nbdbackupd.model.reconcile import LEFT_ALONE, WHY, Action, Entry, KnownChain, Step
 from nbdbackupd.ops.checkpoints import checkpoints
 from nbdbackupd.ops.checkpoints.checkpoints import CheckpointsReport, CheckpointsRequest
 from nbdbackupd.ops.domain import configured
@@ -231,7 +231,10 @@ def _done_lines(report: CheckpointsReport) -> list[str]:
             lines.append(f"NOT done: {_step(each.step)}")
             lines.append(f"  {each.problem}")
         else:
-            lines.append(f"done: {_step(each.step)}")
+            is_kept = each.step.action is Action.REMOVE or each.lost != each.step.targets
+            lines.append(f"{'done' if is_kept else 'of no use'}: {_step(each.step)}")
+            if is_kept and each.lost:
+                lines.append(f"  lost, and read whole by the next run: {', '.join(each.lost)}")
     return lines or ["nothing to do"]
 
 

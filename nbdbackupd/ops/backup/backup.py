@@ -151,9 +151,10 @@ def _run_locked(run: _Run) -> BackupReport:
     looked = look(domain)
     records = state.records(domain.uuid)
     chain = reconcile.of_set(set_dir, known, records)
-    dead = run.dead
-    left = reconcile.prepare(domain, chain, looked, dead, erase=erase, cancelled=run.cancelled)
-    if not left & dead:
+    left = reconcile.prepare(
+        domain, chain, looked, run.dead, state=state, erase=erase, cancelled=run.cancelled
+    )
+    if not left & run.dead:
         leftovers.finish(domain, set_dir, request.runtime_dir)
     level = effective_level(request.level, known)
     parent = known.head if level in (Level.INC, Level.DIFF) else None
@@ -167,7 +168,7 @@ def _run_locked(run: _Run) -> BackupReport:
         level = Level.COPY if parent is None else Level.DIFF
         survey = survey_domain(domain, wish, level, parent, looked)
     run.cancelled()
-    beside = _others(run, looked, records, known, dead)
+    beside = _others(run, looked, records, known, run.dead)
     small = _below_threshold(run, survey, parent)
     if small:
         return BackupReport(point=None, skipped=small, is_current=True)

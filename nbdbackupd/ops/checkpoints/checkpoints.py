@@ -153,6 +153,7 @@ def _step_json(done: Done) -> dict[str, Any]:
         "disks": list(step.targets),
         "images": list(step.images),
         "metadata": step.metadata,
+        "lost": list(done.lost),
         "problem": done.problem,
     }
 
@@ -275,6 +276,7 @@ def _reconcile(
         if not request.changes:
             return looked, plan, tuple(Done(step) for step in steps)
         done = reconciling.apply(domain, steps, known.xml, erase=erase, cancelled=cancelled)
+        reconciling.note_lost(State(request.state_dir), domain.uuid, done)
     return looked, plan, done
 
 

@@ -60,10 +60,16 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A step that was tried; ``problem``: why it could not be done."""
+    """A step that was tried; ``problem``: why it could not be done.
+
+    ``lost``: disks that have no bitmap of the checkpoint, as only a running QEMU that was told of
+    it could show. Where no disk has one libvirt was made to forget it again: nothing is of use in
+    it, and ``virsh undefine`` refuses a domain with a checkpoint.
+    """
 
     step: Step
     problem: str = ""
+    lost: tuple[str, ...] = ()
 
 
 def of_set(set_dir: SetDirectory, known: BackupSet, records: Iterable[Record] = ()) -> Known:
@@ -77,6 +83,7 @@ def of_set(set_dir: SetDirectory, known: BackupSet, records: Iterable[Record] = 
         chain = replace(chain, elsewhere=_elsewhere(record, chain))
         if record.checkpoint == chain.base:
             stored = stored or record.xml
+            chain = replace(chain, lost=frozenset(record.lost))
     return Known(chains=(chain,), xml={chain.base: stored})
 
 
@@ -89,6 +96,7 @@ def of_record(record: Record) -> Known:
         disks=tuple(disk for disk in record.disks if disk.bitmap),
         committed=frozenset({record.checkpoint} - {""}),
         set=record.set,
+        lost=frozenset(record.lost),
     )
     return Known(chains=(chain,), xml={record.checkpoint: record.xml})
 
@@ -142,6 +150,7 @@ def prepare(
     looked: Looked,
     dead: Iterable[str],
     *,
+    state: State,
     erase: Erase | None = None,
     cancelled: Callable[[], None] = lambda: None,
 ) -> frozenset[str]:
@@ -155,6 +164,7 @@ def prepare(
     """
     plan = reconcile(view(domain, looked), known.chains, frozenset(dead))
     done = apply(domain, plan.steps, known.xml, erase=erase, cancelled=cancelled)
+    note_lost(state, domain.uuid, done)
     return frozenset(each.step.name for each in done if each.problem)
 
 
@@ -176,31 +186,37 @@ def apply(
             # a transient one: libvirt is told when it knows it again
             continue
         cancelled()
-        problem, seen = "", step
         try:
             is_done = _carry_out(domain, step, xml, erase, cancelled)
+            done = _seen(domain, step)
         except GaveWayError:
             raise
         except NbdbackupError as err:
-            problem = err.message
-            events.emit(log, events.CHECKPOINT_LEFT, checkpoint=step.name, reason=problem)
+            done = Done(step, err.message)
+            events.emit(log, events.CHECKPOINT_LEFT, checkpoint=step.name, reason=err.message)
         else:
-            seen = _seen(domain, step)
-            if is_done:
-                events.emit(log, _EVENTS[step.action], checkpoint=step.name, reason=seen.why)
-        results.append(Done(seen, problem))
+            if done.step.why == LOST:
+                log.info("checkpoint %s: %s", step.name, LOST)
+            elif is_done:
+                events.emit(log, _EVENTS[step.action], checkpoint=step.name, reason=step.why)
+        results.append(done)
     return tuple(results)
 
 
-def _seen(domain: Domain, step: Step) -> Step:
-    """The step, with what only the checkpoint that was redefined has shown: its bitmap is lost."""
-    if (
-        step.action is not Action.REDEFINE
-        or not domain.is_active()
-        or _has_bitmap(domain, step.name)
-    ):
-        return step
-    return replace(step, why=LOST)
+def _seen(domain: Domain, step: Step) -> Done:
+    """What a base has shown that was redefined; one without a bitmap is forgotten again."""
+    if step.action is not Action.REDEFINE or not step.chain or not domain.is_active():
+        return Done(step)
+    try:
+        sound = checkpoints.sound_sizes(domain, step.name)
+    except DomainError as err:
+        log.info("%s", err.message)
+        return Done(step)
+    lost = tuple(target for target in step.targets if target not in sound)
+    if lost != step.targets:
+        return Done(step, lost=lost)
+    checkpoints.forget(domain, step.name)
+    return Done(replace(step, why=LOST), lost=lost)
 
 
 LOST: Final = (
@@ -365,10 +381,28 @@ def remember(state: State, set_dir: SetDirectory, head: RestorePoint, xml: str) 
         xml=xml,
         disks=tuple(BaseDisk.of(disk) for disk in head.disks),
     )
+    _save(state, record)
+
+
+def _save(state: State, record: Record) -> None:
     try:
         state.save(record)
     except NbdbackupError as err:
         log.warning("the base of the chain is not noted: %s", err)
+
+
+def note_lost(state: State, uuid: str, done: Iterable[Done]) -> None:
+    """Note with each chain which disks have lost its base; a failure costs a warning."""
+    tried = {each.step.name: each for each in done if not each.problem}
+    for record in state.records(uuid) if tried else ():
+        each = tried.get(record.checkpoint)
+        if each is None:
+            continue
+        is_gone = each.step.action is Action.REMOVE and each.step.metadata
+        tracked = (disk.target for disk in record.disks if disk.bitmap)
+        lost = {*record.lost, *(tracked if is_gone else each.lost)}
+        if lost != {*record.lost}:
+            _save(state, replace(record, lost=tuple(sorted(lost))))
 
 
 def _stored_xml(set_dir: SetDirectory, point: RestorePoint | None) -> str:
