@@ -199,7 +199,7 @@ def rename(source: Path, target: Path) -> None:
 
     Raises OSError.
     """
-    os.rename(source, target)  # noqa: PTH104 - the name that faults strike at
+    source.rename(target)
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
@@ -216,7 +216,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
-        os.replace(temporary, path)  # noqa: PTH105 - one name for renames, which tests replace
+        temporary.replace(path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

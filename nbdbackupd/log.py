@@ -336,7 +336,7 @@ def run_log(path: Path) -> Iterator[None]:
         durable.make_directory(path.parent)
         durable.refuse_links(path.parent.parent, path.parent)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        stream = open(  # noqa: PTH123, SIM115 - a descriptor, closed below
+        stream = os.fdopen(
             os.open(path, flags, 0o600), "a", encoding="utf-8", errors="backslashreplace"
         )
     handler = _FileHandler(stream)

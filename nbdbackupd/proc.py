@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Final
 
 from nbdbackupd import plain
@@ -150,7 +151,7 @@ def output(
 
 def program(argv: Sequence[str | os.PathLike[str]]) -> str:
     """The program's name without its directory, for messages."""
-    return os.path.basename(os.fspath(argv[0]))  # noqa: PTH119 - may be a str
+    return Path(argv[0]).name
 
 
 def hint(name: str) -> str:

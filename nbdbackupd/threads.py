@@ -10,7 +10,7 @@ TICK_SECONDS: Final = 0.1
 """How often the starting thread looks at the cancel callback."""
 
 
-class _Stopped(Exception):  # noqa: N818 - never leaves this module
+class _StoppedError(Exception):
     """Another thread failed; this one just ends."""
 
 
@@ -27,7 +27,7 @@ class Threads:
     def check(self) -> None:
         """To be called by the threads between two steps and while they wait; may raise."""
         if self._stop.is_set():
-            raise _Stopped
+            raise _StoppedError
 
     def run(self, bodies: Mapping[str, Callable[[], None]]) -> None:
         """Run each body in a thread of that name and wait for all.
@@ -50,20 +50,14 @@ class Threads:
             while thread.is_alive():
                 thread.join(TICK_SECONDS)
                 if not self._stop.is_set():
-                    self._ask()
+                    self._guarded(self._cancelled)
         if self._failure is not None:
             raise self._failure
-
-    def _ask(self) -> None:
-        try:
-            self._cancelled()
-        except BaseException as err:  # noqa: BLE001 - raised again by run()
-            self._fail(err)
 
     def _guarded(self, body: Callable[[], None]) -> None:
         try:
             body()
-        except _Stopped:
+        except _StoppedError:
             pass
         except BaseException as err:  # noqa: BLE001 - raised again by run()
             self._fail(err)

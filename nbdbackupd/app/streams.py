@@ -25,7 +25,7 @@ def reserve() -> None:
                 os.close(null)
         if getattr(sys, name) is None:
             # not to be closed: it stays open as long as the process
-            stream = open(fd, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
+            stream = os.fdopen(fd, mode, encoding="utf-8", closefd=False)
             setattr(sys, name, stream)
 
 

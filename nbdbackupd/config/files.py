@@ -60,7 +60,7 @@ def read_all(
         reader = interpreting.Interpreter(path, is_main=is_main, event_fault=event_fault)
         try:
             match, values = reader.interpret(reading.read(path))
-        except reading.Unreadable as err:
+        except reading.UnreadableError as err:
             reader.problems.append(Problem(str(path), err.line, "", err.message))
             match, values = None, {}
         else:

@@ -44,7 +44,7 @@ class Interpreter:
     def interpret(self, root: Node | None) -> tuple[Match | None, dict[str, Value]]:
         """The file's condition, None for the main file, and its values.
 
-        Raises Unreadable if the tree as a whole is of no use.
+        Raises UnreadableError if the tree as a whole is of no use.
         """
         match = None if self.is_main else Match(metadata={})
         pairs = self._pairs(root, "") if root is not None else {}

@@ -73,7 +73,7 @@ class Problem:
         return f"{place}: {self.path}: {self.message}" if self.path else f"{place}: {self.message}"
 
 
-class Unreadable(Exception):  # noqa: N818 - carries a problem, ends the reading of one file
+class UnreadableError(Exception):
     """The file as a whole can't be used."""
 
     def __init__(self, line: int, message: str) -> None:
@@ -90,7 +90,7 @@ class _Loader(yaml.BaseLoader):
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise Unreadable(0, f"nested more than {MAX_DEPTH} levels deep")
+            raise UnreadableError(0, f"nested more than {MAX_DEPTH} levels deep")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -99,7 +99,7 @@ class _Loader(yaml.BaseLoader):
 def read(path: Path) -> Node | None:
     """The root of a file's tree, None if it holds nothing but comments.
 
-    Raises Unreadable.
+    Raises UnreadableError.
     """
     return parse(_text(_bytes(path)))
 
@@ -109,7 +109,7 @@ def parse(text: str) -> Node | None:
     # everything that a YAML reader refuses, found here since the reader tells no line
     bad = re.search("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", text)
     if bad:
-        raise Unreadable(
+        raise UnreadableError(
             text.count("\n", 0, bad.start()) + 1, f"a control character, U+{ord(bad[0]):04X}"
         )
     try:
@@ -121,14 +121,14 @@ def parse(text: str) -> Node | None:
     except yaml.MarkedYAMLError as err:
         raise _explained(err) from err
     except RecursionError as err:
-        raise Unreadable(0, f"nested more than {MAX_DEPTH} levels deep") from err
+        raise UnreadableError(0, f"nested more than {MAX_DEPTH} levels deep") from err
 
 
 def pairs(node: MappingNode) -> Iterator[tuple[Node, Node, bool]]:
     """Key, value, and whether it came by a merge key (``<<``), of a mapping.
 
     What stands in the mapping itself comes first, then what is merged, the earlier merge first.
-    Raises Unreadable for a merge of something else than mappings, or too many of them.
+    Raises UnreadableError for a merge of something else than mappings, or too many of them.
     """
     budget = [MAX_MERGES]
     yield from _pairs(node, budget, merged=False)
@@ -147,9 +147,9 @@ def _pairs(
     for source in sources:
         if not isinstance(source, MappingNode):
             line = source.start_mark.line + 1
-            raise Unreadable(line, "'<<' can merge sections only, each an alias such as *name")
+            raise UnreadableError(line, "'<<' can merge sections only, each an alias such as *name")
         if budget[0] <= 0:
-            raise Unreadable(node.start_mark.line + 1, "too many merges ('<<')")
+            raise UnreadableError(node.start_mark.line + 1, "too many merges ('<<')")
         yield from _pairs(source, budget, merged=True)
 
 
@@ -163,14 +163,14 @@ def _bytes(path: Path) -> bytes:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise Unreadable(0, "is no regular file")
+                raise UnreadableError(0, "is no regular file")
             if status.st_mode & stat.S_IWOTH:
-                raise Unreadable(0, "may be written by everybody; 'chmod o-w' it")
+                raise UnreadableError(0, "may be written by everybody; 'chmod o-w' it")
             data = stream.read(MAX_SIZE + 1)
     except OSError as err:
-        raise Unreadable(0, f"can't be read: {err.strerror}") from err
+        raise UnreadableError(0, f"can't be read: {err.strerror}") from err
     if len(data) > MAX_SIZE:
-        raise Unreadable(0, f"has more than {MAX_SIZE >> 10} KiB")
+        raise UnreadableError(0, f"has more than {MAX_SIZE >> 10} KiB")
     return data
 
 
@@ -180,11 +180,11 @@ def _text(data: bytes) -> str:
     except UnicodeDecodeError as err:
         line = data.count(b"\n", 0, err.start) + 1
         if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise Unreadable(1, "is UTF-16; save it as UTF-8") from err
-        raise Unreadable(line, "is not UTF-8; save it in that encoding") from err
+            raise UnreadableError(1, "is UTF-16; save it as UTF-8") from err
+        raise UnreadableError(line, "is not UTF-8; save it in that encoding") from err
 
 
-def _explained(err: yaml.MarkedYAMLError) -> Unreadable:
+def _explained(err: yaml.MarkedYAMLError) -> UnreadableError:
     mark = err.problem_mark or err.context_mark
     if err.context and "quoted scalar" in err.context:
         mark = err.context_mark  # where the quote begins, not the end of the file
@@ -192,4 +192,4 @@ def _explained(err: yaml.MarkedYAMLError) -> Unreadable:
     hint = next((hint for part, hint in HINTS if part in text), "")
     told = " ".join((err.problem or err.context or "can't be read").split())
     line = mark.line + 1 if mark else 0
-    return Unreadable(line, f"not YAML: {hint} ({told})" if hint else f"not YAML: {told}")
+    return UnreadableError(line, f"not YAML: {hint} ({told})" if hint else f"not YAML: {told}")

@@ -79,23 +79,21 @@ class _BlockWriter:
         self._data_bytes = 0
         self._zero_bytes = 0
         self._dropped = 0
-        self._records: io.BufferedWriter | None = None
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             fd = os.open(index, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            self._records = io.BufferedWriter(io.FileIO(fd, "r+b"), 1 << 18)
-            self._records.write(bytes(HEADER.size))
         except BaseException:
-            self.close()
+            os.close(self._fd)
             raise
+        self._records = io.BufferedWriter(io.FileIO(fd, "r+b"), 1 << 18)
+        self._records.write(bytes(HEADER.size))
 
     def close(self) -> None:
         """Close both files; after ``finish`` or to give up. Safe to call twice."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        if self._records is not None:
-            self._records.close()
+        self._records.close()
 
     def prepare(self, offset: int, view: memoryview) -> Block:
         """Hash and compress the guest bytes at ``offset``; ``view`` must live until ``write``."""
@@ -116,7 +114,6 @@ class _BlockWriter:
 
     def _note(self, block: Block) -> None:
         """Append the block's index record and count it."""
-        assert self._records is not None  # noqa: S101 - for the type checker
         if block.is_zero:
             record = (block.offset, block.length, 0, 0, Kind.ZERO, NO_DIGEST)
             self._zero_bytes += block.length
@@ -128,7 +125,6 @@ class _BlockWriter:
         self._count += 1
 
     def _finish_index(self, *, raw: bool) -> int:
-        assert self._records is not None  # noqa: S101 - for the type checker
         header = IndexHeader(self._disk_size, self._count, self._level is not None, raw)
         self._records.seek(0)
         self._records.write(header.pack())
@@ -254,7 +250,8 @@ class RawWriter(_BlockWriter):
             self.close()
             raise
 
-    def _sum(self, payload: adler.Buffer) -> int:  # noqa: ARG002 - a raw image carries no sum
+    def _sum(self, _payload: adler.Buffer) -> int:
+        """None: a raw image carries no sum."""
         return 0
 
     def place(self, block: Block) -> None:

@@ -183,7 +183,7 @@ class Server:
                 f"its domain can be backed up while it runs, or with start_paused (--start-paused)"
             )
         try:
-            mode = os.stat(path).st_mode  # noqa: PTH116 - a str, as it came
+            mode = Path(path).stat().st_mode
         except OSError as err:
             raise SourceError(f"image {path} can't be opened: {err.strerror}") from err
         driver = "host_device" if stat.S_ISBLK(mode) else "file"

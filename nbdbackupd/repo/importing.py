@@ -78,7 +78,7 @@ class Stage:
         found = []
         for directory, below, files in os.walk(self.path):
             below[:] = [each for each in below if each != layout.POINTS]
-            found += [os.path.relpath(os.path.join(directory, each), self.path) for each in files]  # noqa: PTH118
+            found += [str(Path(directory, each).relative_to(self.path)) for each in files]
         return sorted(found)
 
     def _write_manifests(self, points: Sequence[RestorePoint]) -> BackupSet:

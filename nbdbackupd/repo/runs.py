@@ -318,7 +318,7 @@ def _locked_file(path: Path, data: bytes) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         durable.write_all(fd, data)
         os.fsync(fd)
-        os.replace(temporary, path)  # noqa: PTH105 - one name for renames
+        temporary.replace(path)
         durable.fsync_directory(path.parent)
     except BaseException:
         os.close(fd)

@@ -252,7 +252,7 @@ def test_no_text_breaks_the_reader(text: str, is_main: bool) -> None:
     from nbdbackupd.config.interpreting import Interpreter
 
     reader = Interpreter(Path("/f"), is_main=is_main)
-    with contextlib.suppress(reading.Unreadable):
+    with contextlib.suppress(reading.UnreadableError):
         reader.interpret(reading.parse(text))
     for problem in reader.problems:
         assert len(str(problem).splitlines()) == 1
@@ -315,7 +315,7 @@ def test_quoted_texts_are_texts_to_any_reader(text: str) -> None:
     try:
         loaded = yaml.safe_load(f"a: {kinds.quoted(text)}")
     except yaml.YAMLError:
-        with pytest.raises(reading.Unreadable):
+        with pytest.raises(reading.UnreadableError):
             reading.parse(f"a: {kinds.quoted(text)}")
     else:
         assert loaded == {"a": text}

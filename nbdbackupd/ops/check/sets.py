@@ -197,7 +197,7 @@ def _beside(patient: Patient) -> int:
     found, total = patient.looked.definition, 0
     for path in (found.loader, found.nvram, found.kernel, found.initrd):
         with contextlib.suppress(OSError):
-            total += os.stat(path).st_size if path else 0  # noqa: PTH116 - a text is enough
+            total += Path(path).stat().st_size if path else 0
     return total
 
 

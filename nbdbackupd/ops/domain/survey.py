@@ -2,6 +2,7 @@
 
 import logging
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -245,7 +246,7 @@ def _layer(path: str, image_format: str) -> ImageLayer:
         status = os.stat(path)  # noqa: PTH116 - a name that may be no path at all
     except (OSError, ValueError):
         return ImageLayer(path, image_format)
-    if os.path.isfile(path):  # noqa: PTH113 - as above
+    if stat.S_ISREG(status.st_mode):
         return ImageLayer(path, image_format, status.st_dev, status.st_ino)
     # a block device's node is made anew at each boot: its path is what stays
     return ImageLayer(path, image_format)

@@ -93,15 +93,14 @@ def find(request: MapRequest, cancelled: Callable[[], None]) -> Found:
     if request.source is None:
         found = _find_sequence(request, cancelled)
     else:
-        found = _find_set(request, cancelled)
+        found = _find_set(request.source, request, cancelled)
     if request.device and len(found.targets) > 1:
         raise UsageError(f"{request.device} takes one disk: choose it with -d")
     return found
 
 
-def _find_set(request: MapRequest, cancelled: Callable[[], None]) -> Found:
-    assert request.source is not None  # noqa: S101 - for the type checker
-    given, point = opened.open_point(request.source, request.choice)
+def _find_set(path: Path, request: MapRequest, cancelled: Callable[[], None]) -> Found:
+    given, point = opened.open_point(path, request.choice)
     disks = [point.disk(target) for target in dict.fromkeys(request.disks)] or point.disks
     return Found(
         targets=tuple(disk.target for disk in disks),

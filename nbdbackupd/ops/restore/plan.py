@@ -110,14 +110,14 @@ class Placement(Protocol):
 
 
 def of_set(
+    path: Path,
     request: RestoreRequest,
     placement: Placement | None,
     stack: ExitStack,
     cancelled: Callable[[], None],
 ) -> RestorePlan:
-    """The plan for a point of a set. Raises as ``restore.run``."""
-    assert request.source is not None  # noqa: S101 - for the type checker
-    source, point = opened.open_point(request.source, request.choice)
+    """The plan for a point of the set at ``path``. Raises as ``restore.run``."""
+    source, point = opened.open_point(path, request.choice)
     stack.enter_context(closing(source))
     targets = dict.fromkeys((*request.disks, *(place.target for place in request.places)))
     disks = [point.disk(target) for target in targets] or list(point.disks)

@@ -52,8 +52,8 @@ class PoolPlacement(Placement):
 
     def begin(
         self,
-        point: RestorePoint,  # noqa: ARG002 - of any
-        disks: tuple[DiskPoint, ...],  # noqa: ARG002 - any
+        _point: RestorePoint,
+        _disks: tuple[DiskPoint, ...],
         stack: ExitStack,
     ) -> None:
         """Find the pool; when the run is over, have libvirt see what it holds.
@@ -66,7 +66,7 @@ class PoolPlacement(Placement):
             )
         stack.callback(self._refresh)
 
-    def format(self, disk: DiskPoint) -> str:  # noqa: ARG002 - for all alike
+    def format(self, _disk: DiskPoint) -> str:
         """A device holds the disk itself."""
         return "raw" if self.pool.on_devices else ""
 
@@ -91,8 +91,8 @@ class PoolPlacement(Placement):
 
     def files(
         self,
-        directory: Path,  # noqa: ARG002 - none
-        point: RestorePoint,  # noqa: ARG002 - none
+        _directory: Path,
+        _point: RestorePoint,
     ) -> tuple[FileCopy, ...]:
         """A pool holds disks only."""
         return ()

@@ -50,11 +50,12 @@ class ReplacedImage(Site):
         """The new image until it is complete."""
         return self._image.incomplete
 
-    def check(self, *, force: bool) -> None:  # noqa: ARG002 - being there is no reason to refuse
+    def check(self, *, force: bool) -> None:
         """Keep QEMU away from the old files; they may be gone, their directories not.
 
         Raises BusyError if one is in use, RepositoryError if it is no file.
         """
+        del force  # being there is no reason to refuse
         for each in self._files:
             each.check()
 

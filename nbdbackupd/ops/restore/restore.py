@@ -65,10 +65,10 @@ def run(
     with runlog.context(SET=request.source or ""), ending.told():
         with ExitStack() as stack:
             check = cancelled if placement is None else _also(cancelled, placement.check)
-            if request.sequence:
+            if request.source is None:
                 plan = restore_plan.of_sequence(request, stack, check)
             else:
-                plan = restore_plan.of_set(request, placement, stack, check)
+                plan = restore_plan.of_set(request.source, request, placement, stack, check)
             _prepare(plan, request, confirm, definer, stack)
             for warning in plan.warnings:
                 log.warning("%s", warning)

@@ -134,8 +134,9 @@ class BlockDevice(Site):
         self._stack = stack
         self._device: Device | None = None
 
-    def check(self, *, force: bool) -> None:  # noqa: ARG002 - a device is there in any case
+    def check(self, *, force: bool) -> None:
         """Claim the device."""
+        del force  # a device is there in any case
         if self._device is None:
             with durable.translate_os_errors("open", self.final):
                 self._device = self._stack.enter_context(claimed(self.final, self._size))

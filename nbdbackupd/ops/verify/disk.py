@@ -85,11 +85,8 @@ class DiskCheck:
             layers.check_size(path, self.disk.file_size)
         except IntegrityError as err:
             self._error(err, self.disk.file)
-            if "found" not in err.fields:
-                return None
-            found = err.fields["found"]
-            assert isinstance(found, int)  # noqa: S101 - for the type checker
-            return found
+            found = err.fields.get("found")
+            return found if isinstance(found, int) else None
         return self.disk.file_size
 
     def _check_by_index(self) -> int | None:

@@ -107,11 +107,11 @@ class Folder:
         """See ``Place``."""
         return self.path / name
 
-    def window(self, name: str) -> Window | None:  # noqa: ARG002 - as in Place
+    def window(self, _name: str) -> Window | None:
         """See ``Place``."""
         return None
 
-    def crc(self, name: str) -> int | None:  # noqa: ARG002 - as in Place
+    def crc(self, _name: str) -> int | None:
         """See ``Place``."""
         return None
 
@@ -181,7 +181,7 @@ class Archive:
         """See ``Place``."""
         return name in self._entries
 
-    def file(self, name: str) -> Path:  # noqa: ARG002 - as in Place
+    def file(self, _name: str) -> Path:
         """See ``Place``."""
         return self.path
 
