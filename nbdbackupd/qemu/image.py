@@ -1,4 +1,4 @@
-"""Typed calls of ``qemu-img``: what an image is, and making a new one.
+"""Typed calls of ``qemu-img``: what an image is, making a new one, changing one.
 
 The JSON is QEMU's ``ImageInfo`` (QAPI schema ``block-core.json``). It is also read back from backup
 sets, so nothing in it is trusted: a wrong type is a FormatError that names the key.
@@ -22,6 +22,9 @@ LOCKED: Final = ('" lock', "Is another process using the image")
 CHECK_SECONDS: Final = 3600.0
 CREATE_SECONDS: Final = 3600.0
 """Preallocating writes on file systems without fallocate; that may take its time."""
+
+CHANGE_SECONDS: Final = 600.0
+QCOW2: Final = "qcow2"
 
 T = TypeVar("T")
 
@@ -224,12 +227,30 @@ class CreateOptions:
         return [f"{name}={value}" for name, value in wanted.items() if value]
 
 
-def create(path: Path, size: int, options: CreateOptions) -> None:
-    """Make an image of ``size`` bytes that reads as zeroes; overwrites a file of that name.
+def create(path: Path, size: int, options: CreateOptions, *, backing: Path | None = None) -> None:
+    """Make an image of ``size`` bytes; overwrites a file of that name.
 
-    Raises NoSpaceError or ProcessError.
+    It reads as zeroes or, a qcow2 image, as ``backing``, another one in its directory, which need
+    not be there yet. Raises NoSpaceError or ProcessError, FormatError for options that can't be.
     """
-    argv = ["qemu-img", "create", "-q", "-f", options.format]
+    below = () if backing is None else ("-u", "-F", QCOW2, "-b", _beside(backing))
+    _create(path, size, options, *below)
+
+
+def create_on_server(path: Path, size: int, *, socket: Path) -> None:
+    """Make a qcow2 image of ``size`` bytes on the raw export of a Unix socket's NBD server.
+
+    The server need not be there yet. Raises NoSpaceError, ProcessError.
+    """
+    # a URI would have to quote the path
+    server = {"type": "unix", "path": os.fspath(socket)}
+    node = {"driver": "raw", "file": {"driver": "nbd", "server": server}}
+    options = CreateOptions(format=QCOW2)
+    _create(path, size, options, "-u", "-F", "raw", "-b", f"json:{json.dumps(node)}")
+
+
+def _create(path: Path, size: int, options: CreateOptions, *more: str) -> None:
+    argv = ["qemu-img", "create", "-q", "-f", options.format, *more]
     for option in options.arguments():
         argv += ["-o", option]
     try:
@@ -240,12 +261,47 @@ def create(path: Path, size: int, options: CreateOptions) -> None:
         raise
 
 
+def _beside(backing: Path) -> str:
+    """A name relative to the overlay; a colon in it must not look like a protocol."""
+    return f"./{backing.name}" if ":" in backing.name else backing.name
+
+
+def name_backing(path: Path, backing: Path) -> None:
+    """Change the name of an overlay's backing file, which may not be there yet, and nothing else.
+
+    Raises ProcessError.
+    """
+    argv = ["qemu-img", "rebase", "-q", "-u", "-f", QCOW2, "-F", QCOW2, "-b", _beside(backing)]
+    proc.output([*argv, "--", os.fspath(path.absolute())], timeout=CHANGE_SECONDS)
+
+
+def take_snapshot(path: Path, name: str) -> None:
+    """Take an internal snapshot of an image that nobody has open.
+
+    Raises ProcessError.
+    """
+    # it takes no -f, and must not guess
+    filename = _escaped(os.fspath(path.absolute()))
+    options = f"driver={QCOW2},file.driver=file,file.filename={filename}"
+    argv = ["qemu-img", "snapshot", "-q", "-c", name, "--image-opts", options]
+    proc.output(argv, timeout=CHANGE_SECONDS)
+
+
+def resize(path: Path, size: int, *, shrink: bool) -> None:
+    """Change an image's virtual size, in bytes; what it gains reads as zeroes.
+
+    Raises ProcessError.
+    """
+    argv = ["qemu-img", "resize", "-q", "-f", QCOW2, *(["--shrink"] if shrink else [])]
+    proc.output([*argv, "--", os.fspath(path.absolute()), str(size)], timeout=CHANGE_SECONDS)
+
+
 def name_data_file(path: Path, name: str) -> None:
     """Have a qcow2 image with a data file name that file otherwise; the file is not looked at.
 
     Raises ProcessError.
     """
-    argv = ["qemu-img", "amend", "-q", "-f", "qcow2", "-o", f"data_file={_escaped(name)}"]
+    argv = ["qemu-img", "amend", "-q", "-f", QCOW2, "-o", f"data_file={_escaped(name)}"]
     proc.output([*argv, "--", os.fspath(path.absolute())], timeout=INFO_SECONDS)
 
 

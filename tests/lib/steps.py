@@ -67,7 +67,7 @@ STEPS: Final = {
     "domain-defined": "nbdbackupd.virt.definition:define",
     # a boot
     "point-served": "nbdbackupd.ops.boot.launch:serve",
-    "overlay-created": "nbdbackupd.qemu.overlay:create",
+    "overlay-created": "nbdbackupd.qemu.image:create_on_server",
     "transient-started": "nbdbackupd.virt.transient:start",
     "final-image-made": "nbdbackupd.ops.boot.images:make",
     "blockcopy-begun": "nbdbackupd.virt.blockcopy:begin",

@@ -31,7 +31,7 @@ from nbdbackupd.ops.restore import side_files
 from nbdbackupd.ops.restore.definer import PlannedDisk, PlannedDomain
 from nbdbackupd.ops.restore.side_files import FileCopy
 from nbdbackupd.ops.sets.opened import OpenedSet
-from nbdbackupd.qemu import overlay
+from nbdbackupd.qemu import image
 from nbdbackupd.repo import written
 from nbdbackupd.repo.written import Verdict
 from nbdbackupd.virt import transient
@@ -140,9 +140,9 @@ class Making:
             ),
         )
         for disk in disks:
-            overlay.create(Path(disk.overlay), disk.size, socket=Path(disk.socket))
-        for image in images:
-            boot_images.make(image)
+            image.create_on_server(Path(disk.overlay), disk.size, socket=Path(disk.socket))
+        for final in images:
+            boot_images.make(final)
         for each in files:
             self._copy(each)
         self._note(tpm=os.fspath(definer.state.tpm_place or ""))

@@ -17,7 +17,7 @@ from nbdbackupd.ops.restore.plan import DiskJob
 from nbdbackupd.ops.restore.request import Progress, RestoredDisk, RestoreRequest, Style
 from nbdbackupd.ops.restore.sites import Site, Work
 from nbdbackupd.ops.restore.steps import Step
-from nbdbackupd.qemu import image, snapshots
+from nbdbackupd.qemu import image
 from nbdbackupd.threads import Threads
 
 log = logging.getLogger(__name__)
@@ -116,9 +116,8 @@ class _Writer:
             else:
                 path = site.incomplete
                 os.close(outputs.create_private(path))
-                snapshots.create_overlay(
-                    path, step.layers[0].size, self._job.options, below.incomplete
-                )
+                size = step.layers[0].size
+                image.create(path, size, self._job.options, backing=below.incomplete)
                 written += self._on_top(step, path, content.delta(step.layers[0]))
                 overlays.append((path, below))
             below = site
@@ -126,7 +125,7 @@ class _Writer:
             self._cancelled()
             image.check(path, format="qcow2")
         for path, lower in overlays:
-            snapshots.name_backing(path, lower.final)
+            image.name_backing(path, lower.final)
             durable.fsync_file(path)
         return written
 
@@ -141,12 +140,12 @@ class _Writer:
             else:
                 older, newer = before.layers, step.layers
                 if newer[0].size != older[0].size:
-                    snapshots.resize(path, newer[0].size, shrink=newer[0].size < older[0].size)
+                    image.resize(path, newer[0].size, shrink=newer[0].size < older[0].size)
                 changes = (
                     content.difference(newer, older) if step.is_whole else content.delta(newer[0])
                 )
                 written += self._on_top(step, path, changes)
-            snapshots.take(path, step.point)
+            image.take_snapshot(path, step.point)
             before = step
         self._cancelled()
         image.check(site.incomplete, format="qcow2")
