@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
 from nbdbackupd import plain
@@ -360,12 +359,7 @@ class Lock:
             time.sleep(min(LOCK_POLL_SECONDS, left))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             try:

@@ -31,7 +31,7 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._wipe()
 
     def disk(self, disk: str, position: int, size: int, data: int) -> None:

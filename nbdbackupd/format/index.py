@@ -133,7 +133,7 @@ class Index:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.file.close()
 
     def __len__(self) -> int:

@@ -369,7 +369,7 @@ class _Report:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._theirs.close()
 
     @property
