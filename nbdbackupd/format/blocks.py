@@ -60,3 +60,13 @@ def content_size(head: Buffer) -> int:
 def digest(block: Buffer) -> bytes:
     """SHA-256 of guest bytes, 32 bytes."""
     return hashlib.sha256(block).digest()
+
+
+def lz4_version() -> str:
+    """The versions of the Python binding and of the library in it.
+
+    Raises ImportError if python3-lz4 is missing.
+    """
+    import lz4  # late: plain runs do without it
+
+    return f"{lz4.__version__}, library {lz4.library_version_string()}"

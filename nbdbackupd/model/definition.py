@@ -8,7 +8,7 @@ guest has been set up for it.
 import copy
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 from xml.etree import ElementTree as ET
@@ -457,3 +457,17 @@ def _tpm(root: ET.Element, changes: Changes, told: Told) -> None:
                 backend.remove(source)
         if backend.find("encryption") is not None:
             told.warnings.append("the TPM's state is encrypted: libvirt needs its secret")
+
+
+def without_layers(xml: str, targets: Collection[str]) -> str:
+    """The definition without what it says of images below those of these disks.
+
+    libvirt opens what the definition names, also below an image that says of itself that it stands
+    on nothing. Raises what ``parse`` raises.
+    """
+    root = parse(xml)
+    for disk in root.findall("./devices/disk"):
+        target, below = disk.find("target"), disk.find("backingStore")
+        if target is not None and target.get("dev") in targets and below is not None:
+            disk.remove(below)
+    return ET.tostring(root, encoding="unicode")

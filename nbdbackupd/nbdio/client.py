@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
 import nbd
@@ -223,12 +222,7 @@ class Connection:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -278,3 +272,8 @@ class Connection:
 def errno_name(number: int) -> str:
     """``EIO`` for 5, and so on."""
     return errno.errorcode.get(number, str(number))
+
+
+def libnbd_version() -> str:
+    """The library's libnbd_version, such as ``1.14.2``."""
+    return nbd.NBD().get_version()

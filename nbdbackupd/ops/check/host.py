@@ -2,7 +2,7 @@
 
 from nbdbackupd import proc
 from nbdbackupd.errors import ProcessError
-from nbdbackupd.format import library as lz4_library
+from nbdbackupd.format import blocks
 from nbdbackupd.model.finding import Notes
 from nbdbackupd.ops.check.request import Patient
 from nbdbackupd.source import hooked
@@ -43,14 +43,14 @@ def _version(name: str) -> str:
 def libraries(_: Patient, notes: Notes) -> None:
     """Whether the Python libraries can be imported. Without libvirt's nobody gets here."""
     try:
-        from nbdbackupd.nbdio import library as nbd_library
+        from nbdbackupd.nbdio import client
 
-        notes.ok(f"libnbd: {nbd_library.version()}")
+        notes.ok(f"libnbd: {client.libnbd_version()}")
     except ImportError as err:
         notes.fail(f"the Python library of libnbd can't be used: {err}", "install python3-libnbd")
 
     try:
-        notes.ok(f"lz4: {lz4_library.version()}")
+        notes.ok(f"lz4: {blocks.lz4_version()}")
     except ImportError as err:
         notes.warn(f"no compression: {err}", f"install {LZ4_PACKAGE}, or do without compression")
 

@@ -11,16 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from nbdbackupd import durable
-from nbdbackupd.errors import IntegrityError, RepositoryError, UsageError
+from nbdbackupd import documents, durable
+from nbdbackupd.errors import FormatError, IntegrityError, RepositoryError, UsageError
 from nbdbackupd.files import open_untrusted
 from nbdbackupd.model import definition as model
 from nbdbackupd.model import domain as domain_model
-from nbdbackupd.model import sifting
+from nbdbackupd.model import live_disks, sifting
 from nbdbackupd.model.definition import Adapted, Changes, Consent, NewDisk
 from nbdbackupd.model.definition_devices import Entropy
 from nbdbackupd.model.hostpaths import PathUse
-from nbdbackupd.ops.define import live
 from nbdbackupd.ops.domain import vtpm
 from nbdbackupd.ops.restore import output_names, side_files
 from nbdbackupd.ops.restore.definer import Definition, PlannedDomain
@@ -102,7 +101,7 @@ class Adjuster:
         Raises UsageError, RepositoryError, IntegrityError, DomainError, NotSupportedError,
         ConfigError.
         """
-        xml, added = live.completed(planned, _read_xml(planned))
+        xml, added = _completed(planned, _read_xml(planned))
         changes = _changes(planned, xml, self.request)
         # nothing of it gets to libvirt before it is sifted: that runs an emulator to look at it
         adapted = model.adapt(xml, changes, self._entropy, self._agree)
@@ -216,7 +215,35 @@ def _read_xml(planned: PlannedDomain) -> str:
     found = [each for each in planned.files if each.stored.role == side_files.XML_ROLE]
     if not found:
         raise RepositoryError(f"restore point {planned.point} holds no domain XML")
-    return live.read(found[0], planned.point)
+    return _read(found[0], planned.point)
+
+
+def _read(copy: FileCopy, point: str) -> str:
+    """A domain XML of a set, proven and bounded. Raises FormatError, IntegrityError."""
+    path = copy.source
+    data = layers.read_file(path, copy.stored, documents.MAX_XML, point=point)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as err:
+        raise IntegrityError("the domain XML is no UTF-8", file=path, point=point) from err
+    try:
+        documents.parse_xml(text, "domain", FormatError)
+    except FormatError as err:
+        err.fields |= {"file": path, "point": point}
+        raise
+    return text
+
+
+def _completed(planned: PlannedDomain, xml: str) -> tuple[str, tuple[str, ...]]:
+    """``xml`` with what is missing in it, and a line for each disk that was added.
+
+    The XML of the running domain is read only if a disk of the restore is missing. Raises
+    FormatError, IntegrityError.
+    """
+    targets = [disk.target for disk in planned.disks]
+    if planned.live is None or not live_disks.missing(xml, targets):
+        return xml, ()
+    return live_disks.complete(xml, _read(planned.live, planned.point), targets)
 
 
 def _changes(planned: PlannedDomain, xml: str, request: DefineRequest) -> Changes:

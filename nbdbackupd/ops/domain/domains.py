@@ -16,8 +16,7 @@ from nbdbackupd.repo.runs import boot_id
 from nbdbackupd.source import kept
 from nbdbackupd.virt import connection, instance
 from nbdbackupd.virt.connection import Connection
-from nbdbackupd.virt.domain import Domain, Ending
-from nbdbackupd.virt.ended import EndedDomain
+from nbdbackupd.virt.domain import Domain, EndedDomain, Ending
 
 SETTLE_SECONDS: Final = 10.0
 POLL_SECONDS: Final = 0.1

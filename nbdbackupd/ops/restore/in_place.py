@@ -14,7 +14,7 @@ from nbdbackupd.errors import (
     NotSupportedError,
     SourceError,
 )
-from nbdbackupd.model import collapsed
+from nbdbackupd.model import definition as model
 from nbdbackupd.model.chain import DiskPoint, RestorePoint
 from nbdbackupd.model.domain import Disk
 from nbdbackupd.model.hostpaths import PathUse
@@ -186,7 +186,7 @@ class InPlace(Placement):
         if domain is None or not layered:
             return
         xml = domain.xml(inactive=True, secure=True)
-        definition.redefine(self._connection, collapsed.without_layers(xml, layered))
+        definition.redefine(self._connection, model.without_layers(xml, layered))
         log.info("definition of %s: nothing below the images of %s", domain.name, layered)
 
     def settle(self, *, is_overwritten: bool) -> None:

@@ -25,7 +25,7 @@ from nbdbackupd.errors import (
     NbdbackupError,
     one_line,
 )
-from nbdbackupd.model import unitname
+from nbdbackupd.model import throwaway, unitname
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.host import Host
 from nbdbackupd.ops.backup import backup as backup_verb
@@ -34,7 +34,7 @@ from nbdbackupd.ops.backup.prepare import PlannedRun
 from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
 from nbdbackupd.ops.domain import configured, domains, endings, images
 from nbdbackupd.ops.notify import kept as kept_notification
-from nbdbackupd.ops.run import after_end, commands, retire, slots
+from nbdbackupd.ops.run import commands, retire, slots
 from nbdbackupd.ops.run.metrics import RunMetrics
 from nbdbackupd.ops.sets import homes
 from nbdbackupd.ops.status import gather
@@ -66,6 +66,15 @@ POLL_SECONDS: Final = 0.5
 
 INTERRUPTED_SECONDS: Final = 30.0
 """Programs after a run that was told to end: systemd kills soon."""
+
+NOTHING: Final = {
+    Ending.SAVED: "its state is saved, and it will go on from there",
+    Ending.MIGRATED: "it was migrated to another host, which has it now",
+    Ending.FAILED: "its start has failed, no guest has run",
+    Ending.SNAPSHOT: "it was put back to a snapshot",
+}
+"""Ends of which libvirt says that nothing was finished. After a crash, or an end that libvirt
+does not know, the bitmaps decide: a disk whose bitmap was not stored is read whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -292,13 +301,17 @@ class _Run:
         )
 
     def why_not(self) -> str:
-        """Why there is nothing to do after the guest's end; empty if there is."""
+        """Why nothing is to be done after the guest's end; empty if it is. Raises DomainError."""
         if not self.settings.on_shutdown:
             return "on_shutdown is off in its configuration"
         if self.settings.start_paused:
             # its end would be the end of a guest, too, and start the next run
             return "start_paused is on in its configuration: it is saved by schedule only"
-        return after_end.why_not(self.domain)
+        if throwaway.is_marked(self.domain.xml()):
+            return "it is one of our own that is thrown away"
+        if self.domain.is_active():
+            return "it runs again"
+        return NOTHING.get(self.domain.ending(), "")
 
     def left_to_others(self) -> RunReport | None:
         """What to report if another host saves the domain; None if this one does.
