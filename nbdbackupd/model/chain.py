@@ -183,15 +183,11 @@ class BackupSet:
         Raises ChainBrokenError: a missing parent, a parent of other digest or chain, two points
         of one id, two fulls, or two increments with checkpoints on one parent.
         """
-        found = list(points)
-        by_id = {point.id: point for point in found}
-        if len(by_id) != len(found):
-            raise ChainBrokenError("two restore points carry the same id")
-        if len({point.sequence for point in found}) != len(found):
-            raise ChainBrokenError("two restore points carry the same sequence number")
+        found, seen = list(points), _Seen()
         for point in found:
-            _check_link(point, by_id)
-        _check_shape(found)
+            seen.add(point)
+        for point in found:
+            _check_link(point, seen.by_id)
         return cls(tuple(sorted(found, key=lambda point: point.sequence)))
 
     @classmethod
@@ -201,14 +197,14 @@ class BackupSet:
         For the worst day: a point whose own ancestors are sound can be restored, whatever
         happened to those that came later or beside it.
         """
-        kept: tuple[RestorePoint, ...] = ()
-        problems = []
+        seen, problems = _Seen(), []
         for point in sorted(points, key=lambda each: (each.sequence, each.id)):
             try:
-                kept = cls.from_points([*kept, point]).points
+                _check_link(point, seen.by_id)
+                seen.add(point)
             except ChainBrokenError as err:
                 problems.append(err.message)
-        return cls(kept), tuple(problems)
+        return cls(tuple(seen.by_id.values())), tuple(problems)
 
     @property
     def head(self) -> RestorePoint | None:
@@ -294,14 +290,32 @@ def _check_link(point: RestorePoint, by_id: dict[str, RestorePoint]) -> None:
         )
 
 
-def _check_shape(points: list[RestorePoint]) -> None:
-    fulls = [point.id for point in points if point.level is Level.FULL]
-    if len(fulls) > 1:
-        raise ChainBrokenError(f"the set holds more than one full: {', '.join(fulls)}")
-    parents = [point.parent for point in points if point.parent and point.makes_base]
-    for parent in parents:
-        if parents.count(parent) > 1:
+@dataclass(slots=True)
+class _Seen:
+    """Points that can be in one set, in the making; each is compared with all in one look."""
+
+    by_id: dict[str, RestorePoint] = field(default_factory=dict)
+    sequences: set[int] = field(default_factory=set)
+    parents: set[str] = field(default_factory=set)
+    full: str = ""
+
+    def add(self, point: RestorePoint) -> None:
+        """One more. Raises ChainBrokenError, and leaves it out."""
+        if point.id in self.by_id:
+            raise ChainBrokenError("two restore points carry the same id")
+        if point.sequence in self.sequences:
+            raise ChainBrokenError("two restore points carry the same sequence number")
+        if point.level is Level.FULL and self.full:
+            raise ChainBrokenError(f"the set holds more than one full: {self.full}, {point.id}")
+        parent = point.parent if point.makes_base else ""
+        if parent in self.parents:
             raise ChainBrokenError(f"two increments hang on restore point {parent}")
+        self.by_id[point.id] = point
+        self.sequences.add(point.sequence)
+        if parent:
+            self.parents.add(parent)
+        if point.level is Level.FULL:
+            self.full = point.id
 
 
 def effective_level(wanted: Level, known: BackupSet) -> Level:

@@ -1,5 +1,6 @@
 """Which points hang together, and from which the next one starts."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -25,6 +26,20 @@ def test_an_increment_of_untracked_disks_is_a_leaf() -> None:
         BackupSet.from_points([full, inc, replace(inc, id="other", sequence=4)])
     with pytest.raises(ChainBrokenError, match="is no base"):
         BackupSet.from_points([full, leaf, points.child_of(leaf, sequence=3)])
+
+
+def test_what_is_left_of_a_long_chain_is_found_at_once() -> None:
+    """An hour's points for a year are no reason to wait: each is compared with all in one look."""
+    chain = [replace(points.full_point(), digest="0")]
+    for number in range(2, 4000):
+        chain.append(replace(points.child_of(chain[-1], sequence=number), digest=f"{number}"))
+    broken = replace(chain[-1], id="fork", sequence=4000)
+    begun = time.process_time()
+    known, problems = BackupSet.from_sound([*chain, broken, replace(broken, sequence=4001)])
+    assert time.process_time() - begun < 5
+    assert [point.id for point in known.points] == [point.id for point in chain]
+    assert len(problems) == 2
+    assert "two increments hang on" in problems[0]
 
 
 def test_a_full_of_untracked_disks_has_increments() -> None:
