@@ -21,6 +21,7 @@ TYPES: Final = ("kvm", "qemu", "hvf")
 
 MEDIA: Final = ("cdrom", "floppy")
 DUMPS: Final = {"coredump-destroy": "destroy", "coredump-restart": "restart"}
+FILLS: Final = "it fills the host's disk with dumps"
 RANDOM: Final = ("/dev/urandom", "/dev/random", "/dev/hwrng")
 NETWORKS: Final = ("network", "bridge", "user", "ethernet", "direct", "internal", "null")
 CHARDEVS: Final = (
@@ -329,10 +330,15 @@ def _sysinfo(_sieve: Sieve, entry: ET.Element) -> str:
 def _crash(sieve: Sieve, each: ET.Element) -> str:
     text = (each.text or "").strip()
     if text in DUMPS:
-        sieve.removed.append(
-            Foreign(where="on_crash", what=repr(text), why="it fills the host's disk with dumps")
-        )
+        sieve.removed.append(Foreign(where="on_crash", what=repr(text), why=FILLS))
         each.text = DUMPS[text]
+    return ""
+
+
+def _watchdog(sieve: Sieve, each: ET.Element) -> str:
+    if each.get("action") == "dump":
+        sieve.removed.append(Foreign(where="watchdog", what="action='dump'", why=FILLS))
+        each.set("action", "none")  # the guest goes on, as after a dump
     return ""
 
 
@@ -389,6 +395,7 @@ _ELEMENTS: Final[Mapping[str, Callable[[Sieve, ET.Element], str]]] = {
     "devices/tpm": _tpm,
     "devices/rng/backend": _random,
     "devices/audio": _audio,
+    "devices/watchdog": _watchdog,
     "os/smbios": _smbios,
     "os/loader": _loader,
     "sysinfo/entry": _sysinfo,

@@ -141,6 +141,9 @@ def test_dumps_and_host_identity() -> None:
     adapted = bare(rest="<on_crash>coredump-restart</on_crash><sysinfo type='host'/>")
     assert "<on_crash>restart</on_crash>" in adapted.xml
     assert [line for line in adapted.warnings if "coredump" in line]
+    adapted = bare("<watchdog model='i6300esb' action='dump'/>")
+    assert 'action="none"' in adapted.xml
+    assert [line for line in adapted.warnings if "watchdog" in line and "dumps" in line]
     smbios = BARE.format(devices="", rest="").replace("</os>", "<smbios mode='host'/></os>")
     assert "smbios" not in adapt(smbios, Changes(name="x")).xml
 
