@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from nbdbackupd.errors import RepositoryError
 from nbdbackupd.model.chain import DiskMode, Level, SkippedDisk
 from nbdbackupd.repo import layout
+from nbdbackupd.repo.virtnbdbackup import peer, place
 from tests.lib import sets
 from tests.lib.ctl import ROOT, Ctl
 from tests.lib.sets import SetBuilder
@@ -247,6 +249,14 @@ def torn(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
 
 
+def overlapping(path: Path) -> None:
+    archive(path, ("vdb.copy.data", peer_stream()))
+    data = bytearray(path.read_bytes())
+    # the directory has it where the first one lies
+    struct.pack_into("<L", data, data.rfind(b"vdb.copy.data") - 4, 0)
+    path.write_bytes(data)
+
+
 ARCHIVES: dict[str, tuple[Callable[[Path], None], set[int]]] = {
     "traversal": (lambda path: archive(path, ("../outside/a", b"x"), ("a/../../b", b"x")), {50}),
     "absolute": (lambda path: archive(path, ("/etc/nbdbackup-was-here", b"x")), {50}),
@@ -258,6 +268,11 @@ ARCHIVES: dict[str, tuple[Callable[[Path], None], set[int]]] = {
     "bidi": (lambda path: archive(path, ("a\u202eb", b"x")), {40}),
     "bomb": (bomb, {40, 50}),
     "a million members": (wide, {40}),
+    "one place": (overlapping, {40}),
+    "a name to try patterns on": (
+        lambda path: archive(path, ("a" + ".inc." * 12_000 + "b", b"x")),
+        {40},
+    ),
     "cut": (torn, {2, 40, 50}),
     "deep": (lambda path: archive(path, ("vmconfig.19.xml", b"<a>" * 3000)), {0, 3, 40}),
 }
@@ -279,6 +294,18 @@ def test_archives(victim: Victim, kind: str) -> None:
         victim.run(verb, *words, codes=ENDS | {0})
     for each in victim.out.rglob("*") if victim.out.exists() else ():
         assert not each.is_symlink()
+
+
+def test_small_files_of_an_archive_are_bounded_together(
+    victim: Victim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S-6: a thousand that cost a second each, packed to the size of one."""
+    monkeypatch.setattr(place, "MAX_SMALL", 2 * MIB)
+    path = victim.directory / "archive.zip"
+    names = [f"vmconfig.{number}.xml" for number in range(3)]
+    archive(path, *((name, bytes(MIB)) for name in names), kind=zipfile.ZIP_DEFLATED)
+    with pytest.raises(RepositoryError, match="small files unpack to more than 2 MiB"):
+        peer.read_files(place.Archive(path))
 
 
 EVIL = "a\x1b[2J\nnbdbackupctl: all is well\r\u202ec\u200b\u2028"

@@ -10,17 +10,25 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
 from nbdbackupd import durable
-from nbdbackupd.errors import FormatError, IntegrityError
+from nbdbackupd.errors import FormatError, IntegrityError, RepositoryError
 from nbdbackupd.files import open_untrusted
 from nbdbackupd.format.stream import Window
 
 MAX_ENTRIES: Final = 1 << 14
 MAX_DIRECTORY: Final = 4 << 20
 """Bytes of an archive's directory: the library makes objects of all of it before it is asked."""
+
+MAX_NAME: Final = 255
+"""Letters of a member's name, as of one in a directory: patterns are tried on it."""
+
+MAX_SMALL: Final = 256 << 20
+"""Bytes of small files in one archive: XML and JSON of a thousand runs are a tenth of it. A
+thousand times as many may be packed into it."""
 
 CHUNK: Final = 1 << 20
 END_MARK: Final = b"PK\5\6"
@@ -125,6 +133,7 @@ class Archive:
         Raises RepositoryError, FormatError, IntegrityError.
         """
         self.path = path
+        self._left = MAX_SMALL
         try:
             with durable.translate_os_errors("read", path), _open_archive(path) as file:
                 if _directory_size(file) > MAX_DIRECTORY:
@@ -133,12 +142,17 @@ class Archive:
                     listed = opened.infolist()
         except BROKEN as err:
             raise IntegrityError(f"archive is damaged: {err}", file=path) from err
-        if not all(each.filename.isprintable() and each.filename for each in listed):
+        if not all(_is_name(each.filename) for each in listed):
             raise FormatError("archive holds a file without a proper name", file=path)
         entries = [each for each in listed if not each.is_dir()]
         self._entries = {each.filename: each for each in entries}
         if len(self._entries) != len(entries) or len(entries) > MAX_ENTRIES:
             raise FormatError("archive holds a name twice, or too many", file=path)
+        places = sorted((each.header_offset, each.compress_size) for each in entries)
+        if any(
+            one + LOCAL_HEADER.size + size > then for (one, size), (then, _) in pairwise(places)
+        ):
+            raise IntegrityError("archive is damaged: two files lie in one place", file=path)
         if any(each.compress_type not in KNOWN for each in entries):
             raise FormatError("archive is compressed in a way that is not known", file=path)
 
@@ -152,9 +166,17 @@ class Archive:
         return {name: each.file_size for name, each in self._entries.items() if "/" not in name}
 
     def read_small(self, name: str, maximum: int) -> bytes:
-        """See ``Place``; its CRC-32 is proven."""
+        """See ``Place``; its CRC-32 is proven.
+
+        Raises RepositoryError if all that were read are too much together.
+        """
         if self._entries[name].file_size > maximum:
             raise IntegrityError(f"larger than {maximum} bytes", file=f"{self.path}:{name}")
+        self._left -= self._entries[name].file_size
+        if self._left < 0:
+            raise RepositoryError(
+                f"{self.path}: its small files unpack to more than {MAX_SMALL >> 20} MiB"
+            )
         return b"".join(self.chunks(name))
 
     def chunks(self, name: str) -> Iterator[bytes]:
@@ -208,6 +230,10 @@ class Archive:
     def crc(self, name: str) -> int | None:
         """See ``Place``."""
         return self._entries[name].CRC
+
+
+def _is_name(name: str) -> bool:
+    return 0 < len(name) <= MAX_NAME and name.isprintable()
 
 
 def _open_archive(path: Path) -> BinaryIO:
