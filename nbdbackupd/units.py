@@ -92,6 +92,7 @@ def local_time(moment: str | datetime) -> str:
     """
     try:
         found = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
-    except ValueError:
+        local = found.astimezone()
+    except (ValueError, OverflowError):  # also of one that no calendar has in this zone
         return str(moment)
-    return f"{found.astimezone():%Y-%m-%d %H:%M:%S %Z}"
+    return f"{local:%Y-%m-%d %H:%M:%S %Z}"

@@ -74,12 +74,12 @@ names = argument(setting.names)
 def moment(text: str) -> datetime:
     """RFC 3339, or local time without a zone, for argparse."""
     try:
-        parsed = datetime.fromisoformat(text)
-    except ValueError as err:
+        # in this host's zone, too: the calendar ends
+        return datetime.fromisoformat(text).astimezone().astimezone(UTC)
+    except (ValueError, OverflowError) as err:
         raise argparse.ArgumentTypeError(
             f"not a time: {text!r} (examples: 2026-01-31T23:59:59Z, '2026-01-31 23:59')"
         ) from err
-    return parsed.astimezone(UTC)
 
 
 def add_point(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:

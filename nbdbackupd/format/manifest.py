@@ -38,11 +38,17 @@ MAX_SIZE: Final = 16 << 20
 
 MAX_NUMBER: Final = (1 << 63) - 1
 MAX_NAME: Final = 255
+MAX_WORD: Final = 1024
+"""Characters of a name, a target, a format; libvirt keeps a domain in a file of its name."""
+
 CHECKPOINTS: Final = "checkpoints/"
 """The one directory that a stored file's name may begin with."""
 
 _HEX: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|\+00:00)", re.ASCII)
+# from 1970 to 2999: years that exist in each zone
+_TIME: Final = re.compile(
+    r"(?:19[7-9]|2\d\d)\d-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|\+00:00)", re.ASCII
+)
 
 _UNSOUND: Final = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 
@@ -183,8 +189,10 @@ class _Node:
             raise self.wrong(key, "holds characters that stand for nothing")
 
     def word(self, key: str, *, empty: bool = True) -> str:
-        """Text without control characters: it goes to terminals, and into names."""
+        """Short text without control characters: it goes to terminals, and into names."""
         value = self.text(key, empty=empty)
+        if len(value) > MAX_WORD:
+            raise self.wrong(key, f"{_short(value)} is too long")
         if plain.CONTROL.search(value):
             raise self.wrong(key, f"{_short(value)} holds control characters")
         return value
@@ -296,14 +304,18 @@ def file_names(point: RestorePoint) -> dict[str, int]:
     return found
 
 
+def is_time(text: str) -> bool:
+    """Whether a text is a time in UTC that a point may have."""
+    try:
+        return bool(_TIME.fullmatch(text) and datetime.fromisoformat(text))
+    except ValueError:
+        return False
+
+
 def _time(node: _Node, key: str) -> str:
     value = node.get(key, str)
-    try:
-        if not _TIME.fullmatch(value):
-            raise ValueError(value)
-        datetime.fromisoformat(value)
-    except ValueError:
-        raise node.wrong(key, f"{_short(value)} is no time in UTC (RFC 3339)") from None
+    if not is_time(value):
+        raise node.wrong(key, f"{_short(value)} is no time in UTC (RFC 3339), or a far one")
     return value
 
 

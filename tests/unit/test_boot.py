@@ -253,7 +253,14 @@ class TestResult:
 
     @pytest.mark.parametrize(
         "change",
-        [{"passed": 1}, {"seconds": "1"}, {"version": 2}, {"reason": None}, {"more": ""}],
+        [
+            {"passed": 1},
+            {"seconds": "1"},
+            {"seconds": float("inf")},
+            {"version": 2},
+            {"reason": None},
+            {"more": ""},
+        ],
     )
     def test_wrong_types(self, tmp_path: Path, change: dict[str, object]) -> None:
         path = boot_tests.write(tmp_path, TEST, b"")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -74,7 +75,9 @@ restore_points = st.builds(
     sequence=st.integers(1, 1 << 40),
     chain=names,
     level=st.sampled_from([Level.FULL, Level.INC, Level.DIFF, Level.COPY]),
-    created=st.datetimes().map(lambda when: f"{when.isoformat()}Z"),
+    created=st.datetimes(*map(datetime.fromisoformat, ("1970-01-01", "2999-12-31"))).map(
+        lambda when: f"{when.isoformat()}Z"
+    ),
     domain=names,
     uuid=names,
     disks=st.tuples(disk_points(1), disk_points(2)) | st.just(()),
@@ -233,6 +236,9 @@ def change(path: str, value: Any) -> bytes:
         ("created", "2026-01-31", "created: '2026-01-31' is no time"),
         ("created", "2026-13-31T00:00:00Z", "created: .* is no time"),
         ("created", "2026-01-31T00:00:00+02:00", "created: .* is no time"),
+        ("created", "0001-01-01T00:00:00Z", "created: .* is no time"),
+        ("created", "9999-12-31T23:59:59Z", "created: .* is no time"),
+        ("domain", "d" * 1025, "domain: .*… is too long"),
         ("domain", "..", "domain: '..' is no name"),
         ("domain", "a\0b", "domain: holds characters"),
         ("disks.0.size", -1, r"disks\[0\]\.size: -1 is out of range"),

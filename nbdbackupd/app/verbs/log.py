@@ -100,7 +100,7 @@ def _moment(text: str) -> datetime | None:
         return None
     try:
         return datetime.fromisoformat(text).astimezone()
-    except ValueError as err:
+    except (ValueError, OverflowError) as err:
         raise UsageError(
             f"not a time: {text!r} (with -o: 2026-01-31, '2026-01-31 23:59', or with T and zone)"
         ) from err

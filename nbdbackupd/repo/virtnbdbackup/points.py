@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from nbdbackupd.errors import ChainBrokenError
+from nbdbackupd.format import manifest
 from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model.chain import (
     BackupSet,
@@ -290,4 +291,5 @@ def _utc(date: str) -> str:
         moment = datetime.fromisoformat(date).astimezone(UTC)
     except (ValueError, OverflowError, OSError):
         return UNKNOWN_TIME
-    return moment.isoformat().replace("+00:00", "Z")
+    found = moment.isoformat().replace("+00:00", "Z")
+    return found if manifest.is_time(found) else UNKNOWN_TIME
