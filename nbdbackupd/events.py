@@ -472,6 +472,26 @@ REPOSITORY_NOT_MOUNTED: Final = Event(
     "system of the repository is most likely not mounted. Nothing was written.",
     cure="Mount it and run again. If the repository is new, make its marker file by hand.",
 )
+POINT_PROTECTED: Final = Event(
+    name="point-protected",
+    id="30e453f39e70429bade61626317a89af",
+    priority=NOTICE,
+    level=logging.INFO,
+    text="restore point {POINT} of {DOMAIN} is protected: {REASON}",
+    fields=("POINT", "REASON"),
+    meaning="Somebody has said that this point is to stay, whatever the rules of retention want.",
+    cure="Nothing is to be done. 'nbdbackupctl unprotect' leaves it to the rules again.",
+)
+POINT_UNPROTECTED: Final = Event(
+    name="point-unprotected",
+    id="c081a6855e4541e9935d1925441ac8fd",
+    priority=NOTICE,
+    level=logging.INFO,
+    text="restore point {POINT} of {DOMAIN} is protected no longer",
+    fields=("POINT",),
+    meaning="From now on the rules of retention decide about this point.",
+    cure="If it is still needed: 'nbdbackupctl protect'.",
+)
 
 ALL: Final = tuple(value for value in list(globals().values()) if isinstance(value, Event))
 """Every event, in the order of this module."""

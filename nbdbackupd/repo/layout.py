@@ -19,7 +19,8 @@ POINTS: Final = "points"
 CHECKPOINTS: Final = "checkpoints"
 LOGS: Final = "logs"
 BOOT_TESTS: Final = "boot-tests"
-DIRECTORIES: Final = (POINTS, CHECKPOINTS, LOGS, BOOT_TESTS)
+PROTECTED: Final = "protected"
+DIRECTORIES: Final = (POINTS, CHECKPOINTS, LOGS, BOOT_TESTS, PROTECTED)
 LOCK: Final = ".lock"
 DRAFT_PREFIX: Final = ".draft-"
 SPARE: Final = ".spare"
@@ -147,6 +148,11 @@ def run_log(run_id: str) -> str:
 def boot_test(point_id: str, suffix: str = "json") -> str:
     """The newest boot test of a point, or with ``png`` its picture, relative to the set."""
     return f"{BOOT_TESTS}/{escape(point_id, MAX_IDENT)}.{suffix}"
+
+
+def protection(point_id: str) -> str:
+    """The note that protects a point, relative to the set."""
+    return f"{PROTECTED}/{escape(point_id, MAX_IDENT)}{MANIFEST_SUFFIX}"
 
 
 def checkpoint_xml(checkpoint: str) -> str:

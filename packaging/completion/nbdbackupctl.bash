@@ -46,7 +46,7 @@ _nbdbackupctl_value() {
 }
 
 _nbdbackupctl_verbs() {
-    echo 'backup run restore map unmap boot mount unmount files list show verify import estimate check checkpoints abort yield config status timers notify log'
+    echo 'backup run restore map unmap boot mount unmount files list show verify protect unprotect import estimate check checkpoints abort yield config status timers notify log'
 }
 
 # $1: the verb, empty before it
@@ -118,6 +118,14 @@ _nbdbackupctl_options() {
         --boot-only --boot-wait --boot-timeout --boot-memory --boot-name --trust-definition
         --scratch-dir'
         ;;
+    protect)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet --point --wait --until --note'
+        ;;
+    unprotect)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet --point --wait'
+        ;;
     import)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet -o --output --link --sound'
@@ -166,7 +174,8 @@ _nbdbackupctl_positional() {
     status:0 | timers:0 | log:0)
         echo 'domain'
         ;;
-    restore:0 | map:0 | boot:0 | mount:0 | files:0 | list:0 | show:0 | verify:0)
+    restore:0 | map:0 | boot:0 | mount:0 | files:0 | list:0 | show:0 | verify:0 | protect:0 | \
+    unprotect:0)
         echo 'source'
         ;;
     files:1)
@@ -190,7 +199,8 @@ _nbdbackupctl_kind() {
     *:--until | *:--at | *:-d | *:--disk | *:--pool | *:--since | *:-j | *:--jobs | \
     *:--bandwidth-limit | *:--name | *:--socket | *:--tcp | *:--device | *:--cache | \
     *:--memory | *:-p | *:--partition | *:--boot-wait | *:--boot-timeout | *:--boot-memory | \
-    *:--boot-name | *:--drop | *:--reason | *:--warning | *:--critical | *:--lines | *:--run)
+    *:--boot-name | *:--note | *:--drop | *:--reason | *:--warning | *:--critical | *:--lines \
+    | *:--run)
         echo 'other'
         ;;
     *:--password-file | *:--sequence | *:--tls-psk | files:-f | *:--file)

@@ -129,6 +129,7 @@ def test_file_names_are_those_of_the_layout() -> None:
         layout.domain_xml_live("P"),
         layout.image_info("T", "P"),
         layout.guest_info("P"),
+        layout.protection("P"),
         *copied,
         layout.copy("tpm-state", "P", "N"),
         layout.checkpoint_list("D"),
@@ -144,7 +145,7 @@ def test_file_names_are_those_of_the_layout() -> None:
 
 def test_roles_are_those_of_the_model() -> None:
     beside = {"stream", "raw image", "derived", "manifest", "log", "boot test", "lock", "draft"}
-    beside.add("temporary")
+    beside |= {"temporary", "protection"}
     listed = {row[1] for row in tables(FORMAT, "name")[0]} - beside
     told = re.search(r"``role`` is one of: (.*?)\.", chain.StoredFile.__doc__ or "", re.DOTALL)
     assert told is not None

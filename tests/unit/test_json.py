@@ -38,6 +38,8 @@ REPORTS: Final = {
         ("ops/files/files.py", "to_json"),
         ("ops/files/copy.py", "to_json"),
     ],
+    "protect": [("app/verbs/protect.py", "run_protect"), ("repo/protected.py", "to_json")],
+    "unprotect": [("app/verbs/protect.py", "run_unprotect")],
     "import": [("ops/sets/import_set.py", "to_json")],
     "map": [
         ("app/verbs/mapping.py", "_show"),

@@ -23,6 +23,8 @@ ALL: Final = {
     "list": ("catalog", "list the restore points of a set"),
     "show": ("catalog", "show all that a set says of itself"),
     "verify": ("verify", "prove a backup set"),
+    "protect": ("protect", "keep a point whatever the rules want"),
+    "unprotect": ("protect", "leave a point to the rules again"),
     "import": ("import_", "make a set of virtnbdbackup one of ours"),
     "estimate": ("estimate", "tell what an increment would save"),
     "check": ("check", "tell whether a backup will work"),

@@ -1,5 +1,6 @@
 """``list`` and ``show``: what a backup set holds, as documents and as text."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,13 +14,16 @@ from nbdbackupd.model.chain import DiskPoint, Layout, RestorePoint
 from nbdbackupd.model.choice import Choice
 from nbdbackupd.model.space import disk_bytes, own_bytes
 from nbdbackupd.ops.sets import opened
+from nbdbackupd.ops.sets.opened import OpenedSet
 from nbdbackupd.plain import versioned
-from nbdbackupd.repo import boot_tests, layout
+from nbdbackupd.repo import boot_tests, layout, protected
 from nbdbackupd.repo.boot_tests import BootTest
+from nbdbackupd.repo.protected import Protection
 from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.repo.virtnbdbackup.place import Folder, is_archive
 from nbdbackupd.units import human_size, local_time
 
+log = logging.getLogger(__name__)
 GAP: Final = "  "
 PEER: Final = "virtnbdbackup"
 
@@ -29,7 +33,7 @@ class ListReport:
     """The sound points of a set, oldest first, and a line for each that is damaged.
 
     ``written_by`` is empty for our own sets; ``warnings`` tell what of others nobody vouches for.
-    ``tests`` are the boot tests, by point.
+    ``tests`` are the boot tests, ``protections`` the notes that keep points, both by point.
     """
 
     path: Path
@@ -38,6 +42,7 @@ class ListReport:
     warnings: tuple[str, ...] = ()
     written_by: str = ""
     tests: Mapping[str, BootTest] = field(default_factory=dict)
+    protections: Mapping[str, Protection] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1; sizes in bytes."""
@@ -51,6 +56,7 @@ class ListReport:
             problems=list(self.problems),
             warnings=list(self.warnings),
             written_by=self.written_by,
+            protections=[each.to_json() for each in self.protections.values()],
         )
 
 
@@ -99,6 +105,7 @@ def list_points(path: Path) -> ListReport:
         warnings=given.hints,
         written_by=PEER if given.peer else "",
         tests=boot_tests.read(path),
+        protections=_protections(given),
     )
 
 
@@ -122,6 +129,14 @@ def show(path: Path, point: str = "") -> ShowReport:
     sizes = own_bytes(known.points)
     tests = boot_tests.read(path)
     return ShowReport(path=path, points=points, sizes=sizes, metas=metas, tests=tests)
+
+
+def _protections(given: OpenedSet) -> dict[str, Protection]:
+    try:
+        return protected.read(given.path, [point.id for point in given.known.points])
+    except RepositoryError as err:
+        log.warning("which points are protected is not known: %s", err.message)
+        return {}
 
 
 def _test(test: BootTest | None) -> dict[str, Any] | None:
@@ -208,6 +223,8 @@ def render_list(report: ListReport) -> str:
         if test := report.tests.get(point.id):
             how = "came up" if test.passed else f"did not come up: {test.reason}"
             lines.append(f"{indent}booted {local_time(test.tested)}: {plain.line(how)}")
+        if protection := report.protections.get(point.id):
+            lines.append(f"{indent}protected {plain.line(protection.text)}".rstrip())
     lines += [f"! {plain.line(warning)}" for warning in report.warnings]
     return "\n".join(lines)
 

@@ -1,0 +1,1 @@
+"""Retention: which points stay, and why; prune, protect, unprotect."""
