@@ -149,13 +149,6 @@ class Plan:
     steps: tuple[Step, ...] = ()
     foreign: int = 0
 
-    def demotions(self, chain: str) -> Mapping[str, str]:
-        """Why disks of the chain's next increment must be read in full, by target."""
-        for entry in self.entries:
-            if entry.chain == chain and entry.fate is Fate.BASE:
-                return entry.problems
-        return {}
-
 
 def reconcile(view: View, chains: Sequence[KnownChain], dead: Collection[str] = ()) -> Plan:
     """Compare what is there with the chains that are known.
