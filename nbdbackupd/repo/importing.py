@@ -19,7 +19,7 @@ from nbdbackupd.errors import FormatError, RepositoryError
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import BackupSet, RestorePoint
 from nbdbackupd.repo import layout
-from nbdbackupd.repo.virtnbdbackup.place import read_small
+from nbdbackupd.repo.virtnbdbackup.storage import read_small
 
 STAGE: Final = ".import"
 NAMES: Final = "names.json"

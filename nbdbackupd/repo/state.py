@@ -112,7 +112,7 @@ class Record:
         return cls(**text, disks=disks, lost=tuple(lost))
 
 
-class State:
+class StateDirectory:
     """The records of a state directory, which need not exist."""
 
     def __init__(self, directory: Path) -> None:

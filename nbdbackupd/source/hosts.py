@@ -6,8 +6,8 @@ In ``<state directory>/<UUID>/hosts`` each host writes files of its own name, it
     ID.start  it is about to start the domain: whoever reads its images lets them go
     ID.read   it reads the images of the domain, which is off; written anew at each beat
 
-One of two hosts always sees the other: a start leaves its wish before it looks for a reader, and
-a reader tells of itself before it looks for a wish. Each beat makes a new file in the directory,
+One of two hosts always sees the other: a start announces itself before it looks for a reader, and
+a reader tells of itself before it looks for a start. Each beat makes a new file in the directory,
 which has a network file system ask its server what else is there. No host's clock is asked.
 """
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 VERSION: Final = 1
 DIRECTORY: Final = "hosts"
 NOTE: Final = ".json"
-WISH: Final = ".start"
+START: Final = ".start"
 READER: Final = ".read"
 MACHINE_ID: Final = Path("/etc/machine-id")
 MAX_FILE: Final = 16 << 10
@@ -95,7 +95,7 @@ class Hosts:
 
         Raises RepositoryError if the directory, or what a host has written, can't be read.
         """
-        return tuple(self._note(path) for path in self._files(NOTE, WISH))
+        return tuple(self._note(path) for path in self._files(NOTE, START))
 
     def own(self) -> Note | None:
         """What this host has noted. Raises as ``notes``."""
@@ -108,11 +108,11 @@ class Hosts:
         Of a migration libvirt tells its hook first that, and then that the domain is to start.
         Raises RepositoryError.
         """
-        wish = self._own(WISH)
-        if wish.exists():
-            arrived = arrived or self._note(wish).arrived
+        announced = self._own(START)
+        if announced.exists():
+            arrived = arrived or self._note(announced).arrived
         note = self._new(Phase.STARTING, arrived=arrived)
-        self._write(wish, _pack(note))
+        self._write(announced, _pack(note))
 
     def started(self) -> None:
         """Note that it runs here, by the start that was announced or else found out now.
@@ -120,27 +120,27 @@ class Hosts:
         What runs and nobody has announced may be known to other hosts under a higher number, so
         it counts as one that a migration has brought. Raises RepositoryError.
         """
-        wish, own = self._own(WISH), self.own()
-        if wish.exists():
-            note = replace(self._note(wish), phase=Phase.RUNNING)
+        announced, own = self._own(START), self.own()
+        if announced.exists():
+            note = replace(self._note(announced), phase=Phase.RUNNING)
         elif own is not None and own.phase is Phase.RUNNING:
             return
         else:
             note = self._new(Phase.RUNNING, arrived=True)
         self._write(self._own(NOTE), _pack(note))
-        wish.unlink(missing_ok=True)
+        announced.unlink(missing_ok=True)
 
     def ended(self, reason: str) -> None:
         """Note that it no longer runs here; ``reason`` is libvirt's word.
 
         A start that was announced and never came about is taken back. Raises RepositoryError.
         """
-        wish, own = self._own(WISH), self.own()
-        if not wish.exists():
+        announced, own = self._own(START), self.own()
+        if not announced.exists():
             note = own or self._new(Phase.RUNNING, arrived=True)
             self._write(self._own(NOTE), _pack(replace(note, phase=Phase.ENDED, reason=reason)))
-        with durable.translate_os_errors("remove", wish):
-            wish.unlink(missing_ok=True)
+        with durable.translate_os_errors("remove", announced):
+            announced.unlink(missing_ok=True)
 
     def saved(self, point: str, number: int) -> None:
         """Note that a point holds what the end ``number`` has left. Raises RepositoryError."""
@@ -244,7 +244,7 @@ class Hosts:
         while not stop.wait(BEAT_SECONDS):
             try:
                 self._beat(reader)
-                notes = [self._note(path) for path in self._files(WISH)]
+                notes = [self._note(path) for path in self._files(START)]
             except RepositoryError as err:
                 log.debug("other hosts can't be heard: %s", err)
                 continue

@@ -88,7 +88,7 @@ class _Opened:
 
     server: Server
     chains: dict[str, tuple[Node, ...]] = field(default_factory=dict)
-    before: Mapping[str, untouched.State] = field(default_factory=dict)
+    before: Mapping[str, untouched.Fingerprint] = field(default_factory=dict)
 
     def is_clean(self, request: OfflineRequest) -> bool:
         """Whether no byte was written since the new bitmaps were added."""

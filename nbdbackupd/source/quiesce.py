@@ -25,7 +25,7 @@ from nbdbackupd.model.domain import Agent
 from nbdbackupd.model.freeze_memory import MAY_BE_FROZEN
 from nbdbackupd.model.policy import FreezePolicy
 from nbdbackupd.virt import guest
-from nbdbackupd.virt.domain import Domain, State
+from nbdbackupd.virt.domain import Domain, GuestState
 
 LOG = logging.getLogger(__name__)
 THAW_ATTEMPTS: Final = 2
@@ -81,17 +81,17 @@ class Moment:
 
 
 @contextlib.contextmanager
-def quiet(domain: Domain, wish: Quiet) -> Iterator[Moment]:
+def quiet(domain: Domain, request: Quiet) -> Iterator[Moment]:
     """Hold the guest still during the body, as far as wished and possible.
 
     Raises FreezeError if freezing is required and does not succeed; nothing is frozen then.
     """
     moment = Moment()
     with contextlib.ExitStack() as stack:
-        if wish.freeze is FreezePolicy.PAUSE:
-            stack.enter_context(_paused(domain, wish, moment))
-        elif wish.freeze is not FreezePolicy.NEVER:
-            stack.enter_context(_frozen(domain, wish, moment))
+        if request.freeze is FreezePolicy.PAUSE:
+            stack.enter_context(_paused(domain, request, moment))
+        elif request.freeze is not FreezePolicy.NEVER:
+            stack.enter_context(_frozen(domain, request, moment))
         yield moment
 
 
@@ -125,7 +125,7 @@ def release(domain: Domain, marker: Path, *, seconds: float = ANSWER_SECONDS) ->
                 text = f"an earlier run had frozen the guest, or tried to: {err.message}"
                 return Release(problem=text, is_answered=is_answered)
             done = f"{answer}nothing is frozen, but {err.message}"
-    elif held == PAUSED and domain.state() is State.PAUSED:
+    elif held == PAUSED and domain.state() is GuestState.PAUSED:
         domain.resume()
         done = "the guest, paused by a killed run, was resumed"
     marker.unlink(missing_ok=True)
@@ -179,44 +179,44 @@ def _held(marker: Path) -> tuple[str, str]:
     return how, run_id
 
 
-def _mark(wish: Quiet, how: str) -> None:
+def _mark(request: Quiet, how: str) -> None:
     # in the place of whatever is there: never through a link that QEMU made
-    durable.write_atomic(wish.marker, f"{how} {wish.run_id}".encode())
+    durable.write_atomic(request.marker, f"{how} {request.run_id}".encode())
 
 
 @contextlib.contextmanager
-def _paused(domain: Domain, wish: Quiet, moment: Moment) -> Iterator[None]:
+def _paused(domain: Domain, request: Quiet, moment: Moment) -> Iterator[None]:
     moment.consistency = Consistency.PAUSED
-    if domain.state() is State.PAUSED:
+    if domain.state() is GuestState.PAUSED:
         # somebody else's pause: not ours to end
         yield
         return
-    _mark(wish, PAUSED)
+    _mark(request, PAUSED)
     try:
         domain.suspend()
         yield
     finally:
-        if domain.state() is State.PAUSED:
+        if domain.state() is GuestState.PAUSED:
             domain.resume()
-        wish.marker.unlink(missing_ok=True)
+        request.marker.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _frozen(domain: Domain, wish: Quiet, moment: Moment) -> Iterator[None]:
+def _frozen(domain: Domain, request: Quiet, moment: Moment) -> Iterator[None]:
     agent = _agent(domain)
     obstacle = _obstacle(domain, agent)
-    if obstacle and wish.freeze is FreezePolicy.AUTO:
-        if agent is not Agent.ABSENT or wish.was_frozen:
+    if obstacle and request.freeze is FreezePolicy.AUTO:
+        if agent is not Agent.ABSENT or request.was_frozen:
             moment.warnings.append(f"not frozen: {obstacle}; {CURES[agent]}, {WITHOUT}")
-    elif not obstacle and wish.freeze is not FreezePolicy.REQUIRE:
-        obstacle = wish.obstacle
-        if is_held(wish.marker):
+    elif not obstacle and request.freeze is not FreezePolicy.REQUIRE:
+        obstacle = request.obstacle
+        if is_held(request.marker):
             # what the agent does next is what it was asked before
             obstacle = "its agent has not yet confirmed the thaw after an earlier freeze"
         if obstacle:
             moment.warnings.append(f"not frozen: {obstacle}")
     if obstacle:
-        if wish.freeze is FreezePolicy.REQUIRE:
+        if request.freeze is FreezePolicy.REQUIRE:
             raise FreezeError(
                 f"domain {domain.name} can't be frozen: {obstacle}; {CURES[agent]}, or set "
                 f"freeze.policy to 'auto' ('backup --freeze auto')",
@@ -225,13 +225,13 @@ def _frozen(domain: Domain, wish: Quiet, moment: Moment) -> Iterator[None]:
         LOG.info("domain %s is not frozen: %s", domain.name, obstacle)
         yield
         return
-    ice = _Ice(domain, wish, moment)
+    ice = _Ice(domain, request, moment)
     try:
         ice.freeze()
         yield
     finally:
         ice.thaw()
-        wish.on_freeze(moment.is_unanswered)
+        request.on_freeze(moment.is_unanswered)
 
 
 def _agent(domain: Domain) -> Agent:
@@ -252,7 +252,7 @@ def _obstacle(domain: Domain, agent: Agent) -> str:
         return "it has no guest agent channel"
     if agent is Agent.DISCONNECTED:
         return "no guest agent is connected"
-    if domain.state() is not State.RUNNING:
+    if domain.state() is not GuestState.RUNNING:
         return "its guest does not run, so that its agent can't answer"
     return ""
 
@@ -260,29 +260,29 @@ def _obstacle(domain: Domain, agent: Agent) -> str:
 class _Ice:
     """A freeze and its thaw, which happens once: at the end, or when the guest waited too long."""
 
-    def __init__(self, domain: Domain, wish: Quiet, moment: Moment) -> None:
+    def __init__(self, domain: Domain, request: Quiet, moment: Moment) -> None:
         self._domain = domain
-        self._wish = wish
+        self._request = request
         self._moment = moment
         self._lock = threading.Lock()
         self._count = 0
         self._is_attempted = False
-        self._watchdog = threading.Timer(wish.seconds, runlog.carried(self._expire))
+        self._watchdog = threading.Timer(request.seconds, runlog.carried(self._expire))
         self._watchdog.daemon = True
 
     def freeze(self) -> None:
         """Freeze; what fails is thawed at once, and raised if freezing is required."""
-        _mark(self._wish, FROZEN)
+        _mark(self._request, FROZEN)
         self._is_attempted = True
         begun = time.monotonic()
         try:
             self._count = guest.freeze(
-                self._domain, self._wish.mountpoints, seconds=self._wish.seconds
+                self._domain, self._request.mountpoints, seconds=self._request.seconds
             )
             failure = "" if self._count else "no file system in the guest could be frozen"
         except FreezeError as err:
             failure = err.message
-            self._moment.is_unanswered = time.monotonic() - begun >= self._wish.seconds
+            self._moment.is_unanswered = time.monotonic() - begun >= self._request.seconds
         if not failure:
             self._moment.consistency = Consistency.FILESYSTEM
             self._watchdog.start()
@@ -290,7 +290,7 @@ class _Ice:
         # it may be frozen all the same: the answer came too late
         self.thaw()
         events.emit(LOG, events.FREEZE_FAILED, reason=failure)
-        if self._wish.freeze is FreezePolicy.REQUIRE:
+        if self._request.freeze is FreezePolicy.REQUIRE:
             raise FreezeError(
                 f"domain {self._domain.name} was not frozen: {failure}", domain=self._domain.name
             )
@@ -312,24 +312,24 @@ class _Ice:
             self._thaw()
             self._warn(
                 events.THAW_FORCED,
-                f"thawed after {self._wish.seconds:g} s, since the job had not begun by then",
+                f"thawed after {self._request.seconds:g} s, since the job had not begun by then",
             )
 
     def _thaw(self) -> None:
         problem = ""
         is_late = self._moment.is_unanswered
-        seconds = min(ANSWER_SECONDS, self._wish.seconds) if is_late else self._wish.seconds
+        seconds = min(ANSWER_SECONDS, self._request.seconds) if is_late else self._request.seconds
         for _ in range(1 if is_late else THAW_ATTEMPTS):
             try:
                 thawed = guest.thaw(self._domain, seconds=seconds)
             except NbdbackupError as err:
                 problem = err.message
                 if isinstance(err, guest.AgentAnswerError) and err.is_thawed:
-                    self._wish.marker.unlink(missing_ok=True)
+                    self._request.marker.unlink(missing_ok=True)
                     self._warn(events.THAW_FORCED, f"nothing is frozen any more, but {problem}")
                     return
                 continue
-            self._wish.marker.unlink(missing_ok=True)
+            self._request.marker.unlink(missing_ok=True)
             if thawed < self._count:
                 # Windows ends a freeze after 10 s by itself
                 self._warn(
@@ -343,7 +343,7 @@ class _Ice:
             f"{MAY_BE_FROZEN}: {problem}; it is thawed as soon as its agent answers, and "
             f"'virsh domfsthaw' does it, too",
         )
-        self._wish.on_held()
+        self._request.on_held()
 
     def _warn(self, event: events.Event, text: str) -> None:
         self._moment.consistency = Consistency.CRASH

@@ -319,7 +319,7 @@ def _still(request: RunningRequest, guard: Guard) -> Iterator[Moment]:
     """Hold the guest still; one that has never run is stiller than any freeze makes it."""
     domain = request.domain
     if request.at_rest is None or not instance.never_ran(domain):
-        wish = Quiet(
+        quiet = Quiet(
             marker=marker(request.runtime_dir),
             run_id=request.run_id,
             on_held=lambda: guard.note(THAW),
@@ -330,7 +330,7 @@ def _still(request: RunningRequest, guard: Guard) -> Iterator[Moment]:
             mountpoints=request.freeze_mountpoints,
             seconds=request.freeze_seconds,
         )
-        with quiesce.quiet(domain, wish) as moment:
+        with quiesce.quiet(domain, quiet) as moment:
             yield moment
         return
     moment = Moment(consistency=request.at_rest)

@@ -24,10 +24,10 @@ domain active (9.0, measured)."""
 WRITES_DONE: Final = slice(4, 7)
 """Of /sys/block/*/stat: writes completed, merged, sectors written (kernel: block/stat.rst)."""
 
-State = tuple[int | str, ...]
+Fingerprint = tuple[int | str, ...]
 
 
-def states(files: Iterable[str]) -> dict[str, State]:
+def states(files: Iterable[str]) -> dict[str, Fingerprint]:
     """What changes with each write to these files and block devices, by path.
 
     What QEMU left in the host's cache is written back first: it would count as a write to a
@@ -42,7 +42,7 @@ def states(files: Iterable[str]) -> dict[str, State]:
     return found
 
 
-def check(domain: Domain, before: Mapping[str, State]) -> None:
+def check(domain: Domain, before: Mapping[str, Fingerprint]) -> None:
     """Raise SourceError if one of the files was written to since, GaveWayError if by a start."""
     for path, state in before.items():
         try:
@@ -119,7 +119,7 @@ def started(domain: Domain) -> GaveWayError:
     )
 
 
-def _state(path: str, *, settle: bool = False) -> State:
+def _state(path: str, *, settle: bool = False) -> Fingerprint:
     # opened, since a network file system asks its server for the times only then
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

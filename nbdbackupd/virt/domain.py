@@ -15,7 +15,7 @@ from nbdbackupd.virt.connection import Connection
 Result = TypeVar("Result")
 
 
-class State(StrEnum):
+class GuestState(StrEnum):
     """What QEMU does: ``running`` also covers states in between, such as shutting down."""
 
     RUNNING = "running"
@@ -94,12 +94,12 @@ class Domain:
         """Tell whether libvirt no longer knows the domain; this one it found."""
         return False
 
-    def state(self) -> State:
+    def state(self) -> GuestState:
         """Return what the domain does now."""
         number = self.call("can't read its state", lambda handle: handle.state())[0]
         if not self.is_active():
-            return State.OFF
-        return State.PAUSED if number == libvirt.VIR_DOMAIN_PAUSED else State.RUNNING
+            return GuestState.OFF
+        return GuestState.PAUSED if number == libvirt.VIR_DOMAIN_PAUSED else GuestState.RUNNING
 
     def is_active(self) -> bool:
         """Tell whether there is a QEMU process (also when paused)."""
@@ -240,9 +240,9 @@ class EndedDomain(Domain):
         """Tell whether it runs again."""
         return self._unless_gone(super().is_active, False)
 
-    def state(self) -> State:
+    def state(self) -> GuestState:
         """Return what it does now."""
-        return self._unless_gone(super().state, State.OFF)
+        return self._unless_gone(super().state, GuestState.OFF)
 
     def ending(self) -> Ending:
         """Return how it ended, as libvirt told its hook."""

@@ -16,7 +16,7 @@ import libvirt_qemu
 from nbdbackupd import documents
 from nbdbackupd.errors import DomainError, NotSupportedError
 from nbdbackupd.virt import fault
-from nbdbackupd.virt.domain import Domain, State
+from nbdbackupd.virt.domain import Domain, GuestState
 
 NEVER_RAN: Final = "prelaunch"
 
@@ -64,7 +64,7 @@ def never_ran(domain: Domain) -> bool:
     Asks QEMU, for which libvirt marks the instance as tainted (custom-monitor).
     Raises DomainError if QEMU can't be asked.
     """
-    if domain.state() is not State.PAUSED:
+    if domain.state() is not GuestState.PAUSED:
         return False
     answer = domain.call(
         "can't ask QEMU for its state",

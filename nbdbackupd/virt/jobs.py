@@ -176,20 +176,20 @@ def _is_code(err: DomainError, code: int) -> bool:
 
 
 def begin(
-    domain: Domain, backup_xml: str, checkpoint_xml: str, *, wish: int = PRESERVE_GUEST
+    domain: Domain, backup_xml: str, checkpoint_xml: str, *, flag: int = PRESERVE_GUEST
 ) -> bool:
     """Begin a pull-mode job; an empty ``checkpoint_xml`` makes no checkpoint.
 
-    ``wish`` is a flag that libvirt may refuse: then the job begins without it. By default that
+    ``flag`` is one that libvirt may refuse: then the job begins without it. By default that
     is to keep QEMU alive if the guest shuts down during the job (libvirt 11.10, both ends).
-    Returns whether the wish was granted. Raises CheckpointError (the base or a bitmap of it is
+    Returns whether it was granted. Raises CheckpointError (the base or a bitmap of it is
     missing or broken), BusyError, or another DomainError.
     """
     what = "can't begin the backup"
-    if wish and domain.connection not in _REFUSED:
+    if flag and domain.connection not in _REFUSED:
         try:
             domain.call(
-                what, lambda each: each.backupBegin(backup_xml, checkpoint_xml or None, wish)
+                what, lambda each: each.backupBegin(backup_xml, checkpoint_xml or None, flag)
             )
         except DomainError as err:
             if not _is_code(err, libvirt.VIR_ERR_INVALID_ARG):
@@ -197,7 +197,7 @@ def begin(
         else:
             return True
     domain.call(what, lambda each: each.backupBegin(backup_xml, checkpoint_xml or None))
-    if wish:
+    if flag:
         # the same request without the flag was fine: it was the flag that this libvirt minds
         _REFUSED.add(domain.connection)
     return False

@@ -18,7 +18,7 @@ from nbdbackupd.errors import DomainError, DomainNotFoundError, NbdbackupError
 from nbdbackupd.model import throwaway
 from nbdbackupd.virt import fault
 from nbdbackupd.virt.connection import Connection
-from nbdbackupd.virt.domain import Domain, State
+from nbdbackupd.virt.domain import Domain, GuestState
 
 END_SECONDS: Final = 30.0
 POLL_SECONDS: Final = 0.1
@@ -57,12 +57,12 @@ def is_running(domain: Domain) -> bool:
         return False
 
 
-def state(domain: Domain) -> State:
+def state(domain: Domain) -> GuestState:
     """Return its state; one that is gone is OFF. Raises DomainError."""
     try:
         return domain.state()
     except DomainNotFoundError:
-        return State.OFF
+        return GuestState.OFF
 
 
 def is_held_by_error(domain: Domain) -> bool:

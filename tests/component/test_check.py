@@ -23,7 +23,7 @@ from nbdbackupd.ops.check import request, run, sets
 from nbdbackupd.ops.check.check import CheckReport
 from nbdbackupd.ops.check.request import Patient
 from nbdbackupd.ops.domain import accounts, domains, locks
-from nbdbackupd.repo.state import State
+from nbdbackupd.repo.state import StateDirectory
 from nbdbackupd.systemd import units
 from nbdbackupd.virt import guest
 
@@ -249,7 +249,7 @@ def test_an_agent_that_runs_leave_alone_for_a_while(
     monkeypatch.setattr(guest, "guest_info", lambda *_args, **_more: {})
     monkeypatch.setattr(domains, "instance_of", lambda _domain: "boot 1")
     memory = FreezeMemory(1, NOW - timedelta(hours=hours), "boot 1")
-    State(tmp_path).remember_freeze("u", memory)
+    StateDirectory(tmp_path).remember_freeze("u", memory)
     notes = Notes(Area.GUEST)
     check_domain.agent(patient(tmp_path, policy, Agent.CONNECTED), notes)
     found = notes.done()

@@ -169,7 +169,7 @@ limits: {workers: 3, wait: 5m, timeout: 10, bandwidth: 64K}
     assert sharing == Sharing(
         state_dir=Path("/c"),
         devices="local",
-        wish=DiskFilter(include=("vda", "vdb"), exclude=("vdc",)),
+        disks=DiskFilter(include=("vda", "vdb"), exclude=("vdc",)),
     )
     pause = read(tmp_path / "b", "freeze: {policy: pause}")
     assert settings.settings_for("vm", "", {}, pause).freeze_policy is FreezePolicy.PAUSE

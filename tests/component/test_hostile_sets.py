@@ -19,7 +19,7 @@ import pytest
 from nbdbackupd.errors import RepositoryError
 from nbdbackupd.model.chain import DiskMode, Level, SkippedDisk
 from nbdbackupd.repo import layout
-from nbdbackupd.repo.virtnbdbackup import peer, place
+from nbdbackupd.repo.virtnbdbackup import peer, storage
 from tests.lib import sets
 from tests.lib.ctl import ROOT, Ctl
 from tests.lib.sets import SetBuilder
@@ -300,12 +300,12 @@ def test_small_files_of_an_archive_are_bounded_together(
     victim: Victim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S-6: a thousand that cost a second each, packed to the size of one."""
-    monkeypatch.setattr(place, "MAX_SMALL", 2 * MIB)
+    monkeypatch.setattr(storage, "MAX_SMALL", 2 * MIB)
     path = victim.directory / "archive.zip"
     names = [f"vmconfig.{number}.xml" for number in range(3)]
     archive(path, *((name, bytes(MIB)) for name in names), kind=zipfile.ZIP_DEFLATED)
     with pytest.raises(RepositoryError, match="small files unpack to more than 2 MiB"):
-        peer.read_files(place.Archive(path))
+        peer.read_files(storage.Archive(path))
 
 
 EVIL = "a\x1b[2J\nnbdbackupctl: all is well\r\u202ec\u200b\u2028"

@@ -157,7 +157,7 @@ def test_a_qemu_that_has_an_image_is_seen_before_anything_is_done(
             ):
                 pass
             # one that is left out may be another domain's at the moment
-            with held(domain, tmp_path, Sharing(wish=DiskFilter(exclude=("vda",)))):
+            with held(domain, tmp_path, Sharing(disks=DiskFilter(exclude=("vda",)))):
                 pass
         finally:
             process.kill()

@@ -15,7 +15,7 @@ import pytest
 from nbdbackupd.errors import BusyError, DomainError, DomainNotFoundError
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.connection import Connection, open_connection
-from nbdbackupd.virt.domain import Domain, State
+from nbdbackupd.virt.domain import Domain, GuestState
 from tests.lab.command import LabError, run
 from tests.lab.daemon import DaemonLab
 from tests.lab.embed import EmbeddedLab
@@ -64,19 +64,19 @@ def test_life_of_a_domain(lab: DaemonLab, connection: Connection) -> None:
     guest = lab.guest("life '1' <&>")
     domain = Domain.find(connection, guest.name)
     assert Domain.find(connection, domain.uuid).name == guest.name
-    assert domain.state() is State.OFF
+    assert domain.state() is GuestState.OFF
     assert domain.is_persistent()
     assert not domain.has_autostart()
     assert jobs.active_job(domain) is None
     assert not jobs.stats(domain).is_active
     jobs.abort(domain)
     guest.start()
-    assert domain.state() is State.RUNNING
+    assert domain.state() is GuestState.RUNNING
     assert domain.disk_size("vda") == 64 * 1024 * 1024
     domain.suspend()
-    assert domain.state() is State.PAUSED
+    assert domain.state() is GuestState.PAUSED
     domain.resume()
-    assert domain.state() is State.RUNNING
+    assert domain.state() is GuestState.RUNNING
     owner = domain.owner()
     assert owner is not None
     assert owner[0] != 0
@@ -92,12 +92,12 @@ def test_domain_survives_a_restart_of_libvirtd(lab: DaemonLab, connection: Conne
     guest = lab.guest("restart")
     domain = Domain.find(connection, "restart")
     lab.restart()
-    assert domain.state() is State.OFF
+    assert domain.state() is GuestState.OFF
     lab.stop()
     # a call made while libvirtd is away waits for it
     starter = threading.Timer(1.5, lab.start)
     starter.start()
-    assert domain.state() is State.OFF
+    assert domain.state() is GuestState.OFF
     starter.join()
     guest.undefine()
 

@@ -17,7 +17,7 @@ from nbdbackupd.model.freeze_memory import FreezeMemory
 from nbdbackupd.model.policy import FreezePolicy
 from nbdbackupd.ops.backup import metadata
 from nbdbackupd.ops.domain import domains
-from nbdbackupd.repo.state import State
+from nbdbackupd.repo.state import StateDirectory
 from nbdbackupd.source import quiesce, running
 from nbdbackupd.source.quiesce import Quiet
 from nbdbackupd.source.running import RunningDisk, RunningRequest, open_running
@@ -219,7 +219,7 @@ def test_an_agent_that_let_a_deadline_pass_is_left_alone(
 ) -> None:
     """G-2, F-45: for a while; 'require' asks it all the same, and an answer ends that."""
     ctl = RiggedCtl(lab.uri, lab.directory / "ctl")
-    state = State(ctl.state)
+    state = StateDirectory(ctl.state)
     hour_ago = datetime.now(UTC) - timedelta(hours=1)
     current = domains.instance_of(domain)
     assert current

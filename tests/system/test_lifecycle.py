@@ -231,10 +231,10 @@ def test_a_flag_that_libvirt_does_not_know(here: Scene) -> None:
     with open_connection(here.lab.uri) as connection:
         domain = Domain.find(connection, here.guest.name)
         with pytest.raises(DomainError, match="vdz"):
-            jobs.begin(domain, xml("vdb", "vdz"), "", wish=UNKNOWN_FLAG)
+            jobs.begin(domain, xml("vdb", "vdz"), "", flag=UNKNOWN_FLAG)
         assert jobs.active_job(domain) is None
         for _ in range(2):
-            assert not jobs.begin(domain, xml("vdb"), "", wish=UNKNOWN_FLAG)
+            assert not jobs.begin(domain, xml("vdb"), "", flag=UNKNOWN_FLAG)
             job = jobs.active_job(domain)
             assert job is not None
             assert job.backup is not None

@@ -31,7 +31,7 @@ from nbdbackupd.source.running import RunningDisk, RunningRequest, marker, open_
 from nbdbackupd.source.sweep import Swept, sweep
 from nbdbackupd.virt import checkpoints, jobs
 from nbdbackupd.virt.connection import Connection, open_connection
-from nbdbackupd.virt.domain import Domain, State
+from nbdbackupd.virt.domain import Domain, GuestState
 from tests.lab.command import run
 from tests.lab.daemon import DaemonLab
 from tests.lab.disks import DiskSpec
@@ -353,7 +353,7 @@ def test_full_scratch_ends_the_job_and_spares_the_guest(
         wait_until(lambda: bool(trouble), "trouble", 10)
         wait_until(lambda: jobs.active_job(request.domain) is None, "end of job", 10)
     assert isinstance(trouble[0], ScratchSpaceError)
-    assert request.domain.state() is State.RUNNING
+    assert request.domain.state() is GuestState.RUNNING
     assert not guest.is_paused()
     assert_clean(request)
     with pytest.raises(ScratchSpaceError, match="--scratch-dir"):

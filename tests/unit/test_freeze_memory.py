@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd.model.freeze_memory import FreezeMemory, after
-from nbdbackupd.repo.state import State
+from nbdbackupd.repo.state import StateDirectory
 from nbdbackupd.units import local_time
 
 NOW = datetime(2026, 1, 31, 2, 0, tzinfo=UTC)
@@ -64,14 +64,14 @@ def test_a_memory_of_an_older_version_is_read(tmp_path: Path) -> None:
     (tmp_path / "u" / "freeze").write_text(
         '{"version": 1, "count": 2, "last": "2026-01-31T02:00:00+00:00"}'
     )
-    assert State(tmp_path).freeze_memory("u") == FreezeMemory(2, NOW)
+    assert StateDirectory(tmp_path).freeze_memory("u") == FreezeMemory(2, NOW)
 
 
 def test_kept_in_the_state_directory(tmp_path: Path) -> None:
-    state = State(tmp_path)
+    state = StateDirectory(tmp_path)
     assert state.freeze_memory("u") is None
     state.remember_freeze("u", FreezeMemory(3, NOW, "boot 1"))
-    assert State(tmp_path).freeze_memory("u") == FreezeMemory(3, NOW, "boot 1")
+    assert StateDirectory(tmp_path).freeze_memory("u") == FreezeMemory(3, NOW, "boot 1")
     assert state.freeze_memory("other") is None
     # it is no record of a chain
     assert state.records("u") == ()
@@ -85,7 +85,7 @@ def test_kept_in_the_state_directory(tmp_path: Path) -> None:
     ["", "[]", "{}", '{"count": "1", "last": "x"}', '{"count": 1, "last": "2026-01-31T02:00:00"}'],
 )
 def test_what_cant_be_read_is_no_obstacle(tmp_path: Path, text: str) -> None:
-    state = State(tmp_path)
+    state = StateDirectory(tmp_path)
     state.remember_freeze("u", FreezeMemory(1, NOW))
     (tmp_path / "u" / "freeze").write_text(text)
     assert state.freeze_memory("u") is None

@@ -12,7 +12,7 @@ import pytest
 from nbdbackupd.errors import FormatError, RepositoryError
 from nbdbackupd.model.chain import ImageLayer
 from nbdbackupd.model.plan import BaseDisk
-from nbdbackupd.repo.state import Record, State
+from nbdbackupd.repo.state import Record, StateDirectory
 
 UUID = "5a1f0a3e-9d0f-4a8e-8a5e-0f2a3f9b1c77"
 RECORD = Record(
@@ -39,11 +39,11 @@ RECORD = Record(
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> State:
-    return State(tmp_path / "a" / "state")
+def state(tmp_path: Path) -> StateDirectory:
+    return StateDirectory(tmp_path / "a" / "state")
 
 
-def test_saved_and_found(state: State) -> None:
+def test_saved_and_found(state: StateDirectory) -> None:
     assert state.records(UUID) == ()
     state.save(RECORD)
     other = replace(RECORD, chain="20261121T101500-ffffffff")
@@ -63,7 +63,7 @@ def test_saved_and_found(state: State) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "..", ".", "a\0b", "x" * 400, "ä b"])
-def test_names_stay_within_the_directory(state: State, name: str) -> None:
+def test_names_stay_within_the_directory(state: StateDirectory, name: str) -> None:
     record = replace(RECORD, chain=name, uuid=name)
     state.save(record)
     assert state.records(name) == (record,)
@@ -107,7 +107,7 @@ def test_every_missing_or_wrong_field_is_refused() -> None:
 
 
 def test_what_is_damaged_is_ignored_with_a_warning(
-    state: State, caplog: pytest.LogCaptureFixture
+    state: StateDirectory, caplog: pytest.LogCaptureFixture
 ) -> None:
     state.save(RECORD)
     folder = state.directory / UUID
@@ -134,7 +134,7 @@ def test_what_is_damaged_is_ignored_with_a_warning(
 def test_a_directory_that_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / UUID).write_text("x")
-    state = State(tmp_path / "state")
+    state = StateDirectory(tmp_path / "state")
     assert state.records(UUID) == ()
     assert "can't be read" in caplog.text
     with pytest.raises(RepositoryError):

@@ -20,7 +20,7 @@ from nbdbackupd.model import unitname
 from nbdbackupd.model.host import Host
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.ops.notify import kept, notification
-from nbdbackupd.ops.notify.kept import PATHS, Wishes
+from nbdbackupd.ops.notify.kept import PATHS, Recipients
 from nbdbackupd.ops.notify.notification import Notice, Text
 from nbdbackupd.ops.status import record
 from nbdbackupd.plain import versioned
@@ -85,12 +85,12 @@ def run(args: Arguments, context: Context) -> int:
 def _tell(args: Arguments, context: Context) -> int:
     configuration = configured.read(context.host)
     notice = _notice(args.unit, configuration, context.host)
-    wishes = _wishes(notice.domain, configuration, context)
+    recipients = _recipients(notice.domain, configuration, context)
     directory = context.host.config_dir or schema.DIRECTORY
-    text = _without_secrets(notification.render(notice, directory), wishes, context)
+    text = _without_secrets(notification.render(notice, directory), recipients, context)
     told: list[str] = []
-    if not args.print and notice.event in wishes.events:
-        told = _deliver(text, notice, wishes, context.host)
+    if not args.print and notice.event in recipients.events:
+        told = _deliver(text, notice, recipients, context.host)
     document = versioned(
         unit=notice.unit,
         domain=notice.domain,
@@ -173,7 +173,7 @@ def _how_it_ended(unit: str, service: Service | None) -> tuple[str, str, str]:
     return service.invocation, service.result, str(status)
 
 
-def _wishes(domain: str, configuration: Configuration, context: Context) -> Wishes:
+def _recipients(domain: str, configuration: Configuration, context: Context) -> Recipients:
     """As the files say. What can't be read of them is as it last could, or else root is told."""
     with suppress(ConfigError, DomainError, ImportError):
         configuration.require_sound()
@@ -181,7 +181,7 @@ def _wishes(domain: str, configuration: Configuration, context: Context) -> Wish
         if domain:
             _, _, found = configured.settings_of(domain, configuration, context.host)
         kept.keep(context.host.own_state_dir, domain, found)
-        return Wishes.of({path: found.get(path) for path in PATHS})
+        return Recipients.of({path: found.get(path) for path in PATHS})
     known = kept.kept(context.host.own_state_dir, domain)
     values = {path: schema.BY_PATH[path].default for path in PATHS}
     if known is not None:
@@ -189,12 +189,12 @@ def _wishes(domain: str, configuration: Configuration, context: Context) -> Wish
         values["libvirt.password_file"] = known.password_file
     elif configuration.problems:
         values["notification.mail"] = LAST_RESORT
-    return Wishes.of(values | timers.sound_values(domain, configuration, PATHS))
+    return Recipients.of(values | timers.sound_values(domain, configuration, PATHS))
 
 
-def _without_secrets(text: Text, wishes: Wishes, context: Context) -> Text:
+def _without_secrets(text: Text, recipients: Recipients, context: Context) -> Text:
     """The text without the password for libvirt, wherever that came from."""
-    files = [context.host.password_file, wishes.password_file]
+    files = [context.host.password_file, recipients.password_file]
     subject, body = text.subject, text.body
     for file in files:
         with suppress(OSError, UnicodeDecodeError):
@@ -205,17 +205,17 @@ def _without_secrets(text: Text, wishes: Wishes, context: Context) -> Text:
     return Text(subject=subject, body=body)
 
 
-def _deliver(text: Text, notice: Notice, wishes: Wishes, host: Host) -> list[str]:
+def _deliver(text: Text, notice: Notice, recipients: Recipients, host: Host) -> list[str]:
     told, failed = [], []
-    if wishes.mail:
+    if recipients.mail:
         try:
-            notification.send_mail(text, wishes.mail, host.now())
+            notification.send_mail(text, recipients.mail, host.now())
             told.append("mail")
         except NbdbackupError as err:
             failed.append(err)
-    if wishes.command is not None:
+    if recipients.command is not None:
         try:
-            notification.run_command(wishes.command, text, notice)
+            notification.run_command(recipients.command, text, notice)
             told.append("command")
         except NbdbackupError as err:
             failed.append(err)

@@ -86,7 +86,7 @@ def run(args: Arguments, context: Context) -> int:
         force=args.force,
         workers=args.workers,
         state_dirs=configured.state_directories(context.host),
-        **restore_targets.wishes(args),
+        **restore_targets.request_fields(args),
     )
     with (
         signals.listen() as cancel,

@@ -70,7 +70,7 @@ def _disks(text: str) -> tuple[tuple[str, Path | None], ...]:
     return ((target.strip(), Path(path).absolute()),)
 
 
-def wishes(args: Arguments) -> dict[str, Any]:
+def request_fields(args: Arguments) -> dict[str, Any]:
     """What the options mean, as members of the request. Raises UsageError."""
     given = [each for part in args.disk for each in part]
     placed = [target for target, path in given if path is not None]

@@ -48,7 +48,7 @@ def register(verbs: Registry) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 with warnings."""
-    wish = runner.RunRequest(
+    request = runner.RunRequest(
         domain=args.domain,
         shutdown=args.shutdown,
         dry_run=args.dry_run,
@@ -76,10 +76,10 @@ def run(args: Arguments, context: Context) -> int:
             cancel.try_again()
             runlog.begin_anew()
 
-        watch = runner.Watch(
+        observer = runner.Observer(
             progress=moved, cancelled=cancelled, doing=beat.status, alive=beat.alive, anew=anew
         )
-        report = runner.run(wish, context.host, watch, record)
+        report = runner.run(request, context.host, observer, record)
         text = render(report)
         beat.status(text.partition("\n")[0])
     context.show(report.to_json(), text)

@@ -19,8 +19,8 @@ from nbdbackupd.errors import BusyError, CheckpointError, DomainError, Repositor
 from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint, effective_level
 from nbdbackupd.model.space import own_bytes
 from nbdbackupd.ops.backup import outcome, recording
-from nbdbackupd.ops.backup.job import Job
 from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
+from nbdbackupd.ops.backup.run import BackupRun
 from nbdbackupd.ops.backup.sources import changed_bytes
 from nbdbackupd.ops.checkpoints import foreign, leftovers, reconcile
 from nbdbackupd.ops.checkpoints.checkpoints import OWNER as CHECKPOINTS
@@ -30,7 +30,7 @@ from nbdbackupd.ops.domain.images import images_of, note_saved, prove_start
 from nbdbackupd.ops.domain.survey import DiskFilter, Looked, Survey, look, survey_domain
 from nbdbackupd.repo import written
 from nbdbackupd.repo.set_directory import SetDirectory
-from nbdbackupd.repo.state import Record, State
+from nbdbackupd.repo.state import Record, StateDirectory
 from nbdbackupd.source.lease import Lease
 from nbdbackupd.source.paused_start import started_paused
 from nbdbackupd.virt import checkpoints, jobs
@@ -110,11 +110,11 @@ def _find(request: BackupRequest, connection: Connection) -> Domain:
 def _images(
     request: BackupRequest, domain: Domain, cancelled: Cancelled
 ) -> AbstractContextManager[Lease | None]:
-    sharing = replace(request.sharing, wish=_wish(request))
+    sharing = replace(request.sharing, disks=_disk_filter(request))
     return images_of(domain, request.runtime_dir, request.run_id, cancelled, sharing)
 
 
-def _wish(request: BackupRequest) -> DiskFilter:
+def _disk_filter(request: BackupRequest) -> DiskFilter:
     settings = request.settings
     return DiskFilter(
         include=settings.disks_include, exclude=settings.disks_exclude, raw=settings.disks_raw
@@ -145,7 +145,7 @@ def _run_locked(run: _Run) -> BackupReport:
     if request.only_off and run.lease is None:
         return BackupReport(point=None, skipped="the domain runs")
     erase = reconcile.eraser(run.lease) if run.lease is not None else None
-    state = State(request.settings.checkpoint_directory)
+    state = StateDirectory(request.settings.checkpoint_directory)
     known = set_dir.load()
     _check_binding(domain, known)
     looked = look(domain)
@@ -160,20 +160,20 @@ def _run_locked(run: _Run) -> BackupReport:
     parent = known.head if level in (Level.INC, Level.DIFF) else None
     if parent is not None:
         set_dir.check_present(known.points)
-    wish = _wish(request)
-    survey = survey_domain(domain, wish, level, parent, looked)
+    wanted = _disk_filter(request)
+    survey = survey_domain(domain, wanted, level, parent, looked)
     doubts = _doubts(run.lease, survey)
     if doubts:
         # neither needs a bitmap of its own: a differential from the same base, or a copy
         level = Level.COPY if parent is None else Level.DIFF
-        survey = survey_domain(domain, wish, level, parent, looked)
+        survey = survey_domain(domain, wanted, level, parent, looked)
     run.cancelled()
     beside = _others(run, looked, records, known, run.dead)
     small = _below_threshold(run, survey, parent)
     if small:
         return BackupReport(point=None, skipped=small, is_current=True)
     point, seconds = recording.record(
-        Job(
+        BackupRun(
             request=request, domain=domain, set_dir=set_dir, survey=survey, level=level,
             known=known, parent=parent, progress=run.progress, cancelled=run.cancelled,
             lease=run.lease, at_rest=run.at_rest,

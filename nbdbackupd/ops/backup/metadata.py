@@ -20,7 +20,7 @@ from nbdbackupd.ops.domain import vtpm
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Draft
 from nbdbackupd.virt import guest
-from nbdbackupd.virt.domain import Domain, State
+from nbdbackupd.virt.domain import Domain, GuestState
 
 log = logging.getLogger(__name__)
 GUEST_INFO_SECONDS: Final = 10.0
@@ -121,7 +121,7 @@ def _name(item: Item, point_id: str) -> str:
 
 def _guest_info(domain: Domain, definition: domain_model.Domain) -> list[Item]:
     # nobody in a guest that is paused can answer
-    if definition.agent is not Agent.CONNECTED or domain.state() is not State.RUNNING:
+    if definition.agent is not Agent.CONNECTED or domain.state() is not GuestState.RUNNING:
         return []
     try:
         found = guest.guest_info(domain, seconds=GUEST_INFO_SECONDS)

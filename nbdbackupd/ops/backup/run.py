@@ -13,7 +13,7 @@ from nbdbackupd.virt.domain import Domain
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class BackupRun:
     """All that is decided before the point is made.
 
     ``lease``: the domain is off, and its images are ours to read until somebody starts it.

@@ -9,12 +9,12 @@ from nbdbackupd import rundir
 from nbdbackupd.errors import NbdbackupError, NotSupportedError, RepositoryError
 from nbdbackupd.model.chain import Consistency, RestorePoint
 from nbdbackupd.model.freeze_memory import FreezeMemory, after
-from nbdbackupd.ops.backup.job import Job
+from nbdbackupd.ops.backup.run import BackupRun
 from nbdbackupd.ops.checkpoints import foreign
 from nbdbackupd.ops.domain import domains
 from nbdbackupd.ops.domain.survey import Survey
 from nbdbackupd.repo.set_directory import SetDirectory
-from nbdbackupd.repo.state import State
+from nbdbackupd.repo.state import StateDirectory
 from nbdbackupd.source import Snapshot, kept, offline, running
 from nbdbackupd.source.lease import Lease
 from nbdbackupd.source.offline import OfflineDisk, OfflineRequest
@@ -24,43 +24,43 @@ log = logging.getLogger(__name__)
 
 
 def open_source(
-    job: Job, on_trouble: Callable[[NbdbackupError], None]
+    run: BackupRun, on_trouble: Callable[[NbdbackupError], None]
 ) -> AbstractContextManager[Snapshot]:
     """The disks of the domain at one instant, as exports, for the body.
 
     ``on_trouble`` is told, from another thread, what ends the source in the middle. Raises the
     errors of the source when it is entered.
     """
-    if job.lease is None:
-        if job.request.by_nbdinfo and job.survey.definition.has_iothreads:
+    if run.lease is None:
+        if run.request.by_nbdinfo and run.survey.definition.has_iothreads:
             raise NotSupportedError(
-                f"domain {job.domain.name} has iothreads, and nbdinfo closes its connection first: "
+                f"domain {run.domain.name} has iothreads, and nbdinfo closes its connection first: "
                 f"its QEMU might end by that; use '--extents own'",
-                domain=job.domain.name,
+                domain=run.domain.name,
             )
-        return running.open_running(_running_request(job, on_trouble))
+        return running.open_running(_running_request(run, on_trouble))
     return offline.open_offline(
         OfflineRequest(
-            domain=job.domain,
-            disks=_offline_disks(job.survey),
-            socket=rundir.offline_socket(job.request.runtime_dir, job.domain.uuid),
-            lease=job.lease,
+            domain=run.domain,
+            disks=_offline_disks(run.survey),
+            socket=rundir.offline_socket(run.request.runtime_dir, run.domain.uuid),
+            lease=run.lease,
             on_trouble=on_trouble,
-            cancelled=job.cancelled,
-            base_checkpoint=job.parent.checkpoint if job.parent is not None else "",
-            new_checkpoint=job.checkpoint,
-            created=int(job.request.now.timestamp()),
-            ending=_ending(job),
+            cancelled=run.cancelled,
+            base_checkpoint=run.parent.checkpoint if run.parent is not None else "",
+            new_checkpoint=run.checkpoint,
+            created=int(run.request.now.timestamp()),
+            ending=_ending(run),
         )
     )
 
 
-def _ending(job: Job) -> Ending:
+def _ending(run: BackupRun) -> Ending:
     """How the guest ended, as libvirt's hook noted it: libvirt forgets it when it restarts."""
-    known = kept.read(job.request.runtime_dir, job.domain.name)
-    if known is not None and known.end is not None and known.uuid == job.domain.uuid:
+    known = kept.read(run.request.runtime_dir, run.domain.name)
+    if known is not None and known.end is not None and known.uuid == run.domain.uuid:
         return known.end.ending
-    return job.request.ending
+    return run.request.ending
 
 
 def changed_bytes(
@@ -112,42 +112,46 @@ def _offline_disks(survey: Survey) -> tuple[OfflineDisk, ...]:
 
 
 def _running_request(
-    job: Job, on_trouble: Callable[[NbdbackupError], None]
+    run: BackupRun, on_trouble: Callable[[NbdbackupError], None]
 ) -> running.RunningRequest:
-    request, settings = job.request, job.request.settings
-    memory = State(settings.checkpoint_directory).freeze_memory(job.domain.uuid)
-    current = domains.instance_of(job.domain)
+    request, settings = run.request, run.request.settings
+    memory = StateDirectory(settings.checkpoint_directory).freeze_memory(run.domain.uuid)
+    current = domains.instance_of(run.domain)
     return running.RunningRequest(
-        domain=job.domain,
+        domain=run.domain,
         disks=tuple(
             running.RunningDisk(target=plan.target, delta=plan.delta, tracked=plan.tracked)
-            for plan in job.survey.plans
+            for plan in run.survey.plans
         ),
         run_id=request.run_id,
-        runtime_dir=rundir.socket_dir(request.runtime_dir, job.domain.uuid),
+        runtime_dir=rundir.socket_dir(request.runtime_dir, run.domain.uuid),
         scratch_dir=settings.scratch_directory,
         scratch_reserve=settings.scratch_reserve,
         on_trouble=on_trouble,
-        base_checkpoint=job.parent.checkpoint if job.parent is not None else "",
-        base_xml=foreign.stored_xml(job.set_dir, job.parent),
-        new_checkpoint=job.checkpoint,
+        base_checkpoint=run.parent.checkpoint if run.parent is not None else "",
+        base_xml=foreign.stored_xml(run.set_dir, run.parent),
+        new_checkpoint=run.checkpoint,
         freeze=settings.freeze_policy,
-        was_frozen=any(point.consistency is Consistency.FILESYSTEM for point in job.known.points),
+        was_frozen=any(point.consistency is Consistency.FILESYSTEM for point in run.known.points),
         freeze_obstacle=memory.obstacle(request.now, current) if memory is not None else "",
         on_freeze=lambda is_unanswered: _remember(
-            job, memory, is_unanswered=is_unanswered, current=current
+            run, memory, is_unanswered=is_unanswered, current=current
         ),
         freeze_mountpoints=tuple(map(str, settings.freeze_mountpoints)),
-        at_rest=job.at_rest,
+        at_rest=run.at_rest,
     )
 
 
-def _remember(job: Job, known: FreezeMemory | None, *, is_unanswered: bool, current: str) -> None:
+def _remember(
+    run: BackupRun, known: FreezeMemory | None, *, is_unanswered: bool, current: str
+) -> None:
     """Note how the agent has answered a freeze; to be told again is better than no backup."""
-    memory = after(known, job.request.now, is_unanswered=is_unanswered, instance=current)
+    memory = after(known, run.request.now, is_unanswered=is_unanswered, instance=current)
     if memory == known:
         return
     try:
-        State(job.request.settings.checkpoint_directory).remember_freeze(job.domain.uuid, memory)
+        StateDirectory(run.request.settings.checkpoint_directory).remember_freeze(
+            run.domain.uuid, memory
+        )
     except RepositoryError as err:
-        log.info("domain %s: its freeze is not remembered: %s", job.domain.name, err)
+        log.info("domain %s: its freeze is not remembered: %s", run.domain.name, err)

@@ -21,7 +21,7 @@ from nbdbackupd.ops.boot import images as boot_images
 from nbdbackupd.ops.boot.images import FinalImage
 from nbdbackupd.ops.boot.record import BootDisk, BootRecord, Phase, Places
 from nbdbackupd.ops.define import adjust
-from nbdbackupd.ops.define.adjust import DefineRequest, State
+from nbdbackupd.ops.define.adjust import DefineRequest, Prepared
 from nbdbackupd.ops.define.define import DomainDefiner
 from nbdbackupd.ops.domain import vtpm
 from nbdbackupd.ops.map import map as mapping
@@ -124,7 +124,7 @@ class Making:
         disks = self._disks(served, images)
         files = self._files(point)
         definer = self._prepared(point, disks, files)
-        adapted, config = definer.state.adapted, definer.state.config
+        adapted, config = definer.prepared.adapted, definer.prepared.config
         self._note(
             uuid=adapted.uuid,
             disks=disks,
@@ -145,7 +145,7 @@ class Making:
             boot_images.make(final)
         for each in files:
             self._copy(each)
-        self._note(tpm=os.fspath(definer.state.tpm_place or ""))
+        self._note(tpm=os.fspath(definer.prepared.tpm_place or ""))
         definition = definer.finish()
         self._cancelled()
         domain = transient.start(self._connection, self.record.xml, with_us=self._request.with_us)
@@ -243,7 +243,7 @@ class Making:
 class BootDefiner(DomainDefiner):
     """Looks at all that a definition needs, and puts the TPM's state into place; no more."""
 
-    state: State
+    prepared: Prepared
     proven = False
     """Whether this host wrote the definition."""
 
@@ -256,15 +256,15 @@ class BootDefiner(DomainDefiner):
                 f"who wrote the set"
             )
 
-    def look(self, state: State) -> None:
+    def look(self, prepared: Prepared) -> None:
         """Keep what was found out."""
-        self.state = state
-        super().look(state)
+        self.prepared = prepared
+        super().look(prepared)
 
-    def act(self, state: State) -> tuple[bool, bool]:
+    def act(self, prepared: Prepared) -> tuple[bool, bool]:
         """Put the TPM's state where the domain will look for it."""
-        if state.tpm_place is not None:
-            vtpm.put(state.tpm_place, adjust.tpm_files(state.planned))
+        if prepared.tpm_place is not None:
+            vtpm.put(prepared.tpm_place, adjust.tpm_files(prepared.planned))
         return False, False
 
 

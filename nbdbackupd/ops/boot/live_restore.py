@@ -25,7 +25,7 @@ from nbdbackupd.qemu import image
 from nbdbackupd.qemu.image import CreateOptions
 from nbdbackupd.virt import blockcopy, definition, transient
 from nbdbackupd.virt.connection import Connection
-from nbdbackupd.virt.domain import Domain, State
+from nbdbackupd.virt.domain import Domain, GuestState
 
 log = logging.getLogger(__name__)
 POLL_SECONDS: Final = 0.2
@@ -224,7 +224,7 @@ class _Work:
 
     def _pivot(self, domain: Domain) -> None:
         """Change all disks over; the guest does not run before that is written down."""
-        if transient.state(domain) is State.RUNNING:
+        if transient.state(domain) is GuestState.RUNNING:
             self._note(held=True)
             domain.suspend()
         self._note(phase=Phase.PIVOTING)

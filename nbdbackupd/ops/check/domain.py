@@ -14,7 +14,7 @@ from nbdbackupd.ops.check.request import Patient
 from nbdbackupd.ops.domain import domains
 from nbdbackupd.ops.domain.survey import LOCAL_TYPES
 from nbdbackupd.qemu import image
-from nbdbackupd.repo.state import State
+from nbdbackupd.repo.state import StateDirectory
 from nbdbackupd.units import human_size
 from nbdbackupd.virt import features, guest
 
@@ -208,7 +208,7 @@ def _ask(patient: Patient, notes: Notes) -> None:
 
 def _remembered(patient: Patient, notes: Notes) -> None:
     """Whether runs leave the guest unfrozen for a while; 'require' asks its agent all the same."""
-    memory = State(patient.request.state_dir).freeze_memory(patient.domain.uuid)
+    memory = StateDirectory(patient.request.state_dir).freeze_memory(patient.domain.uuid)
     obstacle = ""
     if memory is not None:
         obstacle = memory.obstacle(patient.request.now, domains.instance_of(patient.domain))

@@ -13,7 +13,7 @@ from nbdbackupd.ops.check.request import Patient, existing
 from nbdbackupd.ops.checkpoints import leftovers, others
 from nbdbackupd.ops.checkpoints import reconcile as reconciling
 from nbdbackupd.repo.set_directory import SetDirectory
-from nbdbackupd.repo.state import State
+from nbdbackupd.repo.state import StateDirectory
 from nbdbackupd.units import human_size
 from nbdbackupd.virt import checkpoints as virt_checkpoints
 
@@ -43,7 +43,7 @@ def checkpoints(patient: Patient, notes: Notes) -> None:
 
 def _count(patient: Patient, plan: Plan, notes: Notes) -> None:
     """How many chains the guest's writes pay for; those that nobody goes on with (L-1)."""
-    records = State(patient.request.state_dir).records(patient.domain.uuid)
+    records = StateDirectory(patient.request.state_dir).records(patient.domain.uuid)
     known = {entry.name for entry in plan.entries if entry.in_libvirt or entry.held}
     names = reconciling.carried(patient.domain, patient.looked)
     newest = head(patient)
@@ -73,7 +73,7 @@ def _tell_snapshots(patient: Patient, notes: Notes, *, has_bitmaps: bool) -> Non
 
 def _chains(patient: Patient) -> tuple[KnownChain, ...]:
     """The chain of the set that was named, and those of which the state directory tells."""
-    records = State(patient.request.state_dir).records(patient.domain.uuid)
+    records = StateDirectory(patient.request.state_dir).records(patient.domain.uuid)
     chains: tuple[KnownChain, ...] = ()
     if patient.request.directory is not None:
         set_dir, known = _load(patient.request.directory)

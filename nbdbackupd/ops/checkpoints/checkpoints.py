@@ -28,7 +28,7 @@ from nbdbackupd.ops.domain.images import ALONE, Sharing, images_of, why_elsewher
 from nbdbackupd.ops.domain.survey import Looked, look
 from nbdbackupd.plain import versioned
 from nbdbackupd.repo.set_directory import SetDirectory
-from nbdbackupd.repo.state import Record, State
+from nbdbackupd.repo.state import Record, StateDirectory
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
@@ -231,7 +231,7 @@ def _run(
                 return _nothing(request)
             stack.enter_context(durable.Lock(lock, owner=f"{OWNER}{domain.name}", wait=wait))
         sets = _Sets(domain, stack if request.changes else None)
-        known = sets.all(request.directory, State(request.state_dir).records(domain.uuid))
+        known = sets.all(request.directory, StateDirectory(request.state_dir).records(domain.uuid))
         noted = leftovers.dead_run(request.runtime_dir, domain.uuid)
         dead = sets.dead | ({noted.checkpoint} if noted is not None else set())
         looked, plan, done = _reconcile(request, domain, known, dead, cancelled)
@@ -239,7 +239,7 @@ def _run(
             _forget(request, domain, known, done)
         if request.release and request.changes and done:
             gone = {each.step.name for each in done if not each.problem}
-            State(request.state_dir).note_release(domain.uuid, gone, request.moment)
+            StateDirectory(request.state_dir).note_release(domain.uuid, gone, request.moment)
     return CheckpointsReport(
         domain=domain.name,
         uuid=domain.uuid,
@@ -276,7 +276,7 @@ def _reconcile(
         if not request.changes:
             return looked, plan, tuple(Done(step) for step in steps)
         done = reconciling.apply(domain, steps, known.xml, erase=erase, cancelled=cancelled)
-        reconciling.note_lost(State(request.state_dir), domain.uuid, done)
+        reconciling.note_lost(StateDirectory(request.state_dir), domain.uuid, done)
     return looked, plan, done
 
 
@@ -297,7 +297,7 @@ def _forget(
         )
     if request.changes and not any(each.problem for each in done):
         for chain in chains:
-            State(request.state_dir).forget(domain.uuid, chain)
+            StateDirectory(request.state_dir).forget(domain.uuid, chain)
 
 
 class _Sets:

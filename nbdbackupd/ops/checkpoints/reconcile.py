@@ -39,7 +39,7 @@ from nbdbackupd.ops.domain.survey import Looked
 from nbdbackupd.qemu import bitmaps
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.set_directory import SetDirectory
-from nbdbackupd.repo.state import Record, State
+from nbdbackupd.repo.state import Record, StateDirectory
 from nbdbackupd.source.lease import Lease
 from nbdbackupd.virt import checkpoints
 from nbdbackupd.virt.domain import Domain
@@ -150,7 +150,7 @@ def prepare(
     looked: Looked,
     dead: Iterable[str],
     *,
-    state: State,
+    state: StateDirectory,
     erase: Erase | None = None,
     cancelled: Callable[[], None] = lambda: None,
 ) -> frozenset[str]:
@@ -330,7 +330,7 @@ def advance(
     parent: RestorePoint | None,
     looked: Looked,
     *,
-    state: State | None = None,
+    state: StateDirectory | None = None,
     erase: Erase | None = None,
 ) -> None:
     """After a point was published: its checkpoint is the base now, the parent's goes.
@@ -369,7 +369,7 @@ def _whole_again(point: RestorePoint, parent: RestorePoint, looked: Looked) -> l
     return [Step(action=Action.REDEFINE, name=parent.checkpoint, why=why, targets=targets)]
 
 
-def remember(state: State, set_dir: SetDirectory, head: RestorePoint, xml: str) -> None:
+def remember(state: StateDirectory, set_dir: SetDirectory, head: RestorePoint, xml: str) -> None:
     """Note a chain's newest base in the state directory; a failure costs a warning."""
     record = Record(
         chain=head.chain,
@@ -384,14 +384,14 @@ def remember(state: State, set_dir: SetDirectory, head: RestorePoint, xml: str) 
     _save(state, record)
 
 
-def _save(state: State, record: Record) -> None:
+def _save(state: StateDirectory, record: Record) -> None:
     try:
         state.save(record)
     except NbdbackupError as err:
         log.warning("the base of the chain is not noted: %s", err)
 
 
-def note_lost(state: State, uuid: str, done: Iterable[Done]) -> None:
+def note_lost(state: StateDirectory, uuid: str, done: Iterable[Done]) -> None:
     """Note with each chain which disks have lost its base; a failure costs a warning."""
     tried = {each.step.name: each for each in done if not each.problem}
     for record in state.records(uuid) if tried else ():

@@ -70,8 +70,8 @@ class DefineRequest:
 
 
 @dataclass(slots=True)
-class State:
-    """What ``prepare`` found out for ``finish``; ``tpm_place``: where a TPM's state is to go."""
+class Prepared:
+    """What ``finish`` needs to know; ``tpm_place``: where a TPM's state is to go."""
 
     planned: PlannedDomain
     adapted: Adapted
@@ -93,7 +93,7 @@ class Adjuster:
         self.request = request
         self._entropy = entropy
         self._consent = consent
-        self._state: State | None = None
+        self._prepared: Prepared | None = None
 
     def prepare(self, planned: PlannedDomain) -> None:
         """Look at everything; nothing is made but directories for firmware.
@@ -112,9 +112,9 @@ class Adjuster:
         config = planned.output / output_names.clean(f"{adapted.name}.adjusted.xml", ".xml")
         if os.path.lexists(config) and not planned.force:
             raise RepositoryError(f"{config} exists: use --force to replace it, or another -o")
-        self._state = state = State(planned, adapted, config, warnings=[*added])
-        self.look(state)
-        for warning in (*adapted.warnings, *state.warnings):
+        self._prepared = prepared = Prepared(planned, adapted, config, warnings=[*added])
+        self.look(prepared)
+        for warning in (*adapted.warnings, *prepared.warnings):
             log.warning("%s", warning)
         _make_passable(planned)
 
@@ -130,18 +130,18 @@ class Adjuster:
     def judge(self, adapted: Adapted) -> None:
         """Refuse a definition for what was in it. Raises DomainError."""
 
-    def look(self, state: State) -> None:
+    def look(self, prepared: Prepared) -> None:
         """See whether the definition will do. Raises NbdbackupError."""
-        tell_missing(state)
-        if wants_tpm(state):
-            tell_tpm(state)
+        tell_missing(prepared)
+        if wants_tpm(prepared):
+            tell_tpm(prepared)
 
-    def act(self, state: State) -> tuple[bool, bool]:
+    def act(self, prepared: Prepared) -> tuple[bool, bool]:
         """Make the domain; return whether it is defined, and whether it runs.
 
         Raises NbdbackupError.
         """
-        del state
+        del prepared
         return False, False
 
     def finish(self) -> Definition:
@@ -149,61 +149,61 @@ class Adjuster:
 
         Raises RepositoryError, NoSpaceError, and what ``act`` raises.
         """
-        state = self._state
-        assert state is not None  # noqa: S101 - prepare came first
-        with durable.translate_os_errors("write", state.config):
-            durable.write_atomic(state.config, state.adapted.xml.encode(), 0o600)
-            for each in state.planned.files:
+        prepared = self._prepared
+        assert prepared is not None  # noqa: S101 - prepare came first
+        with durable.translate_os_errors("write", prepared.config):
+            durable.write_atomic(prepared.config, prepared.adapted.xml.encode(), 0o600)
+            for each in prepared.planned.files:
                 if each.stored.role == side_files.TREE_ROLE:
                     _own_like(each.final, each.stored.origin)
                 if each.stored.role == "loader":
                     # no secret, and the one file that libvirt does not give to QEMU's account
                     each.final.chmod(0o644)
-        defined, started = self.act(state)
+        defined, started = self.act(prepared)
         return Definition(
-            name=state.adapted.name,
-            uuid=state.adapted.uuid,
-            config=state.config,
+            name=prepared.adapted.name,
+            uuid=prepared.adapted.uuid,
+            config=prepared.config,
             defined=defined,
             started=started,
-            changes=state.adapted.changes,
-            warnings=(*state.adapted.warnings, *state.warnings),
+            changes=prepared.adapted.changes,
+            warnings=(*prepared.adapted.warnings, *prepared.warnings),
         )
 
 
-def wants_tpm(state: State) -> bool:
+def wants_tpm(prepared: Prepared) -> bool:
     """Whether a TPM's state has to go to libvirt's own place; warns if the point holds none."""
-    backend = model.parse(state.adapted.xml).find("./devices/tpm/backend[@type='emulator']")
+    backend = model.parse(prepared.adapted.xml).find("./devices/tpm/backend[@type='emulator']")
     if backend is None:
         return False
-    if not tpm_files(state.planned):
-        state.warnings.append(
+    if not tpm_files(prepared.planned):
+        prepared.warnings.append(
             "the point does not hold the TPM's state: the guest gets an empty TPM"
         )
         return False
     return backend.find("source") is None
 
 
-def tell_missing(state: State) -> None:
+def tell_missing(prepared: Prepared) -> None:
     """Warn of files that the definition names, and that are neither here nor to come."""
-    planned = state.planned
+    planned = prepared.planned
     coming = {str(disk.path) for disk in planned.disks}
     coming |= {str(each.final) for each in planned.files} | {str(_tpm_directory(planned))}
-    for use in state.adapted.uses:
+    for use in prepared.adapted.uses:
         if not isinstance(use, PathUse) or not use.what.startswith(NEEDED) or use.path in coming:
             continue
         if not os.path.exists(use.path):  # noqa: PTH110 - a path with a zero byte is just missing
             lack = (
                 "the drive will be empty" if use.optional else "the domain can't start without it"
             )
-            state.warnings.append(f"{use.what} {use.path} is not on this host: {lack}")
+            prepared.warnings.append(f"{use.what} {use.path} is not on this host: {lack}")
 
 
-def tell_tpm(state: State) -> None:
+def tell_tpm(prepared: Prepared) -> None:
     """Warn that the user has to put the TPM's state into its place."""
-    place = vtpm.places(SYSTEM_URI, state.adapted.uuid)[0]
-    state.warnings.append(
-        f"put the TPM's state, {_tpm_directory(state.planned)}, to "
+    place = vtpm.places(SYSTEM_URI, prepared.adapted.uuid)[0]
+    prepared.warnings.append(
+        f"put the TPM's state, {_tpm_directory(prepared.planned)}, to "
         f"{place} on the domain's host before its first start"
     )
 

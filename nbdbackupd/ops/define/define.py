@@ -15,7 +15,7 @@ from nbdbackupd.model import definition as model
 from nbdbackupd.model.definition import Adapted, Changes, Consent
 from nbdbackupd.model.definition_devices import Entropy
 from nbdbackupd.ops.define import adjust
-from nbdbackupd.ops.define.adjust import Adjuster, DefineRequest, State
+from nbdbackupd.ops.define.adjust import Adjuster, DefineRequest, Prepared
 from nbdbackupd.ops.domain import vtpm
 from nbdbackupd.ops.restore import define_paths
 from nbdbackupd.virt import definition as virt
@@ -49,21 +49,21 @@ class DomainDefiner(Adjuster):
             changes = replace(changes, machine=model.machine_family(machine))
         return changes
 
-    def look(self, state: State) -> None:
+    def look(self, prepared: Prepared) -> None:
         """See that nobody else has the name, the UUID or a file, and that libvirt takes it.
 
         Raises DomainError, NotSupportedError, ConfigError, RepositoryError.
         """
-        connection, adapted = self._connection, state.adapted
+        connection, adapted = self._connection, prepared.adapted
         self._refuse_others(adapted)
-        images = {disk.path.parent for disk in state.planned.disks if disk.type == "file"}
+        images = {disk.path.parent for disk in prepared.planned.disks if disk.type == "file"}
         define_paths.check_way(connection.base_owner(), sorted(images))
-        adjust.tell_missing(state)
+        adjust.tell_missing(prepared)
         with _saying("--adjust-config writes it down, to be changed by hand"):
             virt.try_out(connection, adapted.xml)
-        if adjust.wants_tpm(state):
-            state.tpm_place = vtpm.places(connection.uri, adapted.uuid)[0]
-            vtpm.check(state.tpm_place)
+        if adjust.wants_tpm(prepared):
+            prepared.tpm_place = vtpm.places(connection.uri, adapted.uuid)[0]
+            vtpm.check(prepared.tpm_place)
 
     def _refuse_others(self, adapted: Adapted) -> None:
         """See that the name, the UUID and the files are nobody else's."""
@@ -72,31 +72,31 @@ class DomainDefiner(Adjuster):
         uses = virt.resolve_all(connection, adapted.uses)
         define_paths.refuse_shared(uses, virt.paths_in_use(connection))
 
-    def act(self, state: State) -> tuple[bool, bool]:
+    def act(self, prepared: Prepared) -> tuple[bool, bool]:
         """Put the TPM's state into its place, define, and start.
 
         Raises DomainError, NotSupportedError, BusyError, RepositoryError; the message says what
         stands.
         """
-        connection, adapted = self._connection, state.adapted
+        connection, adapted = self._connection, prepared.adapted
         with _saying(
-            f"the images in {state.planned.output} are complete and {state.config} is their "
+            f"the images in {prepared.planned.output} are complete and {prepared.config} is their "
             f"definition, but no domain is defined"
         ):
             # a restore takes its time, and others work meanwhile
             self._refuse_others(adapted)
-            if state.tpm_place is not None:
-                vtpm.put(state.tpm_place, adjust.tpm_files(state.planned))
+            if prepared.tpm_place is not None:
+                vtpm.put(prepared.tpm_place, adjust.tpm_files(prepared.planned))
             try:
                 domain, fits = virt.define(connection, adapted.xml)
             except BaseException:
-                if state.tpm_place is not None:
-                    vtpm.take_back(state.tpm_place)
+                if prepared.tpm_place is not None:
+                    vtpm.take_back(prepared.tpm_place)
                 raise
         log.info("domain %s is defined, UUID %s", adapted.name, adapted.uuid)
         if not fits:
-            state.warnings.append("libvirt's schema does not know all of the definition")
-            log.warning("%s", state.warnings[-1])
+            prepared.warnings.append("libvirt's schema does not know all of the definition")
+            log.warning("%s", prepared.warnings[-1])
         if self.request.start:
             with _saying(f"domain {adapted.name} is defined, and its images are complete"):
                 virt.start(domain)

@@ -145,5 +145,5 @@ def sharing(settings: "DomainSettings") -> "Sharing":
     return Sharing(
         state_dir=None if is_own else settings.checkpoint_directory,
         devices=settings.block_devices,
-        wish=DiskFilter(include=settings.disks_include, exclude=settings.disks_exclude),
+        disks=DiskFilter(include=settings.disks_include, exclude=settings.disks_exclude),
     )

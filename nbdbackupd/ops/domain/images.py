@@ -55,12 +55,12 @@ class Sharing:
     ``state_dir`` is one that was set, so that others may share it; None: the host's own default.
     ``devices``: whether other hosts may open the domain's block devices, ``local``, ``shared``, or
     ``auto``: they may if there is a ``state_dir``, or unless the kernel shows that they can't.
-    ``wish``: the disks that matter.
+    ``disks``: the disks that matter.
     """
 
     state_dir: Path | None = None
     devices: str = AUTO
-    wish: DiskFilter = ALL
+    disks: DiskFilter = ALL
 
     def hosts(self, domain: Domain) -> Hosts | None:
         """The hosts that share the state of a domain; None: nobody tells of another one."""
@@ -163,7 +163,7 @@ def prove(domain: Domain, sharing: Sharing) -> Standing:
         )
     for disk in domain.definition().disks:
         is_own = not (disk.shareable or disk.readonly)
-        if disk.device == "disk" and disk.layers and is_own and sharing.wish.wants(disk.target):
+        if disk.device == "disk" and disk.layers and is_own and sharing.disks.wants(disk.target):
             _prove_unlocked(disk)
     return found
 

@@ -147,7 +147,7 @@ def _is_sound(bitmap: image.BitmapInfo) -> bool:
 
 def survey_domain(
     domain: Domain,
-    wish: DiskFilter,
+    wanted: DiskFilter,
     level: Level,
     parent: RestorePoint | None,
     looked: Looked | None = None,
@@ -161,9 +161,9 @@ def survey_domain(
         looked.definition,
         looked.facts,
         level=level,
-        include=wish.include,
-        exclude=wish.exclude,
-        raw=wish.raw,
+        include=wanted.include,
+        exclude=wanted.exclude,
+        raw=wanted.raw,
         missing={} if looked.is_active else _missing(looked),
     )
     states = {}

@@ -30,7 +30,7 @@ MODE: Final = 0o600
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wishes:
+class Recipients:
     """Whom to tell of what; ``password_file`` holds what must not be told."""
 
     events: tuple[str, ...]
@@ -39,7 +39,7 @@ class Wishes:
     password_file: str = ""
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> "Wishes":
+    def of(cls, values: Mapping[str, Any]) -> "Recipients":
         """What settings say, by their paths."""
         password = values.get("libvirt.password_file")
         return cls(
@@ -56,7 +56,7 @@ PATHS: Final = (
     "notification.command",
     "libvirt.password_file",
 )
-"""The settings that ``Wishes`` are made of."""
+"""The settings that ``Recipients`` are made of."""
 
 
 def keep(directory: Path, domain: str, settings: "DomainSettings") -> None:
@@ -64,13 +64,13 @@ def keep(directory: Path, domain: str, settings: "DomainSettings") -> None:
 
     ``directory`` is where the host keeps what is about itself.
     """
-    wishes = Wishes.of({path: settings.get(path) for path in PATHS})
+    recipients = Recipients.of({path: settings.get(path) for path in PATHS})
     document = {
         "version": VERSION,
-        "events": wishes.events,
-        "mail": wishes.mail,
-        "command": wishes.command,
-        "password_file": wishes.password_file,
+        "events": recipients.events,
+        "mail": recipients.mail,
+        "command": recipients.command,
+        "password_file": recipients.password_file,
     }
     data = json.dumps(document, indent=1).encode() + b"\n"
     path = _path(directory, domain)
@@ -84,7 +84,7 @@ def keep(directory: Path, domain: str, settings: "DomainSettings") -> None:
         log.warning("whom to tell is not noted for the time when it can't be read: %s", err)
 
 
-def kept(directory: Path, domain: str) -> Wishes | None:
+def kept(directory: Path, domain: str) -> Recipients | None:
     """What was noted last of a domain, or else of all; None if that is nothing that can be read."""
     for path in (_path(directory, domain), _path(directory, "")):
         try:
@@ -93,7 +93,7 @@ def kept(directory: Path, domain: str) -> Wishes | None:
             if document["version"] != VERSION:
                 continue
             command = document["command"]
-            return Wishes(
+            return Recipients(
                 events=_texts(document["events"]),
                 mail=_texts(document["mail"]),
                 command=None if command is None else _texts(command),

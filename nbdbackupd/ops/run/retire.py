@@ -13,7 +13,7 @@ from nbdbackupd.ops.checkpoints.checkpoints import CheckpointsRequest
 from nbdbackupd.ops.domain import domains
 from nbdbackupd.ops.domain.images import ALONE, Sharing
 from nbdbackupd.ops.sets.sets import sets_of
-from nbdbackupd.repo.state import State
+from nbdbackupd.repo.state import StateDirectory
 from nbdbackupd.virt import checkpoints as virt_checkpoints
 from nbdbackupd.virt.connection import Connection
 
@@ -89,7 +89,7 @@ def _others(request: RetireRequest, connection: Connection) -> Iterator[str]:
     home = os.path.realpath(request.directory)
     noted = {
         record.chain
-        for record in State(request.state_dir).records(request.uuid)
+        for record in StateDirectory(request.state_dir).records(request.uuid)
         if os.path.realpath(Path(record.set).parent) == home
     }
     stored = set()

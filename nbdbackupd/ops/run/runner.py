@@ -40,7 +40,7 @@ from nbdbackupd.ops.sets import homes
 from nbdbackupd.ops.status import gather
 from nbdbackupd.ops.status.record import RunRecord
 from nbdbackupd.plain import versioned
-from nbdbackupd.repo.state import State
+from nbdbackupd.repo.state import StateDirectory
 from nbdbackupd.source import kept
 from nbdbackupd.systemd import inhibit
 from nbdbackupd.virt.connection import Connection
@@ -92,7 +92,7 @@ class RunRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Watch:
+class Observer:
     """Who looks on: ``cancelled`` raises to end the run, ``doing`` gets what is begun.
 
     ``alive`` is called where a run waits that can't be ended any more, ``anew`` when it is tried
@@ -147,7 +147,7 @@ class RunReport:
         )
 
 
-def run(wish: RunRequest, host: Host, watch: Watch, record: RunRecord) -> RunReport:
+def run(request: RunRequest, host: Host, observer: Observer, record: RunRecord) -> RunReport:
     """Save a domain as the configuration says, trying again if that is wished.
 
     Raises ConfigError, DomainNotFoundError (not after the guest's end), BusyError if there is no
@@ -155,15 +155,15 @@ def run(wish: RunRequest, host: Host, watch: Watch, record: RunRecord) -> RunRep
     the repository is not mounted, and what a backup raises.
     """
     begun = time.monotonic()
-    gaps = iter(RETRY_SECONDS if wish.retry else ())
+    gaps = iter(RETRY_SECONDS if request.retry else ())
     while True:
         try:
-            report = _told(wish, host, watch)
+            report = _told(request, host, observer)
         except BusyError as err:
-            if wish.shutdown and isinstance(err, GaveWayError):
+            if request.shutdown and isinstance(err, GaveWayError):
                 # it runs again: its next end begins this anew, and so does its timer
                 report = RunReport(
-                    domain=wish.domain, uuid="", result="skipped", reason=err.message
+                    domain=request.domain, uuid="", result="skipped", reason=err.message
                 )
                 record.done(report.exit_code, None, report.reason, "")
                 return report
@@ -171,7 +171,7 @@ def run(wish: RunRequest, host: Host, watch: Watch, record: RunRecord) -> RunRep
             if gap is None or time.monotonic() - begun > RETRY_WITHIN_SECONDS:
                 record.failed(err)
                 raise
-            _wait(gap, err, wish=wish, host=host, watch=watch, record=record)
+            _wait(gap, err, request=request, host=host, observer=observer, record=record)
         except BaseException as err:
             record.failed(err)
             raise
@@ -183,77 +183,83 @@ def run(wish: RunRequest, host: Host, watch: Watch, record: RunRecord) -> RunRep
 
 
 def _wait(
-    gap: float, err: BusyError, *, wish: RunRequest, host: Host, watch: Watch, record: RunRecord
+    gap: float,
+    err: BusyError,
+    *,
+    request: RunRequest,
+    host: Host,
+    observer: Observer,
+    record: RunRecord,
 ) -> None:
     """Let those go first who come first; raises what ends the run meanwhile."""
     moment = host.now() + timedelta(seconds=gap)
     at = f"{moment.astimezone():%H:%M %Z}"
     record.failed(err, again=moment)
-    with runlog.context(DOMAIN=wish.domain):
+    with runlog.context(DOMAIN=request.domain):
         events.emit(log, events.BACKUP_AGAIN, reason=one_line(err), at=at)
     # what ends the wait counts for the next try, what was warned of does not
-    watch.anew()
-    watch.doing(f"tried again at {at}: {one_line(err)}")
+    observer.anew()
+    observer.doing(f"tried again at {at}: {one_line(err)}")
     until = time.monotonic() + gap
     try:
         while (left := until - time.monotonic()) > 0:
-            watch.cancelled()
+            observer.cancelled()
             time.sleep(min(POLL_SECONDS, left))
     except BaseException as stop:
         record.failed(stop)
         raise
 
 
-def _told(wish: RunRequest, host: Host, watch: Watch) -> RunReport:
+def _told(request: RunRequest, host: Host, observer: Observer) -> RunReport:
     """One try."""
     with ExitStack() as stack:
-        stack.enter_context(runlog.context(DOMAIN=wish.domain))
-        if not wish.dry_run:
+        stack.enter_context(runlog.context(DOMAIN=request.domain))
+        if not request.dry_run:
             stack.enter_context(endings.Ending(log, outcome.event_of).told())
-        report = _find_and_run(wish, host, watch)
+        report = _find_and_run(request, host, observer)
         if report.result == "skipped" and report.backup is None:
             events.emit(log, events.BACKUP_SKIPPED, reason=report.reason)
     return report
 
 
-def _find_and_run(wish: RunRequest, host: Host, watch: Watch) -> RunReport:
+def _find_and_run(request: RunRequest, host: Host, observer: Observer) -> RunReport:
     configuration = configured.read(host).require_sound()
     host = configured.connected(configuration, host)
     with ExitStack() as stack:
         try:
             connection = stack.enter_context(domains.connect(host))
-            domain = domains.find(connection, wish.domain, host.runtime_dir)
+            domain = domains.find(connection, request.domain, host.runtime_dir)
         except DomainNotFoundError as err:
-            if not wish.shutdown:
-                return _report_gone(wish.domain, configuration, err)
+            if not request.shutdown:
+                return _report_gone(request.domain, configuration, err)
             why = err.fields.get("reason", "its end was not seen by libvirt's hook")
             gone = f"libvirt no longer knows it: {why}"
-            return RunReport(domain=wish.domain, uuid="", result="skipped", reason=gone)
+            return RunReport(domain=request.domain, uuid="", result="skipped", reason=gone)
         except NbdbackupError as err:
             # libvirt is away, so there is only the name, and what holds for all domains
-            if not (wish.dry_run or is_uuid(wish.domain)):
+            if not (request.dry_run or is_uuid(request.domain)):
                 directory = global_settings(configuration).monitoring_metrics_directory
-                RunMetrics(directory, wish.domain, host).failed(err)
+                RunMetrics(directory, request.domain, host).failed(err)
             raise
         settings = configured.settings_of_domain(domain, configuration)
-        if not wish.dry_run:
+        if not request.dry_run:
             kept_notification.keep(host.own_state_dir, domain.name, settings)
             kept_notification.keep(host.own_state_dir, "", global_settings(configuration))
         one = _Run(
-            wish=wish,
+            request=request,
             host=host,
-            watch=watch,
+            observer=observer,
             connection=connection,
             domain=domain,
             settings=settings,
         )
-        why_not = one.why_not() if wish.shutdown else ""
+        why_not = one.why_not() if request.shutdown else ""
         if why_not:
             return one.report("skipped", why_not)
         left = one.left_to_others()
         if left is not None:
             return left
-        if wish.dry_run:
+        if request.dry_run:
             return one.plan_only()
         report = one.recorded()
         _record_host(connection, configuration, settings, host.now())
@@ -288,9 +294,9 @@ def _record_host(
 class _Run:
     """One run of a domain that was found."""
 
-    wish: RunRequest
+    request: RunRequest
     host: Host
-    watch: Watch
+    observer: Observer
     connection: Connection
     domain: Domain
     settings: DomainSettings
@@ -338,7 +344,7 @@ class _Run:
         shared = configured.sharing(self.settings).state_dir
         if shared is None:
             return self.report("skipped", err.message)
-        points = sorted(record.point for record in State(shared).records(self.domain.uuid))
+        points = sorted(record.point for record in StateDirectory(shared).records(self.domain.uuid))
         if points:
             return self.report("skipped", f"{err.message}; the newest point noted is {points[-1]}")
         problem = f"no host has noted a point of domain {self.domain.name} in {shared}"
@@ -367,16 +373,16 @@ class _Run:
 
     def in_slot(self) -> RunReport:
         """Wait for a place, then run, with the programs before and after."""
-        self.watch.doing("waiting for a place among the concurrent runs")
+        self.observer.doing("waiting for a place among the concurrent runs")
         with slots.slot(
             self.host.runtime_dir,
             self.settings.limits_concurrent_runs,
             owner=f"run of {self.domain.name}",
-            wait_seconds=SLOT_SECONDS if self.wish.wait is None else self.wish.wait,
-            cancelled=self.watch.cancelled,
+            wait_seconds=SLOT_SECONDS if self.request.wait is None else self.request.wait,
+            cancelled=self.observer.cancelled,
         ):
             # it may have taken hours
-            why_not = self.why_not() if self.wish.shutdown else ""
+            why_not = self.why_not() if self.request.shutdown else ""
             if why_not:
                 return self.report("skipped", why_not)
             with inhibit.shutdown_delayed(f"backup of {plain.line(self.domain.name)}"):
@@ -390,12 +396,12 @@ class _Run:
             "NBDBACKUP_DIRECTORY": self.directory(),
         }
         try:
-            self.watch.doing("running the programs before the backup")
+            self.observer.doing("running the programs before the backup")
             commands.run_each(
                 settings.commands_pre,
                 about,
                 timeout=settings.commands_timeout,
-                cancelled=self.watch.cancelled,
+                cancelled=self.observer.cancelled,
             )
             # they may have mounted the repository
             about["NBDBACKUP_DIRECTORY"] = self.directory()
@@ -429,24 +435,24 @@ class _Run:
             return ""
 
     def _after(self, about: Mapping[str, str], timeout: float) -> tuple[str, ...]:
-        self.watch.doing("running the programs after the backup")
+        self.observer.doing("running the programs after the backup")
         return commands.run_all(
-            self.settings.commands_post, about, timeout=timeout, waiting=self.watch.alive
+            self.settings.commands_post, about, timeout=timeout, waiting=self.observer.alive
         )
 
     def backup(self) -> RunReport:
         """Choose the set, make the point, drop what older sets have left at libvirt."""
         # only now: a program before the run may have mounted the repository
         planned = self.plan()
-        self.watch.doing(f"saving into {planned.set}: {planned.next.reason}")
+        self.observer.doing(f"saving into {planned.set}: {planned.next.reason}")
         log.info("set %s, level %s: %s", planned.set, planned.next.level, planned.next.reason)
-        request = self._request(planned)
+        order = self._order(planned)
         try:
             made = backup_verb.run(
-                request,
+                order,
                 self.connection,
-                progress=self.watch.progress,
-                cancelled=self.watch.cancelled,
+                progress=self.observer.progress,
+                cancelled=self.observer.cancelled,
             )
         except ElsewhereError as err:
             return self._elsewhere(err)
@@ -454,7 +460,7 @@ class _Run:
             return self.report("skipped", made.skipped, set=planned.set, backup=made)
         problems = planned.warnings
         if made.point.makes_base:
-            problems += self._retire(planned, request, made.point.chain)
+            problems += self._retire(planned, order, made.point.chain)
         return self.report(
             "saved",
             planned.next.reason,
@@ -464,18 +470,18 @@ class _Run:
             backup=made,
         )
 
-    def _request(self, planned: PlannedRun) -> BackupRequest:
+    def _order(self, planned: PlannedRun) -> BackupRequest:
         """Level auto: should another run have begun the set meanwhile, this one goes on with it."""
         settings, more = self.settings, {}
-        if self.wish.shutdown:
+        if self.request.shutdown:
             settings = settings.given(
                 # nothing changed since the last point: that one is already of this state
                 threshold=max(1, settings.threshold or 0),
                 limits_wait=max(AFTER_END_SECONDS, settings.limits_wait),
             )
             more = {"only_off": True, "ending": self._put_off()}
-        if self.wish.wait is not None:
-            settings = settings.given(limits_wait=self.wish.wait)
+        if self.request.wait is not None:
+            settings = settings.given(limits_wait=self.request.wait)
         return prepare.request(
             self.domain.uuid,
             planned.set,
@@ -491,20 +497,20 @@ class _Run:
         directory = self.host.own_state_dir / PENDING
         return kept.put_off(directory / unitname.escape(self.domain.name))
 
-    def _retire(self, planned: PlannedRun, request: BackupRequest, chain: str) -> tuple[str, ...]:
-        order = retire.RetireRequest(
+    def _retire(self, planned: PlannedRun, order: BackupRequest, chain: str) -> tuple[str, ...]:
+        dropped = retire.RetireRequest(
             uuid=self.domain.uuid,
             directory=planned.directory,
             chain=chain,
-            runtime_dir=request.runtime_dir,
-            state_dir=request.settings.checkpoint_directory,
-            run_id=request.run_id,
+            runtime_dir=order.runtime_dir,
+            state_dir=order.settings.checkpoint_directory,
+            run_id=order.run_id,
             has_begun=planned.next.is_new,
-            sharing=request.sharing,
+            sharing=order.sharing,
         )
-        self.watch.doing("dropping checkpoints of older sets")
+        self.observer.doing("dropping checkpoints of older sets")
         try:
-            return retire.retire(order, self.connection, self.watch.cancelled)
+            return retire.retire(dropped, self.connection, self.observer.cancelled)
         except Interrupted:
             # the point is made, which is what counts; the next run does the rest
             log.info("told to end: checkpoints of older sets are left to the next run")

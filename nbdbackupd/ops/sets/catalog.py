@@ -20,7 +20,7 @@ from nbdbackupd.repo import boot_tests, layout, protected
 from nbdbackupd.repo.boot_tests import BootTest
 from nbdbackupd.repo.protected import Protection
 from nbdbackupd.repo.set_directory import SetDirectory
-from nbdbackupd.repo.virtnbdbackup.place import Folder, is_archive
+from nbdbackupd.repo.virtnbdbackup.storage import Folder, is_archive
 from nbdbackupd.units import human_size, local_time
 
 log = logging.getLogger(__name__)
@@ -122,10 +122,10 @@ def show(path: Path, point: str = "") -> ShowReport:
     for each in points:
         for disk in each.disks:
             if disk.layout is Layout.STREAM:
-                place = given.place or Folder(path)
-                file = place.file(disk.file)
+                storage = given.storage or Folder(path)
+                file = storage.file(disk.file)
                 with durable.translate_os_errors("read", file):
-                    metas[disk.file] = stream.read_meta(file, place.window(disk.file))
+                    metas[disk.file] = stream.read_meta(file, storage.window(disk.file))
     sizes = own_bytes(known.points)
     tests = boot_tests.read(path)
     return ShowReport(path=path, points=points, sizes=sizes, metas=metas, tests=tests)

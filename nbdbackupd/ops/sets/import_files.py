@@ -11,7 +11,7 @@ from nbdbackupd import durable, files
 from nbdbackupd.errors import NoSpaceError, RepositoryError
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.importing import Stage
-from nbdbackupd.repo.virtnbdbackup.place import Archive
+from nbdbackupd.repo.virtnbdbackup.storage import Archive
 
 CHUNK: Final = 1 << 20
 ZEROES: Final = bytes(CHUNK)

@@ -34,7 +34,7 @@ from nbdbackupd.repo import importing, layout
 from nbdbackupd.repo.importing import Stage
 from nbdbackupd.repo.set_directory import CHECKPOINT_XML, SetDirectory
 from nbdbackupd.repo.virtnbdbackup import peer
-from nbdbackupd.repo.virtnbdbackup.place import Folder, is_archive, read_small
+from nbdbackupd.repo.virtnbdbackup.storage import Folder, is_archive, read_small
 
 log = logging.getLogger(__name__)
 

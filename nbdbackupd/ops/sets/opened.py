@@ -21,7 +21,7 @@ from nbdbackupd.ops.sets.layers import Layer, RawLayer, ScannedLayer
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.set_directory import SetDirectory, refuse_links
 from nbdbackupd.repo.virtnbdbackup import peer, points
-from nbdbackupd.repo.virtnbdbackup.place import Archive, Place
+from nbdbackupd.repo.virtnbdbackup.storage import Archive, Storage
 
 MAX_MEMBER: Final = 1 << 30
 """Bytes of a file beside the streams (an initrd) that is taken out of an archive."""
@@ -41,7 +41,7 @@ class OpenedSet:
 
     ``problems`` tell what of the set is not sound, ``hints`` what else should be known, a line
     each. ``peer``: virtnbdbackup wrote it, and no manifest of ours vouches for it; then digests
-    are empty. ``place`` is where its streams are: of an archive, ``path`` is a directory with its
+    are empty. ``storage`` is where its streams are: of an archive, ``path`` is a directory with its
     small files, which lives as long as this object or until ``close``.
     """
 
@@ -50,7 +50,7 @@ class OpenedSet:
     problems: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
     peer: bool = False
-    place: Place | None = None
+    storage: Storage | None = None
     unpacked: Unpacked | None = None
 
     @property
@@ -83,8 +83,8 @@ class OpenedSet:
         found: list[Layer] = []
         for each in self.known.path(point, target):
             disk = each.disk(target)
-            if self.place is not None:
-                layer = open_peer(self.place, each, disk, check, deep=deep)
+            if self.storage is not None:
+                layer = open_peer(self.storage, each, disk, check, deep=deep)
             else:
                 layer = layering.open_proven(self.path, each, disk, check)
             layer.frames = cache
@@ -99,10 +99,10 @@ def open_set(path: Path, *, sound: bool = False) -> OpenedSet:
     the newest at a time, can't be told then. Raises RepositoryError if the path is no directory
     or can't be read, FormatError, IntegrityError or ChainBrokenError for a damaged set.
     """
-    place = peer.place_of(path)
+    storage = peer.storage_of(path)
     refuse_links(path)
-    if place is not None and peer.is_peer(place):
-        return _open_peer_set(path, place, sound=sound)
+    if storage is not None and peer.is_peer(storage):
+        return _open_peer_set(path, storage, sound=sound)
     set_dir = SetDirectory.open(path)
     if sound:
         known, problems = set_dir.load_sound()
@@ -128,8 +128,8 @@ def open_point(path: Path, choice: Choice) -> tuple[OpenedSet, RestorePoint]:
     return given, choice.find(given.known)
 
 
-def _open_peer_set(path: Path, place: Place, *, sound: bool) -> OpenedSet:
-    found = points.build(peer.read_files(place))
+def _open_peer_set(path: Path, storage: Storage, *, sound: bool) -> OpenedSet:
+    found = points.build(peer.read_files(storage))
     if found.problems and not sound:
         more = len(found.problems) - 1
         rest = f" (and {more} more problem{'s' * (more > 1)})" if more else ""
@@ -139,7 +139,7 @@ def _open_peer_set(path: Path, place: Place, *, sound: bool) -> OpenedSet:
         unpacked = Unpacked()
         try:
             for file in {file for point in found.known.points for file in point.files}:
-                _take_out(place, file.name, unpacked.path)
+                _take_out(storage, file.name, unpacked.path)
         except BaseException:
             unpacked.remove()
             raise
@@ -149,25 +149,25 @@ def _open_peer_set(path: Path, place: Place, *, sound: bool) -> OpenedSet:
         problems=found.problems,
         hints=found.warnings,
         peer=True,
-        place=place,
+        storage=storage,
         unpacked=unpacked,
     )
 
 
-def _take_out(place: Place, name: str, directory: Path) -> None:
+def _take_out(storage: Storage, name: str, directory: Path) -> None:
     """Put a file of an archive that is no stream into a directory."""
-    if not isinstance(place, Archive) or place.sizes()[name] > MAX_MEMBER:
+    if not isinstance(storage, Archive) or storage.sizes()[name] > MAX_MEMBER:
         raise IntegrityError(f"larger than {MAX_MEMBER} bytes", file=name)
     writing = durable.create_exclusive(directory / name)
     try:
-        for part in place.chunks(name):
+        for part in storage.chunks(name):
             durable.write_all(writing, part)
     finally:
         os.close(writing)
 
 
 def open_peer(
-    place: Place,
+    storage: Storage,
     point: RestorePoint,
     disk: DiskPoint,
     check: Callable[[], None],
@@ -179,11 +179,11 @@ def open_peer(
     Raises IntegrityError, FormatError.
     """
     where: dict[str, object] = {"disk": disk.target, "point": point.id}
-    path, window = place.file(disk.file), place.window(disk.file)
+    path, window = storage.file(disk.file), storage.window(disk.file)
     if window is None:
         layering.check_size(path, disk.file_size, **where)
     if deep:
-        check_sum(place, disk, check, where)
+        check_sum(storage, disk, check, where)
     if disk.layout is Layout.RAW:
         return RawLayer(path, **where)
     meta = stream.read_meta(path, window)
@@ -202,15 +202,15 @@ def open_peer(
 
 
 def check_sum(
-    place: Place, disk: DiskPoint, check: Callable[[], None], where: dict[str, object]
+    storage: Storage, disk: DiskPoint, check: Callable[[], None], where: dict[str, object]
 ) -> bool:
     """Prove a file by the peer's checksum beside it or the archive's; whether there is one.
 
     Raises IntegrityError.
     """
-    told = peer.read_checksum(place, layout.checksum(disk.file))
-    path, window = place.file(disk.file), place.window(disk.file)
-    crc = place.crc(disk.file)
+    told = peer.read_checksum(storage, layout.checksum(disk.file))
+    path, window = storage.file(disk.file), storage.window(disk.file)
+    crc = storage.crc(disk.file)
     if crc is not None and crc != layering.crc32_file(path, check, window):
         raise IntegrityError(
             f"archive is damaged: the CRC-32 of {disk.file} does not match", file=path, **where

@@ -21,7 +21,7 @@ from nbdbackupd.ops.sets import peer_index
 from nbdbackupd.ops.sets.layers import IndexedLayer, Layer, RawLayer, ScannedLayer
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.virtnbdbackup.peer import read_files
-from nbdbackupd.repo.virtnbdbackup.place import Folder
+from nbdbackupd.repo.virtnbdbackup.storage import Folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

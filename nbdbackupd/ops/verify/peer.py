@@ -20,7 +20,7 @@ from nbdbackupd.ops.sets.layers import Layer
 from nbdbackupd.ops.sets.opened import OpenedSet
 from nbdbackupd.ops.verify.findings import Findings
 from nbdbackupd.repo import layout
-from nbdbackupd.repo.virtnbdbackup.place import Place
+from nbdbackupd.repo.virtnbdbackup.storage import Storage
 
 BLOCK: Final = 1 << 20
 
@@ -47,15 +47,15 @@ class PeerCheck:
 
     def _prove(self, point: RestorePoint, disk: DiskPoint) -> None:
         where: dict[str, object] = {"disk": disk.target, "point": point.id}
-        assert self.source.place is not None  # noqa: S101 - for the type checker
-        place = self.source.place
+        assert self.source.storage is not None  # noqa: S101 - for the type checker
+        storage = self.source.storage
         self._note(
-            lambda: opened.check_sum(place, disk, self.cancelled, where),
+            lambda: opened.check_sum(storage, disk, self.cancelled, where),
             point,
             disk,
             layout.checksum(disk.file),
         )
-        self._note(lambda: self._prove_blocks(place, point, disk), point, disk, disk.file)
+        self._note(lambda: self._prove_blocks(storage, point, disk), point, disk, disk.file)
 
     def _note(
         self, prove: Callable[[], object], point: RestorePoint, disk: DiskPoint, file: str
@@ -67,10 +67,10 @@ class PeerCheck:
             name = str(told).rpartition("/")[2] if told else file
             self.findings.add_error(err, point=point.id, disk=disk.target, file=name)
 
-    def _prove_blocks(self, place: Place, point: RestorePoint, disk: DiskPoint) -> None:
+    def _prove_blocks(self, storage: Storage, point: RestorePoint, disk: DiskPoint) -> None:
         with ExitStack() as stack:
             layer = stack.enter_context(
-                opened.open_peer(place, point, disk, self.cancelled, deep=False)
+                opened.open_peer(storage, point, disk, self.cancelled, deep=False)
             )
             if layer.compressed:
                 self._decompress(layer, disk)

@@ -57,8 +57,8 @@ def run(
         raise UsageError("at least one worker is needed")
     refuse_links(request.path)
     with runlog.context(SET=request.path):
-        place = peer.place_of(request.path)
-        theirs = place is not None and peer.is_peer(place)
+        storage = peer.storage_of(request.path)
+        theirs = storage is not None and peer.is_peer(storage)
         verify = _verify_peer if theirs else _verify
         report = verify(request, progress, cancelled)
         _tell(report)

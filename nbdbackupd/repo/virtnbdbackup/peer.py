@@ -28,7 +28,7 @@ from nbdbackupd.model import jobxml
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.domain import Domain, parse_domain
 from nbdbackupd.repo import layout
-from nbdbackupd.repo.virtnbdbackup.place import Archive, Folder, Place, is_archive
+from nbdbackupd.repo.virtnbdbackup.storage import Archive, Folder, Storage, is_archive
 
 MAX_FILE: Final = 16 << 20
 """A small file (XML, JSON, checksum) of more bytes is refused unread."""
@@ -91,30 +91,30 @@ class PeerFiles:
     tracked: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
-def is_peer(place: Place) -> bool:
-    """Whether a place holds streams named as virtnbdbackup names them, and no manifest or draft.
+def is_peer(storage: Storage) -> bool:
+    """Whether it holds streams named as virtnbdbackup names them, and no manifest or draft.
 
     A draft: streams of ours that have got their names are no point before the manifest has, and
     the next run removes them. Raises RepositoryError if it can't be read.
     """
-    points = place.path / layout.POINTS
+    points = storage.path / layout.POINTS
     with durable.translate_os_errors("read", points):
-        if place.path.is_dir() and any(place.path.glob(f"{layout.DRAFT_PREFIX}*")):
+        if storage.path.is_dir() and any(storage.path.glob(f"{layout.DRAFT_PREFIX}*")):
             return False
         if points.is_dir() and any(
             each.suffix == layout.MANIFEST_SUFFIX for each in points.iterdir()
         ):
             return False
-    return bool(stream_names(place))
+    return bool(stream_names(storage))
 
 
-def stream_names(place: Place) -> list[str]:
+def stream_names(storage: Storage) -> list[str]:
     """The names that streams have, whatever the files hold. Raises RepositoryError."""
-    return sorted(name for name in place.sizes() if _parse_name(name) is not None)
+    return sorted(name for name in storage.sizes() if _parse_name(name) is not None)
 
 
-def place_of(path: Path) -> Place | None:
-    """The place at a path: a directory or an archive; None if it is neither.
+def storage_of(path: Path) -> Storage | None:
+    """What is at a path: a directory or an archive; None if it is neither.
 
     Raises RepositoryError, FormatError, IntegrityError.
     """
@@ -123,17 +123,17 @@ def place_of(path: Path) -> Place | None:
     return Archive(path) if is_archive(path) else None
 
 
-def read_files(place: Place) -> PeerFiles:
+def read_files(storage: Storage) -> PeerFiles:
     """Read the heads of all streams and the small files; contents are not read.
 
-    Raises RepositoryError if the place can't be read.
+    Raises RepositoryError if they can't be read.
     """
-    sizes = place.sizes()
+    sizes = storage.sizes()
     found: list[PeerFile] = []
     problems: list[str] = []
     warnings: list[str] = []
     broken = set()
-    configs = _read_configs(place, sizes, warnings)
+    configs = _read_configs(storage, sizes, warnings)
     for name in sorted(sizes):
         if name.endswith(PARTIAL):
             warnings.append(f"{name} is left of a run that failed, it is ignored")
@@ -143,12 +143,12 @@ def read_files(place: Place) -> PeerFiles:
         _, level, ident = parsed
         try:
             config = configs.get("copy" if level is Level.COPY else ident)
-            found.append(_read_file(place, name, parsed, sizes, config))
+            found.append(_read_file(storage, name, parsed, sizes, config))
         except FormatError as err:
-            err.fields.setdefault("file", place.path / name)
+            err.fields.setdefault("file", storage.path / name)
             problems.append(one_line(err))
             broken.add((level, ident))
-    domain, checkpoints = _read_checkpoints(place, sizes, warnings)
+    domain, checkpoints = _read_checkpoints(storage, sizes, warnings)
     return PeerFiles(
         files=tuple(found),
         problems=tuple(problems),
@@ -158,7 +158,7 @@ def read_files(place: Place) -> PeerFiles:
         domain=domain,
         sizes=sizes,
         configs=configs,
-        tracked=_read_tracked(place, found, warnings),
+        tracked=_read_tracked(storage, found, warnings),
     )
 
 
@@ -217,7 +217,7 @@ def _parse_name(name: str) -> tuple[str, Level, str] | None:
 
 
 def _read_file(
-    place: Place,
+    storage: Storage,
     name: str,
     parsed: tuple[str, Level, str],
     sizes: Mapping[str, int],
@@ -226,12 +226,12 @@ def _read_file(
     disk, level, ident = parsed
     if sizes[name] < 0:
         raise IntegrityError("not a regular file")
-    with durable.translate_os_errors("read", place.path / name):
-        meta = _read_meta(place, name, parsed, sizes, config)
+    with durable.translate_os_errors("read", storage.path / name):
+        meta = _read_meta(storage, name, parsed, sizes, config)
     if meta is not None:
         _check_meta(meta, disk, level, ident)
     sum_name = layout.checksum(name)
-    checksum = read_checksum(place, sum_name) if sum_name in sizes else None
+    checksum = read_checksum(storage, sum_name) if sum_name in sizes else None
     return PeerFile(
         name=name,
         disk=disk,
@@ -240,12 +240,12 @@ def _read_file(
         size=sizes[name],
         meta=meta,
         checksum=checksum,
-        has_crc=place.crc(name) is not None,
+        has_crc=storage.crc(name) is not None,
     )
 
 
 def _read_meta(
-    place: Place,
+    storage: Storage,
     name: str,
     parsed: tuple[str, Level, str],
     sizes: Mapping[str, int],
@@ -254,7 +254,7 @@ def _read_meta(
     """The meta frame, or None where something else than the file says that it is a raw image."""
     disk, level, _ = parsed
     try:
-        return stream.read_meta(place.file(name), place.window(name))
+        return stream.read_meta(storage.file(name), storage.window(name))
     except IntegrityError:
         if level not in (Level.FULL, Level.COPY):
             raise
@@ -263,7 +263,9 @@ def _read_meta(
             driver = ["raw"]  # a raw disk saved beside a full: its XML has the checkpoint's name
         if sizes[name] and sizes[name] % SECTOR == 0 and driver == ["raw"]:
             return None
-        told = {parse_image_size(place.read_small(info, MAX_FILE)) for info in _infos(disk, sizes)}
+        told = {
+            parse_image_size(storage.read_small(info, MAX_FILE)) for info in _infos(disk, sizes)
+        }
         if sizes[name] in told:
             return None
         raise
@@ -289,26 +291,28 @@ def _is_name(name: str) -> bool:
     return 0 < len(name) <= layout.MAX_DOMAIN and "/" not in name and name.isprintable()
 
 
-def read_checksum(place: Place, name: str) -> int | None:
+def read_checksum(storage: Storage, name: str) -> int | None:
     """The Adler-32 in a checksum file, None if there is no such file.
 
     Raises IntegrityError.
     """
-    if name not in place.sizes():
+    if name not in storage.sizes():
         return None
-    text = place.read_small(name, 64).strip()
+    text = storage.read_small(name, 64).strip()
     if not text.isdigit() or len(text) > 10 or int(text) > 0xFFFFFFFF:
-        raise IntegrityError("checksum file holds no number", file=place.path / name)
+        raise IntegrityError("checksum file holds no number", file=storage.path / name)
     return int(text)
 
 
-def _read_configs(place: Place, sizes: Mapping[str, int], warnings: list[str]) -> dict[str, Domain]:
+def _read_configs(
+    storage: Storage, sizes: Mapping[str, int], warnings: list[str]
+) -> dict[str, Domain]:
     """The domain as each ``vmconfig.IDENT.xml`` tells it, by ident."""
     found = {}
     for name in sorted(sizes):
         if name.startswith("vmconfig.") and name.endswith(".xml"):
             try:
-                config = parse_config(place.read_small(name, MAX_FILE))
+                config = parse_config(storage.read_small(name, MAX_FILE))
             except FormatError as err:
                 warnings.append(f"{name}: {one_line(err)}")
             else:
@@ -317,7 +321,7 @@ def _read_configs(place: Place, sizes: Mapping[str, int], warnings: list[str]) -
 
 
 def _read_checkpoints(
-    place: Place, sizes: Mapping[str, int], warnings: list[str]
+    storage: Storage, sizes: Mapping[str, int], warnings: list[str]
 ) -> tuple[str, tuple[str, ...]]:
     """The domain's name and its checkpoints as the ``.cpt`` file tells them."""
     lists = [name for name in sizes if name.endswith(".cpt")]
@@ -327,23 +331,23 @@ def _read_checkpoints(
         return "", ()
     (name,) = lists
     try:
-        return name.removesuffix(".cpt"), parse_checkpoints(place.read_small(name, MAX_FILE))
+        return name.removesuffix(".cpt"), parse_checkpoints(storage.read_small(name, MAX_FILE))
     except FormatError as err:
         warnings.append(f"{name}: {one_line(err)}")
         return name.removesuffix(".cpt"), ()
 
 
 def _read_tracked(
-    place: Place, files: Iterable[PeerFile], warnings: list[str]
+    storage: Storage, files: Iterable[PeerFile], warnings: list[str]
 ) -> dict[str, frozenset[str]]:
     """The disks of each checkpoint that a stream made, as its XML tells them."""
     found = {}
     for name in sorted({file.meta.checkpoint for file in files if file.meta}):
         path = f"{layout.CHECKPOINTS}/{name}.xml"
-        if not name or not place.has(path):
+        if not name or not storage.has(path):
             continue
         try:
-            data = place.read_small(path, MAX_FILE)
+            data = storage.read_small(path, MAX_FILE)
             if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
                 raise FormatError("checkpoint XML with a document type")
             found[name] = frozenset(jobxml.tracked(data.decode(errors="replace")))

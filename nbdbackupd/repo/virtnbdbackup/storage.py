@@ -57,7 +57,7 @@ BROKEN: Final = (
 """What the library raises for an archive that is damaged or was made to harm."""
 
 
-class Place(Protocol):
+class Storage(Protocol):
     """Regular files by name."""
 
     path: Path
@@ -91,7 +91,7 @@ class Folder:
         self.path = path
 
     def sizes(self) -> dict[str, int]:
-        """See ``Place``."""
+        """See ``Storage``."""
         found = {}
         with durable.translate_os_errors("read", self.path), os.scandir(self.path) as entries:
             for entry in entries:
@@ -104,23 +104,23 @@ class Folder:
         return found
 
     def read_small(self, name: str, maximum: int) -> bytes:
-        """See ``Place``."""
+        """See ``Storage``."""
         return read_small(self.path / name, maximum)
 
     def has(self, name: str) -> bool:
-        """See ``Place``."""
+        """See ``Storage``."""
         return (self.path / name).is_file()
 
     def file(self, name: str) -> Path:
-        """See ``Place``."""
+        """See ``Storage``."""
         return self.path / name
 
     def window(self, _name: str) -> Window | None:
-        """See ``Place``."""
+        """See ``Storage``."""
         return None
 
     def crc(self, _name: str) -> int | None:
-        """See ``Place``."""
+        """See ``Storage``."""
         return None
 
 
@@ -162,11 +162,11 @@ class Archive:
         return tuple(self._entries.values())
 
     def sizes(self) -> dict[str, int]:
-        """See ``Place``."""
+        """See ``Storage``."""
         return {name: each.file_size for name, each in self._entries.items() if "/" not in name}
 
     def read_small(self, name: str, maximum: int) -> bytes:
-        """See ``Place``; its CRC-32 is proven.
+        """See ``Storage``; its CRC-32 is proven.
 
         Raises RepositoryError if all that were read are too much together.
         """
@@ -200,15 +200,15 @@ class Archive:
             raise IntegrityError(f"archive is damaged: {err}", file=self.path) from err
 
     def has(self, name: str) -> bool:
-        """See ``Place``."""
+        """See ``Storage``."""
         return name in self._entries
 
     def file(self, _name: str) -> Path:
-        """See ``Place``."""
+        """See ``Storage``."""
         return self.path
 
     def window(self, name: str) -> Window | None:
-        """See ``Place``. Raises FormatError for a member that is not stored as it is."""
+        """See ``Storage``. Raises FormatError for a member that is not stored as it is."""
         entry = self._entries[name]
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise FormatError(
@@ -228,7 +228,7 @@ class Archive:
         return Window(start, entry.file_size)
 
     def crc(self, name: str) -> int | None:
-        """See ``Place``."""
+        """See ``Storage``."""
         return self._entries[name].CRC
 
 
