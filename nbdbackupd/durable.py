@@ -38,6 +38,9 @@ MAX_HOST: Final = 64
 _NO_MODES: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
 """What chmod answers where there are no modes: we own what we make, so it is never about us."""
 
+_CAUTIOUS: Final = os.O_NOFOLLOW | os.O_NONBLOCK
+"""A lock lies where others may write: no link is followed, and no pipe is waited for."""
+
 RUN_USER: Final = "/run/user/"
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _ADVICE: Final = {
@@ -339,7 +342,7 @@ class Lock:
         """Acquire the lock.
 
         Raises BusyError that names the holder when the wait is over, what its ``cancelled``
-        raises, OSError if the file can't be made.
+        raises, RepositoryError if something else has its name, OSError if it can't be made.
         """
         begun = time.monotonic()
         limit = 0.0
@@ -369,10 +372,12 @@ class Lock:
                 os.close(fd)
 
     def _try(self) -> bool:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | _CAUTIOUS
         # who may open a file for reading may lock it, and so stop us for good
         fd = os.open(self.path, flags, LOCK_MODE)
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise RepositoryError(f"{self.path} is no regular file, and no lock: remove it")
             _close_to_others(fd)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -399,7 +404,7 @@ class Lock:
             named = os.lstat(self.path)
         except FileNotFoundError:
             return False
-        return stat.S_ISREG(named.st_mode) and os.path.samestat(mine, named)
+        return os.path.samestat(mine, named)
 
 
 def _close_to_others(fd: int) -> None:
@@ -418,7 +423,7 @@ def is_locked(path: Path, *, shared: bool = True) -> bool:
     """
     try:
         access = os.O_RDONLY if shared else os.O_RDWR  # NFS wants that
-        fd = os.open(path, access | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(path, access | os.O_CLOEXEC | _CAUTIOUS)
     except FileNotFoundError:
         return False
     try:
@@ -450,8 +455,8 @@ def is_foreign(path: Path) -> bool:
 def _holder(path: Path) -> tuple[str, str, str]:
     """Process id, purpose, host as they stand in a lock, safe to print."""
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_HOLDER).decode(errors="backslashreplace")
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | _CAUTIOUS), "rb") as file:
+            text = (file.read(MAX_HOLDER) or b"").decode(errors="backslashreplace")
     except OSError:
         text = ""
     line, _, host = text.partition("\n")

@@ -184,6 +184,18 @@ def test_lock_follows_no_link(tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_a_lock_that_is_a_pipe_holds_nobody_up(tmp_path: Path) -> None:
+    """S-8: a stranger's set may have one in the place of its lock."""
+    os.mkfifo(tmp_path / ".lock")
+    with (
+        pytest.raises(RepositoryError, match="no lock"),
+        durable.Lock(tmp_path / ".lock", owner="me", wait=durable.Wait(seconds=60)),
+    ):
+        pass
+    assert durable.holder(tmp_path / ".lock") == "another process"
+    assert not durable.is_locked(tmp_path / ".lock")
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"12\n\x1b[31m x", b"abc def"])
 def test_holder_of_a_garbled_file_is_printable(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "lock").write_bytes(content)
