@@ -7,8 +7,8 @@ libvirt writes none and they can grow without end.
 """
 
 import json
+import math
 import re
-from collections.abc import Callable
 from typing import Any, Final
 from xml.etree import ElementTree as ET
 
@@ -32,21 +32,28 @@ def parse_json(
     data: str | bytes,
     *,
     values: int = MAX_VALUES,
-    constant: Callable[[str], Any] | None = None,
 ) -> Any:
     """The document; the caller has bounded its size.
 
-    ``values`` is how many it may hold; ``constant`` is called for NaN and the infinities, as
-    ``json.loads`` does. Raises ValueError, and no other, with a short line that says what is wrong.
+    ``values`` is how many it may hold; no number is infinite, or none. Raises ValueError, and no
+    other, with a short line that says what is wrong.
     """
     raw = data.encode(errors="surrogatepass") if isinstance(data, str) else data
     # each value but the first is behind one of these; in texts they count as well
     if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > values:
         raise ValueError(f"it holds more than {values} values")
     try:
-        return json.loads(raw, parse_constant=constant)
+        return json.loads(raw, parse_float=_finite, parse_constant=_finite)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def _finite(text: str) -> float:
+    """Of a number with a point or an exponent, and of ``NaN`` and ``Infinity``, which are none."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is no JSON number")
+    return number
 
 
 def parse_xml(

@@ -44,6 +44,7 @@ DEAD_SECONDS: Final = 3.0
 """A reader that has written nothing for so long is dead, or cut off from the directory."""
 
 JOIN_SECONDS: Final = 5.0
+UNKNOWN: Final = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +67,15 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """A run that reads images. ``settled``: it has looked for others and found none."""
+    """A run that reads images. ``settled``: it has looked for others and found none.
+
+    ``sign`` is its file: as long as it lives it writes others.
+    """
 
     host: Host
     run: str
     settled: bool
-    beat: str
+    sign: bytes = b""
 
 
 class Hosts:
@@ -185,7 +189,7 @@ class Hosts:
         ``wanted`` is called once, from another thread, when one of them is about to start the
         domain. Raises BusyError while a run on another host reads them, RepositoryError.
         """
-        reader = _Reader(self.here, run, False, "")
+        reader = _Reader(self.here, run, False)
         self._beat(reader)
         try:
             self._wait_alone(reader)
@@ -203,7 +207,7 @@ class Hosts:
         deadline = time.monotonic() + DEAD_SECONDS
         while others := self._readers():
             for each in others:
-                lives = each.beat != first.setdefault(each.host.id, each).beat
+                lives = each.sign != first.setdefault(each.host.id, each).sign
                 if lives and (each.settled or each.host.id < self.here.id):
                     raise BusyError(
                         f"domain {self.domain} is being backed up on host {each.host.name} "
@@ -260,6 +264,7 @@ class Hosts:
             "name": reader.host.name,
             "run": reader.run,
             "settled": reader.settled,
+            # no two are alike
             "beat": secrets.token_hex(8),
         }
         path = self._own(READER)
@@ -274,13 +279,10 @@ class Hosts:
         """Runs on other hosts."""
         found = []
         for path in self._files(READER):
-            with suppress(FileNotFoundError):
-                document = self._document(path)
-                host = Host(path.name.removesuffix(READER), _text(document, "name"))
-                settled = document.get("settled") is True
-                found.append(
-                    _Reader(host, _text(document, "run"), settled, _text(document, "beat"))
-                )
+            name = path.name.removesuffix(READER)
+            with durable.translate_os_errors("read", path), suppress(FileNotFoundError):
+                sign = _bytes(path)
+                found.append(replace(_reader(name, sign), sign=sign))
         return tuple(each for each in found if each.host.id != self.here.id)
 
     def _new(self, phase: Phase, *, arrived: bool) -> Note:
@@ -307,17 +309,17 @@ class Hosts:
 
     def _note(self, path: Path) -> Note:
         try:
-            document = self._document(path)
+            document = _document(_bytes(path))
             note = Note(
                 host=path.name.rpartition(".")[0],
                 name=_text(document, "name"),
                 domain=_text(document, "domain"),
-                number=int(document["number"]),
+                number=_number(document, "number"),
                 phase=Phase(document["phase"]),
                 arrived=document["arrived"] is True,
                 reason=_text(document, "reason"),
                 saved=_text(document, "saved"),
-                saved_number=int(document["saved_number"]),
+                saved_number=_number(document, "saved_number"),
             )
         except FileNotFoundError:
             # between the list and the look it became a note, or was taken back
@@ -328,14 +330,6 @@ class Hosts:
                 f"{self.domain} is: {err}; remove it if that host does not run the domain"
             ) from err
         return note
-
-    def _document(self, path: Path) -> dict[str, Any]:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as file:
-            document = documents.parse_json(file.read(MAX_FILE))
-        if not isinstance(document, dict) or document.get("version") != VERSION:
-            raise ValueError("it is of another version, or no note")
-        return document
 
     def _make(self) -> None:
         durable.make_directory(self.directory)
@@ -360,6 +354,36 @@ def _pack(note: Note) -> bytes:
         "saved_number": note.saved_number,
     }
     return json.dumps(document, indent=1).encode() + b"\n"
+
+
+def _bytes(path: Path) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb") as file:
+        return file.read(MAX_FILE) or b""
+
+
+def _document(data: bytes) -> dict[str, Any]:
+    document = documents.parse_json(data)
+    if not isinstance(document, dict) or document.get("version") != VERSION:
+        raise ValueError("it is of another version, or no note")
+    return document
+
+
+def _reader(host: str, sign: bytes) -> _Reader:
+    """What a sign says; one that a power cut has cut short, or of another version, counts, too."""
+    try:
+        document = _document(sign)
+        name, run = _text(document, "name"), _text(document, "run")
+        return _Reader(Host(host, name), run, document.get("settled") is True)
+    except (ValueError, KeyError):
+        return _Reader(Host(host, host), UNKNOWN, True)
+
+
+def _number(document: dict[str, Any], key: str) -> int:
+    value = document[key]
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{key} is no number")
+    return value
 
 
 def _text(document: dict[str, Any], key: str) -> str:

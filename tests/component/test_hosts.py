@@ -182,6 +182,27 @@ def test_a_note_that_is_not_understood_is_no_proof(tmp_path: Path, what: str) ->
         a.notes()
 
 
+def test_a_sign_that_is_not_understood_is_that_of_a_run(tmp_path: Path) -> None:
+    """H-1: it is not made durable, so a power cut leaves half of it; the next start must go on."""
+    a = host(tmp_path, "a")
+    a.directory.mkdir(parents=True)
+    for number, sign in enumerate((b"", *HOSTILE.values())):
+        (a.directory / f"b{number}.read").write_bytes(sign)
+    assert a.readers() == tuple(f"b{number}" for number in range(6))
+    a.wait_for_readers()
+    assert a.readers() == ()
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1", "true", "1.5", '"7"', str(1 << 63)])
+def test_a_number_that_is_none(tmp_path: Path, number: str) -> None:
+    a = host(tmp_path, "a")
+    a.started()
+    (note,) = a.directory.glob("*.json")
+    (a.directory / "b.json").write_text(note.read_text().replace(": 1,", f": {number},"))
+    with pytest.raises(RepositoryError, match=r"b\.json can't be read"):
+        a.notes()
+
+
 def test_a_note_that_is_a_link_or_a_pipe(tmp_path: Path) -> None:
     a = host(tmp_path, "a")
     a.started()
