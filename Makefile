@@ -1,5 +1,5 @@
 # install - what a package consists of, for all packagings:
-#   make install DESTDIR=... [PREFIX=/usr] [UNITDIR=...] [APPARMOR=no]
+#   make install DESTDIR=... [PREFIX=/usr] [UNITDIR=...] [ZSHDIR=...] [APPARMOR=no]
 # install-restore: the programs, all that a restore needs. install-appliance: what lets systemd and
 # libvirt call them. There is nothing to build.
 DESTDIR =
@@ -9,6 +9,7 @@ UNITDIR = $(PREFIX)/lib/systemd/system
 GENERATORDIR = $(PREFIX)/lib/systemd/system-generators
 LIBDIR = $(PREFIX)/lib/nbdbackup
 SHARE = $(PREFIX)/share
+ZSHDIR = $(SHARE)/zsh/site-functions
 APPARMOR = yes
 
 INSTALL_DIR = install -d -m 755
@@ -31,12 +32,13 @@ install-restore:
 	    $(INSTALL_DATA) "$$module" "$(DESTDIR)$(LIBDIR)/$$module"; \
 	done
 	$(INSTALL_DIR) $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(SHARE)/man/man1 $(DESTDIR)$(SHARE)/man/man5 \
-	    $(DESTDIR)$(SHARE)/bash-completion/completions
+	    $(DESTDIR)$(SHARE)/bash-completion/completions $(DESTDIR)$(ZSHDIR)
 	$(call fill,packaging/common/nbdbackupctl.in,$(DESTDIR)$(PREFIX)/bin/nbdbackupctl)
 	$(INSTALL_DATA) docs/man/*.1 $(DESTDIR)$(SHARE)/man/man1/
 	$(INSTALL_DATA) docs/man/*.5 $(DESTDIR)$(SHARE)/man/man5/
 	$(INSTALL_DATA) packaging/completion/nbdbackupctl.bash \
 	    $(DESTDIR)$(SHARE)/bash-completion/completions/nbdbackupctl
+	$(INSTALL_DATA) packaging/completion/_nbdbackupctl $(DESTDIR)$(ZSHDIR)/
 
 install-appliance:
 	$(INSTALL_DIR) $(DESTDIR)$(UNITDIR)/multi-user.target.wants $(DESTDIR)$(LIBDIR) \

@@ -1,4 +1,4 @@
-"""The body of scripts/gen-completion: nbdbackupctl's parser, read and turned into bash."""
+"""The body of scripts/gen-completion: nbdbackupctl's parser, read and turned into bash and zsh."""
 
 import argparse
 import shlex
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdbackupd.app.parser import build_parser
+from scripts import zsh_completion
 from scripts.generated import TOP, main
 
 HEAD = """\
@@ -114,14 +115,15 @@ PATHS = {"DIR": "directory", "FILE": "file", "FILES": "file"}
 class Option:
     """One option of a parser: its spellings, and what its value is.
 
-    ``metavar`` is empty for an option without a value; an ``optional`` value may be left out.
-    ``help`` is what the parser says of it.
+    ``metavar`` is empty for an option without a value; an ``optional`` value may be left out. A
+    ``repeated`` one may be given several times. ``help`` is what the parser says of it.
     """
 
     names: tuple[str, ...]
     metavar: str = ""
     choices: tuple[str, ...] = ()
     optional: bool = False
+    repeated: bool = False
     help: str = ""
 
     @property
@@ -185,21 +187,31 @@ def _kind(place: argparse.Action) -> str:
 def _option(action: Any) -> Option:
     names = tuple(action.option_strings)
     told = str(action.help).replace("%%", "%")
+    repeated = isinstance(action, (argparse._AppendAction, argparse._CountAction))  # noqa: SLF001 - as above
     if action.nargs == 0:
-        return Option(names=names, help=told)
+        return Option(names=names, repeated=repeated, help=told)
     choices = tuple(str(each) for each in action.choices or ())
     metavar = "|".join(choices) if choices else str(action.metavar)
-    is_optional = action.nargs == "?"
-    return Option(names=names, metavar=metavar, choices=choices, optional=is_optional, help=told)
+    return Option(
+        names=names,
+        metavar=metavar,
+        choices=choices,
+        optional=action.nargs == "?",
+        repeated=repeated,
+        help=told,
+    )
 
 
 def generated() -> Mapping[Path, str]:
-    """The script's file and what must stand in it."""
-    return {TOP / "packaging/completion/nbdbackupctl.bash": generate()}
+    """The files and what must stand in each."""
+    return {
+        TOP / "packaging/completion/nbdbackupctl.bash": generate(),
+        TOP / "packaging/completion/_nbdbackupctl": zsh_completion.generate(*read_parser()),
+    }
 
 
 def generate() -> str:
-    """The whole script."""
+    """The whole script for bash."""
     program, verbs = read_parser()
     commands = {"": program, **verbs}
     return "\n".join(
