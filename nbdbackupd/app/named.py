@@ -46,7 +46,8 @@ def domain_of(source: Path, context: Context) -> DomainSets | None:
     try:
         found = lookup.find(str(source), list(dict.fromkeys(paths)))
     except RepositoryError as err:
-        err.message += f"; {absent}" if absent else ""
+        if absent:
+            err.message = f"no set of {source} can be seen: {absent}"
         raise
     if absent:
         log.warning("%s: what %s has is told, which may be older", absent, found.directory)

@@ -182,8 +182,8 @@ class Lease:
         deadline = time.monotonic() + MARKER_SECONDS - age
         if self._seen >= 0 and time.monotonic() < deadline:
             name, left = self._holder.domain, MARKER_SECONDS - age
-            text = "domain %s is being started: waiting for it, at most %.0f s"
-            log.log(runlog.NOTICE, text, name, left)
+            text = "a start of domain %s was announced %.0f s ago: waiting for it, at most %.0f s"
+            log.log(runlog.NOTICE, text, name, age, left)
         while self._seen >= 0 and time.monotonic() < deadline and not is_active():
             cancelled()
             time.sleep(START_POLL_SECONDS)

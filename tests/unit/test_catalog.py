@@ -57,6 +57,19 @@ def test_list_as_text(path: Path) -> None:
     assert not any(line.endswith(" ") for line in lines)
 
 
+def test_a_reason_that_a_warning_tells_is_listed_once() -> None:
+    whole, raw = (
+        replace(points.full_point().disks[0], target=target, reason=reason)
+        for target, reason in (("vda", "its bitmap is lost"), ("vdb", "it is raw"))
+    )
+    warning = f"disk vda is read in full: {whole.reason}"
+    point = replace(points.full_point(), disks=(whole, raw), warnings=(warning,))
+    text = catalog.render_list(catalog.ListReport(path=Path("/b"), points=(point,)))
+    assert text.count(whole.reason) == 1
+    assert f"! {warning}" in text
+    assert "(it is raw)" in text
+
+
 def test_show(path: Path) -> None:
     report = catalog.show(path)
     document = json.loads(json.dumps(report.to_json()))

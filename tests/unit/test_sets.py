@@ -343,6 +343,13 @@ def test_old_sets_are_not_shown_as_the_newest(
         assert f"what {home} has is told, which may be older" in told
     assert ctl.main(["--config-dir", str(etc), "list", "vm2"]) == RepositoryError.exit_code
     assert "is not mounted" not in capsys.readouterr().err
+    (etc / "nbdbackup.yaml").write_text(f"repository: {{path: {mount}/none}}\n")
+    assert ctl.main(["--config-dir", str(etc), "list", "vm1"]) == RepositoryError.exit_code
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(
+        f"nbdbackupctl: no set of vm1 can be seen: nothing is mounted on {mount}"
+    )
+    (etc / "nbdbackup.yaml").write_text(f"repository: {{path: {home.parent}}}\n")
     mount.mkdir()
     (etc / "domains.d" / "vm1.yaml").write_text(
         f"match: {{name: vm1}}\nrepository: {{path: {home.parent}}}\n"

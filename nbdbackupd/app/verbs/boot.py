@@ -261,7 +261,8 @@ def _render(report: LiveReport) -> str:
     lines = [f"domain {name} ({kind}) {state} on its own images, the set is let go"]
     lines += [f"  {disk.target:<6} {disk.final}  {disk.format}" for disk in report.record.disks]
     if not report.defined:
-        lines.append("to keep it when it ends: virsh define the .adjusted.xml beside the images")
+        output = report.record.output
+        lines.append(f"to keep it when it ends: virsh define the .adjusted.xml in {output}")
     return "\n".join(lines)
 
 

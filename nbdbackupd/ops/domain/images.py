@@ -256,7 +256,6 @@ def _tell_hosts(
     """
     hosts = sharing.hosts(domain)
     if hosts is None:
-        log.info("no host is told that this one reads the images of domain %s", domain.name)
         return ""
 
     def wanted(note: Note) -> None:

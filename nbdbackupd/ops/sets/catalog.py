@@ -1,7 +1,7 @@
 """``list`` and ``show``: what a backup set holds, as documents and as text."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -211,7 +211,7 @@ def render_list(report: ListReport) -> str:
         ("#", "POINT", "LEVEL", "CREATED", "STATE", "STORED", "CHECKPOINT")
     ]
     rows += [_point_row(point, sizes[point.id]) for point in report.points]
-    disks = [_disk_row(disk) for point in report.points for disk in point.disks]
+    disks = [_disk_row(disk, point.warnings) for point in report.points for disk in point.disks]
     point_lines = _table(rows, right={0, 5})
     disk_lines = iter(_table(disks, right={1, 3, 4, 5}))
     lines = [plain.line(head), "", point_lines[0]]
@@ -241,9 +241,12 @@ def _point_row(point: RestorePoint, size: int) -> tuple[str, ...]:
     )
 
 
-def _disk_row(disk: DiskPoint) -> tuple[str, ...]:
+def _disk_row(disk: DiskPoint, warnings: Sequence[str]) -> tuple[str, ...]:
+    """One line of the table; a reason that a warning below tells is not told twice."""
+    name = f"disk {disk.target} "
+    is_told = any(each.startswith(name) and each.endswith(disk.reason) for each in warnings)
     form = "lz4" if disk.compressed else ("raw" if disk.layout is Layout.RAW else "")
-    notes = [form, f"({disk.reason})" if disk.reason else ""]
+    notes = [form, f"({disk.reason})" if disk.reason and not is_told else ""]
     return (
         disk.target,
         human_size(disk.size),

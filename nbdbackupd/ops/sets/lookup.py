@@ -35,7 +35,8 @@ class DomainSets:
         try:
             point = choice.find(*(each.known for each in self.sets))
         except RepositoryError as err:
-            where = f"domain {self.name}, {len(self.sets)} sets in {self.directory}"
+            sets = "1 set" if len(self.sets) == 1 else f"{len(self.sets)} sets"
+            where = f"domain {self.name}, {sets} in {self.directory}"
             err.message = f"{where}: {err.message}"
             raise
         return next(each.path for each in reversed(self.sets) if point in each.known.points)
