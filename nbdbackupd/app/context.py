@@ -51,13 +51,23 @@ class Context:
             style = choose_style(self.progress_style, sys.stderr)
             yield stack.enter_context(Progress(sys.stderr, style))
 
-    def show(self, document: Mapping[str, Any], text: str, *, painted: bool = False) -> None:
+    def show(
+        self,
+        document: Mapping[str, Any],
+        text: str,
+        *,
+        painted: bool = False,
+        is_logged: bool = False,
+    ) -> None:
         """Print a report: JSON if that was asked for, else text.
 
-        ``painted``: it has colours, and its parts are fit for a terminal already.
+        ``painted``: it has colours, and its parts are fit for a terminal already. ``is_logged``:
+        the log tells the same, so that of a unit, whose output the journal has, says it once.
         """
         if self.json:
             print(json.dumps(document, indent=2))
+        elif is_logged and log.is_journal(sys.stdout, os.environ.get("JOURNAL_STREAM", "")):
+            return
         elif text:
             print(text if painted else plain.lines(text))
 

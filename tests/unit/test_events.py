@@ -9,8 +9,9 @@ import socket
 import string
 import sys
 import threading
+from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -19,6 +20,7 @@ import pytest
 
 from nbdbackupd import events, log, threads
 from nbdbackupd.app import ctl
+from nbdbackupd.app.context import Context
 from nbdbackupd.errors import BusyError, DomainError, GaveWayError, Interrupted
 from nbdbackupd.events import ALL, Event
 from nbdbackupd.ops.backup import outcome
@@ -189,6 +191,21 @@ def test_events_take_their_own_fields_only() -> None:
         events.emit(logger, events.DISK_DEMOTED, disk="vda")
     with pytest.raises(ValueError, match="event disk-demoted has fields"):
         events.emit(logger, events.DISK_DEMOTED, disk="vda", reason="x", bytes=1)
+
+
+@pytest.mark.parametrize("is_journal", [True, False])
+def test_a_report_that_is_logged_is_in_the_journal_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_journal: bool
+) -> None:
+    context = Context.from_args(Namespace())
+    with (tmp_path / "out").open("w") as out, redirect_stdout(out):
+        status = os.fstat(out.fileno())
+        inode = status.st_ino if is_journal else status.st_ino + 1
+        monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{inode}")
+        context.show({}, "nothing saved", is_logged=True)
+        context.show({}, "the rest")
+    said = (tmp_path / "out").read_text().splitlines()
+    assert said == ["nothing saved", "the rest"][is_journal:]
 
 
 @pytest.mark.parametrize(("is_journal", "head"), [(True, "<3>"), (False, "")])

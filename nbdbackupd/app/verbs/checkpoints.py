@@ -78,7 +78,8 @@ def run(args: Arguments, context: Context) -> int:
     request = _request(args, context, args.domain)
     with signals.listen() as cancel, context.connection() as connection:
         report = checkpoints.run(request, connection, cancelled=cancel.check)
-    context.show(report.to_json(), render(report, dropping=request.removes))
+    is_logged = report.changed and bool(report.steps)
+    context.show(report.to_json(), render(report, dropping=request.removes), is_logged=is_logged)
     return WARNED if report.problems else 0
 
 

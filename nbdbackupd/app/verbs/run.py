@@ -82,7 +82,7 @@ def run(args: Arguments, context: Context) -> int:
         report = runner.run(request, context.host, observer, record)
         text = render(report)
         beat.status(text.partition("\n")[0])
-    context.show(report.to_json(), text)
+    context.show(report.to_json(), text, is_logged=report.result == "skipped")
     return report.exit_code
 
 
