@@ -1,13 +1,16 @@
 """What is well formed in the files and still can't have the effect that was meant, on this host.
 
-Errors keep every run from beginning; these are what ``config check`` warns of beside them.
+Errors keep every run from beginning; remarks are what ``config check`` warns of beside them. A URI
+of another host is an error, which only the host can tell.
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from nbdbackupd.config.files import ConfigFile, Configuration
 from nbdbackupd.config.matching import Match, is_uuid
@@ -123,3 +126,43 @@ def _value(file: ConfigFile, path: str) -> Any:
 
 def _problem(file: ConfigFile, path: str, message: str) -> Problem:
     return Problem(str(file.path), file.values[path].line, path, message)
+
+
+def foreign_hosts(configuration: Configuration) -> list[Problem]:
+    """The URIs of libvirt that name another host."""
+    path = "libvirt.uri"
+    uris = [file.values[path] for file in configuration.files if path in file.values]
+    faults = [(each, _address_fault(each.value)) for each in uris]
+    return [Problem(each.file, each.line, path, said) for each, said in faults if said]
+
+
+def _address_fault(uri: str) -> str:
+    """Why this URI can't be that of this host's libvirt, or nothing.
+
+    Looks the name up and asks the kernel whether such an address is one of ours. What passes
+    may still lead elsewhere (a tunnel); each run has that proven by libvirt itself.
+    """
+    try:
+        host = urlsplit(uri).hostname
+    except ValueError as err:
+        return f"not a libvirt URI: {uri!r}: {err}"
+    if not host:
+        return ""
+    cure = "run nbdbackupctl on that host, and leave the host out of the URI"
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)
+    except (OSError, UnicodeError):
+        return f"{host} has no address, so it can't be shown to be this host; {cure}"
+    if any(_is_ours(family, address) for family, _, _, _, address in found):
+        return ""
+    return f"{host} is another host, whose guests can't be saved from here; {cure}"
+
+
+def _is_ours(family: int, address: tuple[Any, ...]) -> bool:
+    """Whether the kernel lets us bind to an address, as it does to those of its own."""
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as tried:
+            tried.bind(address)
+    except OSError:
+        return False
+    return True

@@ -17,7 +17,7 @@ from typing import Final
 from nbdbackupd import rundir
 from nbdbackupd.errors import DomainError
 from nbdbackupd.source.lease import ProcessId
-from nbdbackupd.virt import serving
+from nbdbackupd.virt import same_host
 from nbdbackupd.virt.connection import Connection
 
 HOOKS: Final = "etc/libvirt/hooks"
@@ -52,7 +52,7 @@ def look(connection: Connection, runtime_dir: Path) -> Hook:
         # it is our own process, and nobody else can have its root: no start comes in between
         return Hook()
     try:
-        found = serving.daemon_of(connection)
+        found = same_host.daemon_of(connection.current()[1])
     except DomainError as err:
         return Hook(why=err.message)
     if found is None:

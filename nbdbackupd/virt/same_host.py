@@ -1,4 +1,4 @@
-"""Proof that a libvirt is that of this host, whatever its URI is called.
+"""Proof that a libvirt is that of this host, whatever its URI is called; and which process it is.
 
 Names prove nothing: addresses are forwarded, host UUIDs are copied with machines, containers
 share those of their machine. What counts is that both sides mean the same file by the same path.
@@ -24,6 +24,8 @@ from nbdbackupd.virt import fault
 
 PREFIX: Final = ".same-host-"
 SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - a name that nobody can guess
+DAEMONS: Final = frozenset({"libvirtd", "virtqemud"})
+PROC: Final = Path("/proc")
 
 
 def prove(handle: libvirt.virConnect, uri: str, directory: Path) -> None:
@@ -57,9 +59,27 @@ def prove(handle: libvirt.virConnect, uri: str, directory: Path) -> None:
     )
 
 
-def sees(handle: libvirt.virConnect, path: Path) -> bool:
-    """Whether there is something at a path for libvirt. Raises DomainError if it does not tell."""
-    return _look(handle, path) != errno.ENOENT
+def daemon_of(handle: libvirt.virConnect) -> tuple[int, str] | None:
+    """Process id and name of the daemon that serves a connection; None if it is not found.
+
+    The peer of the socket may be systemd, which made it, or a proxy. So libvirt is asked which of
+    the candidates is ``/proc/self`` to it. Raises DomainError if it does not tell.
+    """
+    for pid, name in _candidates():
+        if _look(handle, PROC / "self/task" / str(pid)) != errno.ENOENT:
+            return pid, name
+    return None
+
+
+def _candidates() -> Iterator[tuple[int, str]]:
+    for entry in PROC.iterdir():
+        if entry.name.isdigit():
+            try:
+                name = (entry / "comm").read_text().strip()
+            except OSError:
+                continue
+            if name in DAEMONS:
+                yield int(entry.name), name
 
 
 @contextmanager

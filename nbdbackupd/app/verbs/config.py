@@ -10,7 +10,7 @@ from nbdbackupd import plain
 from nbdbackupd.app.arguments import Arguments
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
-from nbdbackupd.config import address, analyze, inventory, sample, schema
+from nbdbackupd.config import analyze, inventory, sample, schema
 from nbdbackupd.config import remarks as config_remarks
 from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.reading import Problem
@@ -62,7 +62,9 @@ def _sample(context: Context) -> int:
 
 
 def _check(configuration: Configuration, context: Context) -> int:
-    problems = tuple(sorted({*configuration.problems, *_foreign_hosts(configuration)}))
+    problems = tuple(
+        sorted({*configuration.problems, *config_remarks.foreign_hosts(configuration)})
+    )
     remarks = _remarks(configuration, context)
     document = versioned(
         result="bad" if problems else "sound",
@@ -124,13 +126,6 @@ def _domains(configuration: Configuration, context: Context) -> list[Known] | No
             Known(name=name, uuid=each.uuid, labels=each.labels) for name, each in defined.items()
         ]
     return found
-
-
-def _foreign_hosts(configuration: Configuration) -> list[Problem]:
-    path = "libvirt.uri"
-    uris = [file.values[path] for file in configuration.files if path in file.values]
-    faults = [(each, address.fault(each.value)) for each in uris]
-    return [Problem(each.file, each.line, path, said) for each, said in faults if said]
 
 
 def _show(domain: str, configuration: Configuration, context: Context) -> int:

@@ -141,7 +141,6 @@ def background(
     *,
     seconds: float,
     kernel: bool = False,
-    busy_seconds: float = BUSY_SECONDS,
 ) -> Iterator[None]:
     """Run a program that ends when it has mounted at ``at``; its mount ends with the block.
 
@@ -153,7 +152,7 @@ def background(
             raise ProcessError(f"{proc.program(argv)} mounted nothing")
         yield
     finally:
-        unmount(at, kernel=kernel, busy_seconds=busy_seconds)
+        unmount(at, kernel=kernel)
 
 
 def unmount(at: Path, *, kernel: bool = False, busy_seconds: float = BUSY_SECONDS) -> bool:
