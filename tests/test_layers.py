@@ -196,6 +196,24 @@ def test_what_is_imported_late_has_a_reason() -> None:
     assert found == set(LATE)
 
 
+ONE_USER: Final = 65
+BESIDE: Final = 30
+"""How many modules but verbs may have one user, and how many one in their own folder: a module of
+one user has a subject of its own, or a layer, or goes into that other module."""
+
+
+def test_few_modules_have_one_user() -> None:
+    users: dict[str, list[str]] = {}
+    for name, others in uses().items():
+        for other in others:
+            users.setdefault(other, []).append(name)
+    alone = {name: each[0] for name, each in users.items() if len(each) == 1}
+    found = [name for name in alone if not name.startswith("app.verbs.")]
+    beside = [name for name in found if name.rpartition(".")[0] == alone[name].rpartition(".")[0]]
+    assert 0 < len(beside) < BESIDE, beside
+    assert len(found) < ONE_USER, found
+
+
 def test_rooms_of_ops_have_an_order() -> None:
     folders = {path.name for path in (PACKAGE / "ops").iterdir() if (path / "__init__.py").exists()}
     assert folders == set(ROOMS)
