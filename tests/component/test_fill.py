@@ -10,8 +10,8 @@ import pytest
 
 from nbdbackupd.errors import NbdError
 from nbdbackupd.format.index import MAX_BLOCK
-from nbdbackupd.ops.restore.fill import fill
 from nbdbackupd.ops.restore.outputs import DEPTH, Output, Writer
+from nbdbackupd.ops.restore.work import fill
 from nbdbackupd.ops.sets import layers
 from nbdbackupd.threads import Threads
 from tests.lib import sets
