@@ -1,7 +1,7 @@
 """Bytes and times as people write and read them."""
 
 import re
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Final
 
 LEAST_RATE: Final = 64 << 10
@@ -83,6 +83,13 @@ def human_size(size: int) -> str:
     if unit == "B":
         return f"{size} B"
     return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+
+
+def utc_time(moment: datetime | None) -> str:
+    """RFC 3339 in UTC, to the second, as the manifests have it; empty for none."""
+    if moment is None:
+        return ""
+    return moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def local_time(moment: str | datetime) -> str:

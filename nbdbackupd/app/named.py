@@ -32,19 +32,15 @@ def domain_of(source: Path, context: Context) -> DomainSets | None:
     """
     if os.path.lexists(source) or os.sep in str(source):
         return None
-    from nbdbackupd.config.settings import global_settings
-
     configuration = configured.read(context.host)
     try:
-        repository = global_settings(configuration).repository_path
+        paths = _all_repositories(configuration)
     except ConfigError as err:
         err.message += f"; {_way_out(str(source), configuration)}"
         raise
-    # a file for some domains may have a repository of its own; labels would need libvirt
-    paths = [repository, *_repositories(configuration)]
     absent = _absent(str(source), configuration)
     try:
-        found = lookup.find(str(source), list(dict.fromkeys(paths)))
+        found = lookup.find(str(source), paths)
     except RepositoryError as err:
         if absent:
             err.message = f"no set of {source} can be seen: {absent}"
@@ -52,6 +48,19 @@ def domain_of(source: Path, context: Context) -> DomainSets | None:
     if absent:
         log.warning("%s: what %s has is told, which may be older", absent, found.directory)
     return found
+
+
+def repositories(context: Context) -> list[Path]:
+    """All repositories that the configuration names. Raises ConfigError."""
+    return _all_repositories(configured.read(context.host))
+
+
+def _all_repositories(configuration: "Configuration") -> list[Path]:
+    """The one of the host, and those of files for some domains; labels would need libvirt."""
+    from nbdbackupd.config.settings import global_settings
+
+    repository = global_settings(configuration).repository_path
+    return list(dict.fromkeys([repository, *_repositories(configuration)]))
 
 
 def _absent(name: str, configuration: "Configuration") -> str:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import Final
 
 from nbdbackupd import log, plain
@@ -46,6 +47,12 @@ def complain(text: str, *, is_told: bool = False, priority: int = 3) -> None:
     if not (is_journal and is_told):
         mark = f"<{priority}>" if is_journal else ""
         print(f"{mark}nbdbackupctl: {plain.line(text)}", file=sys.stderr)
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Say on standard error what is no failure, a line each."""
+    for warning in warnings:
+        print(f"nbdbackupctl: warning: {plain.line(warning)}", file=sys.stderr)
 
 
 def let_go() -> None:

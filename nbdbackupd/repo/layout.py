@@ -20,7 +20,8 @@ CHECKPOINTS: Final = "checkpoints"
 LOGS: Final = "logs"
 BOOT_TESTS: Final = "boot-tests"
 PROTECTED: Final = "protected"
-DIRECTORIES: Final = (POINTS, CHECKPOINTS, LOGS, BOOT_TESTS, PROTECTED)
+VERIFIED: Final = "verified"
+DIRECTORIES: Final = (POINTS, CHECKPOINTS, LOGS, BOOT_TESTS, PROTECTED, VERIFIED)
 LOCK: Final = ".lock"
 DRAFT_PREFIX: Final = ".draft-"
 SPARE: Final = ".spare"
@@ -153,6 +154,11 @@ def boot_test(point_id: str, suffix: str = "json") -> str:
 def protection(point_id: str) -> str:
     """The note that protects a point, relative to the set."""
     return f"{PROTECTED}/{escape(point_id, MAX_IDENT)}{MANIFEST_SUFFIX}"
+
+
+def verified(point_id: str) -> str:
+    """What the newest verification of a point found, relative to the set."""
+    return f"{VERIFIED}/{escape(point_id, MAX_IDENT)}{MANIFEST_SUFFIX}"
 
 
 def checkpoint_xml(checkpoint: str) -> str:

@@ -376,7 +376,8 @@ class SetDirectory:
             log.warning("%s; remove it by hand", where)
 
     def _remove_temporary(self) -> None:
-        for folder in (self.path, self.path / layout.POINTS, self.path / layout.CHECKPOINTS):
+        below = (layout.POINTS, layout.CHECKPOINTS, layout.VERIFIED)
+        for folder in (self.path, *(self.path / name for name in below)):
             for path in folder.glob(f"{durable.TEMPORARY_PREFIX}*"):
                 try:
                     path.unlink(missing_ok=True)

@@ -114,9 +114,9 @@ _nbdbackupctl_options() {
         ;;
     verify)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet --point -w --workers --checkpoint-dir --boot
-        --boot-only --boot-wait --boot-timeout --boot-memory --boot-name --trust-definition
-        --scratch-dir'
+        --runtime-dir -v --verbose -q --quiet --point --all --older-than --limit -w --workers
+        --checkpoint-dir --boot --boot-only --boot-wait --boot-timeout --boot-memory --boot-name
+        --trust-definition --scratch-dir'
         ;;
     protect)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -198,9 +198,9 @@ _nbdbackupctl_kind() {
     *:--limit-rate | *:-w | *:--workers | *:--wait | *:--timeout | log:-n | *:--point | \
     *:--until | *:--at | *:-d | *:--disk | *:--pool | *:--since | *:-j | *:--jobs | \
     *:--bandwidth-limit | *:--name | *:--socket | *:--tcp | *:--device | *:--cache | \
-    *:--memory | *:-p | *:--partition | *:--boot-wait | *:--boot-timeout | *:--boot-memory | \
-    *:--boot-name | *:--note | *:--drop | *:--reason | *:--warning | *:--critical | *:--lines \
-    | *:--run)
+    *:--memory | *:-p | *:--partition | *:--older-than | *:--limit | *:--boot-wait | \
+    *:--boot-timeout | *:--boot-memory | *:--boot-name | *:--note | *:--drop | *:--reason | \
+    *:--warning | *:--critical | *:--lines | *:--run)
         echo 'other'
         ;;
     *:--password-file | *:--sequence | *:--tls-psk | files:-f | *:--file)

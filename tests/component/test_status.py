@@ -249,11 +249,13 @@ def test_domains_of_all_kinds(host: Host) -> None:
     assert code == 3
     head, *lines = out.splitlines()
     assert re.split("  +", head) == [
-        "DOMAIN", "LAST POINT", "AGE", "LEVEL", "SIZE", "NEXT RUN", "HEALTH"
+        "DOMAIN", "LAST POINT", "AGE", "LEVEL", "SIZE", "TOTAL", "VERIFIED", "NEXT RUN", "HEALTH"
     ]  # fmt: skip
     row = next(line for line in lines if line.startswith("vm1 "))
     assert re.fullmatch(
-        r"vm1 +2026-02-10 10:00 UTC  2 h +inc +[\d.]+ [KM]?i?B +2026-02-10 13:00 UTC  ok", row
+        r"vm1 +2026-02-10 10:00 UTC  2 h +inc +[\d.]+ [KM]?i?B +[\d.]+ KiB +- +"
+        r"2026-02-10 13:00 UTC  ok",
+        row,
     )
     assert "vm2: the newest point is 4 days old" in lines
     assert "\x1b" not in out

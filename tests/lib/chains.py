@@ -31,7 +31,7 @@ def intent_for(number: int, *, level: Level = Level.INC) -> Intent:
 
 
 def write_disk(draft: Draft, target: str, level: Level, content: bytes) -> DiskPoint:
-    """One stream of one block and one zero range, with its index."""
+    """One stream of one block and one zero range, with its index; all else of a full is zero."""
     intent = draft.intent
     name = layout.stream(target, level, checkpoint=intent.checkpoint, point_id=intent.point_id)
     path, index = draft.create(name), draft.create(layout.index(name))
@@ -53,6 +53,9 @@ def write_disk(draft: Draft, target: str, level: Level, content: bytes) -> DiskP
                 block = writer.prepare(offset, memoryview(data))
                 writer.place(block)
                 writer.write(block)
+                if level in (Level.FULL, Level.COPY):
+                    begin = BLOCK if data[0] else 3 * BLOCK
+                    writer.place(writer.zero(begin, BLOCK if data[0] else DISK_SIZE - begin))
             written = writer.finish()
         finally:
             writer.close()

@@ -280,9 +280,11 @@ def test_debian_package_lives_and_dies(share: Path) -> None:
         assert "daemon-reload" in asked
         assert not re.search(r"\b(stop|restart|try-restart|disable)\b", asked), asked
     asked = (share / "removed").read_text()
-    assert "stop nbdbackup@*.timer nbdbackup-verify@*.timer nbdbackup-boot-test@*.timer\n" in asked
+    all_timers = "nbdbackup-boot-test@*.timer nbdbackup-verify-all.timer"
+    assert f"stop nbdbackup@*.timer nbdbackup-verify@*.timer {all_timers}\n" in asked
     assert re.search(r"^stop nbdbackup@\*\.service ", asked, re.MULTILINE)
-    assert "disable nbdbackup@.timer nbdbackup-verify@.timer nbdbackup-boot-test@.timer\n" in asked
+    off = "nbdbackup-boot-test@.timer nbdbackup-verify-all.timer"
+    assert f"disable nbdbackup@.timer nbdbackup-verify@.timer {off}\n" in asked
     assert "backups and what belongs to them stay in /var/lib/nbdbackup" in purged
     left = {each for each in purged.splitlines() if each.startswith("/")}
     made = {each for each in left if each.startswith("/var/lib/nbdbackup/")}
@@ -329,7 +331,8 @@ def test_rpm_package_lives_and_dies(share: Path) -> None:
     assert "daemon-reload" in asked
     assert not re.search(r"\b(stop|restart|try-restart|disable)\b", asked), asked
     asked = (share / "systemctl").read_text()
-    assert "disable nbdbackup@.timer nbdbackup-verify@.timer nbdbackup-boot-test@.timer\n" in asked
+    off = "nbdbackup-boot-test@.timer nbdbackup-verify-all.timer"
+    assert f"disable nbdbackup@.timer nbdbackup-verify@.timer {off}\n" in asked
     assert removed.count("No such file") == 3
     assert "/var/lib/nbdbackup/repository/vm1\n" in removed
 

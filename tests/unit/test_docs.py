@@ -137,6 +137,7 @@ def test_file_names_are_those_of_the_layout() -> None:
         layout.run_log("R"),
         layout.boot_test("P"),
         layout.boot_test("P", "png"),
+        layout.verified("P"),
         layout.LOCK,
         f"{layout.draft('R')}/",
         ".nbdbackup-tmp-…",
@@ -145,7 +146,7 @@ def test_file_names_are_those_of_the_layout() -> None:
 
 def test_roles_are_those_of_the_model() -> None:
     beside = {"stream", "raw image", "derived", "manifest", "log", "boot test", "lock", "draft"}
-    beside |= {"temporary", "protection"}
+    beside |= {"temporary", "protection", "verification"}
     listed = {row[1] for row in tables(FORMAT, "name")[0]} - beside
     told = re.search(r"``role`` is one of: (.*?)\.", chain.StoredFile.__doc__ or "", re.DOTALL)
     assert told is not None

@@ -51,6 +51,7 @@ REPORTS: Final = {
     "verify": [
         ("ops/verify/request.py", "to_json"),
         ("ops/verify/findings.py", "to_json"),
+        ("ops/verify/by_age.py", "to_json"),
         ("app/verbs/verify.py", "_document"),
         ("ops/boot/boot_test.py", "to_json"),
     ],

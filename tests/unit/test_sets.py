@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -255,7 +256,14 @@ def test_sources_by_name_on_the_command_line(
     text, _ = said("list", "vm1", "--config-dir", config)
     assert text.index("2025-11: vm1") < text.index("2025-12: vm1")
     assert run("show", "vm1", "--point", "p2")["set"] == str(home / "2025-11")
-    # these small sets do not cover their disks
+    assert said("verify", "vm1", "--config-dir", config)[0].startswith("sound: 3 point(s), ")
+    assert run("verify", "vm1", "--older-than", "1d")["points"] == 2  # those of the older set
+    done = run("verify", "--all", "--older-than", "1d")
+    assert (done["points"], done["sets"]) == (0, [])
+    for wrong in (["--all", "vm1"], ["vm1", "--limit", "1G", "--point", "p1"], []):
+        run("verify", *wrong, code=2)
+    (home / "2025-12/vda.full.data.index").write_bytes(b"spoiled")
+    assert "vda.full.data.index: disk vda" in run_all(said, config)
     _, verified = said("verify", "vm1", "--config-dir", config, code=40)
     assert f"{home / '2025-12'} is damaged" in verified
     error = run("restore", "vm", "-o", str(tmp_path / "out"), code=50)["error"]["message"]
@@ -270,6 +278,13 @@ def test_sources_by_name_on_the_command_line(
     next((home / "2025-11/points").glob("*p1.json")).write_text("{}")
     listed = run("list", "vm1", code=40)
     assert [len(each["points"]) for each in listed["sets"]] == [3, 0]
+
+
+def run_all(said: Callable[..., tuple[str, str]], config: Path) -> str:
+    """What a damaged set is told as when all are verified."""
+    out, err = said("verify", "--all", "--limit", "1T", "--config-dir", config, code=40)
+    assert "damage was found: 1 problem" in err
+    return out
 
 
 # -- places and programs

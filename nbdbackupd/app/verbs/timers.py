@@ -3,7 +3,7 @@
 import os
 import sys
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from nbdbackupd import plain
@@ -20,7 +20,7 @@ from nbdbackupd.plain import versioned
 from nbdbackupd.repo.runs import End
 from nbdbackupd.systemd import units
 from nbdbackupd.systemd.units import Service, Timer
-from nbdbackupd.units import human_time
+from nbdbackupd.units import human_time, utc_time
 
 PATTERN = "nbdbackup*.timer"
 DESCRIPTION = """\
@@ -132,10 +132,10 @@ def _entry(line: Line) -> dict[str, Any]:
         "unit": line.timer.unit,
         "domain": unitname.domain_of(line.timer.unit),
         "activates": line.timer.activates,
-        "next": _utc(line.timer.next),
-        "last": _utc(line.timer.last),
-        "started": _utc(service.started if service else None),
-        "ended": _utc(service.ended if service else None),
+        "next": utc_time(line.timer.next),
+        "last": utc_time(line.timer.last),
+        "started": utc_time(service.started if service else None),
+        "ended": utc_time(service.ended if service else None),
         "running": bool(service and service.is_running),
         "result": line.result,
         "reason": line.end.reason if line.end is not None else "",
@@ -178,6 +178,7 @@ def _kind(unit: str) -> str:
         "nbdbackup": "backup",
         "nbdbackup-verify": "verify",
         "nbdbackup-boot-test": "boot test",
+        "nbdbackup-verify-all.timer": "verify all",
     }
     template = unit.partition("@")[0]
     return kinds.get(template, template)
@@ -189,9 +190,3 @@ def _length(seconds: float) -> str:
 
 def _local(moment: datetime | None) -> str:
     return f"{moment.astimezone():%a %Y-%m-%d %H:%M:%S %Z}" if moment is not None else "-"
-
-
-def _utc(moment: datetime | None) -> str:
-    if moment is None:
-        return ""
-    return moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

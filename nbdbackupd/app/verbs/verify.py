@@ -1,16 +1,24 @@
 """``nbdbackupctl verify``."""
 
+import logging
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbdbackupd import log as runlog
 from nbdbackupd import plain
 from nbdbackupd.app import named, signals, streams
-from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, chosen, positive
+from nbdbackupd.app.arguments import (
+    Arguments,
+    add_checkpoint_dir,
+    chosen,
+    duration,
+    positive,
+    size,
+)
 from nbdbackupd.app.context import Context
-from nbdbackupd.app.verbs import Registry, verify_boot
-from nbdbackupd.errors import WARNED, FormatError
+from nbdbackupd.app.verbs import Registry, verify_boot, verify_by_age
+from nbdbackupd.errors import WARNED, FormatError, UsageError
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.ops.verify import verify
 from nbdbackupd.ops.verify.verify import VerifyReport
@@ -20,18 +28,33 @@ from nbdbackupd.units import human_size
 if TYPE_CHECKING:
     from nbdbackupd.ops.boot.boot_test import BootTestReport
 
+log = logging.getLogger(__name__)
 DESCRIPTION = """\
 Prove a backup set: manifests, parent links, presence and size of every file, each index against
 its stream, the SHA-256 of every block, and that each disk is covered completely. Damage is named
-by file, offset, disk and point; the exit status is then 40.
+by file, offset, disk and point; the exit status is then 40. What was found is noted in the set,
+below verified/, and no backup goes on from a base that is known to be damaged.
 """
 
 
 def register(verbs: Registry) -> None:
     """Add the verb."""
     parser = verbs.add("verify", DESCRIPTION)
-    parser.add_argument("source", metavar="SOURCE", type=Path, help=named.HELP)
+    parser.add_argument("source", metavar="SOURCE", type=Path, nargs="?", help=named.HELP)
     parser.add_argument("--point", metavar="ID", help="only this point and what it is made of")
+    age = parser.add_argument_group("by age: points that wait longest first, of all of its sets")
+    age.add_argument(
+        "--all", action="store_true", help="of all domains in the configured repositories"
+    )
+    age.add_argument(
+        "--older-than",
+        metavar="AGE",
+        type=duration,
+        help="only points that were not verified for so long, or never (30d)",
+    )
+    age.add_argument(
+        "--limit", metavar="SIZE", type=size, help="no more than so much, but one point at least"
+    )
     parser.add_argument(
         "-w",
         "--workers",
@@ -48,6 +71,10 @@ def register(verbs: Registry) -> None:
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 40 if anything is damaged, or a guest did not come up, 3 for warnings."""
     verify_boot.check(args)
+    if args.all or args.older_than is not None or args.limit is not None:
+        return verify_by_age.run(args, context)
+    if args.source is None:
+        raise UsageError("give SOURCE: a set or a domain, or --all")
     path = named.set_of(args.source, context, chosen(args))
     document = versioned()
     text, warned = "", False
@@ -57,7 +84,10 @@ def run(args: Arguments, context: Context) -> int:
             warned = bool(report.warnings)
             document |= report.to_json()
             if report.problems:
-                return _tell_damage(report, context, _document(document, None), path)
+                code = _tell_damage(report, context, _document(document, None), path)
+                verify_by_age.record(context, args.source, [path])
+                return code
+            verify_by_age.record(context, args.source, [path])
             checked = human_size(report.checked_bytes)
             text = f"sound: {report.points} point(s), {checked} checked"
         booted = verify_boot.run(args, context, path, cancel) if args.boot else None
@@ -81,6 +111,7 @@ def _prove(args: Arguments, context: Context, path: Path, cancel: signals.Cancel
         point=args.point or "",
         workers=args.workers,
         state_dirs=configured.state_directories(context.host),
+        clock=context.host.now,
     )
     with context.progress() as progress:
 
@@ -88,8 +119,9 @@ def _prove(args: Arguments, context: Context, path: Path, cancel: signals.Cancel
             progress.disk(label, done, total, done)
 
         report = verify.run(request, progress=show, cancelled=cancel.check)
-    for warning in report.warnings:
-        print(f"nbdbackupctl: warning: {plain.line(warning)}", file=sys.stderr)
+    streams.warn(report.warnings)
+    if report.unnoted:
+        log.log(runlog.NOTICE, "what was found is not noted: %s", report.unnoted)
     return report
 
 

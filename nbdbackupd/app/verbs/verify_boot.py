@@ -3,12 +3,10 @@
 import argparse
 import re
 import shlex
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from nbdbackupd import plain
 from nbdbackupd.app import signals, streams
 from nbdbackupd.app.arguments import Arguments, chosen, duration, size
 from nbdbackupd.app.context import Context, now
@@ -129,8 +127,7 @@ def run(
         request = _request(args, context, source)
         boots.sweep(request.boot.runtime_dir, request.boot.scratch_dir, connection)
         report = boot_test.run(request, connection, cancelled=cancel.check)
-    for warning in report.warnings:
-        print(f"nbdbackupctl: warning: {plain.line(warning)}", file=sys.stderr)
+    streams.warn(report.warnings)
     if not report.test.passed:
         streams.complain(f"point {report.test.point} did not come up: {report.test.reason}")
     return report

@@ -11,6 +11,8 @@ from nbdbackupd.errors import ConfigError, Interrupted, NbdbackupError
 from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.model.host import Host
 from nbdbackupd.ops.backup.request import BackupReport
+from nbdbackupd.ops.sets import holdings
+from nbdbackupd.ops.sets.sets import sets_of
 from nbdbackupd.ops.status import metrics
 from nbdbackupd.repo.runs import End
 from nbdbackupd.repo.set_directory import SetDirectory
@@ -28,6 +30,14 @@ def unseen(end: End, configuration: Configuration, host: Host) -> None:
     except ConfigError:
         return
     RunMetrics(directory, end.domain, host).failed(Interrupted(signal.SIGKILL))
+
+
+def record_sets(directory: Path, domain: str, home: Path) -> None:
+    """Write what the sets of a domain in its directory hold; a failure costs a warning."""
+    try:
+        metrics.record_sets(directory, domain, holdings.look(sets_of(home)))
+    except NbdbackupError as err:
+        log.warning("the metrics of the sets in %s are not written: %s", home, err)
 
 
 class RunMetrics:
@@ -56,6 +66,8 @@ class RunMetrics:
                 log.warning("the points of %s can't be counted: %s", directory, err)
         size = report.stored_bytes if report is not None else 0
         self._record(exit_status, succeeded=True, point=point, size=size, count=count)
+        if directory is not None and self._directory is not None:
+            record_sets(self._directory, self._domain, directory.parent)
 
     def _record(
         self,

@@ -65,6 +65,17 @@ def find(name: str, repositories: Sequence[Path]) -> DomainSets:
     return DomainSets(name=name, directory=found[-1].home, sets=tuple(together))
 
 
+def every_set(repositories: Sequence[Path]) -> tuple[Path, ...]:
+    """All sets of all domains, those without a point left out.
+
+    Raises RepositoryError if a repository can't be read.
+    """
+    homes = [home for repository in repositories for home in homes_in(repository)]
+    return tuple(
+        each.path for home in homes for each in sets_of(home) if each.known.points or each.problems
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Found:
     """The sets of one UUID in a directory; sets without points count as of its owner."""

@@ -16,11 +16,13 @@ from typing import Final
 from nbdbackupd import durable
 from nbdbackupd.errors import FormatError
 from nbdbackupd.model.chain import DiskMode, Level, RestorePoint
+from nbdbackupd.ops.sets.holdings import Holdings
 from nbdbackupd.repo import layout
 
 MODE: Final = 0o644  # the exporter has an account of its own
 MAX_SIZE: Final = 64 << 10
 PREFIX: Final = "nbdbackup"
+SETS: Final = "nbdbackup_sets"
 
 DOMAIN_METRICS: Final[Mapping[str, tuple[str, str]]] = {
     "last_run_timestamp_seconds": ("gauge", "When the last run ended."),
@@ -40,6 +42,15 @@ DOMAIN_METRICS: Final[Mapping[str, tuple[str, str]]] = {
     "demotions_total": ("counter", "Disks that increments had to read whole."),
 }
 """Type and meaning of each metric of a domain, without the prefix."""
+
+SET_METRICS: Final[Mapping[str, tuple[str, str]]] = {
+    "stored_bytes": ("gauge", "What the files of all points of the domain take."),
+    "points": ("gauge", "Restore points of the domain."),
+    "verified_points": ("gauge", "Points that were proven once with all they are made of."),
+    "damaged_points": ("gauge", "Points in whose files the last verification found damage."),
+    "last_verified_timestamp_seconds": ("gauge", "When a point of the domain was proven last."),
+}
+"""What the sets of a domain hold, in a file of their own: a run and a verification write it."""
 
 HOST_METRICS: Final[Mapping[str, tuple[str, str]]] = {
     "domains": ("gauge", "Domains that libvirt knows."),
@@ -94,6 +105,22 @@ def record(directory: Path, facts: RunFacts) -> Path:
     return path
 
 
+def record_sets(directory: Path, domain: str, held: Holdings) -> Path:
+    """Write the file of what a domain's sets hold and return its path. Raises as ``record``."""
+    path = sets_file(directory, domain)
+    values: dict[str, float] = {
+        "stored_bytes": held.stored_bytes,
+        "points": held.points,
+        "verified_points": held.verified_points,
+        "damaged_points": len(held.damage),
+    }
+    if held.verified:
+        moment = datetime.fromisoformat(held.verified)
+        values["last_verified_timestamp_seconds"] = moment.timestamp()
+    _write(path, SET_METRICS, values, {"domain": domain})
+    return path
+
+
 def record_host(directory: Path, *, domains: int, unprotected: int, moment: datetime) -> Path:
     """Write the host's file and return its path. Raises RepositoryError or NoSpaceError."""
     path = directory / f"{PREFIX}.prom"
@@ -111,8 +138,9 @@ def forget_others(directory: Path, known: Collection[str]) -> tuple[Path, ...]:
 
     Raises RepositoryError.
     """
-    kept = {domain_file(directory, name) for name in known}
-    gone = [path for path in sorted(directory.glob(f"{PREFIX}-*.prom")) if path not in kept]
+    kept = {of(directory, name) for name in known for of in (domain_file, sets_file)}
+    found = [path for prefix in (PREFIX, SETS) for path in directory.glob(f"{prefix}-*.prom")]
+    gone = [path for path in sorted(found) if path not in kept]
     for path in gone:
         with durable.translate_os_errors("remove", path):
             path.unlink(missing_ok=True)
@@ -122,6 +150,11 @@ def forget_others(directory: Path, known: Collection[str]) -> tuple[Path, ...]:
 def domain_file(directory: Path, domain: str) -> Path:
     """Where a domain's metrics are. Raises FormatError for an empty name."""
     return directory / f"{PREFIX}-{layout.escape(domain, layout.MAX_DOMAIN)}.prom"
+
+
+def sets_file(directory: Path, domain: str) -> Path:
+    """Where the metrics of a domain's sets are. Raises FormatError for an empty name."""
+    return directory / f"{SETS}-{layout.escape(domain, layout.MAX_DOMAIN)}.prom"
 
 
 def demoted(point: RestorePoint) -> int:

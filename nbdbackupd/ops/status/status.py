@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,15 +12,18 @@ from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.model.health import Facts, Health, Limits, Verdict, age_text, judge
 from nbdbackupd.model.space import own_bytes
 from nbdbackupd.ops.domain.locks import holder
+from nbdbackupd.ops.sets import holdings
+from nbdbackupd.ops.sets.holdings import Holdings
 from nbdbackupd.ops.sets.sets import DomainSet, sets_of
 from nbdbackupd.plain import versioned
 from nbdbackupd.repo import boot_tests, layout
 from nbdbackupd.repo.boot_tests import BootTest
 from nbdbackupd.repo.runs import End
-from nbdbackupd.units import human_size
+from nbdbackupd.units import human_size, utc_time
 
 NAGIOS: Final = {Health.OK: 0, Health.WARNING: 1, Health.CRITICAL: 2, Health.UNKNOWN: 3}
 SHOWN: Final = 3
+NOTHING: Final = Holdings()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,9 +31,9 @@ class Stored:
     """What the sets of a domain hold.
 
     ``set`` is the one with the newest point, ``size`` what that point has added to it, and
-    ``points`` the number of its points. ``problem`` says why they can't be read (``is_denied``:
-    this account may not), ``damage`` what is damaged in that set. ``test`` is the last boot test
-    of one of its points.
+    ``points`` the number of its points; ``all`` is about all sets. ``problem`` says why they
+    can't be read (``is_denied``: this account may not), ``damage`` what is damaged in one.
+    ``test`` is the last boot test of one of its points.
     """
 
     directory: Path
@@ -38,6 +41,7 @@ class Stored:
     newest: RestorePoint | None = None
     size: int = 0
     points: int = 0
+    all: Holdings = NOTHING
     problem: str = ""
     is_denied: bool = False
     damage: str = ""
@@ -105,8 +109,13 @@ class DomainStatus:
             "level": point.level.value if point is not None else "",
             "stored_bytes": self.stored.size,
             "points": self.stored.points,
+            "all_points": self.stored.all.points,
+            "all_bytes": self.stored.all.stored_bytes,
+            "verified": self.stored.all.verified,
+            "verified_points": self.stored.all.verified_points,
+            "damaged_points": len(self.stored.all.damage),
             "boot_test": self.stored.test.to_json() if self.stored.test is not None else None,
-            "next_run": _time(self.next),
+            "next_run": utc_time(self.next),
             "busy": self.busy,
             "last_run": self.last_run.to_json() if self.last_run is not None else None,
             "runs": [asdict(each) for each in self.runs],
@@ -136,7 +145,7 @@ class StatusReport:
         """The report as a JSON document, schema version 1; sizes in bytes, ages in seconds."""
         return versioned(
             health=self.health.value,
-            moment=_time(self.moment),
+            moment=utc_time(self.moment),
             notes=list(self.notes),
             domains=[each.describe(self.moment) for each in self.domains],
         )
@@ -161,6 +170,8 @@ def stored(directory: Path, uuid: str = "", *more: Path) -> Stored:
     with_points = [each for each in reversed(sets) if each.known.points]
     found = max(with_points, key=lambda each: each.known.newest.created, default=None)
     damage = next((f"{each.path.name}: {each.problems[0]}" for each in sets if each.problems), "")
+    held = holdings.look(sets)
+    damage = damage or next(iter(held.damage), "")
     if found is None:
         return Stored(directory=directory, damage=damage)
     return Stored(
@@ -169,6 +180,7 @@ def stored(directory: Path, uuid: str = "", *more: Path) -> Stored:
         newest=found.known.newest,
         size=own_bytes(found.known.points)[found.known.newest.id],
         points=len(found.known.points),
+        all=held,
         damage=damage,
         test=_last_test(found),
     )
@@ -254,32 +266,37 @@ def _performance(report: StatusReport) -> list[str]:
             label = _plain(each.name).replace("'", "''").replace("=", "_")
             limits = f"{each.limits.warning:.0f};{each.limits.critical:.0f}"
             found.append(f"'{label} age'={age}s;{limits};0")
+            if held := each.stored.all.verified:
+                since = max(0, int((report.moment - datetime.fromisoformat(held)).total_seconds()))
+                found.append(f"'{label} verified'={since}s;;;0")
     return found
 
 
 def rows(domains: Sequence[DomainStatus], now: datetime) -> list[tuple[str, ...]]:
     """The cells of a table, its head first; the last is the health."""
     found: list[tuple[str, ...]] = [
-        ("DOMAIN", "LAST POINT", "AGE", "LEVEL", "SIZE", "NEXT RUN", "HEALTH")
+        ("DOMAIN", "LAST POINT", "AGE", "LEVEL", "SIZE", "TOTAL", "VERIFIED", "NEXT RUN", "HEALTH")
     ]
     for each in domains:
         point, instant = each.stored.newest, each.stored.instant
         if point is None or instant is None:
-            cells = ("-", "-", "-", "-")
+            cells: tuple[str, ...] = ("-",) * 6
         else:
             age = age_text((now - instant).total_seconds())
             local = instant.astimezone().strftime("%Y-%m-%d %H:%M %Z")
             cells = (local, age, point.level.value, human_size(each.stored.size))
+            cells = (*cells, human_size(each.stored.all.stored_bytes), _since(each.stored.all, now))
         next_run = each.next.astimezone().strftime("%Y-%m-%d %H:%M %Z") if each.next else "-"
         found.append((each.name, *cells, next_run, each.verdict.health.value))
     return found
 
 
-def _time(moment: datetime | None) -> str:
-    """RFC 3339 in UTC, as the manifests have it; empty for none."""
-    if moment is None:
-        return ""
-    return moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+def _since(held: Holdings, now: datetime) -> str:
+    """How long ago something was verified, or that nothing ever was."""
+    if not held.verified:
+        return "-"
+    age = (now - datetime.fromisoformat(held.verified)).total_seconds()
+    return age_text(age)
 
 
 def _plain(text: str) -> str:

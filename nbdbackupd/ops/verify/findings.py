@@ -1,5 +1,6 @@
 """What a verification found: problems, each with its place."""
 
+import errno
 import threading
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,13 +13,17 @@ MAX_PER_FILE: Final = 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """One thing that is wrong. ``file`` is relative to the set, ``offset`` a byte in it."""
+    """One thing that is wrong. ``file`` is relative to the set, ``offset`` a byte in it.
+
+    ``is_unread``: it could not be looked at, and may be sound.
+    """
 
     message: str
     point: str = ""
     disk: str = ""
     file: str = ""
     offset: int | None = None
+    is_unread: bool = False
 
     @property
     def text(self) -> str:
@@ -60,13 +65,29 @@ class Findings:
     def add_error(self, err: NbdbackupError | OSError, *, point: str, disk: str, file: str) -> None:
         """Note an error that says itself where in the file it is."""
         offset = None
+        # a disk that can't give back what it holds has lost it; all else may be over tomorrow
+        is_unread = isinstance(err, OSError) and err.errno != errno.EIO
         if isinstance(err, OSError):
             message = f"can't be read: {err.strerror}"
         else:
             message = err.message
             place = err.fields.get("offset")
             offset = place if isinstance(place, int) else None
-        self.add(Problem(message=message, point=point, disk=disk, file=file, offset=offset))
+        self.add(
+            Problem(
+                message=message,
+                point=point,
+                disk=disk,
+                file=file,
+                offset=offset,
+                is_unread=is_unread,
+            )
+        )
+
+    def of_point(self, ident: str) -> tuple[Problem, ...]:
+        """What was found of a point so far, in the order of discovery."""
+        with self._lock:
+            return tuple(each for each in self._found if each.point == ident)
 
     def count(self, file: str) -> int:
         """How many problems of a file there are, the untold ones too."""

@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -31,6 +31,7 @@ from nbdbackupd.ops.sets import layers, opened, originals
 from nbdbackupd.ops.verify.blocks import Prover
 from nbdbackupd.ops.verify.disk import DiskCheck
 from nbdbackupd.ops.verify.findings import Findings, Problem
+from nbdbackupd.ops.verify.notes import Notes
 from nbdbackupd.ops.verify.peer import PeerCheck
 from nbdbackupd.ops.verify.request import VerifyReport, VerifyRequest
 from nbdbackupd.repo import layout, written
@@ -87,45 +88,77 @@ def _verify(
     if not findings.problems():
         _check_strays(request.path, streams, found, findings)
     known = _link(found, findings)
-    chosen = _choose(known, request.point, findings)
-    files = size = 0
-    proven: set[StoredFile] = set()
+    chosen = _choose(known, request, findings)
+    notes = Notes(request.path, request.clock)
     with Prover(request.workers, cancelled) as prover:
+        work = _Work(request.path, findings, prover, progress, cancelled)
         for point, targets in chosen:
-            for stored in point.files:
-                # points may share one; what is wrong with it is told of each
-                if (file := replace(stored, origin="")) in proven:
-                    continue
-                if _check_file(request.path, point, stored, findings, cancelled):
-                    proven.add(file)
-                files, size = files + 1, size + stored.size
-            for disk in (each for each in point.disks if each.target in targets):
-                DiskCheck(
-                    directory=request.path,
-                    point=point,
-                    disk=disk,
-                    findings=findings,
-                    prover=prover,
-                    progress=functools.partial(_tell_disk, progress, disk),
-                    cancelled=cancelled,
-                ).run()
-                files, size = files + 2, size + disk.file_size + disk.index.size
+            before = work.size
+            work.prove(point, targets)
+            if all(disk.target in targets for disk in point.disks):
+                notes.note(point, work.size - before, findings.of_point(point.id))
     problems = findings.problems()
     return VerifyReport(
         points=len(chosen),
-        files=files,
-        checked_bytes=size,
+        files=work.files,
+        checked_bytes=work.size,
         problems=problems,
         seconds=time.monotonic() - begun,
         warnings=(
             *written.warnings(request.state_dirs, [point for point, _ in chosen]),
             *(() if problems else _useless(request.path, chosen)),
         ),
+        unnoted=notes.problem,
     )
 
 
-def _tell_disk(progress: Progress, disk: DiskPoint, done: int) -> None:
-    progress(disk.target, done, disk.file_size)
+class _Work:
+    """Proves the files of points, one after the other, and counts what was read."""
+
+    def __init__(
+        self,
+        directory: Path,
+        findings: Findings,
+        prover: Prover,
+        progress: Progress,
+        cancelled: Callable[[], None],
+    ) -> None:
+        self.files = 0
+        self.size = 0
+        self._directory = directory
+        self._findings = findings
+        self._prover = prover
+        self._progress = progress
+        self._cancelled = cancelled
+        self._proven: set[StoredFile] = set()
+
+    def prove(self, point: RestorePoint, targets: Collection[str]) -> None:
+        """Prove what a point holds beside its disks, and these disks of it."""
+        for stored in point.files:
+            # points may share one; what is wrong with it is told of each
+            if (file := replace(stored, origin="")) in self._proven:
+                continue
+            if _check_file(self._directory, point, stored, self._findings, self._cancelled):
+                self._proven.add(file)
+            self._count(stored.size)
+        for disk in (each for each in point.disks if each.target in targets):
+            DiskCheck(
+                directory=self._directory,
+                point=point,
+                disk=disk,
+                findings=self._findings,
+                prover=self._prover,
+                progress=functools.partial(self._tell, disk),
+                cancelled=self._cancelled,
+            ).run()
+            self._count(disk.file_size, disk.index.size)
+
+    def _count(self, *sizes: int) -> None:
+        self.files += len(sizes)
+        self.size += sum(sizes)
+
+    def _tell(self, disk: DiskPoint, done: int) -> None:
+        self._progress(disk.target, done, disk.file_size)
 
 
 def _useless(directory: Path, chosen: list[tuple[RestorePoint, frozenset[str]]]) -> tuple[str, ...]:
@@ -148,7 +181,7 @@ def _verify_peer(
     if not request.point or not source.known.points:
         for message in source.problems:
             findings.add(Problem(message=message))
-    chosen = _choose(source.known, request.point, findings) if source.known.points else []
+    chosen = _choose(source.known, request, findings) if source.known.points else []
     check = PeerCheck(source=source, findings=findings, progress=progress, cancelled=cancelled)
     files, size = check.run(chosen)
     return VerifyReport(
@@ -222,18 +255,18 @@ def _link(found: list[RestorePoint], findings: Findings) -> BackupSet:
 
 
 def _choose(
-    known: BackupSet, ident: str, findings: Findings
+    known: BackupSet, request: VerifyRequest, findings: Findings
 ) -> list[tuple[RestorePoint, frozenset[str]]]:
     """The points to look at, oldest first, each with the disks that matter."""
-    if not ident:
+    if not request.point:
         everything = [
             (each, frozenset(disk.target for disk in each.disks)) for each in known.points
         ]
         for point in known.points:
             for disk in point.disks:
                 _path(known, point, disk.target, findings)
-        return everything
-    point = Choice(point=ident).find(known)
+        return [each for each in everything if not request.only or each[0].id in request.only]
+    point = Choice(point=request.point).find(known)
     needed: dict[str, set[str]] = {point.id: set()}
     for disk in point.disks:
         for each in _path(known, point, disk.target, findings):
