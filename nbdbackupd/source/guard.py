@@ -9,7 +9,7 @@ It also holds a duplicate of each connection to the job's NBD server where QEMU 
 closed (source/kept_connections.py).
 
 A client in its handshake must be gone before the job is ended, or QEMU hangs. So each guard has a
-share in a lock on the run's directory, from before its run connects until no connection can be in
+share in a lock of the domain's, from before its run connects until no connection can be in
 that phase; whoever ends the job of a dead run waits for that (``wait_for_guards``).
 
 What the run sends is queued with the guard's socket: a descriptor is safe once it is sent, also
@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from nbdbackupd import documents, proc, rundir
+from nbdbackupd import documents, durable, proc, rundir
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import BusyError, ProcessError, SourceError
 from nbdbackupd.source.kept_connections import KeptConnections, Stage
@@ -124,27 +124,32 @@ def wait_for_guards(runtime_dir: Path) -> None:
         f"a connection of an earlier run to QEMU can't be closed, since QEMU has not answered for "
         f"{TURN_SECONDS:g} s"
     )
-    with _alone_in(runtime_dir, why):
+    with _alone_in(_guards(runtime_dir), why):
         pass
 
 
+def _guards(runtime_dir: Path) -> Path:
+    """The file that all guards hold; QEMU's account can open, and lock, the socket's directory."""
+    return rundir.beside(runtime_dir) / rundir.GUARDS
+
+
 @contextmanager
-def _alone_in(directory: Path, why: str) -> Iterator[None]:
-    """Hold the lock of a directory; where that is gone, nobody else is there."""
+def _alone_in(path: Path, why: str) -> Iterator[None]:
+    """Hold the lock of a file or directory; where that is gone, nobody else is there."""
     deadline = time.monotonic() + TURN_SECONDS
     with ExitStack() as stack:
         with suppress(FileNotFoundError):
-            descriptor = _open_directory(directory)
+            descriptor = _open(path)
             stack.callback(os.close, descriptor)
             while not _lock(descriptor):
                 if time.monotonic() > deadline:
-                    raise BusyError(f"{directory}: {why}: try later")
+                    raise BusyError(f"{path.parent}: {why}: try later")
                 time.sleep(TURN_POLL_SECONDS)
         yield
 
 
-def _open_directory(path: Path) -> int:
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _open(path: Path, more: int = 0) -> int:
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | more, durable.LOCK_MODE)
 
 
 def _lock(descriptor: int) -> bool:
@@ -179,7 +184,7 @@ class Guard:
         self._reader: threading.Thread | None = None
         self._is_left = threading.Event()
         self._left = REPLACEMENTS
-        self._share = _open_directory(Path(charge.runtime_dir))
+        self._share = _open(_guards(Path(charge.runtime_dir)), os.O_CREAT)
         try:
             fcntl.flock(self._share, fcntl.LOCK_SH)
             self._line, self._program = self._begin()

@@ -1,16 +1,20 @@
 """What is done about a run that does not say that it lives."""
 
+import fcntl
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from nbdbackupd import durable, rundir
 from nbdbackupd.source import silence
-from nbdbackupd.source.guard import Charge
+from nbdbackupd.source.guard import Charge, Guard, wait_for_guards
 from nbdbackupd.source.silence import Silence, is_dying
 from tests.lib.told import heard
 
@@ -67,6 +71,24 @@ def test_it_is_killed_where_somebody_waits(
             assert not watched.is_over(time.monotonic() - seconds)
     assert killed == [(os.getppid(), signal.SIGKILL)] * is_waited_for
     assert told == ["hung-run-killed"] * is_waited_for
+
+
+def test_qemu_can_hold_up_no_guard(tmp_path: Path) -> None:
+    """S-8: its account may open the socket's directory, and so lock that for ever."""
+    sockets, own = tmp_path / f"{rundir.PROFILE}u", tmp_path / "u"
+    sockets.mkdir()
+    own.mkdir()
+    guard = Guard(replace(charge(tmp_path, FULL), runtime_dir=os.fspath(sockets)), is_holding=False)
+    try:
+        assert durable.is_locked(own / rundir.GUARDS, shared=False)
+        assert stat.S_IMODE((own / rundir.GUARDS).stat().st_mode) == 0o600
+    finally:
+        guard.is_settled = True
+        guard.leave()
+    fd = os.open(sockets, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    wait_for_guards(sockets)
+    os.close(fd)
 
 
 def test_a_parent_that_has_gone_is_not_judged(

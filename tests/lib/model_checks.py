@@ -22,7 +22,7 @@ STATES = {
 MARKERS = "starting"
 """Where ``yield`` leaves its marks; they grow old."""
 CALM_SECONDS = 30.0
-KEPT_FILES = frozenset({"lock", "images"})
+KEPT_FILES = frozenset({"lock", "images", "guards"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,7 @@ from tests.lib.rigged import RiggedCtl
 
 WARNED = 3
 CHOOSING = {"-i", "-x", "--raw"}
-LOCKS = {"lock", "images", "called"}
+LOCKS = {"lock", "images", "guards", "called"}
 """Files for kernel locks, which stay, and the hook's note of who calls it."""
 
 

@@ -143,7 +143,7 @@ class Witness:
         assert list(self.ctl.scratch.glob("*")) == []
         left = [path.name for path in self.ctl.runtime.rglob("*") if not path.is_dir()]
         # files for kernel locks stay
-        assert set(left) - set(allow) <= {"lock", "images"}
+        assert set(left) - set(allow) <= {"lock", "images", "guards"}
         if not self.path.exists():
             return
         known = SetDirectory.open(self.path).load()
