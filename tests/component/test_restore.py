@@ -1,5 +1,6 @@
 """Restores of sets made by hand, compared byte by byte with what the guest's disks were."""
 
+import fcntl
 import itertools
 import json
 import os
@@ -393,8 +394,14 @@ def test_second_restore_to_one_directory(tmp_path: Path) -> None:
             except BusyError as err:
                 found.append(err)
 
+    # S-8: who may read the directory, and any account may, can lock it
+    (tmp_path / "out").mkdir(mode=0o755)
+    fd = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
     restore.run(request, progress=progress, cancelled=lambda: None)
+    os.close(fd)
     assert found
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("output", ["qcow2", "raw"])
@@ -419,7 +426,7 @@ def test_kill_leaves_only_incomplete_files(tmp_path: Path, output: str) -> None:
             assert child.stdout.readline()
         child.kill()
     left = [path.name for path in out.rglob("*") if path.is_file()]
-    assert left == [f"vda.{output}.incomplete"]
+    assert sorted(left) == [".nbdbackup-restore", f"vda.{output}.incomplete"]
     # what the dead run left is in nobody's way; its qemu-nbd may hold the old image for a moment
     report = run(RestoreRequest(source=made.path, output=out, format=output))
     assert sets.read_image(report.disks[0].path, output) == made.images[-1]["vda"]

@@ -7,16 +7,16 @@ are complete and on the device. Whatever fails leaves ``.incomplete`` files and 
 """
 
 import contextlib
-import fcntl
+import errno
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Final
 
 from nbdbackupd import durable, events
 from nbdbackupd import log as runlog
-from nbdbackupd.errors import BusyError, GaveWayError, NbdbackupError, UsageError
+from nbdbackupd.errors import GaveWayError, NbdbackupError, UsageError
 from nbdbackupd.model.choice import NEWEST
 from nbdbackupd.nbdio.throttle import Throttle
 from nbdbackupd.ops.domain import endings
@@ -37,6 +37,10 @@ from nbdbackupd.ops.restore.sites import Site
 __all__ = ["Progress", "RestoreReport", "RestoreRequest", "RestoredDisk", "run"]
 
 log = logging.getLogger(__name__)
+
+LOCK: Final = ".nbdbackup-restore"
+NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS})
+"""What network file systems without locks answer; then there is just none."""
 
 Confirm = Callable[[tuple[str, ...]], None]
 """Gets what will be overwritten, a line each; raises to keep it."""
@@ -235,20 +239,23 @@ def _write(
 def _locked(directory: Path) -> Iterator[None]:
     """Keep a second restore out of the output directory.
 
-    Raises BusyError.
+    By a file that is removed again: who may read a directory could lock it. Raises BusyError,
+    RepositoryError, NoSpaceError.
     """
-    with durable.translate_os_errors("open", directory):
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    lock = durable.Lock(directory / LOCK, owner="restore")
+    with durable.translate_os_errors("write", directory):
+        try:
+            lock.__enter__()
+        except OSError as err:
+            if err.errno not in NO_LOCKS:
+                raise
     try:
-        # network file systems may know no locks on directories; then there is just none
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as err:
-                raise BusyError(f"another restore writes to {directory}") from err
         yield
     finally:
-        os.close(fd)
+        if lock.is_held:
+            with contextlib.suppress(OSError):
+                lock.path.unlink()
+        lock.__exit__(None, None, None)
 
 
 @contextmanager
