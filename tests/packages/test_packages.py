@@ -286,6 +286,7 @@ def test_debian_package_lives_and_dies(share: Path) -> None:
     off = "nbdbackup-boot-test@.timer nbdbackup-verify-all.timer"
     assert f"disable nbdbackup@.timer nbdbackup-verify@.timer {off}\n" in asked
     assert "backups and what belongs to them stay in /var/lib/nbdbackup" in purged
+    assert "your files stay in /etc/nbdbackup/domains.d" in purged
     left = {each for each in purged.splitlines() if each.startswith("/")}
     made = {each for each in left if each.startswith("/var/lib/nbdbackup/")}
     assert made == {
