@@ -70,6 +70,7 @@ class Host:
         self.state = root / "state"
         self.mail = root / "mail.json"
         self.pager = root / "pager.json"
+        self.in_journal = False
         self.programs.mkdir()
         (self.config / "domains.d").mkdir(parents=True)
         self.unit("nbdbackup@vm1.service")
@@ -98,9 +99,10 @@ class Host:
     ) -> subprocess.CompletedProcess[str]:
         plain = {k: v for k, v in os.environ.items() if not k.startswith("MONITOR_")}
         plain["NBDBACKUP_STATE_DIR"] = str(self.own)
+        stream = "export JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2); " * self.in_journal
         return subprocess.run(
-            [sys.executable, "-m", "nbdbackupd", "--config-dir", self.config, "notify",
-             *options, "--", unit],
+            ["sh", "-c", f'{stream}exec "$@"', "-", sys.executable, "-m", "nbdbackupd",
+             "--config-dir", self.config, "notify", *options, "--", unit],
             cwd=TOP, capture_output=True, text=True, check=False, timeout=100,
             env={**plain, "PATH": f"{self.programs}:/usr/bin:/bin", **environ},
         )  # fmt: skip
@@ -275,6 +277,12 @@ def test_w3_nobody_can_be_told_and_that_is_seen(host: Host) -> None:
     assert "sendmail" in done.stderr
     event = events.NOTIFY_FAILED.text.partition("{")[0]
     assert f"{event}nbdbackup@vm1.service ended: " in done.stderr
+    # where the journal has both, it is told by that alone
+    host.in_journal = True
+    done = host.notify()
+    assert done.returncode == 30
+    assert "nbdbackupctl: " not in done.stderr
+    host.in_journal = False
     # a note that is damaged is none
     (host.own / "notification").mkdir(parents=True)
     for name in ("vm1", "%"):

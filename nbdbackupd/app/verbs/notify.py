@@ -78,6 +78,7 @@ def run(args: Arguments, context: Context) -> int:
         return _tell(args, context)
     except NbdbackupError as err:
         if not args.print:
+            events.mark_told(err)
             events.emit(log, events.NOTIFY_FAILED, unit=args.unit, reason=err)
         raise
 
