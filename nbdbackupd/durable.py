@@ -48,8 +48,6 @@ _ADVICE: Final = {
     errno.EIO: "the storage reports errors, see the kernel's log",
     errno.EACCES: "check owner and mode",
     errno.EPERM: "check owner and mode",
-    errno.ENOENT: "it does not exist",
-    errno.ENOTDIR: "it is no directory",
     errno.ESTALE: "the network file system lost it",
 }
 

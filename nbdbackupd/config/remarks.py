@@ -91,7 +91,9 @@ def _of_match(file: ConfigFile, match: Match, domains: Sequence[Known]) -> Itera
     for name in match.names:
         if not any(name == each.name or name.lower() == each.uuid.lower() for each in domains):
             kind = "UUID" if is_uuid(name) else "name"
-            before.append(complain("name", name, f"libvirt knows no domain of the {kind} {name!r}"))
+            cure = "; a pattern goes into match.glob" if set("*?[") & {*name} else ""
+            message = f"libvirt knows no domain of the {kind} {name!r}{cure}"
+            before.append(complain("name", name, message))
     for matcher, patterns in (("glob", match.globs), ("regex", match.regexes)):
         for text in patterns:
             key = "globs" if matcher == "glob" else "regexes"

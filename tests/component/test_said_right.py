@@ -20,6 +20,8 @@ from nbdbackupd.ops.backup import backup
 from nbdbackupd.ops.domain.survey import Looked
 from nbdbackupd.ops.restore.request import RestoreReport
 from nbdbackupd.ops.sets import catalog
+from nbdbackupd.ops.verify import verify
+from nbdbackupd.ops.verify.verify import VerifyRequest
 from nbdbackupd.qemu.image import ImageInfo
 from tests.lib.pages import TOP
 
@@ -51,6 +53,9 @@ def test_a_drive_that_may_be_empty_is_not_needed() -> None:
 def test_a_directory_of_something_else_is_no_set(tmp_path: Path) -> None:
     with pytest.raises(RepositoryError, match="is no backup set"):
         catalog.list_points(Path("/etc"))
+    request = VerifyRequest(path=Path("/etc"))
+    with pytest.raises(RepositoryError, match="/etc is no backup set: it has no directory points"):
+        verify.run(request, progress=lambda *_: None, cancelled=lambda: None)
     assert catalog.list_points(tmp_path).points == ()
     (tmp_path / "points").mkdir()
     assert catalog.list_points(tmp_path).points == ()

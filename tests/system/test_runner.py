@@ -620,6 +620,9 @@ def test_backup_without_a_set(one: Appliance) -> None:
     assert one.home.is_dir()
     change(here, 1)
     assert backup()["result"] == "skipped"
+    said = here.ctl("backup", name, *config, "--threshold", "0").stdout
+    assert said.splitlines()[-1].startswith(f"  into {one.home}/")
+    change(here, 2)
     second = backup("--threshold", "0", "--no-compress", "--limit-rate", "1G")["point"]
     assert (second["level"], second["disks"][0]["compressed"]) == ("inc", False)
     # with -o the configuration is not even read

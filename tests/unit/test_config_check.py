@@ -107,7 +107,7 @@ def test_w5_warnings(host: Host, text: str, line: int, words: str) -> None:
 
 def test_w5_domains_that_are_not_there(host: Host) -> None:
     code, told = host.check(
-        a="match:\n  name:\n  - web 1\n  - wbe\n  - 00000000-0000-4000-8000-000000000000",
+        a="match:\n  name:\n  - web 1\n  - web*\n  - 00000000-0000-4000-8000-000000000000",
         b="match:\n  glob: ['w*', 'x*']\ndisks: {exclude: [vda, vdb]}",
         c="match: {regex: 'db|web.*'}",
         d="match:\n  regex: 'x+'",
@@ -117,7 +117,8 @@ def test_w5_domains_that_are_not_there(host: Host) -> None:
     )
     assert code == 3
     assert told == [
-        "domains.d/a.yaml:4: match.name: libvirt knows no domain of the name 'wbe'",
+        "domains.d/a.yaml:4: match.name: libvirt knows no domain of the name 'web*'; a pattern "
+        "goes into match.glob",
         "domains.d/a.yaml:5: match.name: libvirt knows no domain of the UUID "
         "'00000000-0000-4000-8000-000000000000'",
         "domains.d/b.yaml:2: match.glob: 'x*' fits no domain that libvirt knows",

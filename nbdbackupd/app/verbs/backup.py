@@ -98,7 +98,10 @@ def run(args: Arguments, context: Context) -> int:
             raise
         code = WARNED if report.warnings or runlog.warned() else 0
         record.done(code, report, report.skipped, str(request.directory))
-    context.show(report.to_json(), render(report))
+    text = render(report)
+    if args.output is None and report.point is not None:
+        text += f"\n  into {request.directory}"
+    context.show(report.to_json(), text)
     return code
 
 

@@ -197,6 +197,8 @@ def _verify_peer(
 def _load_points(path: Path, findings: Findings) -> list[RestorePoint]:
     """The points whose manifests can be read, in the order of their numbers."""
     folder = path / layout.POINTS
+    if path.is_dir() and not os.path.lexists(folder):
+        raise RepositoryError(f"{path} is no backup set: it has no directory {layout.POINTS}")
     with durable.translate_os_errors("read", folder):
         names = sorted(
             entry.name
