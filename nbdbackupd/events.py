@@ -26,6 +26,7 @@ FIELDS: Final[Mapping[str, str]] = {
     "DISK": "target of the disk, as `vda`",
     "CHECKPOINT": "name of the checkpoint",
     "BYTES": "number of bytes, see the event",
+    "COUNT": "how many, see the event",
     "DURATION_USEC": "how long it took, in microseconds",
     "UNIT": "name of the systemd unit",
     "REASON": "why, in words",
@@ -404,6 +405,28 @@ HOOK_TROUBLE: Final = Event(
     "record is the hook's own (hooks/qemu), so it has no other fields.",
     cure="Fix what the reason names. Then 'systemctl start nbdbackup@NAME.service' saves what was "
     "missed, and 'nbdbackupctl checkpoints {DOMAIN}' shows whether checkpoints are in order.",
+)
+POINTS_MERGED: Final = Event(
+    name="points-merged",
+    id="9062e3623ddc4d3386a2368d0e03e9aa",
+    priority=NOTICE,
+    level=logging.INFO,
+    text="{COUNT} older restore points of {DOMAIN} have become a part of {POINT}",
+    fields=("POINT", "COUNT"),
+    meaning="What they held and {POINT} did not is in it now; it restores to the same bytes as "
+    "before, and so do all points after it.",
+    cure="Nothing is to be done.",
+)
+POINTS_REMOVED: Final = Event(
+    name="points-removed",
+    id="7d0e0233777441a1abca0e1a3e39f038",
+    priority=NOTICE,
+    level=logging.INFO,
+    text="{COUNT} restore points of {DOMAIN} were removed, {BYTES} bytes are free",
+    fields=("COUNT", "BYTES"),
+    meaning="Nothing that is kept needed them. Files that are still being read are removed by the "
+    "next run or removal.",
+    cure="Nothing is to be done.",
 )
 VERIFY_SOUND: Final = Event(
     name="verify-sound",

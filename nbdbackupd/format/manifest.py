@@ -1,4 +1,4 @@
-"""The manifest: one restore point as a JSON file, version 1.
+"""The manifest: one restore point as a JSON file, version 1, or 2 if others were merged into it.
 
 The bytes are canonical: keys sorted, indented by one, ASCII with JSON escapes, a final line feed.
 The member ``digest`` is the SHA-256 (hex) of the same document without that member, in the same
@@ -33,6 +33,9 @@ from nbdbackupd.model.chain import (
 )
 
 VERSION: Final = 1
+MERGED_VERSION: Final = 2
+"""Of a point that others were merged into: with the member ``merged``."""
+
 MAX_SIZE: Final = 16 << 20
 """A manifest of more bytes is refused unread."""
 
@@ -90,7 +93,9 @@ def parse(data: bytes, file: object = "") -> RestorePoint:
 def _document(point: RestorePoint) -> dict[str, Any]:
     document: dict[str, Any] = _plain(point)
     del document["digest"]
-    document["version"] = VERSION
+    document["version"] = MERGED_VERSION if point.merged else VERSION
+    if not point.merged:
+        del document["merged"]
     return document
 
 
@@ -128,9 +133,9 @@ def _load(data: bytes) -> dict[str, Any]:
     version = document.get("version")
     if type(version) is not int or version < 1:
         raise FormatError("version: missing or no positive number")
-    if version != VERSION:
+    if version > MERGED_VERSION:
         raise UnsupportedVersionError(
-            f"manifest has version {_short(version)}, this program reads {VERSION}: "
+            f"manifest has version {_short(version)}, this program reads {MERGED_VERSION}: "
             f"use a newer program"
         )
     # Other bytes of the same meaning (a key that comes twice, spaces) are damage, too.
@@ -186,7 +191,9 @@ class _Node:
 
     def word(self, key: str, *, empty: bool = True) -> str:
         """Short text without control characters: it goes to terminals, and into names."""
-        value = self.text(key, empty=empty)
+        return self._check_word(key, self.text(key, empty=empty))
+
+    def _check_word(self, key: str, value: str) -> str:
         if len(value) > MAX_WORD:
             raise self.wrong(key, f"{_short(value)} is too long")
         if plain.CONTROL.search(value):
@@ -195,10 +202,21 @@ class _Node:
 
     def name(self, key: str, *, empty: bool = False) -> str:
         """Text that may become one component of a file name."""
-        value = self.word(key, empty=empty)
+        return self._check_name(key, self.word(key, empty=empty))
+
+    def _check_name(self, key: str, value: str) -> str:
         if "/" in value or value in (".", ".."):
             raise self.wrong(key, f"{_short(value)} is no name")
         return value
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """A list of such texts, none empty."""
+        values = self.texts(key)
+        for number, value in enumerate(values):
+            if not value:
+                raise self.wrong(f"{key}[{number}]", "empty")
+            self._check_name(f"{key}[{number}]", self._check_word(f"{key}[{number}]", value))
+        return values
 
     def file(self, key: str) -> str:
         """A file of the set: one component, not hidden, or such a one in ``checkpoints/``."""
@@ -255,7 +273,7 @@ def _short(value: object) -> str:
 
 
 def _parse_point(node: _Node) -> RestorePoint:
-    node.number("version")
+    is_merged = node.number("version") == MERGED_VERSION
     node.digest("digest")
     point = RestorePoint(
         id=node.name("id"),
@@ -276,8 +294,11 @@ def _parse_point(node: _Node) -> RestorePoint:
         warnings=node.texts("warnings"),
         autostart=node.get("autostart", bool),
         program=node.text("program"),
+        merged=node.names("merged") if is_merged else (),
     )
     node.done()
+    if is_merged and not point.merged:
+        raise node.wrong("merged", "empty")
     targets = [disk.target for disk in point.disks]
     if len(set(targets)) != len(targets):
         raise node.wrong("disks", "one target comes twice")

@@ -122,7 +122,7 @@ class RestorePoint:
     ``created`` is RFC 3339 UTC. ``parent`` and ``parent_digest`` (SHA-256 of the parent's
     manifest file, hex) are empty for a full and a copy. ``checkpoint`` is the libvirt checkpoint
     that this point made (empty for diff and copy), ``base_checkpoint`` the one that its deltas
-    start from.
+    start from. ``merged``: ids of older points that have become a part of it, oldest first.
     """
 
     id: str
@@ -143,6 +143,7 @@ class RestorePoint:
     warnings: tuple[str, ...] = ()
     autostart: bool = False
     program: str = ""
+    merged: tuple[str, ...] = ()
     digest: str = field(default="", compare=False)
 
     def disk(self, target: str) -> DiskPoint:

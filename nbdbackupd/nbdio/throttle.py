@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+WAIT_SECONDS: Final = 0.1
 BURST_SECONDS: Final = 0.25
 """What was not used is lost after so long: a pause must not be followed by a flood."""
 
@@ -36,6 +37,13 @@ class Throttle:
         with self._lock:
             self._fill()
             return max(0.0, -self._content / self._rate)
+
+    def wait(self, length: int, check: Callable[[], None]) -> None:
+        """Wait until bytes may be taken, then take so many; ``check`` may raise meanwhile."""
+        while delay := self.delay():
+            time.sleep(min(delay, WAIT_SECONDS))
+            check()
+        self.take(length)
 
     def take(self, length: int) -> None:
         """Note that so many bytes are being read."""

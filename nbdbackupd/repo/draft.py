@@ -24,7 +24,7 @@ from nbdbackupd.errors import FormatError, IntegrityError, RepositoryError, Sour
 from nbdbackupd.files import open_sized
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import BackupSet, Layout, RestorePoint, StoredFile
-from nbdbackupd.repo import layout
+from nbdbackupd.repo import generation, layout
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +225,7 @@ class Draft:
         known = self._load().points
         names = self._complete(parsed, known)
         BackupSet.from_points([*known, parsed])
-        target = self._root / layout.POINTS / layout.manifest(point.sequence, point.id)
+        target = generation.directory(self._root) / layout.manifest(point.sequence, point.id)
         with durable.translate_os_errors("publish the restore point in", self._root):
             self._prepare(names, data, target)
             try:

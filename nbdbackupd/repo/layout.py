@@ -10,18 +10,25 @@ bytes.
 
 import hashlib
 import re
+from pathlib import Path
 from typing import Final
 
 from nbdbackupd.errors import FormatError
 from nbdbackupd.model.chain import Layout, Level, StoredFile
 
 POINTS: Final = "points"
+GENERATION: Final = "generation"
+READING: Final = ".reading"
+REMOVAL_PREFIX: Final = ".removal-"
 CHECKPOINTS: Final = "checkpoints"
 LOGS: Final = "logs"
 BOOT_TESTS: Final = "boot-tests"
 PROTECTED: Final = "protected"
 VERIFIED: Final = "verified"
-DIRECTORIES: Final = (POINTS, CHECKPOINTS, LOGS, BOOT_TESTS, PROTECTED, VERIFIED)
+NOTES: Final = (BOOT_TESTS, PROTECTED, VERIFIED)
+"""Directories with what is noted about points, in files of their ids."""
+
+DIRECTORIES: Final = (POINTS, CHECKPOINTS, LOGS, *NOTES)
 LOCK: Final = ".lock"
 DRAFT_PREFIX: Final = ".draft-"
 SPARE: Final = ".spare"
@@ -87,13 +94,15 @@ def stream(
     checkpoint: str = "",
     point_id: str = "",
     layout: Layout = Layout.STREAM,
+    generation: int = 0,
 ) -> str:
     """The file of one disk in one point, named as virtnbdbackup names it.
 
-    An increment needs ``checkpoint``, a differential and a copy need ``point_id``. Raises
-    FormatError without it.
+    An increment needs ``checkpoint``, a differential and a copy need ``point_id``; a merge gives
+    its number. Raises FormatError without it.
     """
     suffix = "raw" if layout is Layout.RAW else "data"
+    suffix = f"{generation}.{suffix}" if generation else suffix
     disk = escape(target, MAX_TARGET)
     match level:
         case Level.FULL:
@@ -114,6 +123,11 @@ def index(stream_name: str) -> str:
 def checksum(stream_name: str) -> str:
     """The peer's checksum beside a stream."""
     return f"{stream_name}{CHECKSUM_SUFFIX}"
+
+
+def points(generation: int) -> str:
+    """The directory of the manifests of a generation."""
+    return f"{POINTS}.{generation}" if generation else POINTS
 
 
 def manifest(sequence: int, point_id: str) -> str:
@@ -159,6 +173,13 @@ def protection(point_id: str) -> str:
 def verified(point_id: str) -> str:
     """What the newest verification of a point found, relative to the set."""
     return f"{VERIFIED}/{escape(point_id, MAX_IDENT)}{MANIFEST_SUFFIX}"
+
+
+def notes(root: Path, point_id: str) -> list[Path]:
+    """What is noted about a point beside the manifests of a set, under its id and any suffix."""
+    stem = escape(point_id, MAX_IDENT)
+    folders = [root / name for name in NOTES if not (root / name).is_symlink()]
+    return [path for each in folders for path in each.glob("*") if path.stem == stem]
 
 
 def checkpoint_xml(checkpoint: str) -> str:

@@ -1,7 +1,7 @@
 """A backup set on disk: its points, its lock, its drafts.
 
-A point exists if and only if its manifest lies in ``points/``. Reading needs no lock: published
-files never change. Writing (drafts, sweep) needs it.
+A point exists if and only if its manifest lies in the directory of manifests (``generation``).
+Reading needs no lock: published files never change. Writing (drafts, sweep) needs it.
 """
 
 import errno
@@ -25,12 +25,14 @@ from nbdbackupd.errors import (
 from nbdbackupd.files import open_untrusted
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import BackupSet, Layout, RestorePoint
-from nbdbackupd.repo import draft, layout
+from nbdbackupd.repo import draft, generation, layout, removing
 from nbdbackupd.repo.draft import Draft, Intent
 
 log = logging.getLogger(__name__)
 
-OURS: Final = frozenset({layout.POINTS, layout.CHECKPOINTS, layout.LOGS, "lost+found"})
+OURS: Final = frozenset(
+    {layout.POINTS, layout.GENERATION, layout.CHECKPOINTS, layout.LOGS, "lost+found"}
+)
 """What a directory may hold that has no point yet; hidden names are let be, too."""
 
 SHOWN: Final = 5
@@ -129,7 +131,11 @@ class SetDirectory:
         Raises IntegrityError or FormatError (a manifest is damaged or not of its name),
         ChainBrokenError (points do not hang together), RepositoryError (can't be read).
         """
-        points = [self._load_point(path) for path in self._manifests()]
+        return generation.stable(self.path, self.load_from)
+
+    def load_from(self, folder: Path) -> BackupSet:
+        """As ``load``, by the manifests in that directory."""
+        points = [self._load_point(path) for path in generation.manifests(folder)]
         try:
             return BackupSet.from_points(points)
         except ChainBrokenError as err:
@@ -142,8 +148,11 @@ class SetDirectory:
         For showing and restoring what is left of a damaged set, never for adding to it. Raises
         RepositoryError if the set can't be read.
         """
+        return generation.stable(self.path, self._load_sound)
+
+    def _load_sound(self, folder: Path) -> tuple[BackupSet, tuple[str, ...]]:
         found, problems = [], []
-        for path in self._manifests():
+        for path in generation.manifests(folder):
             try:
                 found.append(self._load_point(path))
             except FormatError as err:
@@ -192,13 +201,23 @@ class SetDirectory:
         reads contents. Raises ChainBrokenError if files are missing, IntegrityError if sizes or
         manifests are wrong; both name them.
         """
+        self.check_files(points, generation.directory(self.path))
+
+    def check_all(self) -> None:
+        """``check_present`` for all points as they are now; also while points leave the set."""
+        generation.stable(
+            self.path, lambda folder: self.check_files(self.load_from(folder).points, folder)
+        )
+
+    def check_files(self, points: Iterable[RestorePoint], folder: Path) -> None:
+        """As ``check_present``, by the manifests in that directory."""
         missing, damaged = [], []
         for point in points:
-            path = self.path / layout.POINTS / layout.manifest(point.sequence, point.id)
+            path = folder / layout.manifest(point.sequence, point.id)
             if _regular_size(path) is None:
-                missing.append(f"{layout.POINTS}/{path.name}")
+                missing.append(f"{folder.name}/{path.name}")
             elif self._load_point(path).digest != point.digest:
-                damaged.append(f"{layout.POINTS}/{path.name}")
+                damaged.append(f"{folder.name}/{path.name}")
             for name, size in manifest.file_names(point).items():
                 found = _regular_size(self.file(name))
                 if found is None:
@@ -269,6 +288,36 @@ class SetDirectory:
                 f"so it is not kept: {err.message}; see to that storage, or give another -o"
             ) from err
 
+    @contextmanager
+    def removal(self, intent: removing.Intent) -> Iterator[removing.Removal]:
+        """Let points leave the set; needs the lock, and that ``sweep_removals`` came before.
+
+        Raises RepositoryError or NoSpaceError; then, as after any error before the switch, the set
+        is what it was.
+        """
+        self._require_lock()
+        with removing.begun(self.path, intent, self._proven) as made:
+            yield made
+        self._write_derived()
+
+    def _proven(self, folder: Path) -> BackupSet:
+        known = self.load_from(folder)
+        self.check_files(known.points, folder)
+        return known
+
+    def sweep_removals(self) -> removing.Cleaned:
+        """Undo or finish what removals of points have left; needs the lock.
+
+        Raises IntegrityError, ChainBrokenError if a point's manifest is damaged (then nothing is
+        removed), RepositoryError.
+        """
+        self._require_lock()
+        if not removing.unfinished(self.path):
+            return removing.Cleaned()
+        self._remove_temporary()
+        kept = {name for point in self.load().points for name in all_names(point)}
+        return removing.sweep(self.path, kept)
+
     def begun_for(self) -> list[str]:
         """The UUIDs of domains for which somebody has begun a point, alive or dead; no lock."""
         return [each.intent.uuid for each in self._read_leftovers() if each.intent is not None]
@@ -296,7 +345,7 @@ class SetDirectory:
         found = self._leftovers()
         # Also loaded without leftovers: the derived files come from it.
         points = self.load().points
-        kept = {name for point in points for name in _all_names(point)}
+        kept = {name for point in points for name in all_names(point)}
         for leftover in found:
             try:
                 for name in sorted(leftover.names - kept):
@@ -308,6 +357,9 @@ class SetDirectory:
             else:
                 events.emit(log, events.DEAD_RUN_SWEPT, reason=leftover.path)
         self._remove_temporary()
+        left = self.sweep_removals()
+        if left.reason:
+            log.info("old files of %s are removed later: %s", self.path, left.reason)
         if points:
             self._write_derived()
         return [each.intent for each in found if each.intent and not each.is_committed]
@@ -317,15 +369,7 @@ class SetDirectory:
             raise RuntimeError("the set is to be changed without its lock")
 
     def _manifests(self) -> list[Path]:
-        folder = self.path / layout.POINTS
-        with durable.translate_os_errors("read", folder):
-            if not self.exists or not os.path.lexists(folder):
-                return []
-            return sorted(
-                path
-                for path in folder.iterdir()
-                if path.suffix == layout.MANIFEST_SUFFIX and not path.name.startswith(".")
-            )
+        return generation.stable(self.path, generation.manifests) if self.exists else []
 
     def _load_point(self, path: Path) -> RestorePoint:
         point = manifest.parse(_read_small(path, manifest.MAX_SIZE), path)
@@ -376,7 +420,7 @@ class SetDirectory:
             log.warning("%s; remove it by hand", where)
 
     def _remove_temporary(self) -> None:
-        below = (layout.POINTS, layout.CHECKPOINTS, layout.VERIFIED)
+        below = (generation.directory(self.path).name, layout.CHECKPOINTS, layout.VERIFIED)
         for folder in (self.path, *(self.path / name for name in below)):
             for path in folder.glob(f"{durable.TEMPORARY_PREFIX}*"):
                 try:
@@ -416,7 +460,7 @@ def refuse_links(path: Path) -> None:
     durable.refuse_links(path, *(path / name for name in layout.DIRECTORIES))
 
 
-def _all_names(point: RestorePoint) -> list[str]:
+def all_names(point: RestorePoint) -> list[str]:
     """Every file of a point but its manifest."""
     sums = [layout.checksum(disk.file) for disk in point.disks if disk.layout is Layout.STREAM]
     return [*manifest.file_names(point), *sums]
@@ -441,7 +485,7 @@ def _read_leftover(path: Path, committed: list[str]) -> _Leftover:
             intent = Intent.parse(_read_small(path / layout.INTENT, draft.MAX_INTENT))
         if (path / layout.DRAFT_MANIFEST).exists():
             data = _read_small(path / layout.DRAFT_MANIFEST, manifest.MAX_SIZE)
-            names = frozenset(_all_names(manifest.parse(data)))
+            names = frozenset(all_names(manifest.parse(data)))
     except FormatError as err:
         log.warning("%s is damaged, some of its traces may stay: %s", path, err)
     done = intent is not None and any(

@@ -46,7 +46,7 @@ _nbdbackupctl_value() {
 }
 
 _nbdbackupctl_verbs() {
-    echo 'backup run restore map unmap boot mount unmount files list show verify protect unprotect import estimate check checkpoints abort yield config status timers notify log'
+    echo 'backup run restore map unmap boot mount unmount files list show verify protect unprotect merge remove import estimate check checkpoints abort yield config status timers notify log'
 }
 
 # $1: the verb, empty before it
@@ -126,6 +126,14 @@ _nbdbackupctl_options() {
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet --point --wait'
         ;;
+    merge)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet --point --bandwidth-limit --wait --checkpoint-dir'
+        ;;
+    remove)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet --point --wait --checkpoint-dir'
+        ;;
     import)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet -o --output --link --sound'
@@ -175,7 +183,7 @@ _nbdbackupctl_positional() {
         echo 'domain'
         ;;
     restore:0 | map:0 | boot:0 | mount:0 | files:0 | list:0 | show:0 | verify:0 | protect:0 | \
-    unprotect:0)
+    unprotect:0 | merge:0 | remove:0)
         echo 'source'
         ;;
     files:1)

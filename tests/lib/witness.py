@@ -14,7 +14,7 @@ from typing import Any
 
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import Layout
-from nbdbackupd.repo import layout
+from nbdbackupd.repo import generation, layout
 from nbdbackupd.repo.set_directory import SetDirectory
 from tests.lab.command import LabError
 from tests.lab.compare import first_difference
@@ -147,13 +147,15 @@ class Witness:
         if not self.path.exists():
             return
         known = SetDirectory.open(self.path).load()
-        names = {f"{layout.POINTS}/{layout.manifest(each.sequence, each.id)}"
+        manifests = generation.directory(self.path).name
+        names = {f"{manifests}/{layout.manifest(each.sequence, each.id)}"
                  for each in known.points}  # fmt: skip
         for point in known.points:
             names |= set(manifest.file_names(point))
             names |= {layout.checksum(disk.file) for disk in point.disks
                       if disk.layout is Layout.STREAM}  # fmt: skip
-        names |= {layout.LOCK, layout.checkpoint_list(self.guest.name)}
+        names |= {layout.LOCK, layout.READING, layout.GENERATION}
+        names.add(layout.checkpoint_list(self.guest.name))
         found = {str(path.relative_to(self.path)) for path in self.path.rglob("*")
                  if not path.is_dir()}  # fmt: skip
         strangers = {name for name in found - names if not name.startswith(f"{layout.LOGS}/")}

@@ -11,7 +11,8 @@ from nbdbackupd.format import index, manifest, stream
 from nbdbackupd.format.writer import StreamWriter
 from nbdbackupd.model import chain
 from nbdbackupd.model.chain import Layout, Level
-from nbdbackupd.repo import draft, layout
+from nbdbackupd.ops.removal import apply
+from nbdbackupd.repo import draft, layout, removing
 from nbdbackupd.repo.draft import Intent
 from scripts import gen_completion
 from tests.lib.pages import DESIGN, FORMAT, PAGES, TOP, section, tables
@@ -88,7 +89,9 @@ def test_limits_and_numbers() -> None:
     limits = {row[0]: row[1].removesuffix(" bytes") for row in tables(FORMAT, "what")[-1]}
     assert limits == {
         "manifest": str(manifest.MAX_SIZE),
-        "`intent.json`": str(draft.MAX_INTENT),
+        "`intent.json` of a draft": str(draft.MAX_INTENT),
+        "`intent.json` of a removal": str(removing.MAX_INTENT),
+        "ids in `merged`": f"the newest {apply.MAX_MERGED}",
         "payload of `meta`": str(stream.MAX_META),
         "list of sizes of a compressed stream": str(stream.MAX_SIZES),
         "data record": str(index.MAX_BLOCK),
@@ -99,7 +102,7 @@ def test_limits_and_numbers() -> None:
     assert versions == {
         "stream": str(stream.VERSION),
         "index": str(index.VERSION),
-        "manifest": str(manifest.VERSION),
+        "manifest": f"{manifest.VERSION}, {manifest.MERGED_VERSION}",
     }
     maxima = {row[0]: int(row[1]) for row in tables(FORMAT, "name")[1]}
     assert list(maxima.values()) == [
@@ -139,6 +142,10 @@ def test_file_names_are_those_of_the_layout() -> None:
         layout.boot_test("P", "png"),
         layout.verified("P"),
         layout.LOCK,
+        layout.READING,
+        layout.GENERATION,
+        f"{layout.POINTS}.G/{layout.manifest(1, 'P').replace('000001', 'S')}",
+        f"{layout.REMOVAL_PREFIX}G/",
         f"{layout.draft('R')}/",
         ".nbdbackup-tmp-…",
     }
@@ -146,7 +153,7 @@ def test_file_names_are_those_of_the_layout() -> None:
 
 def test_roles_are_those_of_the_model() -> None:
     beside = {"stream", "raw image", "derived", "manifest", "log", "boot test", "lock", "draft"}
-    beside |= {"temporary", "protection", "verification"}
+    beside |= {"temporary", "protection", "verification", "generation"}
     listed = {row[1] for row in tables(FORMAT, "name")[0]} - beside
     told = re.search(r"``role`` is one of: (.*?)\.", chain.StoredFile.__doc__ or "", re.DOTALL)
     assert told is not None
@@ -158,6 +165,11 @@ def test_intent_has_the_members_that_are_told() -> None:
     told = re.search(r"`intent.json` \(JSON object of texts: (.*?)\)", text, re.DOTALL)
     assert told is not None
     assert set(re.findall("`(.*?)`", told[1])) == {each.name for each in fields(Intent)}
+    text = section(FORMAT, "## 8. How points leave a set")
+    told = re.search(r"next generation \(JSON object of lists of texts: (.*?)\)", text, re.DOTALL)
+    assert told is not None
+    names = {each.name for each in fields(removing.Intent)}
+    assert names == set(re.findall("`([a-z]+)`", told[1]))
 
 
 # -- the example

@@ -40,6 +40,8 @@ REPORTS: Final = {
     ],
     "protect": [("app/verbs/protect.py", "run_protect"), ("repo/protected.py", "to_json")],
     "unprotect": [("app/verbs/protect.py", "run_unprotect")],
+    "merge": [("ops/removal/apply.py", "to_json")],
+    "remove": [("ops/removal/apply.py", "to_json")],
     "import": [("ops/sets/import_set.py", "to_json")],
     "map": [
         ("app/verbs/mapping.py", "_show"),

@@ -284,10 +284,30 @@ def test_two_disks_of_one_target_are_refused() -> None:
 
 
 def test_newer_version_is_told_apart() -> None:
-    with pytest.raises(UnsupportedVersionError, match="version 2"):
-        manifest.parse(change("version", 2))
+    with pytest.raises(UnsupportedVersionError, match="version 3"):
+        manifest.parse(change("version", 3))
     with pytest.raises(FormatError, match="version: missing"):
         manifest.parse(change("version", "1"))
+
+
+def test_what_was_merged() -> None:
+    """Only a point that others were merged into is of version 2, older programs read the rest."""
+    plain, merged = points.full_point(), replace(points.full_point(), merged=("p8", "p9"))
+    assert b'"version": 1' in manifest.pack(plain)
+    assert b"merged" not in manifest.pack(plain)
+    data = manifest.pack(merged)
+    assert b'"version": 2' in data
+    assert manifest.parse(data).merged == ("p8", "p9")
+    with pytest.raises(FormatError, match="merged: missing"):
+        manifest.parse(change("version", 2))
+    with pytest.raises(FormatError, match="merged: unknown member"):
+        manifest.parse(change("merged", ["p8"]))
+    for wrong in ((), ("",), ("a/b",), ("a\nb",)):
+        forged = manifest._document(replace(plain, merged=("x",)))
+        forged["merged"] = list(wrong)
+        forged["digest"] = manifest._digest(forged)
+        with pytest.raises(FormatError, match="merged"):
+            manifest.parse(manifest._canonical(forged))
 
 
 def test_digest_of_another_document_is_refused() -> None:

@@ -25,6 +25,8 @@ ALL: Final = {
     "verify": ("verify", "prove a backup set"),
     "protect": ("protect", "keep a point whatever the rules want"),
     "unprotect": ("protect", "leave a point to the rules again"),
+    "merge": ("removal", "make one full of the oldest points"),
+    "remove": ("removal", "remove points on which nothing hangs"),
     "import": ("import_", "make a set of virtnbdbackup one of ours"),
     "estimate": ("estimate", "tell what an increment would save"),
     "check": ("check", "tell whether a backup will work"),

@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from nbdbackupd import documents, durable, rundir
-from nbdbackupd.errors import FormatError
-from nbdbackupd.repo import layout
+from nbdbackupd.errors import FormatError, NbdbackupError
+from nbdbackupd.repo import generation, layout
 from nbdbackupd.repo.draft import Intent
 from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.source import kept, lease
@@ -83,20 +83,18 @@ def dead_run(runtime_dir: Path, uuid: str) -> Intent | None:
     try:
         document = documents.parse_json((directory / rundir.NOTE).read_bytes())
         intent = Intent.parse(json.dumps(document["intent"]).encode())
-        points = Path(document["set"]) / layout.POINTS
+        set_path = Path(document["set"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, FormatError) as err:
         log.warning("the note of a dead run in %s can't be read: %s", directory, err)
         return None
     try:
-        if not (points.parent / layout.LOCK).exists():
-            log.warning("the set of an earlier run, %s, is not there now", points.parent)
+        if not (set_path / layout.LOCK).exists():
+            log.warning("the set of an earlier run, %s, is not there now", set_path)
             return None
-        names = [each.name for each in points.iterdir()]
-    except FileNotFoundError:
-        return intent
-    except OSError as err:
+        names = [each.name for each in generation.stable(set_path, generation.manifests)]
+    except (OSError, NbdbackupError) as err:
         # whether the point exists can't be seen: its checkpoint may be the base of a chain
         log.warning("the set of an earlier run can't be read: %s", err)
         return None

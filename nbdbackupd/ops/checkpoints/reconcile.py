@@ -37,7 +37,7 @@ from nbdbackupd.model.reconcile import (
 )
 from nbdbackupd.ops.domain.survey import Looked
 from nbdbackupd.qemu import bitmaps
-from nbdbackupd.repo import layout
+from nbdbackupd.repo import generation, layout
 from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.repo.state import Record, StateDirectory
 from nbdbackupd.source.lease import Lease
@@ -417,10 +417,12 @@ def _elsewhere(record: Record, chain: KnownChain) -> frozenset[str]:
     """The base of another copy of the set, unless that is known not to hold its point."""
     if not record.checkpoint or record.checkpoint in chain.committed or record.set == chain.set:
         return frozenset()
-    points = Path(record.set) / layout.POINTS
+    path = Path(record.set)
     try:
-        names = [each.name for each in points.iterdir()]
-    except OSError:
+        if not path.is_dir():
+            raise NotADirectoryError(path)
+        names = [each.name for each in generation.stable(path, generation.manifests)]
+    except (OSError, NbdbackupError):
         # away for now, or for good
         return frozenset({record.checkpoint})
     holds = any(layout.names_point(name, record.point) for name in names)

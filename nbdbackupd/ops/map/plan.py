@@ -17,6 +17,7 @@ from nbdbackupd.ops.map.reader import PART, ServedFile, ServedLayer, ServedPlan
 from nbdbackupd.ops.sets import frames, opened, sequence
 from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets.layers import MAX_STORED, IndexedLayer, Layer
+from nbdbackupd.repo.reading import Held
 
 DEFAULT_CACHE: Final = 64 << 20
 
@@ -64,7 +65,10 @@ class MapRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """What is to be served: ``layers`` opens the files of one disk, newest first."""
+    """What is to be served: ``layers`` opens the files of one disk, newest first.
+
+    ``reading`` keeps the files in the set.
+    """
 
     targets: tuple[str, ...]
     layers: Callable[[str, ExitStack], tuple[Layer, ...]]
@@ -74,6 +78,7 @@ class Found:
 
     domain: str = ""
     created: str = ""
+    reading: Held | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +114,7 @@ def _find_set(path: Path, request: MapRequest, cancelled: Callable[[], None]) ->
         name=point.id,
         domain=point.domain,
         created=point.created,
+        reading=given.reading,
     )
 
 
@@ -135,6 +141,9 @@ def handover(
     with ExitStack() as stack:
         layers = found.layers(target, stack)
         hands = _Hands(stack)
+        if found.reading is not None:
+            # a server may have to open some files again, and may outlive us
+            hands.hold(os.dup(found.reading.fd))
         plan = ServedPlan(
             target=target,
             whole=layers[-1].whole,
@@ -164,11 +173,11 @@ class _Hands:
         if len(self.full) >= self._room:
             return ServedFile(path=path, identity=file.identity)
         with file.lent() as fd:
-            return ServedFile(path=path, fd=self._hold(os.dup(fd)))
+            return ServedFile(path=path, fd=self.hold(os.dup(fd)))
 
     def memory(self, name: str) -> int:
         """A file in memory."""
-        return self._hold(os.memfd_create(name, os.MFD_CLOEXEC))
+        return self.hold(os.memfd_create(name, os.MFD_CLOEXEC))
 
     def made(self) -> int:
         """The one that holds all indexes that are made for the server."""
@@ -176,7 +185,8 @@ class _Hands:
             self._made = self.memory("indexes")
         return self._made
 
-    def _hold(self, fd: int) -> int:
+    def hold(self, fd: int) -> int:
+        """Pass on a descriptor, which is ours no more; the same."""
         self._stack.callback(os.close, fd)
         self.full.append(fd)
         return fd

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
 
 from nbdbackupd import durable
 from nbdbackupd.errors import IntegrityError, NbdbackupError
@@ -32,7 +31,6 @@ from nbdbackupd.qemu import image
 from nbdbackupd.threads import Threads
 
 log = logging.getLogger(__name__)
-WAIT_SECONDS: Final = 0.1
 
 
 def write_all(
@@ -262,7 +260,8 @@ def fill(
                 if isinstance(item, Zero):
                     writer.zero(item.offset, item.length)
                 else:
-                    _wait(pace, item, threads.check)
+                    if pace is not None:
+                        pace.wait(sum(length for _, length in item.ranges), threads.check)
                     _copy(item, layers[item.layer], writer, scratch)
                 feed.finished(item)
             writer.flush()
@@ -272,15 +271,6 @@ def fill(
         raise IntegrityError("a part of the disk was not written", **layers[0].where)
     progress(layers[0].size)
     return feed.written
-
-
-def _wait(pace: Throttle | None, part: Part[Record], check: Callable[[], None]) -> None:
-    if pace is None:
-        return
-    while delay := pace.delay():
-        time.sleep(min(delay, WAIT_SECONDS))
-        check()
-    pace.take(sum(length for _, length in part.ranges))
 
 
 def _copy(part: Part[Record], layer: Layer, writer: Writer, scratch: memoryview) -> None:

@@ -83,13 +83,16 @@ class Layer:
                     )
             yield record
 
-    def read(self, record: Record, view: memoryview, scratch: memoryview) -> None:
+    def read(self, record: Record, view: memoryview, scratch: memoryview) -> memoryview | None:
         """The guest bytes of a data block into ``view`` (of its length), proven by their digest.
 
-        ``scratch`` has room for ``MAX_STORED`` bytes and belongs to the calling thread. Raises
+        ``scratch`` has room for ``MAX_STORED`` bytes and belongs to the calling thread. Returns
+        the payload as it is stored, in one of both; None if it is more than the block's. Raises
         IntegrityError with the file and the position in it.
         """
+        stored: memoryview | None = view
         if record.whole:
+            stored = None
             key = (id(self), record.position)
             frame = self.frames.get(key, lambda: self._whole_frame(record))
             view[:] = memoryview(frame)[record.skip : record.skip + record.length]
@@ -106,6 +109,7 @@ class Layer:
                 guest=record.offset,
                 **self.where,
             )
+        return stored
 
     def _whole_frame(self, record: Record) -> bytes:
         stored = memoryview(bytearray(record.stored))

@@ -18,7 +18,8 @@ from nbdbackupd.model.choice import Choice
 from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets.frames import FrameCache
 from nbdbackupd.ops.sets.layers import Layer, RawLayer, ScannedLayer
-from nbdbackupd.repo import layout
+from nbdbackupd.repo import layout, reading
+from nbdbackupd.repo.reading import Held
 from nbdbackupd.repo.set_directory import SetDirectory, refuse_links
 from nbdbackupd.repo.virtnbdbackup import peer, points
 from nbdbackupd.repo.virtnbdbackup.storage import Archive, Storage
@@ -42,7 +43,8 @@ class OpenedSet:
     ``problems`` tell what of the set is not sound, ``hints`` what else should be known, a line
     each. ``peer``: virtnbdbackup wrote it, and no manifest of ours vouches for it; then digests
     are empty. ``storage`` is where its streams are: of an archive, ``path`` is a directory with its
-    small files, which lives as long as this object or until ``close``.
+    small files, which lives as long as this object or until ``close``. So does ``reading``, which
+    keeps the files of a set of ours from being removed.
     """
 
     path: Path
@@ -52,6 +54,7 @@ class OpenedSet:
     peer: bool = False
     storage: Storage | None = None
     unpacked: Unpacked | None = None
+    reading: Held | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -59,9 +62,11 @@ class OpenedSet:
         return (*self.problems, *self.hints)
 
     def close(self) -> None:
-        """Remove what was taken out of an archive: ``path`` is gone then. Safe to call twice."""
+        """Let go of the files; what was taken out of an archive is removed. Safe to call twice."""
         if self.unpacked is not None:
             self.unpacked.remove()
+        if self.reading is not None:
+            self.reading.release()
 
     def layers(
         self,
@@ -92,8 +97,8 @@ class OpenedSet:
         return tuple(found)
 
 
-def open_set(path: Path, *, sound: bool = False) -> OpenedSet:
-    """Read and prove what the set says of itself.
+def open_set(path: Path, *, sound: bool = False, keep: bool = False) -> OpenedSet:
+    """Read and prove what the set says of itself; with ``keep`` its files stay meanwhile.
 
     With ``sound`` only what is sound, with a warning for the rest: which point is the newest, or
     the newest at a time, can't be told then. Raises RepositoryError if the path is no directory
@@ -104,10 +109,11 @@ def open_set(path: Path, *, sound: bool = False) -> OpenedSet:
     if storage is not None and peer.is_peer(storage):
         return _open_peer_set(path, storage, sound=sound)
     set_dir = SetDirectory.open(path)
+    held = reading.hold(path) if keep and set_dir.exists else None
     if sound:
         known, problems = set_dir.load_sound()
-        return OpenedSet(path=path, known=known, problems=problems)
-    return OpenedSet(path=path, known=set_dir.load())
+        return OpenedSet(path=path, known=known, problems=problems, reading=held)
+    return OpenedSet(path=path, known=set_dir.load(), reading=held)
 
 
 def open_point(path: Path, choice: Choice) -> tuple[OpenedSet, RestorePoint]:
@@ -117,12 +123,12 @@ def open_point(path: Path, choice: Choice) -> tuple[OpenedSet, RestorePoint]:
     ``open_set`` and ``Choice.find``.
     """
     try:
-        given = open_set(path)
+        given = open_set(path, keep=True)
     except (FormatError, ChainBrokenError) as err:
         if not choice.is_named:
             err.message += "; 'nbdbackupctl list' shows the sound points, --point chooses one"
             raise
-        given = open_set(path, sound=True)
+        given = open_set(path, sound=True, keep=True)
     if not given.known.points:
         raise RepositoryError(f"{path} holds no restore point: is it a backup set?")
     return given, choice.find(given.known)

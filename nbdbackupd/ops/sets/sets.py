@@ -11,7 +11,7 @@ from nbdbackupd.errors import ChainBrokenError, FormatError, one_line
 from nbdbackupd.model import policy
 from nbdbackupd.model.chain import BackupSet, Level
 from nbdbackupd.model.policy import LevelPolicy, NextRun, SetFacts
-from nbdbackupd.repo import layout
+from nbdbackupd.repo import generation, layout
 from nbdbackupd.repo.set_directory import SetDirectory
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class DomainSet:
             return None
         if self.known.points:
             return min(_local(point.created) for point in self.known.points)
-        changed = (self.path / layout.POINTS).stat().st_mtime
+        changed = generation.directory(self.path).stat().st_mtime
         return datetime.fromtimestamp(changed, UTC).astimezone()
 
 
@@ -101,7 +101,7 @@ def _facts(found: DomainSet) -> SetFacts:
 
 def _missing_files(found: DomainSet) -> str:
     try:
-        SetDirectory.open(found.path).check_present(found.known.points)
+        SetDirectory.open(found.path).check_all()
     except (ChainBrokenError, FormatError) as err:
         return err.message
     return ""

@@ -34,7 +34,7 @@ from nbdbackupd.ops.verify.findings import Findings, Problem
 from nbdbackupd.ops.verify.notes import Notes
 from nbdbackupd.ops.verify.peer import PeerCheck
 from nbdbackupd.ops.verify.request import VerifyReport, VerifyRequest
-from nbdbackupd.repo import layout, written
+from nbdbackupd.repo import generation, layout, reading, removing, written
 from nbdbackupd.repo.set_directory import refuse_links
 from nbdbackupd.repo.virtnbdbackup import peer
 
@@ -57,7 +57,7 @@ def run(
     if request.workers < 1:
         raise UsageError("at least one worker is needed")
     refuse_links(request.path)
-    with runlog.context(SET=request.path):
+    with runlog.context(SET=request.path), reading.held(request.path):
         storage = peer.storage_of(request.path)
         theirs = storage is not None and peer.is_peer(storage)
         verify = _verify_peer if theirs else _verify
@@ -196,23 +196,17 @@ def _verify_peer(
 
 def _load_points(path: Path, findings: Findings) -> list[RestorePoint]:
     """The points whose manifests can be read, in the order of their numbers."""
-    folder = path / layout.POINTS
-    if path.is_dir() and not os.path.lexists(folder):
+    if path.is_dir() and not os.path.lexists(path / layout.POINTS):
         raise RepositoryError(f"{path} is no backup set: it has no directory {layout.POINTS}")
-    with durable.translate_os_errors("read", folder):
-        names = sorted(
-            entry.name
-            for entry in folder.iterdir()
-            if entry.suffix == layout.MANIFEST_SUFFIX and not entry.name.startswith(".")
-        )
-    if not names:
+    files = generation.manifests(generation.directory(path))
+    if not files:
         raise RepositoryError(f"{path} holds no restore point: is it a backup set?")
     found = []
-    for name in names:
-        file = f"{layout.POINTS}/{name}"
+    for each in files:
+        file = f"{each.parent.name}/{each.name}"
         try:
-            point = manifest.parse(_read_manifest(folder / name))
-            if name != layout.manifest(point.sequence, point.id):
+            point = manifest.parse(_read_manifest(each))
+            if each.name != layout.manifest(point.sequence, point.id):
                 raise IntegrityError(f"manifest is of another point: {point.id}")
         except (FormatError, OSError) as err:
             findings.add_error(err, point="", disk="", file=file)
@@ -236,8 +230,10 @@ def _check_strays(
             named |= {disk.file for disk in manifest.parse(_read_manifest(draft)).disks}
         except (FormatError, OSError) as err:
             log.warning("%s can't be read: %s", draft, err)
+    for removal in removing.unfinished(path).values():
+        named.update(removal.adds, removal.removes)
     for name in streams:
-        if name not in named:
+        if name not in named and (path / name).exists():
             message = "stream of no restore point: its manifest is missing"
             findings.add(Problem(message=message, file=name))
 

@@ -27,7 +27,7 @@ from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model import jobxml
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.domain import Domain, parse_domain
-from nbdbackupd.repo import layout
+from nbdbackupd.repo import generation, layout
 from nbdbackupd.repo.virtnbdbackup.storage import Archive, Folder, Storage, is_archive
 
 MAX_FILE: Final = 16 << 20
@@ -97,12 +97,11 @@ def is_peer(storage: Storage) -> bool:
     A draft: streams of ours that have got their names are no point before the manifest has, and
     the next run removes them. Raises RepositoryError if it can't be read.
     """
-    points = storage.path / layout.POINTS
-    with durable.translate_os_errors("read", points):
-        if storage.path.is_dir() and any(storage.path.glob(f"{layout.DRAFT_PREFIX}*")):
-            return False
-        if points.is_dir() and any(
-            each.suffix == layout.MANIFEST_SUFFIX for each in points.iterdir()
+    with durable.translate_os_errors("read", storage.path):
+        if storage.path.is_dir() and (
+            any(storage.path.glob(f"{layout.DRAFT_PREFIX}*"))
+            or (storage.path / layout.GENERATION).exists()
+            or generation.manifests(storage.path / layout.POINTS)
         ):
             return False
     return bool(stream_names(storage))

@@ -1,0 +1,1 @@
+"""How points leave a set: merged streams, one switch, what is freed."""

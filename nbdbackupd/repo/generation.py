@@ -1,0 +1,81 @@
+"""Which directory of a set holds its manifests: ``points``, or ``points.N`` in generation N.
+
+Points leave a set by a new directory of manifests, and one switch: the file ``generation``, which
+is replaced atomically, names it. Who reads sees all manifests of one generation or of the next.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, TypeVar
+
+from nbdbackupd import durable
+from nbdbackupd.errors import BusyError, FormatError, IntegrityError, RepositoryError
+from nbdbackupd.files import open_untrusted
+from nbdbackupd.repo import layout
+
+MAX_SIZE: Final = 20
+TRIES: Final = 10
+
+T = TypeVar("T")
+
+
+def current(root: Path) -> int:
+    """The number of a set's generation; 0 without the file.
+
+    Raises IntegrityError if that is damaged, RepositoryError if it can't be read.
+    """
+    path = root / layout.GENERATION
+    with durable.translate_os_errors("read", path):
+        try:
+            with os.fdopen(open_untrusted(path), "rb") as file:
+                data = file.read(MAX_SIZE)
+        except (FileNotFoundError, NotADirectoryError):
+            return 0
+    digits = data[:-1]
+    if not digits.isdigit() or digits.startswith(b"0") or data[-1:] != b"\n":
+        raise IntegrityError("it does not tell which directory holds the manifests", file=path)
+    return int(digits)
+
+
+def directory(root: Path) -> Path:
+    """The directory of the manifests, which may be missing. Raises as ``current``."""
+    return root / layout.points(current(root))
+
+
+def stable(root: Path, read: Callable[[Path], T]) -> T:
+    """What ``read`` makes of the directory of the manifests; again if it was replaced meanwhile.
+
+    Raises what that raises, and as ``current``; BusyError if it is replaced all the time.
+    """
+    for _ in range(TRIES):
+        number = current(root)
+        try:
+            found = read(root / layout.points(number))
+        except (RepositoryError, FormatError):
+            if current(root) == number:
+                raise
+        else:
+            if current(root) == number:
+                return found
+    raise BusyError(f"points leave {root} all the time: try later")
+
+
+def switch(root: Path, number: int) -> None:
+    """Make a generation the current one, durably. Raises OSError."""
+    durable.write_atomic(root / layout.GENERATION, b"%d\n" % number, mode=0o600)
+
+
+def manifests(folder: Path) -> list[Path]:
+    """The manifests in a directory, in the order of their names; none if it is missing.
+
+    Raises RepositoryError.
+    """
+    with durable.translate_os_errors("read", folder):
+        if not os.path.lexists(folder):
+            return []
+        return sorted(
+            path
+            for path in folder.iterdir()
+            if path.suffix == layout.MANIFEST_SUFFIX and not path.name.startswith(".")
+        )

@@ -1,0 +1,120 @@
+"""Kill -9, full, failing and read-only storage at every step of a removal.
+
+Each leaves the old set or the new one, of which every point restores to the same bytes, and the
+next removal or run leaves nothing else.
+"""
+
+import errno
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbdbackupd.errors import NbdbackupError
+from nbdbackupd.model.chain import Level
+from nbdbackupd.repo.set_directory import SetDirectory
+from tests.component.test_removal import check, remove
+from tests.lib.sets import Change, SetBuilder
+
+pytestmark = pytest.mark.component
+
+CALLS = ("open", "rename", "replace", "fsync", "mkdir", "unlink", "rmdir", "write", "pwritev")
+DONE, FAILED = 0, 7
+GONE = ("point1", "point2", "point5")
+STRIKES = (("KILL", 1, 1), ("ENOSPC", 1, 3), ("EIO", 2, 3), ("EROFS", 3, 3))
+"""Those that fail a call have much in common: each third step for each of them."""
+
+
+def strike(number: int, fault: str) -> Callable[[], int]:
+    """Let that call which changes or settles the file system fail; from EROFS on, all of them.
+
+    Returns what tells how many there were.
+    """
+    count = 0
+
+    def rigged(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            if name == "open" and not args[1] & os.O_CREAT:
+                return plain(*args, **kwargs)
+            count += 1
+            if count == number and fault == "KILL":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if count == number or (fault == "EROFS" and 0 < number < count):
+                raise OSError(getattr(errno, fault), os.strerror(getattr(errno, fault)))
+            return plain(*args, **kwargs)
+
+        return call
+
+    for each in CALLS:
+        setattr(os, each, rigged(each, getattr(os, each)))
+    return lambda: count
+
+
+def attempt(path: Path, number: int, fault: str) -> int:
+    """Remove points in a child that is struck; its exit status, or minus the signal."""
+    pid = os.fork()
+    if not pid:
+        status = 99
+        try:
+            counted = strike(number, fault)
+            remove(path, GONE)
+            path.with_name("steps").write_text(str(counted()))
+            status = DONE
+        except NbdbackupError:
+            status = FAILED
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> SetBuilder:
+    """A full, three increments, of which the second reads a disk in full, and a copy."""
+    bench = SetBuilder(tmp_path_factory.mktemp("faults") / "set", block=4096, level=1)
+    bench.disks = {"vda": bytearray(os.urandom(4096 * 6)), "vdb": bytearray(4096)}
+    bench.full()
+    bench.inc({"vda": [Change(512, b"1" * 512), Change(8192, 4096)]})
+    bench.inc({"vda": [Change(1024, b"2" * 512)]}, whole=("vdb",))
+    bench.inc({"vda": [Change(0, b"3" * 512)]})
+    bench.full(level=Level.COPY)
+    return bench
+
+
+@pytest.fixture(scope="module")
+def steps(bench: SetBuilder) -> int:
+    """How many there are, once there is a runtime directory."""
+    for name in ("first", "counted"):
+        copy = bench.path.with_name(name)
+        shutil.copytree(bench.path, copy)
+        assert attempt(copy, 0, "KILL") == DONE
+    return int(copy.with_name("steps").read_text())
+
+
+@pytest.mark.parametrize(("fault", "first", "stride"), STRIKES)
+def test_struck_at_every_step(
+    bench: SetBuilder, steps: int, fault: str, first: int, stride: int
+) -> None:
+    assert steps > 60
+    outcomes = set()
+    for number in range(first, steps + 1, stride):
+        copy = bench.path.with_name(f"{fault}{number}")
+        shutil.copytree(bench.path, copy)
+        status = attempt(copy, number, fault)
+        assert status in ((-signal.SIGKILL,) if fault == "KILL" else (DONE, FAILED)), number
+        # a run sweeps as well as the next removal does
+        if number % 2:
+            set_dir = SetDirectory.open(copy)
+            with set_dir.lock(owner="test"):
+                set_dir.sweep()
+        left = {point.id for point in SetDirectory.open(copy).load().points}
+        assert status != DONE or left.isdisjoint(GONE)
+        check(replace(bench, path=copy), GONE if left.isdisjoint(GONE) else ())
+        shutil.rmtree(copy)
+        outcomes.add(left.isdisjoint(GONE))
+    assert outcomes == {True, False}
