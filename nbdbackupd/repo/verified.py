@@ -15,8 +15,8 @@ from typing import Any, Final
 from nbdbackupd import documents, durable
 from nbdbackupd.errors import IntegrityError, RepositoryError, one_line
 from nbdbackupd.files import open_untrusted
-from nbdbackupd.model.chain import BackupSet
-from nbdbackupd.model.proof import Proof, content_of
+from nbdbackupd.model.chain import BackupSet, RestorePoint
+from nbdbackupd.model.proof import Proof, content_of, soundness
 from nbdbackupd.plain import versioned
 from nbdbackupd.repo import layout
 from nbdbackupd.units import utc_time
@@ -71,6 +71,11 @@ def read(set_path: Path, known: BackupSet) -> dict[str, Proof]:
         if proof is not None and (proof.point, proof.content) == (point.id, content_of(point)):
             found[point.id] = proof
     return found
+
+
+def damage_of(set_path: Path, known: BackupSet, point: RestorePoint) -> str:
+    """What was found damaged of all that a point is made of: the first of it, or nothing."""
+    return soundness(known, read(set_path, known))[point.id].damage
 
 
 def _read(path: Path) -> Proof | None:

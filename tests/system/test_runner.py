@@ -26,6 +26,7 @@ from tests.lib.scene import WARNED, Saved, Scene, assert_same, scene, tree
 
 pytestmark = pytest.mark.system
 KIB = 1024
+DAMAGED = 40
 DISK = DiskSpec(target="vda", size=8 * MIB)
 DOMAIN, SOURCE, REPOSITORY, BUSY = 20, 30, 50, 75
 LATER = "LATER40@clock-read#1"
@@ -232,6 +233,19 @@ def test_a_damaged_set_is_not_continued(one: Appliance) -> None:
     assert "vda.full.data" in report["problems"][0]
     assert one.run()["level"] == "inc"
     one.scene.ctl("verify", report["set"])
+    # and one whose base a verification has found damaged, which nobody would notice else
+    stream = Path(report["set"]) / "vda.full.data"
+    data = bytearray(stream.read_bytes())
+    data[-100] ^= 1
+    stream.write_bytes(data)
+    one.scene.ctl("verify", report["set"], code=DAMAGED)
+    name = one.scene.guest.name
+    said = one.scene.ctl("backup", name, "-o", report["set"], code=DAMAGED).stderr
+    assert "begin a new set with another -o" in said
+    third = one.run(code=WARNED)
+    assert (third["set"], third["level"]) == (f"{full.set}.3", "full")
+    assert "is damaged: vda.full.data" in third["problems"][0]
+    assert one.run()["level"] == "inc"
 
 
 def test_a_repository_that_is_not_mounted(one: Appliance, tmp_path: Path) -> None:

@@ -19,11 +19,13 @@ from nbdbackupd.errors import (
     RepositoryError,
     UsageError,
 )
-from nbdbackupd.model.chain import Level
+from nbdbackupd.model.chain import Level, RestorePoint
 from nbdbackupd.model.choice import Choice
 from nbdbackupd.model.policy import LevelPolicy, NextRun, Rotate
+from nbdbackupd.model.proof import Proof, content_of
 from nbdbackupd.ops.run import commands, slots
 from nbdbackupd.ops.sets import homes, lookup, sets
+from nbdbackupd.repo import verified
 from nbdbackupd.repo.set_directory import SetDirectory
 from tests.lib import chains, points
 
@@ -31,16 +33,18 @@ OTHER = "11111111-2222-4333-8444-555555555555"
 RULES = LevelPolicy(rotate=Rotate.MONTHLY)
 
 
-def add(path: Path, number: int, day: str, *, uuid: str = points.UUID) -> None:
+def add(
+    path: Path, number: int, day: str, *, uuid: str = points.UUID, wanted: Level = Level.INC
+) -> RestorePoint:
     """Publish point ``p<number>``, made at noon of a day; the first of a set is a full."""
     repository = SetDirectory.open(path)
     with repository.lock(owner="test"):
         known = repository.load().points
-        level = Level.INC if known else Level.FULL
+        level = wanted if known else Level.FULL
         intent = replace(chains.intent_for(number, level=level), uuid=uuid)
         with repository.draft(intent) as draft:
             point = chains.fill(draft, known, level)
-            draft.publish(replace(point, created=f"{day}T12:00:00Z", uuid=uuid))
+            return draft.publish(replace(point, created=f"{day}T12:00:00Z", uuid=uuid))
 
 
 @pytest.fixture
@@ -105,6 +109,32 @@ def test_a_damaged_set_is_not_continued(home: Path, damage: str) -> None:
     # a new one, not the older one, whose base is gone
     assert (run.directory, run.level) == ("2025-12.2", Level.FULL)
     assert "set 2025-12 can't be continued" in run.problem
+
+
+def test_a_set_is_not_continued_whose_base_is_known_to_be_damaged(home: Path) -> None:
+    """Only what the newest base is made of counts, and only as long as nobody has repaired it."""
+    path = home / "2025-12"
+    known = SetDirectory.open(path).load()
+
+    def note(point: RestorePoint, *damage: str) -> NextRun:
+        proof = Proof(
+            point=point.id, content=content_of(point), verified="2025-12-19T00:00:00Z", size=1,
+            damage=damage,
+        )  # fmt: skip
+        verified.write(path, proof)
+        return after(home, "2025-12-20")
+
+    assert note(known.points[0]).directory == "2025-12"
+    run = note(known.points[0], "vda.full.data: bad")
+    assert (run.directory, run.level) == ("2025-12.2", Level.FULL)
+    assert run.problem == (
+        f"set 2025-12 can't be continued: point {known.points[0].id} is damaged: vda.full.data: bad"
+    )
+    assert run.reason == run.problem
+    assert note(known.points[0]).problem == ""
+    # a copy is no base
+    copy = add(path, 9, "2025-12-19", wanted=Level.COPY)
+    assert note(copy, "vda.copy: bad").directory == "2025-12"
 
 
 def test_the_set_of_another_domain_is_not_continued(home: Path) -> None:

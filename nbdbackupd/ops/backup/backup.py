@@ -15,7 +15,13 @@ from typing import Final
 
 from nbdbackupd import durable, events, rundir
 from nbdbackupd import log as runlog
-from nbdbackupd.errors import BusyError, CheckpointError, DomainError, RepositoryError
+from nbdbackupd.errors import (
+    BusyError,
+    CheckpointError,
+    DomainError,
+    IntegrityError,
+    RepositoryError,
+)
 from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint, effective_level
 from nbdbackupd.model.space import own_bytes
 from nbdbackupd.ops.backup import outcome, recording
@@ -28,7 +34,7 @@ from nbdbackupd.ops.checkpoints.others import OtherChain, other_chains
 from nbdbackupd.ops.domain import domains, endings, locks
 from nbdbackupd.ops.domain.images import images_of, note_saved, prove_start
 from nbdbackupd.ops.domain.survey import DiskFilter, Looked, Survey, look, survey_domain
-from nbdbackupd.repo import written
+from nbdbackupd.repo import verified, written
 from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.repo.state import Record, StateDirectory
 from nbdbackupd.source.lease import Lease
@@ -160,6 +166,7 @@ def _run_locked(run: _Run) -> BackupReport:
     parent = known.head if level in (Level.INC, Level.DIFF) else None
     if parent is not None:
         set_dir.check_present(known.points)
+        _check_undamaged(set_dir, known, parent)
     wanted = _disk_filter(request)
     survey = survey_domain(domain, wanted, level, parent, looked)
     doubts = _doubts(run.lease, survey)
@@ -243,6 +250,16 @@ def _check_binding(domain: Domain, known: BackupSet) -> None:
                 f"the set belongs to domain {point.domain} with UUID {point.uuid}, "
                 f"not to {domain.name} with UUID {domain.uuid}: give another directory with -o"
             )
+
+
+def _check_undamaged(set_dir: SetDirectory, known: BackupSet, parent: RestorePoint) -> None:
+    """Nothing may hang on what a verification has found damaged. Raises IntegrityError."""
+    damage = verified.damage_of(set_dir.path, known, parent)
+    if damage:
+        raise IntegrityError(
+            f"{set_dir.path} can't be continued, {damage}; begin a new set with another -o, or if "
+            f"that has been repaired, let 'nbdbackupctl verify {set_dir.path}' note it"
+        )
 
 
 def _others(

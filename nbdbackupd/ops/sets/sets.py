@@ -11,7 +11,7 @@ from nbdbackupd.errors import ChainBrokenError, FormatError, one_line
 from nbdbackupd.model import policy
 from nbdbackupd.model.chain import BackupSet, Level
 from nbdbackupd.model.policy import LevelPolicy, NextRun, SetFacts
-from nbdbackupd.repo import generation, layout
+from nbdbackupd.repo import generation, layout, verified
 from nbdbackupd.repo.set_directory import SetDirectory
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def next_run(
     ]
     facts = [_facts(each) for each in found]
     if facts and facts[-1].began is not None and not facts[-1].problem:
-        facts[-1] = replace(facts[-1], problem=_missing_files(found[-1]))
+        facts[-1] = replace(facts[-1], problem=_why_unfit(found[-1]))
     local = now.astimezone()
     chosen = policy.next_run(rules, facts, local, wanted=wanted, taken=_others(directory, facts))
     durable.refuse_links(directory.parent, directory / chosen.directory)
@@ -99,12 +99,14 @@ def _facts(found: DomainSet) -> SetFacts:
     )
 
 
-def _missing_files(found: DomainSet) -> str:
+def _why_unfit(found: DomainSet) -> str:
+    """Why no increment may hang on a set: its files are not there, or known to be damaged."""
     try:
         SetDirectory.open(found.path).check_all()
     except (ChainBrokenError, FormatError) as err:
         return err.message
-    return ""
+    head = found.known.head
+    return verified.damage_of(found.path, found.known, head) if head is not None else ""
 
 
 def _others(directory: Path, facts: Iterable[SetFacts]) -> frozenset[str]:
