@@ -33,10 +33,7 @@ class Configuration:
     problems: tuple[Problem, ...] = field(default=())
 
     def require_sound(self) -> "Configuration":
-        """This, if it has no problem.
-
-        Raises ConfigError, which names the first one.
-        """
+        """This, if it has no problem. Raises ConfigError, which names the first one."""
         if not self.problems:
             return self
         more = len(self.problems) - 1

@@ -97,10 +97,7 @@ class _Loader(yaml.BaseLoader):
 
 
 def read(path: Path) -> Node | None:
-    """The root of a file's tree, None if it holds nothing but comments.
-
-    Raises UnreadableError.
-    """
+    """The root of a file's tree, None if it holds nothing but comments. Raises UnreadableError."""
     return parse(_text(_bytes(path)))
 
 

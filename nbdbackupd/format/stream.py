@@ -222,10 +222,7 @@ class StreamReader:
         self._file.close()
 
     def read(self, position: int, length: int) -> bytes:
-        """Exactly ``length`` bytes of the file.
-
-        Raises IntegrityError if the file ends before.
-        """
+        """Exactly ``length`` bytes of the file. Raises IntegrityError if the file ends before."""
         if position + length > self.size:
             raise IntegrityError(
                 "stream ends too early", file=self.path, offset=position, missing=length

@@ -22,10 +22,7 @@ class Probe:
     """Connections to an export that has a dirty bitmap; a context manager that closes them."""
 
     def __init__(self, endpoint: Endpoint, patience: Patience) -> None:
-        """Connect.
-
-        Raises NbdError.
-        """
+        """Connect. Raises NbdError."""
         self._stack = ExitStack()
         separate = (ALLOCATION,), (DIRTY_PREFIX + endpoint.bitmap,)
         try:
@@ -53,10 +50,7 @@ class Probe:
         return self._reader.plan()
 
     def read(self, offset: int, length: int) -> bytes:
-        """The bytes of one range.
-
-        Raises NbdError.
-        """
+        """The bytes of one range. Raises NbdError."""
         found = bytearray(length)
         buffer = nbd.Buffer.from_buffer(memoryview(found))
         with Requests(self._connection) as requests:

@@ -72,10 +72,7 @@ class ImageInfo:
 
     @classmethod
     def from_dict(cls, document: object) -> "ImageInfo":
-        """Read one image of qemu-img's JSON.
-
-        Raises FormatError.
-        """
+        """Read one image of qemu-img's JSON. Raises FormatError."""
         if not isinstance(document, dict):
             raise FormatError("qemu-img info: no JSON object")
         specific = _get(document, "format-specific", dict, {})
@@ -158,18 +155,12 @@ def as_object(text: str) -> str:
 
 
 def info(path: Path, *, format: str = "") -> ImageInfo:
-    """One image.
-
-    Raises ProcessError, FormatError.
-    """
+    """One image. Raises ProcessError, FormatError."""
     return parse_chain(info_json(path, format=format))[0]
 
 
 def info_chain(path: Path, *, format: str = "") -> tuple[ImageInfo, ...]:
-    """The image and all below it, top first.
-
-    Raises ProcessError, FormatError.
-    """
+    """The image and all below it, top first. Raises ProcessError, FormatError."""
     return parse_chain(info_json(path, format=format, chain=True))
 
 
@@ -276,10 +267,7 @@ def name_backing(path: Path, backing: Path) -> None:
 
 
 def take_snapshot(path: Path, name: str) -> None:
-    """Take an internal snapshot of an image that nobody has open.
-
-    Raises ProcessError.
-    """
+    """Take an internal snapshot of an image that nobody has open. Raises ProcessError."""
     # it takes no -f, and must not guess
     filename = _escaped(os.fspath(path.absolute()))
     options = f"driver={QCOW2},file.driver=file,file.filename={filename}"

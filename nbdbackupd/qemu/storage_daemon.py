@@ -110,10 +110,7 @@ class Server:
         return tuple(names)
 
     def nodes(self) -> dict[str, Node]:
-        """All open images by node name, with their bitmaps.
-
-        Raises ProcessError.
-        """
+        """All open images by node name, with their bitmaps. Raises ProcessError."""
         found = self._execute("query-named-block-nodes", {"flat": True})
         nodes = (_node(each) for each in found)
         return {node.name: node for node in nodes}

@@ -69,10 +69,7 @@ def leftovers(directory: Path, uuid: str) -> list[Path]:
 
 
 def free_bytes(directory: Path) -> int:
-    """Return what is free for unprivileged writers, as QEMU may be one.
-
-    Raises OSError.
-    """
+    """Return what is free for unprivileged writers, as QEMU may be one. Raises OSError."""
     found = os.statvfs(directory)
     return found.f_bavail * found.f_frsize
 

@@ -62,10 +62,7 @@ class Domain:
 
     @classmethod
     def find(cls, connection: Connection, name: str) -> Self:
-        """Find a domain by name or UUID.
-
-        Raises DomainNotFoundError.
-        """
+        """Find a domain by name or UUID. Raises DomainNotFoundError."""
         return cls(connection, *connection.lookup(name))
 
     def handle(self) -> libvirt.virDomain:

@@ -45,10 +45,7 @@ def booted(
     cancelled: Callable[[], None],
     consent: Consent = definition_model.refuse,
 ) -> Iterator[Booted]:
-    """Boot for the block: afterwards domain, overlays and servers are gone.
-
-    Raises as ``start``.
-    """
+    """Boot for the block: afterwards domain, overlays and servers are gone. Raises as ``start``."""
     places = places_of(request)
     with places.attended():
         up = _start(request, places, connection, cancelled, consent)
@@ -165,10 +162,7 @@ def end(places: Places, record: BootRecord, connection: Connection) -> None:
 
 
 def release(places: Places, record: BootRecord) -> None:
-    """Let go of map and overlays, which nobody uses any more.
-
-    Raises RepositoryError, BusyError.
-    """
+    """Let go of map and overlays, which nobody uses any more. Raises RepositoryError, BusyError."""
     for each in mapped.known(places.runtime_dir):
         if each.purpose == launch.purpose(record.name):
             mapped.end(each, places.runtime_dir)

@@ -147,10 +147,7 @@ class Places:
         return self.work / CONSOLE
 
     def read(self) -> BootRecord | None:
-        """The record, or None if there is no such boot.
-
-        Raises FormatError, RepositoryError.
-        """
+        """The record, or None if there is no such boot. Raises FormatError, RepositoryError."""
         return _read(self.note)
 
     def write(self, record: BootRecord) -> None:

@@ -70,10 +70,7 @@ def is_mounted(path: Path) -> bool:
 
 
 def require_fuse() -> None:
-    """See that this host has FUSE for us.
-
-    Raises ConfigError that says what is missing.
-    """
+    """See that this host has FUSE for us. Raises ConfigError that says what is missing."""
     if not os.access(DEVICE, os.R_OK | os.W_OK):
         there = "may not be used by this account" if DEVICE.exists() else "does not exist"
         raise ConfigError(
@@ -191,10 +188,7 @@ def unmount_unused(at: Path, *, kernel: bool = False, busy_seconds: float = BUSY
 
 
 def detach(at: Path, *, kernel: bool = False) -> None:
-    """Take a mount out of its directory though it is in use.
-
-    Raises ProcessError.
-    """
+    """Take a mount out of its directory though it is in use. Raises ProcessError."""
     if is_mounted(at):
         _run(["umount", "-l"] if kernel else ["fusermount3", "-u", "-z"], at)
 

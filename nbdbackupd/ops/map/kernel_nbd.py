@@ -34,10 +34,7 @@ def check(device: Path) -> None:
 
 
 def attach(device: Path, socket: Path) -> None:
-    """Connect the device to a server; the kernel holds the connection.
-
-    Raises ProcessError.
-    """
+    """Connect the device to a server; the kernel holds the connection. Raises ProcessError."""
     proc.output(
         ["nbd-client", "-unix", str(socket), str(device), "-N", ""],
         timeout=SECONDS,

@@ -31,10 +31,7 @@ def whole(layers: Sequence[Layer]) -> Iterator[Item]:
 
 
 def delta(layer: Layer) -> Iterator[Item]:
-    """What one point holds of a disk that it did not read in full.
-
-    Raises IntegrityError.
-    """
+    """What one point holds of a disk that it did not read in full. Raises IntegrityError."""
     for record in layer.records():
         length = min(record.length, layer.size - record.offset)
         if length <= 0:

@@ -62,10 +62,7 @@ class Device:
         os.fsync(self.fd)
 
     def put(self, view: memoryview, offset: int) -> None:
-        """Write bytes; those of the head are kept for ``finish``.
-
-        Raises OSError.
-        """
+        """Write bytes; those of the head are kept for ``finish``. Raises OSError."""
         if offset < len(self._head):
             length = min(len(view), len(self._head) - offset)
             self._head[offset : offset + length] = view[:length]
