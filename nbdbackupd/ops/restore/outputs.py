@@ -166,24 +166,16 @@ def qcow2(
         path, workers=workers, known_zero=True, cancelled=cancelled, check=check
     ) as output:
         yield output
-    _check_closed(path)
-    durable.fsync_file(path)
 
 
-@contextmanager
 def changed(
     path: Path, *, workers: int, cancelled: Callable[[], None], check: Callable[[], None]
-) -> Iterator[Output]:
+) -> AbstractContextManager[Output]:
     """A qcow2 image that holds older data, by itself or below: zeroes must be written, too.
 
     On the device when the context ends well. Raises as ``qcow2``.
     """
-    with _served(
-        path, workers=workers, known_zero=False, cancelled=cancelled, check=check
-    ) as output:
-        yield output
-    _check_closed(path)
-    durable.fsync_file(path)
+    return _served(path, workers=workers, known_zero=False, cancelled=cancelled, check=check)
 
 
 @contextmanager
@@ -195,9 +187,10 @@ def _served(
     cancelled: Callable[[], None],
     check: Callable[[], None],
 ) -> Iterator[Output]:
-    """The image behind a server; ``known_zero``: it reads as zeroes so far."""
-    # most restores do without libnbd
+    """The image behind a server, closed and durable at the end if all goes well.
 
+    ``known_zero``: it reads as zeroes so far.
+    """
     with tempfile.TemporaryDirectory(prefix="nbdbackup-") as directory:
         socket = Path(directory, "nbd")
         if fault := rundir.socket_fault(socket):
@@ -218,6 +211,10 @@ def _served(
             target.control(endpoint, patience) as several,
         ):
             yield Output(writers=workers if several else 1, writer=writer, zeroes=not known_zero)
+    # a server that had to be killed leaves it dirty
+    if image.info(path, format="qcow2").dirty:
+        raise ProcessError(f"qemu-nbd did not close {path} cleanly")
+    durable.fsync_file(path)
 
 
 def create_private(path: Path) -> int:
@@ -237,9 +234,3 @@ def _blame(server: proc.Process) -> Iterator[None]:
         except ProcessError as death:
             raise death from err
         raise
-
-
-def _check_closed(path: Path) -> None:
-    """Prove that the server closed the image: one that had to be killed leaves it dirty."""
-    if image.info(path, format="qcow2").dirty:
-        raise ProcessError(f"qemu-nbd did not close {path} cleanly")
