@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -95,6 +96,29 @@ def add_point(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGro
         "'2026-01-31 23:59')",
     )
     return which
+
+
+def add_sequence(which: argparse._MutuallyExclusiveGroup) -> None:
+    """Add the option that names streams in place of a set."""
+    which.add_argument(
+        "--sequence",
+        metavar="FILES",
+        type=names,
+        default=(),
+        help="these stream files of one disk by hand, oldest first, commas between them",
+    )
+
+
+def add_workers(parser: argparse.ArgumentParser, work: str) -> None:
+    """Add the option for the number of threads, which do that ``work``."""
+    parser.add_argument(
+        "-w",
+        "--workers",
+        metavar="N",
+        type=positive,
+        default=min(8, os.cpu_count() or 2),
+        help=f"threads that {work} (default: one for each processor, at most 8)",
+    )
 
 
 def chosen(args: Arguments) -> Choice:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from nbdbackupd.app import named, signals
-from nbdbackupd.app.arguments import Arguments, add_point, chosen, names, size
+from nbdbackupd.app.arguments import Arguments, add_point, add_sequence, chosen, names, size
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import WARNED, FormatError, RepositoryError, UsageError
@@ -72,14 +72,7 @@ def register(verbs: Registry) -> None:
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
-    which = add_point(parser)
-    which.add_argument(
-        "--sequence",
-        metavar="FILES",
-        type=names,
-        default=(),
-        help="these stream files of one disk by hand, oldest first, commas between them",
-    )
+    add_sequence(add_point(parser))
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:

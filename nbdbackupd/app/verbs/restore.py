@@ -1,6 +1,5 @@
 """``nbdbackupctl restore``."""
 
-import os
 from pathlib import Path
 
 from nbdbackupd.app import named, signals
@@ -8,10 +7,10 @@ from nbdbackupd.app.arguments import (
     Arguments,
     add_checkpoint_dir,
     add_point,
+    add_sequence,
+    add_workers,
     chosen,
     directory,
-    names,
-    positive,
 )
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry, restore_define, restore_targets
@@ -39,14 +38,7 @@ def register(verbs: Registry) -> None:
         type=directory,
         help="directory for the images and the domain's XML",
     )
-    which = add_point(parser)
-    which.add_argument(
-        "--sequence",
-        metavar="FILES",
-        type=names,
-        default=(),
-        help="these stream files of one disk by hand, oldest first, commas between them",
-    )
+    add_sequence(add_point(parser))
     parser.add_argument(
         "--format", choices=("qcow2", "raw"), help="image format (default: as the original)"
     )
@@ -54,14 +46,7 @@ def register(verbs: Registry) -> None:
         "--preallocate", action="store_true", help="allocate the whole image (default: sparse)"
     )
     parser.add_argument("--force", action="store_true", help="replace existing files")
-    parser.add_argument(
-        "-w",
-        "--workers",
-        metavar="N",
-        type=positive,
-        default=min(8, os.cpu_count() or 2),
-        help="threads that read and hash (default: one for each processor, at most 8)",
-    )
+    add_workers(parser, "read and hash")
     add_checkpoint_dir(parser)
     restore_targets.add_arguments(parser)
     restore_define.add_arguments(parser)

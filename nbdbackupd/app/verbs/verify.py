@@ -1,7 +1,6 @@
 """``nbdbackupctl verify``."""
 
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +10,9 @@ from nbdbackupd.app import named, signals, streams
 from nbdbackupd.app.arguments import (
     Arguments,
     add_checkpoint_dir,
+    add_workers,
     chosen,
     duration,
-    positive,
     size,
 )
 from nbdbackupd.app.context import Context
@@ -55,14 +54,7 @@ def register(verbs: Registry) -> None:
     age.add_argument(
         "--limit", metavar="SIZE", type=size, help="no more than so much, but one point at least"
     )
-    parser.add_argument(
-        "-w",
-        "--workers",
-        metavar="N",
-        type=positive,
-        default=min(8, os.cpu_count() or 2),
-        help="threads that hash (default: one for each processor, at most 8)",
-    )
+    add_workers(parser, "hash")
     add_checkpoint_dir(parser)
     verify_boot.add_arguments(parser)
     parser.set_defaults(run=run)
