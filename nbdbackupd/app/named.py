@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from nbdbackupd.app.context import Context
 from nbdbackupd.config import schema
-from nbdbackupd.config.matching import is_uuid
 from nbdbackupd.errors import ConfigError, FormatError, RepositoryError, UsageError
 from nbdbackupd.model.choice import NEWEST, Choice
+from nbdbackupd.model.domain import is_uuid
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.ops.sets import lookup
 from nbdbackupd.ops.sets.lookup import DomainSets

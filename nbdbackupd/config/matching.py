@@ -9,6 +9,7 @@ from xml.etree import ElementTree as ET
 from nbdbackupd import documents
 from nbdbackupd.config.schema import LABELS_URI
 from nbdbackupd.errors import DomainError
+from nbdbackupd.model.domain import is_uuid
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +44,6 @@ class Match:
     def names_uuid(self) -> bool:
         """Whether one of the names has the form of a UUID."""
         return any(is_uuid(each) for each in self.names)
-
-
-def is_uuid(text: str) -> bool:
-    """Whether a text has the form of a UUID with dashes."""
-    return re.fullmatch(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", text) is not None
 
 
 def labels_of(xml: str) -> dict[str, str]:

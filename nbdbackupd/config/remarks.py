@@ -13,9 +13,10 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from nbdbackupd.config.files import ConfigFile, Configuration
-from nbdbackupd.config.matching import Match, is_uuid
+from nbdbackupd.config.matching import Match
 from nbdbackupd.config.reading import Problem
 from nbdbackupd.config.schema import MATCH
+from nbdbackupd.model.domain import is_uuid
 
 DISKS: Final = ("disks.include", "disks.exclude")
 COMMANDS: Final = ("commands.pre", "commands.post", "notification.command")

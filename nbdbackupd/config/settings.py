@@ -8,10 +8,10 @@ from typing import Final
 from nbdbackupd.config import files as config_files
 from nbdbackupd.config import schema
 from nbdbackupd.config.files import ConfigFile, Configuration
-from nbdbackupd.config.matching import is_uuid
 from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.config.setting import Origin
 from nbdbackupd.errors import ConfigError
+from nbdbackupd.model.domain import is_uuid
 
 CREDENTIALS: Final = "CREDENTIALS_DIRECTORY"
 

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from nbdbackupd.config.files import ConfigFile, Configuration
 from nbdbackupd.config.inventory import Defined
-from nbdbackupd.config.matching import is_uuid
 from nbdbackupd.config.schema import MATCH
+from nbdbackupd.model.domain import is_uuid
 
 CALENDAR: Final = "schedule.calendar"
 RANDOM_DELAY: Final = "schedule.random_delay"

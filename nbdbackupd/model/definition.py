@@ -18,6 +18,7 @@ from nbdbackupd.errors import DomainError, UsageError
 from nbdbackupd.model import definition_devices as devices
 from nbdbackupd.model import hostpaths, sifting, throwaway
 from nbdbackupd.model.definition_devices import Entropy, Told
+from nbdbackupd.model.domain import is_uuid
 from nbdbackupd.model.hostpaths import PathUse, VolumeUse
 
 KEEP: Final = "keep"
@@ -41,7 +42,6 @@ SINGLE: Final = (
 MEDIA: Final = ("cdrom", "floppy")
 MACHINE_VERSION: Final = re.compile(r"-(?:rhel)?\d[\d.]*$")
 NAME_BAD: Final = re.compile(r"[/\n\0]")
-UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 MOST_TOLD: Final = 100
 """Things of a host that are told one by one."""
 
@@ -250,7 +250,7 @@ def new_uuid(entropy: Entropy) -> str:
 def _identity(root: ET.Element, changes: Changes, entropy: Entropy, told: Told) -> str:
     old = root.findtext("uuid", "")
     found = changes.uuid or (old if changes.keep_identity else "") or new_uuid(entropy)
-    if not UUID.fullmatch(found):
+    if not is_uuid(found):
         # it becomes the name of a directory, too
         raise DomainError(f"domain XML is damaged: {found[:80]!r} is no UUID")
     _set_text(root, "name", changes.name)

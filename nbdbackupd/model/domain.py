@@ -4,6 +4,7 @@ Source: libvirt's "Domain XML format" page. The parser takes live and inactive X
 what it does not know, and never trusts a name: targets and paths are plain text here.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -80,6 +81,11 @@ class Domain:
             if disk.target == target:
                 return disk
         raise DomainError(f"domain {self.name} has no disk {target}", domain=self.name)
+
+
+def is_uuid(text: str) -> bool:
+    """Whether a text has the form of a UUID with dashes."""
+    return re.fullmatch(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", text) is not None
 
 
 def parse_domain(xml: str) -> Domain:

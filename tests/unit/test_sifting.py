@@ -8,6 +8,7 @@ import pytest
 from nbdbackupd.errors import DomainError, UsageError
 from nbdbackupd.model import allowed, definition, sifting, throwaway
 from nbdbackupd.model.definition import Adapted, Changes, NewDisk
+from nbdbackupd.model.domain import is_uuid
 from tests.lib.ordinary import CLOUD, WINDOWS
 
 WIN = Changes(
@@ -238,8 +239,8 @@ def test_an_identity_that_is_none(word: str) -> None:
         with pytest.raises(DomainError, match="is no UUID"):
             adapt(xml, same)
     else:
-        assert definition.UUID.fullmatch(adapt(xml, same).uuid)
-    assert definition.UUID.fullmatch(adapt(xml, Changes(name="x")).uuid)
+        assert is_uuid(adapt(xml, same).uuid)
+    assert is_uuid(adapt(xml, Changes(name="x")).uuid)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from typing import Any, Final
 from nbdbackupd import events, plain
 from nbdbackupd import log as runlog
 from nbdbackupd.config.files import Configuration
-from nbdbackupd.config.matching import is_uuid
 from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.config.settings import global_settings, settings_for
 from nbdbackupd.errors import (
@@ -27,6 +26,7 @@ from nbdbackupd.errors import (
 )
 from nbdbackupd.model import throwaway, unitname
 from nbdbackupd.model.chain import Level
+from nbdbackupd.model.domain import is_uuid
 from nbdbackupd.model.host import Host
 from nbdbackupd.ops.backup import backup as backup_verb
 from nbdbackupd.ops.backup import outcome, prepare

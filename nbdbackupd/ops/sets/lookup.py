@@ -1,7 +1,6 @@
 """Sets by the name of their domain: where they are in the repositories, and which one is meant."""
 
 import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Final
 from nbdbackupd import plain
 from nbdbackupd.errors import FormatError, RepositoryError, UsageError
 from nbdbackupd.model.choice import NEWEST, Choice
+from nbdbackupd.model.domain import is_uuid
 from nbdbackupd.ops.sets.homes import MARK, homes_in, label_of, owner
 from nbdbackupd.ops.sets.sets import DomainSet, sets_of
 from nbdbackupd.repo import layout
 from nbdbackupd.units import local_time
 
 SHOWN: Final = 3
-UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +50,7 @@ def find(name: str, repositories: Sequence[Path]) -> DomainSets:
     """
     homes = [home for repository in repositories for home in homes_in(repository)]
     found = _named(name, homes) if name else []
-    if not found and UUID.fullmatch(name):
+    if not found and is_uuid(name):
         found = _of_uuid(name.lower(), homes)
     if not found:
         raise RepositoryError(_nobody(name, repositories, homes))

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 from nbdbackupd import rundir
 from nbdbackupd.config import timers as config_timers
 from nbdbackupd.config.files import Configuration
-from nbdbackupd.config.matching import is_uuid
 from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.config.settings import global_settings, needs_libvirt, settings_for
 from nbdbackupd.errors import (
@@ -25,6 +24,7 @@ from nbdbackupd.errors import (
     one_line,
 )
 from nbdbackupd.model import throwaway, unitname
+from nbdbackupd.model.domain import is_uuid
 from nbdbackupd.model.freeze_memory import once_let_go
 from nbdbackupd.model.health import Facts, Limits
 from nbdbackupd.model.host import Host
