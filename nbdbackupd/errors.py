@@ -46,12 +46,12 @@ MEANINGS: Final = {
     "10": "the configuration",
     "20": "the domain or libvirt",
     "30": "the source of the blocks, or a program",
-    "40": "damaged data, or a format that is not known",
+    "40": "damaged data, or an unknown format",
     "50": "the backup set or its directory",
-    "75": "locked or busy, to be tried later",
+    "75": "locked or busy: try later",
     "128+n": "ended by signal n",
 }
-"""What each exit status means: for ``--help``, notifications, the manual, docs/design.md."""
+"""What each exit status means: for ``--help``, notifications, and all pages that tell of it."""
 
 
 class NbdbackupError(Exception):
