@@ -83,7 +83,7 @@ def unescape(name: str) -> str:
     """
     if "~" in name:
         raise FormatError(f"the name {name} was cut, its text is not known")
-    raw = _ESCAPE.sub(lambda found: bytes.fromhex(found[1].decode()), name.encode())
+    raw = _ESCAPE.sub(lambda found: bytes.fromhex(found[1].decode()), _bytes(name))
     return raw.decode(errors="surrogateescape")
 
 

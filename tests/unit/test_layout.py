@@ -86,6 +86,11 @@ def test_unescape(text: str) -> None:
     assert layout.unescape(layout.escape(text, 1000)) == text
 
 
+def test_a_name_that_we_have_not_made() -> None:
+    """S-5: one directory of such a name made status and restore of all domains a traceback."""
+    assert layout.unescape("a\udcff") == "a\udcff"
+
+
 def test_names_of_the_format() -> None:
     assert layout.stream("vda", Level.FULL) == "vda.full.data"
     assert layout.stream("vda", Level.INC, checkpoint="nb-1.2") == "vda.inc.nb-1.2.data"

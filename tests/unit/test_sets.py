@@ -401,3 +401,15 @@ def test_old_sets_are_not_shown_as_the_newest(
     )
     assert ctl.main(["--config-dir", str(etc), "list", "vm1"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_a_stranger_beside_it_keeps_nobody_from_a_set(home: Path) -> None:
+    """R-3: what can't be read may hold the newest point of a UUID, so the way round is named."""
+    add(home / "2026-01", 1, "2026-01-01")
+    (home.parent / "evil\udcff/2026-01").mkdir(parents=True)
+    (home.parent / "evil\udcff/2026-01/points").symlink_to(home)
+    assert find(home, "vm1").choose() == home / "2026-01"
+    with pytest.raises(RepositoryError, match=r"symbolic link.*give the name of domain"):
+        find(home, points.UUID)
+    with pytest.raises(RepositoryError, match="did you mean vm1"):
+        find(home, "vm2")

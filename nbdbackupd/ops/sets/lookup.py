@@ -100,7 +100,13 @@ def _named(name: str, homes: Sequence[Path]) -> list[_Found]:
 
 
 def _of_uuid(uuid: str, homes: Sequence[Path]) -> list[_Found]:
-    return [each for home in homes for each in _split(home) if each.uuid == uuid]
+    try:
+        return [each for home in homes for each in _split(home) if each.uuid == uuid]
+    except RepositoryError as err:
+        # it may hold the newest
+        raise RepositoryError(
+            f"{err.message}; until then give the name of domain {uuid}, or the path of a set"
+        ) from err
 
 
 def _split(home: Path) -> list[_Found]:
