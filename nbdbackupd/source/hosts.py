@@ -49,7 +49,7 @@ UNKNOWN: Final = "unknown"
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A host: its machine id, and its name for people."""
+    """A host: its machine id, and its name for people; cloned machines differ in that alone."""
 
     id: str
     name: str
@@ -104,7 +104,8 @@ class Hosts:
     def own(self) -> Note | None:
         """What this host has noted. Raises as ``notes``."""
         path = self._own(NOTE)
-        return self._note(path) if path.exists() else None
+        note = self._note(path) if path.exists() else None
+        return note if note is not None and note.host == self.here.id else None
 
     def announce(self, *, arrived: bool) -> None:
         """Say that the domain is about to start here, or that a migration is to bring it.
@@ -190,7 +191,6 @@ class Hosts:
         domain. Raises BusyError while a run on another host reads them, RepositoryError.
         """
         reader = _Reader(self.here, run, False)
-        self._beat(reader)
         try:
             self._wait_alone(reader)
             reader = replace(reader, settled=True)
@@ -198,13 +198,16 @@ class Hosts:
             with self._watched(reader, wanted):
                 yield
         finally:
-            with suppress(OSError):
-                self._own(READER).unlink(missing_ok=True)
+            with suppress(OSError, RepositoryError):
+                if not self._is_taken():
+                    self._own(READER).unlink(missing_ok=True)
 
     def _wait_alone(self, reader: _Reader) -> None:
         """Of two that begin at the same time the one with the lower id comes first."""
         first = {each.host.id: each for each in self._readers()}
         deadline = time.monotonic() + DEAD_SECONDS
+        if not self._is_taken():
+            self._beat(reader)
         while others := self._readers():
             for each in others:
                 lives = each.sign != first.setdefault(each.host.id, each).sign
@@ -217,7 +220,12 @@ class Hosts:
                 if not lives and time.monotonic() > deadline:
                     self._forget_dead(each)
             time.sleep(POLL_SECONDS)
-            self._beat(reader)
+            if not self._is_taken():
+                self._beat(reader)
+
+    def _is_taken(self) -> bool:
+        """Whether our sign is that of a machine that was cloned: it must not be written over."""
+        return self.here.id in {each.host.id for each in self._readers()}
 
     def _forget_dead(self, reader: _Reader) -> None:
         log.info("run %s on host %s has died: its sign is removed", reader.run, reader.host.name)
@@ -283,7 +291,7 @@ class Hosts:
             with durable.translate_os_errors("read", path), suppress(FileNotFoundError):
                 sign = _bytes(path)
                 found.append(replace(_reader(name, sign), sign=sign))
-        return tuple(each for each in found if each.host.id != self.here.id)
+        return tuple(each for each in found if each.host != self.here)
 
     def _new(self, phase: Phase, *, arrived: bool) -> Note:
         return Note(
@@ -310,9 +318,11 @@ class Hosts:
     def _note(self, path: Path) -> Note:
         try:
             document = _document(_bytes(path))
+            host, name = path.name.rpartition(".")[0], _text(document, "name")
             note = Note(
-                host=path.name.rpartition(".")[0],
-                name=_text(document, "name"),
+                # a cloned machine has this one's id
+                host=host if host != self.here.id or name == self.here.name else f"{host} {name}",
+                name=name,
                 domain=_text(document, "domain"),
                 number=_number(document, "number"),
                 phase=Phase(document["phase"]),

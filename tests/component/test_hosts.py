@@ -163,6 +163,39 @@ def test_only_one_host_reads(tmp_path: Path) -> None:
     assert list(hosts[0].directory.glob("*.read")) == []
 
 
+def test_a_cloned_machine_is_another_host(tmp_path: Path) -> None:
+    """H-7: it has the same id, and its standby would have taken the other's note for its own."""
+    a = host(tmp_path, "a")
+    clone = Hosts(tmp_path, "vm1", UUID, Host(a.here.id, "host-clone"))
+    a.announce(arrived=False)
+    a.started()
+    holder = standing(clone.notes(), clone.here.id).holder
+    assert holder is not None
+    assert holder.name == "host-a"
+    a.ended("shutdown")
+    assert standing(clone.notes(), clone.here.id).is_closed
+    with a.reading("run-1", lambda _note: None):
+        assert clone.readers() == ("host-a",)
+        with (
+            pytest.raises(BusyError, match=r"host-a \(run run-1\)"),
+            clone.reading("run-2", lambda _note: None),
+        ):
+            pass
+        assert clone.readers() == ("host-a",)
+    clone.started()
+    holder = standing(a.notes(), a.here.id).holder
+    assert holder is not None
+    assert holder.name == "host-clone"
+
+
+def test_a_renamed_host_knows_itself_by_what_it_does_next(tmp_path: Path) -> None:
+    old = host(tmp_path, "a")
+    old.started()
+    new = Hosts(tmp_path, "vm1", UUID, Host(old.here.id, "renamed"))
+    new.ended("shutdown")
+    assert standing(new.notes(), new.here.id).is_closed
+
+
 HOSTILE = {
     "no document": b"\0",
     "another version": b'{"version": 2}',
