@@ -43,3 +43,13 @@ def new_run_id(moment: datetime) -> str:
     It becomes part of names of files, and some file systems know no capitals.
     """
     return f"{moment:%Y%m%dt%H%M%S}-{secrets.token_hex(4)}"
+
+
+def moment_of(run_id: str) -> datetime | None:
+    """When a run began that has such an id, in UTC; None for an id of another form."""
+    try:
+        found = datetime.strptime(f"{run_id.partition('-')[0].lower()}Z", "%Y%m%dt%H%M%S%z")
+    except ValueError:
+        return None
+    # at both ends of the calendar some zones have no such time
+    return found if 1970 <= found.year < 9999 else None

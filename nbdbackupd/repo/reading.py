@@ -76,6 +76,8 @@ def _open(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY | FLAGS)
     except FileNotFoundError:
+        if not (path.parent / layout.POINTS).is_dir():
+            raise
         # who may open a file for reading may lock it, and so keep us from removing anything
         return os.open(path, os.O_RDONLY | os.O_CREAT | FLAGS, 0o600)
 

@@ -166,23 +166,23 @@ def begun(root: Path, intent: Intent, read_back: Callable[[Path], BackupSet]) ->
         yield made
     finally:
         if not made.is_done:
-            _undo(root, number)
+            _undo(root, number, intent)
 
 
-def _undo(root: Path, number: int) -> None:
+def _undo(root: Path, number: int, intent: Intent) -> None:
     """Take away what a removal has made that did not come to its switch; else the next one does."""
     try:
         with durable.translate_os_errors("clean up", root):
-            _take_back(root, number)
+            _take_back(root, number, intent)
     except NbdbackupError as err:
         log.warning("what was begun is removed by the next run: %s", err)
 
 
-def _take_back(root: Path, number: int) -> None:
+def _take_back(root: Path, number: int, intent: Intent) -> None:
     if generation.current(root) >= number:
         return
     stage = root / f"{layout.REMOVAL_PREFIX}{number}"
-    for name in _intent(stage).adds:
+    for name in intent.adds:
         # what still lies in the stage was never moved: the set's file of that name is another
         if not os.path.lexists(stage / name):
             _unlink(root / name)
@@ -202,28 +202,30 @@ def _drop_stage(stage: Path) -> None:
 
 
 def _intent(stage: Path) -> Intent:
-    """What a stage's intent says; one that has none has done nothing yet, or all of it."""
+    """What a stage's intent says; one that has none has done nothing yet, or all of it.
+
+    What a damaged one was about is not known; a warning says so.
+    """
     path = stage / layout.INTENT
-    if not os.path.lexists(path):
-        return Intent(adds=(), removes=(), gone=())
-    return Intent.parse(read_small(path, MAX_INTENT))
+    try:
+        if os.path.lexists(path):
+            return Intent.parse(read_small(path, MAX_INTENT))
+    except FormatError as err:
+        log.warning("%s is damaged, some of its files may stay: %s", path, err)
+    return Intent(adds=(), removes=(), gone=())
 
 
 def unfinished(root: Path) -> dict[int, Intent]:
     """The removals of a set that are under way or were cut short, by generation; needs no lock.
 
-    One whose intent is damaged is left out, with a warning. Raises RepositoryError.
+    Raises RepositoryError.
     """
     found = {}
     with durable.translate_os_errors("read", root):
         for path in sorted(root.glob(f"{layout.REMOVAL_PREFIX}*")):
             number = path.name.removeprefix(layout.REMOVAL_PREFIX)
-            if not NUMBER.fullmatch(number) or path.is_symlink() or not path.is_dir():
-                continue
-            try:
+            if NUMBER.fullmatch(number) and path.is_dir() and not path.is_symlink():
                 found[int(number)] = _intent(path)
-            except FormatError as err:
-                log.warning("%s is damaged, some of its files may stay: %s", path, err)
     return found
 
 
@@ -236,10 +238,10 @@ def sweep(root: Path, kept: Collection[str]) -> Cleaned:
     now = generation.current(root)
     left = unfinished(root)
     with durable.translate_os_errors("clean up", root):
-        for number in left:
+        for number, intent in left.items():
             if number > now:
                 log.info("removing what a removal left that was cut short")
-                _take_back(root, number)
+                _take_back(root, number, intent)
     done = {number: intent for number, intent in left.items() if number <= now}
     if not done:
         return Cleaned()

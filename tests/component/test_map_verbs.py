@@ -18,6 +18,7 @@ import nbd
 import pytest
 
 from nbdbackupd.ops.map import mapped
+from nbdbackupd.repo import reading
 from tests.lib import sets
 from tests.lib.ctl import Ctl
 from tests.lib.sets import SetBuilder
@@ -188,7 +189,10 @@ def test_detached_maps_go_on_until_they_are_ended(
     assert ctl("unmap", third["id"]).stdout == f"ended map {third['id']}\n"
     assert list((tmp_path / "many").iterdir()) == []
     assert read(first["disks"][0]["uri"]) == made.images[1]["vda"]
+    # a server keeps the files of the set
+    assert reading.take(made.path) is None
     ctl("unmap", made.path)
+    assert reading.take(made.path) is not None
     assert "no map" in ctl("unmap", made.path, code=50).stderr
 
 

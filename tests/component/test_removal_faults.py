@@ -17,8 +17,11 @@ import pytest
 
 from nbdbackupd.errors import NbdbackupError
 from nbdbackupd.model.chain import Level
+from nbdbackupd.ops.removal import apply
+from nbdbackupd.repo import layout
 from nbdbackupd.repo.set_directory import SetDirectory
 from tests.component.test_removal import check, remove
+from tests.lib import chains
 from tests.lib.sets import Change, SetBuilder
 
 pytestmark = pytest.mark.component
@@ -86,23 +89,39 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> SetBuilder:
     return bench
 
 
+def content(path: Path) -> dict[str, bytes]:
+    """What a set holds, without locks and what can be made anew."""
+    return {
+        name: data
+        for name, data in chains.tree(path).items()
+        if name != layout.READING and not name.endswith(".cpt")
+    }
+
+
 @pytest.fixture(scope="module")
-def steps(bench: SetBuilder) -> int:
-    """How many there are, once there is a runtime directory."""
+def done(bench: SetBuilder) -> tuple[int, dict[str, bytes]]:
+    """How many steps a removal has, once there is a runtime directory; what it leaves, proven."""
     for name in ("first", "counted"):
         copy = bench.path.with_name(name)
         shutil.copytree(bench.path, copy)
         assert attempt(copy, 0, "KILL") == DONE
-    return int(copy.with_name("steps").read_text())
+    steps = int(copy.with_name("steps").read_text())
+    assert steps > 60
+    found = content(copy)
+    check(replace(bench, path=copy), GONE)
+    return steps, found
 
 
 @pytest.mark.parametrize(("fault", "first", "stride"), STRIKES)
 def test_struck_at_every_step(
-    bench: SetBuilder, steps: int, fault: str, first: int, stride: int
+    bench: SetBuilder,
+    done: tuple[int, dict[str, bytes]],
+    fault: str,
+    first: int,
+    stride: int,
 ) -> None:
-    assert steps > 60
     outcomes = set()
-    for number in range(first, steps + 1, stride):
+    for number in range(first, done[0] + 1, stride):
         copy = bench.path.with_name(f"{fault}{number}")
         shutil.copytree(bench.path, copy)
         status = attempt(copy, number, fault)
@@ -112,9 +131,13 @@ def test_struck_at_every_step(
             set_dir = SetDirectory.open(copy)
             with set_dir.lock(owner="test"):
                 set_dir.sweep()
+        else:
+            with apply.opened(copy, copy.parent / "run", owner="test of "):
+                pass
         left = {point.id for point in SetDirectory.open(copy).load().points}
-        assert status != DONE or left.isdisjoint(GONE)
-        check(replace(bench, path=copy), GONE if left.isdisjoint(GONE) else ())
+        is_new = left.isdisjoint(GONE)
+        assert is_new or status != DONE
+        assert content(copy) == (done[1] if is_new else content(bench.path)), number
         shutil.rmtree(copy)
-        outcomes.add(left.isdisjoint(GONE))
+        outcomes.add(is_new)
     assert outcomes == {True, False}

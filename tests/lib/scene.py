@@ -242,5 +242,5 @@ def tree(path: Path) -> dict[str, int]:
     return {
         os.fspath(file.relative_to(path)): file.stat().st_size
         for file in path.rglob("*")
-        if file.is_file() and file.name != ".lock" and file.parent.name != "logs"
+        if file.is_file() and file.name not in {".lock", ".reading"} and file.parent.name != "logs"
     }

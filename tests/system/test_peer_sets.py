@@ -235,6 +235,14 @@ def test_import(
     assert (linked / "vda.full.data").stat().st_nlink > 1
     dumped = json.loads(made.peer.restore("-i", linked, "-o", "dump"))
     assert len(dumped) == 2 * len(chain[1])
+    # frames that hold several blocks, and a full of fewer ranges than the disk has
+    ctl("merge", linked, "--point", "inc.virtnbdbackup.2")
+    kept = {point: name for point, name in chain[1].items() if point != "full"}
+    del kept["inc.virtnbdbackup.1"]
+    assert {each["id"] for each in ctl.points(linked)} == set(kept)
+    for point, name in kept.items():
+        made.check(ctl, linked, point, name, TWO)
+    ctl("verify", linked)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +278,7 @@ def content(path: Path) -> dict[str, bytes]:
     return {
         str(file.relative_to(path)): file.read_bytes()
         for file in path.rglob("*")
-        if file.is_file() and file.name != ".lock"
+        if file.is_file() and file.name not in {".lock", ".reading"}
     }
 
 

@@ -19,7 +19,7 @@ from nbdbackupd.errors import (
     RepositoryError,
     UsageError,
 )
-from nbdbackupd.model.chain import Level, RestorePoint
+from nbdbackupd.model.chain import BackupSet, Level, RestorePoint
 from nbdbackupd.model.choice import Choice
 from nbdbackupd.model.policy import LevelPolicy, NextRun, Rotate
 from nbdbackupd.model.proof import Proof, content_of
@@ -413,3 +413,19 @@ def test_a_stranger_beside_it_keeps_nobody_from_a_set(home: Path) -> None:
         find(home, points.UUID)
     with pytest.raises(RepositoryError, match="did you mean vm1"):
         find(home, "vm2")
+
+
+@pytest.mark.parametrize(
+    ("chain", "began"),
+    [
+        ("20251105t120000-1a2b3c4d", "2025-11-05T12:00:00+00:00"),
+        ("c0ffee00", "2026-03-01T00:00:00+00:00"),
+        ("00010101t000000-1a2b3c4d", "2026-03-01T00:00:00+00:00"),
+    ],
+)
+def test_a_merge_makes_a_set_no_newer(home: Path, chain: str, began: str) -> None:
+    """Else a set whose tail is merged each day would never be followed by another."""
+    full = sets.sets_of(home)[0].known.points[0]
+    merged = replace(full, merged=("p0",), chain=chain, created="2026-03-01T00:00:00Z")
+    found = sets.DomainSet(path=home, known=BackupSet((merged,)))
+    assert found.began == datetime.fromisoformat(began)

@@ -10,6 +10,7 @@ from nbdbackupd import durable
 from nbdbackupd.errors import ChainBrokenError, FormatError, one_line
 from nbdbackupd.model import policy
 from nbdbackupd.model.chain import BackupSet, Level
+from nbdbackupd.model.host import moment_of
 from nbdbackupd.model.policy import LevelPolicy, NextRun, SetFacts
 from nbdbackupd.repo import generation, layout, verified
 from nbdbackupd.repo.set_directory import SetDirectory
@@ -32,13 +33,15 @@ class DomainSet:
 
     @property
     def began(self) -> datetime | None:
-        """When its full was made, in local time; None as long as it has none.
+        """When its first full was made, in local time; None as long as it has none.
 
-        Of a damaged set the oldest sound point counts, or else when the manifests last changed.
+        Points that are merged into a newer full make the set no newer. Of a damaged set the
+        oldest sound point counts, or else when the manifests last changed.
         """
         full = self.known.full
         if full is not None:
-            return _local(full.created)
+            first = moment_of(full.chain) if full.merged else None
+            return first.astimezone() if first is not None else _local(full.created)
         if not self.problems:
             return None
         if self.known.points:

@@ -57,11 +57,13 @@ def run(
     if request.workers < 1:
         raise UsageError("at least one worker is needed")
     refuse_links(request.path)
-    with runlog.context(SET=request.path), reading.held(request.path):
+    with runlog.context(SET=request.path):
         storage = peer.storage_of(request.path)
-        theirs = storage is not None and peer.is_peer(storage)
-        verify = _verify_peer if theirs else _verify
-        report = verify(request, progress, cancelled)
+        if storage is not None and peer.is_peer(storage):
+            report = _verify_peer(request, progress, cancelled)
+        else:
+            with reading.held(request.path):
+                report = _verify(request, progress, cancelled)
         _tell(report)
     return report
 
