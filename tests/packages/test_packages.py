@@ -84,6 +84,8 @@ def unpacked(package: Path, directory: Path) -> dict[str, tuple[str, bytes]]:
         if re.match(r"usr/share/(doc|licenses|python3)\b", name):
             continue
         name = re.sub(r"^lib\b", "usr/lib", name)
+        # Debian keeps packages' completions apart
+        name = name.replace("zsh/vendor-completions", "zsh/site-functions")
         mode = f"{path.lstat().st_mode:o}"
         if path.is_symlink():
             found[name] = (mode, os.fsencode(path.readlink()))
@@ -154,6 +156,8 @@ def test_nothing_is_forgotten(tree: Path, debs: dict[str, Path], tmp_path: Path)
         elif path.startswith("docs/man/"):
             name = Path(path).name
             assert restore[f"usr/share/man/man{name[-1]}/{name}"] == ("100644", content)
+        elif path == "packaging/completion/_nbdbackupctl":
+            assert restore["usr/share/zsh/site-functions/_nbdbackupctl"] == ("100644", content)
         elif path.startswith("units/"):
             assert appliance[f"usr/lib/systemd/system/{path[6:]}"] == ("100644", content)
         elif path.startswith("etc/"):
