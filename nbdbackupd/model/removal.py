@@ -44,38 +44,39 @@ def plan_removal(known: BackupSet, doomed: Collection[str], *, live: bool = True
     RepositoryError if the set holds no such point.
     """
     by_id = {point.id: point for point in known.points}
-    if unknown := sorted(set(doomed) - set(by_id)):
+    doomed = frozenset(doomed)
+    if unknown := sorted(doomed - set(by_id)):
         raise RepositoryError(f"the set holds no restore point {unknown[0]}")
     children: dict[str, list[RestorePoint]] = {}
     dropped, needed = [], {}
-    absorbed: dict[str, tuple[str, ...]] = {}
+    absorbed: dict[str, list[str]] = {}
     into: dict[str, str] = {}
+    head = known.head if live else None
     # children come before their parents: what becomes of them decides
     for point in reversed(known.points):
         hanging = children.get(point.id, [])
         if point.id in doomed:
-            if reason := _reason(point, hanging, known, live=live):
+            if reason := _reason(point, hanging, head):
                 needed[point.id] = reason
             elif not hanging:
                 dropped.append(point.id)
                 continue
             else:
                 end = into[point.id] = into.get(hanging[0].id, hanging[0].id)
-                absorbed[end] = (point.id, *absorbed.get(end, ()))
+                absorbed.setdefault(end, []).append(point.id)
         if point.parent:
             children.setdefault(point.parent, []).append(point)
     merges = tuple(
-        Merge(each.id, absorbed[each.id]) for each in known.points if each.id in absorbed
+        Merge(each.id, tuple(reversed(absorbed[each.id])))
+        for each in known.points
+        if each.id in absorbed
     )
     return Removal(tuple(reversed(dropped)), merges, needed)
 
 
-def _reason(
-    point: RestorePoint, hanging: list[RestorePoint], known: BackupSet, *, live: bool
-) -> str:
-    """Why a point can't leave, or nothing."""
-    head = known.head
-    if live and head is not None and head.id == point.id:
+def _reason(point: RestorePoint, hanging: list[RestorePoint], head: RestorePoint | None) -> str:
+    """Why a point can't leave, or nothing; ``head`` is the base of what is to come."""
+    if head is not None and head.id == point.id:
         return "the next increment starts from it"
     if len(hanging) > 1 or any(not child.makes_base for child in hanging):
         return f"needed by {', '.join(sorted(child.id for child in hanging))}"

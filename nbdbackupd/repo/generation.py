@@ -71,6 +71,7 @@ def manifests(folder: Path) -> list[Path]:
 
     Raises RepositoryError.
     """
+    durable.refuse_links(folder.parent, folder)
     with durable.translate_os_errors("read", folder):
         if not os.path.lexists(folder):
             return []

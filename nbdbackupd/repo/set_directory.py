@@ -30,9 +30,7 @@ from nbdbackupd.repo.draft import Draft, Intent
 
 log = logging.getLogger(__name__)
 
-OURS: Final = frozenset(
-    {layout.POINTS, layout.GENERATION, layout.CHECKPOINTS, layout.LOGS, "lost+found"}
-)
+OURS: Final = frozenset({*layout.DIRECTORIES, layout.GENERATION, "lost+found"})
 """What a directory may hold that has no point yet; hidden names are let be, too."""
 
 SHOWN: Final = 5
@@ -169,6 +167,7 @@ class SetDirectory:
             names = sorted(entry.name for entry in self.path.iterdir())
         # The next sweep removes what a killed first run has published in part.
         swept = {name for each in self._read_leftovers() for name in each.names}
+        swept.add(generation.directory(self.path).name)
         return [
             name
             for name in names
@@ -357,9 +356,13 @@ class SetDirectory:
             else:
                 events.emit(log, events.DEAD_RUN_SWEPT, reason=leftover.path)
         self._remove_temporary()
-        left = self.sweep_removals()
-        if left.reason:
-            log.info("old files of %s are removed later: %s", self.path, left.reason)
+        try:
+            left = self.sweep_removals()
+            if left.reason:
+                log.info("old files of %s are removed later: %s", self.path, left.reason)
+        except RepositoryError as err:
+            # no run fails for it: what can't be removed is of no point
+            log.warning("what a removal left stays: %s", err.message)
         if points:
             self._write_derived()
         return [each.intent for each in found if each.intent and not each.is_committed]

@@ -34,27 +34,40 @@ class Verdict(StrEnum):
     UNKNOWN = "unknown"
 
 
-def note(directory: Path, point: RestorePoint) -> None:
-    """Note a point that was just published; one that can't be noted is unknown later, no more."""
+def note(directory: Path, *points: RestorePoint) -> None:
+    """Note points that were just written; what can't be noted is unknown later, no more."""
     path = directory / NAME
-    line = b"%s %s\n" % (_key(point), point.digest.encode())
+    lines = b"".join(b"%s %s\n" % (_key(each), each.digest.encode()) for each in points)
     try:
         with durable.translate_os_errors("write", path):
             durable.make_directory(directory)
             with contextlib.suppress(FileNotFoundError):
                 if path.lstat().st_size > MAX_SIZE:
-                    path.replace(directory / OLDER)
+                    _make_room(path)
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             fd = os.open(path, flags, 0o600)
             try:
                 # a line that was cut by a power cut must not swallow this one
-                durable.write_all(fd, b"\n" + line)
+                durable.write_all(fd, b"\n" + lines)
                 durable.fsync_file(fd)
             finally:
                 os.close(fd)
             durable.fsync_directory(directory)
     except NbdbackupError as err:
-        log.info("point %s is not noted as written here: %s", point.id, err)
+        log.info("points are not noted as written here: %s", err)
+
+
+def _make_room(path: Path) -> None:
+    """Forget digests of manifests that were written anew since; or begin another file.
+
+    Each merge writes those of a whole set. Raises OSError.
+    """
+    newest = dict(line.split(b" ", 1) for line in _read(path).split(b"\n") if b" " in line)
+    data = b"".join(b"%s %s\n" % each for each in newest.items())
+    if len(data) < MAX_SIZE // 2:
+        durable.write_atomic(path, data)
+    else:
+        path.replace(path.with_name(OLDER))
 
 
 def verdict(directories: Iterable[Path], point: RestorePoint) -> Verdict:

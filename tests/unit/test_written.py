@@ -42,6 +42,21 @@ def test_the_notes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found["p0"] is Verdict.UNKNOWN
 
 
+def test_manifests_that_are_written_anew_take_no_more_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merge a day writes those of a whole set; what others have noted stays."""
+    monkeypatch.setattr(written, "MAX_SIZE", 4000)
+    other = replace(full_point("other"), digest="a" * 64)
+    written.note(tmp_path, other)
+    for number in range(100):
+        written.note(tmp_path, *(replace(full_point(f"p{n}"), digest=f"{number:064}")
+                                 for n in range(5)))  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == [written.NAME]
+    last = replace(full_point("p3"), digest=f"{99:064}")
+    assert set(written.verdicts([tmp_path], [other, last]).values()) == {Verdict.OURS}
+
+
 def test_notes_that_are_none(tmp_path: Path) -> None:
     """A cut line, a pipe, a directory that can't be made: never an error, never a wrong word."""
     point = replace(full_point("p1"), digest="a" * 64)

@@ -134,10 +134,10 @@ def apply_removal(
     vouched = _vouched(known, removal, request)
     made = _Making(set_dir, known, removal, request, progress, cancelled)
     points = made.run()
-    if request.state_dirs:
-        for point in points:
-            if point.id in vouched:
-                written.note(request.state_dirs[0], point)
+    before = {point.digest for point in known.points}
+    new = [each for each in points if each.id in vouched and each.digest not in before]
+    if request.state_dirs and new:
+        written.note(request.state_dirs[0], *new)
     cleaned = set_dir.sweep_removals()
     is_gone = False
     if not points and not cleaned.reason:
