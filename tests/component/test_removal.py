@@ -1,23 +1,30 @@
 """Points leave a set: what stays restores to the same bytes, whatever was merged or dropped."""
 
+import itertools
 import logging
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from nbdbackupd import events
 from nbdbackupd import log as runlog
+from nbdbackupd.errors import IntegrityError, Interrupted, NoSpaceError
+from nbdbackupd.format import stream as stream_format
 from nbdbackupd.format.stream import StreamReader, read_meta
 from nbdbackupd.model.chain import BackupSet, DiskMode, Level
 from nbdbackupd.model.removal import plan_removal
+from nbdbackupd.nbdio.throttle import BURST_SECONDS
 from nbdbackupd.ops.removal import apply
-from nbdbackupd.ops.removal.apply import RemovalReport, RemovalRequest
+from nbdbackupd.ops.removal.apply import Progress, RemovalReport, RemovalRequest
 from nbdbackupd.ops.verify import verify
 from nbdbackupd.ops.verify.request import VerifyRequest
 from nbdbackupd.repo import generation, layout
 from nbdbackupd.repo.set_directory import all_names
+from tests.lib import chains
 from tests.lib.contents import read_disk
 from tests.lib.sets import Change, SetBuilder, random_changes, random_disk
 
@@ -27,13 +34,21 @@ MIB = 1 << 20
 REQUEST = RemovalRequest(program="test")
 
 
-def remove(path: Path, doomed: Collection[str], *, live: bool = True) -> RemovalReport:
+def remove(
+    path: Path,
+    doomed: Collection[str],
+    *,
+    live: bool = True,
+    request: RemovalRequest = REQUEST,
+    progress: Progress = lambda *_: None,
+    cancelled: Callable[[], None] = lambda: None,
+) -> RemovalReport:
     """Remove points as the plan has it."""
     with apply.opened(path, path.parent / "run", owner="test of ") as (set_dir, known):
+        removal = plan_removal(known, doomed, live=live)
         return apply.apply_removal(
-            set_dir, known, plan_removal(known, doomed, live=live), REQUEST,
-            progress=lambda *_: None, cancelled=lambda: None,
-        )  # fmt: skip
+            set_dir, known, removal, request, progress=progress, cancelled=cancelled
+        )
 
 
 def check(bench: SetBuilder, gone: Collection[str]) -> BackupSet:
@@ -190,3 +205,59 @@ def test_leaves_and_a_whole_set(tmp_path: Path, caplog: pytest.LogCaptureFixture
     ids = [getattr(each, runlog.MESSAGE_ID, "") for each in caplog.records]
     assert ids.count(events.POINTS_REMOVED.id) == 2
     assert events.POINTS_MERGED.id not in ids
+
+
+def test_ended_on_the_way(tmp_path: Path) -> None:
+    """Somebody asks it to end, at whatever place: the set is what it was."""
+    bench = chain(tmp_path, 5, count=2)
+    before = chains.tree(bench.path)
+    calls = itertools.count()
+    seen: list[tuple[str, int, int]] = []
+
+    def cancelled(last: int) -> None:
+        if next(calls) >= last:
+            raise Interrupted(15)
+
+    for last in (0, 3, 20):
+        calls = itertools.count()
+        with pytest.raises(Interrupted):
+            remove(bench.path, ["point1", "point2"], cancelled=partial(cancelled, last))
+        now = chains.tree(bench.path)
+        now.pop(layout.READING, None)
+        assert now == before
+    remove(bench.path, ["point1", "point2"], progress=lambda *step: seen.append(step))
+    sizes = {disk.target: disk.size for disk in bench.points[-1].disks}
+    assert {target: place for target, place, _ in seen} == sizes
+    assert all(place <= size == sizes[target] for target, place, size in seen)
+    check(bench, ["point1", "point2"])
+
+
+def test_no_faster_than_it_may(tmp_path: Path) -> None:
+    bench = SetBuilder(tmp_path / "set", block=256 << 10)
+    bench.disks = {"vda": bytearray(b"x" * 2 * MIB)}
+    bench.full()
+    bench.inc({"vda": [Change(0, b"y" * 512)]})
+    report = remove(bench.path, ["point1"], request=replace(REQUEST, bandwidth=4 * MIB))
+    assert report.seconds > 2 / 4 - BURST_SECONDS - 0.1
+    check(bench, ["point1"])
+
+
+def test_damage_and_want_of_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing damaged is taken over, nothing is begun that would not fit."""
+    bench = SetBuilder(tmp_path / "set", block=64 << 10)
+    bench.disks = {"vda": bytearray(b"x" * MIB)}
+    bench.full()
+    bench.inc({"vda": [Change(0, b"y" * 512)]})
+    with monkeypatch.context() as patch:
+        patch.setattr(apply, "SPARE", 1 << 60)
+        with pytest.raises(NoSpaceError, match=r"merging needs up to .* are free: make room"):
+            remove(bench.path, ["point1"])
+    stream = bench.path / bench.points[0].disk("vda").file
+    sound = stream.read_bytes()
+    for offset in (0, 512 << 10):  # one that is cut, and one that is not
+        place = sound.index(b"data %016x" % offset) + stream_format.HEADER_LENGTH + 600
+        stream.write_bytes(sound[:place] + b"!" + sound[place + 1 :])
+        with pytest.raises(IntegrityError, match="block is damaged"):
+            remove(bench.path, ["point1"])
+    stream.write_bytes(sound)
+    check(bench, [])

@@ -6,6 +6,7 @@ same 1 MiB, so that a disk does not fall to pieces over the years.
 """
 
 import mmap
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from nbdbackupd.errors import IntegrityError
 from nbdbackupd.format import adler, stream
 from nbdbackupd.format.index import HEADER, MAX_BLOCK, NO_DIGEST, RECORD, Kind, Record
 from nbdbackupd.format.stream import HEADER_LENGTH, TERMINATOR, StreamMeta
-from nbdbackupd.format.writer import META_ROOM, Block, StreamWriter, Written
+from nbdbackupd.format.writer import DROP_EVERY, META_ROOM, Block, StreamWriter, Written
 from nbdbackupd.model import flatten
 from nbdbackupd.model.chain import BackupSet, DiskMode, RestorePoint
 from nbdbackupd.model.flatten import Piece
@@ -76,6 +77,12 @@ class Source:
     def close(self) -> None:
         """Close the files."""
         self._stack.close()
+
+    def forget(self) -> None:
+        """Drop what was read from the page cache: it would only push out the guest's."""
+        for layer in self.layers:
+            with layer.file.lent() as fd:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def runs(self) -> Iterator[Run]:
         """What the new stream holds, ascending.
@@ -203,8 +210,12 @@ def write(tools: Tools, merge: DiskMerge, into: RestorePoint, file: Path, index:
         source = stack.enter_context(closing(Source(tools, merge)))
         writer = StreamWriter(file, index, meta=meta, level=level)
         stack.callback(writer.close)
+        forgotten = 0
         for run in source.runs():
             tools.cancelled()
+            if run[-1].end - forgotten >= DROP_EVERY:
+                source.forget()
+                forgotten = run[-1].end
             if tools.pace is not None and not is_zero(run):
                 tools.pace.wait(run[-1].end - run[0].offset, tools.cancelled)
             for block in source.blocks(run, writer, compressed=level is not None):
@@ -212,6 +223,7 @@ def write(tools: Tools, merge: DiskMerge, into: RestorePoint, file: Path, index:
                 writer.write(block)
             tools.progress(merge.target, run[-1].end, source.size)
         written = writer.finish()
+        source.forget()
         tools.progress(merge.target, source.size, source.size)
     return written
 
