@@ -495,6 +495,30 @@ REPOSITORY_NOT_MOUNTED: Final = Event(
     "system of the repository is most likely not mounted. Nothing was written.",
     cure="Mount it and run again. If the repository is new, make its marker file by hand.",
 )
+RETENTION_DONE: Final = Event(
+    name="retention-done",
+    id="753c45c8bfa4472593e1323304f6b7c6",
+    priority=NOTICE,
+    level=logging.INFO,
+    text="retention of {DOMAIN}: {REASON}",
+    fields=("BYTES", "REASON"),
+    meaning="Points that no rule of the section retention wants were removed, so that about "
+    "{BYTES} bytes became free; the reason tells how many went and how many stay.",
+    cure="Nothing is to be done. 'nbdbackupctl prune --dry-run {DOMAIN}' shows what keeps each "
+    "point.",
+)
+RETENTION_REFUSED: Final = Event(
+    name="retention-refused",
+    id="5fae6aa27abf4c728e9c5b4c15747612",
+    priority=WARNING,
+    level=logging.INFO,
+    text="retention of {DOMAIN} removed nothing: {REASON}",
+    fields=("REASON",),
+    meaning="To go on could have cost points that somebody needs: a clock that is wrong, a set "
+    "that is damaged, or more than half of all points to go at once.",
+    cure="Look with 'nbdbackupctl prune --dry-run {DOMAIN}'. If it is right that so many go, run "
+    "'nbdbackupctl prune --force {DOMAIN}' once; otherwise fix what the reason names.",
+)
 POINT_PROTECTED: Final = Event(
     name="point-protected",
     id="30e453f39e70429bade61626317a89af",

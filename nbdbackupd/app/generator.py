@@ -34,6 +34,9 @@ SYSTEMCTL_SECONDS: Final = 60.0
 PAUSE_SECONDS: Final = 2.0
 VENDOR: Final = Path("/usr/lib/systemd/system")
 TEMPLATE: Final = f"{unitname.RUNNER}@.timer"
+TEMPLATES: Final = (unitname.RUNNER, unitname.PRUNER)
+"""What has timers that begin by the configuration."""
+
 DROP_IN: Final = "50-schedule.conf"
 WANTS: Final = "timers.target.wants"
 NEVER: Final = "1970-01-02 00:00:00 UTC"
@@ -108,6 +111,9 @@ def generate(
         begins = found.enable and name in matched and name not in by_uuid
         if _try(tell, unit, partial(_write_timer, output, unit, found, begins=begins)):
             done.append(name)
+        if begins and found.prunes:
+            pruner = unitname.unit(unitname.PRUNER, name, "timer")
+            _try(tell, pruner, partial(_want, output, pruner))
     return tuple(done)
 
 
@@ -139,7 +145,11 @@ def refresh(
     done = _begin(tell, wanted)
     if not is_sound:
         return False
-    enabled = {unitname.unit(unitname.RUNNER, name, "timer") for name in enabled_names(units)}
+    enabled = {
+        unitname.unit(template, name, "timer")
+        for template in TEMPLATES
+        for name in enabled_names(units, template)
+    }
     return _end(tell, wanted | enabled) and done
 
 
@@ -149,7 +159,7 @@ def _end(tell: Tell, wanted: Collection[str]) -> bool:
     from nbdbackupd.systemd import units as systemd
 
     try:
-        unwanted = systemd.unwanted(f"{unitname.RUNNER}@*.timer")
+        unwanted = systemd.unwanted(*(f"{each}@*.timer" for each in TEMPLATES))
     except ProcessError as err:
         tell(str(err))
         return False
@@ -189,7 +199,8 @@ def _tree(directory: Path) -> dict[str, str]:
     """What a directory of generated units holds of ours: texts of drop-ins, and links."""
     try:
         found = [*directory.glob(f"{unitname.RUNNER}@*.d/{DROP_IN}")]
-        found += directory.glob(f"{WANTS}/{unitname.RUNNER}@*")
+        for template in TEMPLATES:
+            found += directory.glob(f"{WANTS}/{template}@*")
         return {
             str(path.relative_to(directory)): str(path.readlink())
             if path.is_symlink()
@@ -204,14 +215,14 @@ def _links(tree: Mapping[str, str]) -> set[str]:
     return {path.removeprefix(f"{WANTS}/") for path in tree if path.startswith(f"{WANTS}/")}
 
 
-def enabled_names(units: Path) -> tuple[str, ...]:
-    """The domains whose timers the administrator has enabled, by name."""
+def enabled_names(units: Path, template: str = unitname.RUNNER) -> tuple[str, ...]:
+    """The domains whose timers of a template the administrator has enabled, by name."""
     try:
         links = [path.name for folder in units.glob("*.wants") for path in folder.iterdir()]
     except OSError:
         return ()
     names = (unitname.domain_of(link) for link in sorted(links) if link.endswith(".timer"))
-    ours = {unitname.unit(unitname.RUNNER, name, "timer"): name for name in names if name}
+    ours = {unitname.unit(template, name, "timer"): name for name in names if name}
     return tuple(name for unit, name in ours.items() if unit in links)
 
 
@@ -225,9 +236,14 @@ def _main_only(configuration: "Configuration") -> "Configuration":
 def _write_timer(output: Path, unit: str, timer: "TimerSettings", *, begins: bool) -> None:
     _write(output, unit, _drop_in(timer))
     if begins and timer.calendar != ():
-        wants = output / WANTS
-        wants.mkdir(exist_ok=True)
-        (wants / unit).symlink_to(VENDOR / TEMPLATE)
+        _want(output, unit)
+
+
+def _want(output: Path, unit: str) -> None:
+    """Have a timer begin with the others."""
+    wants = output / WANTS
+    wants.mkdir(exist_ok=True)
+    (wants / unit).symlink_to(VENDOR / f"{unit.partition('@')[0]}@.timer")
 
 
 def _write(output: Path, unit: str, lines: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from nbdbackupd.config import kinds
 from nbdbackupd.config.kinds import choice, count, listed, optional
 from nbdbackupd.config.setting import DEFAULT, GIVEN, GLOBAL, Option, Origin, Setting, names
 from nbdbackupd.model.policy import FreezePolicy, Rotate
+from nbdbackupd.model.retention import Pruning
 
 DIRECTORY: Final = Path("/etc/nbdbackup")
 MAIN: Final = "nbdbackup.yaml"
@@ -47,9 +48,11 @@ SECTIONS: Final[Mapping[str, str]] = {
     "freeze": "How the guest is held still at the instant of the point.",
     "scratch": "Where QEMU keeps old blocks that the guest overwrites during a run.",
     "limits": "How much a run may take, and how long it waits.",
-    "retention": "Which points are kept. A point is kept if one of these wants it, and so is all "
-    "that it needs. With no number set, all are kept. This version shows these settings and "
-    "removes nothing.",
+    "retention": "Which points stay when 'nbdbackupctl prune' has run; with no number set, all do. "
+    "The rules are asked in this order, minimum aside, and each looks only at what those before it "
+    "left. While the last one lacks points, the oldest point stays, too. What stays in any case: "
+    "protected points, the newest, the newest verified, the newest that is more than crash "
+    "consistent, what the next increment starts from, and what others need.",
     "commands": "Programs to run around a backup. They are started directly, not by a shell.",
     "notification": "Whom to tell about the end of a run.",
     "monitoring": "How old the newest point may be, and what is told to Prometheus.",
@@ -63,7 +66,8 @@ def _newest(period: str, unit: str) -> Setting[int]:
         f"retention.{period}",
         count(0, 9999),
         0,
-        help=f"Keep the newest point of each of so many {unit} that have one.",
+        help=f"Keep the newest point of each of so many {unit}, counting those that have one that "
+        "no rule before this one has kept a point of.",
     )
 
 
@@ -377,11 +381,33 @@ class DomainSettings:
     retention_last = Setting(
         "retention.last", count(0, 9999), 0, help="Keep so many newest points."
     )
+    retention_within = Setting(
+        "retention.within",
+        optional(kinds.DURATION, "none"),
+        None,
+        example="2d",
+        help="Keep all points that are at most so much older than the newest one.",
+    )
     retention_hourly = _newest("hourly", "hours")
     retention_daily = _newest("daily", "days")
     retention_weekly = _newest("weekly", "ISO weeks")
     retention_monthly = _newest("monthly", "months")
     retention_yearly = _newest("yearly", "years")
+    retention_minimum = Setting(
+        "retention.minimum",
+        count(1, 9999),
+        1,
+        help="So many newest points that are not known to be damaged stay whatever the rules say.",
+    )
+    retention_prune = Setting(
+        "retention.prune",
+        choice(*Pruning),
+        Pruning.TIMER,
+        help="When what no rule wants is removed. timer: by nbdbackup-prune@NAME.timer, each "
+        "morning, which begins by itself where a rule is set and schedule.enable is on, else with "
+        "'systemctl enable'; run: at the end of each run that made a point; never: only by hand. "
+        "More than half of a domain's points at once always go by hand, with 'prune --force'.",
+    )
     commands_pre = Setting(
         "commands.pre",
         listed(kinds.COMMAND),

@@ -13,11 +13,17 @@ from nbdbackupd.config.files import ConfigFile, Configuration
 from nbdbackupd.config.inventory import Defined
 from nbdbackupd.config.schema import MATCH
 from nbdbackupd.model.domain import is_uuid
+from nbdbackupd.model.retention import Pruning
 
 CALENDAR: Final = "schedule.calendar"
 RANDOM_DELAY: Final = "schedule.random_delay"
 ENABLE: Final = "schedule.enable"
-SCHEDULE: Final = (CALENDAR, RANDOM_DELAY, ENABLE)
+PRUNE: Final = "retention.prune"
+RULES: Final = tuple(
+    f"retention.{rule}"
+    for rule in ("last", "within", "hourly", "daily", "weekly", "monthly", "yearly")
+)
+SCHEDULE: Final = (CALENDAR, RANDOM_DELAY, ENABLE, PRUNE, *RULES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,12 +31,13 @@ class TimerSettings:
     """A domain's timer; None where no file says anything, so that the unit's own value holds.
 
     ``calendar`` holds calendar events, none of them if the timer must never run;
-    ``random_delay`` is in seconds.
+    ``random_delay`` is in seconds. ``prunes``: what no rule wants is removed by a timer, too.
     """
 
     calendar: tuple[str, ...] | None = None
     random_delay: float | None = None
     enable: bool = False
+    prunes: bool = False
 
 
 def exact_names(configuration: Configuration) -> tuple[str, ...]:
@@ -70,6 +77,8 @@ def timer_for(
         calendar=values.get(CALENDAR),
         random_delay=values.get(RANDOM_DELAY),
         enable=values.get(ENABLE, False),
+        prunes=any(values.get(rule) for rule in RULES)
+        and values.get(PRUNE, Pruning.TIMER) is Pruning.TIMER,
     )
 
 

@@ -14,6 +14,7 @@ Hours, days, weeks and months are those of the zone that each point's time carri
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from enum import StrEnum
 from typing import Final
 
 from nbdbackupd.model.chain import Consistency
@@ -23,7 +24,15 @@ FUTURE: Final = timedelta(hours=1)
 """A point that is dated later than this from now was made by a clock that was wrong, or is it now.
 """
 
-NO_RULE: Final = "no rule of retention is set for it: give one in the configuration, as daily: 7"
+NO_RULE: Final = "no rule of retention is set for it: give one, as 'retention: {daily: 7}'"
+
+
+class Pruning(StrEnum):
+    """When points leave without anybody's command."""
+
+    TIMER = "timer"
+    RUN = "run"
+    NEVER = "never"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,11 +103,6 @@ class Decision:
         if self.problem:
             return frozenset()
         return frozenset(ident for ident, why in self.reasons.items() if not why)
-
-    @property
-    def is_drastic(self) -> bool:
-        """Whether more than half of all points would leave at once."""
-        return 2 * len(self.doomed) > len(self.reasons)
 
 
 def decide(points: Sequence[PointFacts], rules: Rules, now: datetime) -> Decision:

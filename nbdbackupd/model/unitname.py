@@ -12,6 +12,7 @@ MAX_UNIT: Final = 255
 """Characters of a whole unit's name, its suffix included (systemd's UNIT_NAME_MAX is 256)."""
 
 RUNNER: Final = "nbdbackup"
+PRUNER: Final = "nbdbackup-prune"
 
 _KEPT: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789:_.")
 _ESCAPE: Final = re.compile(rb"\\x([0-9a-fA-F]{2})")

@@ -135,14 +135,14 @@ def idle(*units: str) -> tuple[str, ...]:
     )
 
 
-def unwanted(pattern: str) -> tuple[str, ...]:
+def unwanted(*patterns: str) -> tuple[str, ...]:
     """The active units that fit a pattern and that no other unit wants; none that is masked.
 
     Raises ProcessError if systemd can't be asked.
     """
     wanting = ("WantedBy", "RequiredBy", "UpheldBy")
     asked = ",".join(("Id", "LoadState", "ActiveState", *wanting))
-    text = _systemctl("show", f"--property={asked}", "--", pattern)
+    text = _systemctl("show", f"--property={asked}", "--", *patterns)
     blocks = [_values(block) for block in text.split("\n\n") if block.strip()]
     return tuple(
         each["Id"]

@@ -46,7 +46,7 @@ _nbdbackupctl_value() {
 }
 
 _nbdbackupctl_verbs() {
-    echo 'backup run restore map unmap boot mount unmount files list show verify protect unprotect merge remove import estimate check checkpoints abort yield config status timers notify log'
+    echo 'backup run restore map unmap boot mount unmount files list show verify prune protect unprotect merge remove import estimate check checkpoints abort yield config status timers notify log'
 }
 
 # $1: the verb, empty before it
@@ -118,6 +118,10 @@ _nbdbackupctl_options() {
         --checkpoint-dir --boot --boot-only --boot-wait --boot-timeout --boot-memory --boot-name
         --trust-definition --scratch-dir'
         ;;
+    prune)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet --all -n --dry-run --force --wait --checkpoint-dir'
+        ;;
     protect)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet --point --wait --until --note'
@@ -182,8 +186,8 @@ _nbdbackupctl_positional() {
     status:0 | timers:0 | log:0)
         echo 'domain'
         ;;
-    restore:0 | map:0 | boot:0 | mount:0 | files:0 | list:0 | show:0 | verify:0 | protect:0 | \
-    unprotect:0 | merge:0 | remove:0)
+    restore:0 | map:0 | boot:0 | mount:0 | files:0 | list:0 | show:0 | verify:0 | prune:0 | \
+    protect:0 | unprotect:0 | merge:0 | remove:0)
         echo 'source'
         ;;
     files:1)

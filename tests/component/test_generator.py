@@ -80,11 +80,11 @@ class Host:
     def file(self, name: str, text: str) -> None:
         (self.config / f"domains.d/{name}.yaml").write_text(text)
 
-    def enable(self, name: str) -> None:
+    def enable(self, name: str, template: str = "nbdbackup") -> None:
         folder = self.units / "timers.target.wants"
         folder.mkdir(parents=True, exist_ok=True)
-        link = folder / unitname.unit("nbdbackup", name, "timer")
-        link.symlink_to("/usr/lib/systemd/system/nbdbackup@.timer")
+        link = folder / unitname.unit(template, name, "timer")
+        link.symlink_to(f"/usr/lib/systemd/system/{template}@.timer")
 
     def run(self) -> tuple[str, ...]:
         return generator.generate(
@@ -419,6 +419,30 @@ def test_a_timer_that_no_file_wants_any_more_ends(
     # that of vm2 is masked, that of vm3 enabled, and another unit wants that of vm5
     assert systemd.refresh() == ["stop nbdbackup@vm1.timer nbdbackup@vm4.timer"]
     assert systemd.refresh() == []
+
+
+def test_rules_of_retention_begin_a_timer_too(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    systemd = Systemd(host, monkeypatch)
+    host.main("retention: {daily: 7}\nschedule: {enable: yes}")
+    host.file("a", "match: {name: vm1}")
+    host.file("b", "match: {name: vm2}\nretention: {prune: never}")
+    host.file("c", "match: {name: vm3}\nretention: {daily: 0, minimum: 3}")
+    host.file("d", "match: {name: vm4}\nretention: {prune: run}")
+    host.file("e", "match: {name: vm5}\nschedule: {enable: no}")
+    host.file("f", "match: {name: vm6}\nretention: {daily: 0, within: 2d}")
+    pruned = ["nbdbackup-prune@vm1.timer", "nbdbackup-prune@vm6.timer"]
+    systemd.reload()
+    assert [each for each in host.links() if "prune" in each] == pruned
+    link = host.output / f"timers.target.wants/{pruned[0]}"
+    assert str(link.readlink()) == "/usr/lib/systemd/system/nbdbackup-prune@.timer"
+    (start,) = systemd.refresh()
+    assert start.startswith(f"start {' '.join(pruned)} nbdbackup@vm1.timer ")
+    # one that the administrator has enabled is not ended with the rules
+    host.enable("vm6", "nbdbackup-prune")
+    host.main("schedule: {enable: yes}")
+    host.file("f", "match: {name: vm6}")
+    assert systemd.refresh() == ["daemon-reload", f"stop {pruned[0]}"]
+    assert host.told == []
 
 
 def test_a1_domains_come_and_go(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

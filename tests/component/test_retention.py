@@ -1,18 +1,22 @@
 """Retention with real sets: what is protected, what a prune takes, and what it leaves alone."""
 
 import json
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nbdbackupd import durable, rundir
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app import ctl
 from nbdbackupd.errors import BusyError, RepositoryError
-from nbdbackupd.repo import layout, protected
+from nbdbackupd.model.chain import Consistency, Level
+from nbdbackupd.repo import layout, protected, reading
 from nbdbackupd.repo.protected import Protection
 from nbdbackupd.repo.set_directory import SetDirectory
-from tests.lib import chains
+from tests.lib import chains, points
 from tests.lib.told import heard
 
 pytestmark = pytest.mark.component
@@ -74,6 +78,7 @@ def test_a_point_is_protected_and_listed(chain: Path, capsys: pytest.CaptureFixt
         (["--point", "none"], 50, "no restore point with id 'none'"),
         (["--point", "p1", "--until", "2026-02-09"], 2, "--until is over already"),
         (["--point", "p1", "--until", "1999-01-01"], 2, "--until is over already"),
+        (["--point", "p1", "--until", "3026-12-31"], 2, "--until is too far away"),
         (["--point", "p1", "--note", "a\nb"], 2, "--note takes one line"),
         (["--point", "p1", "--note", "x" * 501], 2, "--note takes one line"),
     ],
@@ -81,10 +86,9 @@ def test_a_point_is_protected_and_listed(chain: Path, capsys: pytest.CaptureFixt
 def test_what_is_refused(
     chain: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, said: str
 ) -> None:
-    before = chains.tree(chain)
     assert command("protect", chain, *words) == code
     assert said in capsys.readouterr().err
-    assert chains.tree(chain) == before
+    assert not (chain / layout.PROTECTED).exists()
 
 
 def test_a_busy_set_is_not_protected(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,3 +130,239 @@ def test_notes_behind_a_link_are_not_read(chain: Path, tmp_path: Path) -> None:
     (chain / layout.PROTECTED).symlink_to(tmp_path)
     with pytest.raises(RepositoryError, match="is a symbolic link"):
         protected.read(chain, ["p1"])
+
+
+# -- prune
+
+
+class House:
+    """A repository and a configuration; points are made at a time, into the set of its month."""
+
+    def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.root, self.capsys = root, capsys
+        self.repository = root / "repository"
+        self.home = self.repository / "vm1"
+        (root / "config/domains.d").mkdir(parents=True)
+        self.numbers: dict[Path, int] = {}
+
+    def rules(self, text: str) -> None:
+        text = f"repository: {{path: {self.repository}}}\nretention: {{{text}}}\n"
+        (self.root / "config/nbdbackup.yaml").write_text(text)
+
+    def save(self, moment: str, *, level: Level | None = None, **more: Any) -> str:
+        """Publish a point; its id."""
+        made = datetime.fromisoformat(moment).replace(tzinfo=UTC)
+        path = self.home / f"{made:%Y-%m}"
+        self.numbers[path] = number = self.numbers.get(path, 0) + 1
+        repository = SetDirectory.open(path)
+        ident = f"{made:%Y%m%dt%H%M%S}-{number:08}"
+        with repository.lock(owner="test"):
+            known = repository.load().points
+            level = level or (Level.INC if known else Level.FULL)
+            intent = replace(
+                chains.intent_for(number, level=level), point_id=ident, run_id=ident,
+                checkpoint=f"nbdbackup.{made:%Y%m}.{number}" if level is not Level.DIFF else "",
+                chain=f"c{made:%Y%m}",
+            )  # fmt: skip
+            with repository.draft(intent) as draft:
+                point = chains.fill(draft, known, level)
+                draft.publish(
+                    replace(point, chain=intent.chain, created=f"{moment}:00Z",
+                            consistency=Consistency.FILESYSTEM, **more)
+                )  # fmt: skip
+        return ident
+
+    def nights(self, begin: str, number: int) -> list[str]:
+        first = datetime.fromisoformat(begin)
+        return [self.save(f"{first + timedelta(days=n):%Y-%m-%dT%H:%M}") for n in range(number)]
+
+    def run(self, *words: object, code: int = 0) -> str:
+        """Standard output and error of a command."""
+        self.capsys.readouterr()
+        head = ["--config-dir", self.root / "config", "--runtime-dir", self.root / "run"]
+        found = command(*head, *words)
+        said = "".join(self.capsys.readouterr())
+        assert found == code, said
+        return said
+
+    def fates(self, *words: object, code: int = 0) -> dict[str, str]:
+        """What becomes of each point, by id; those that are merged with the id of the other."""
+        document = json.loads(self.run("prune", "--json", *words, code=code))
+        return {each["point"]: each["into"] or each["fate"] for each in document["points"]}
+
+    def left(self) -> dict[str, list[str]]:
+        """The points of each set."""
+        return {
+            path.name: [each.id for each in SetDirectory.open(path).load().points]
+            for path in sorted(self.home.iterdir())
+        }
+
+
+@pytest.fixture
+def house(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> House:
+    return House(tmp_path, capsys)
+
+
+def files(path: Path, *, suffix: str = "") -> set[str]:
+    return {each for each in chains.tree(path) if each.endswith(suffix)}
+
+
+def test_months_are_one_history(house: House) -> None:
+    """A whole set goes, a chain's tail goes, and what an increment starts from is merged."""
+    december = house.nights("2025-12-01T02:00", 4)
+    january = house.nights("2026-01-25T02:00", 7)
+    february = house.nights("2026-02-01T02:00", 10)
+    house.rules("daily: 7, weekly: 1, monthly: 1")
+    planned = house.fates("vm1", "--dry-run")
+    assert len(house.left()["2025-12"]) == 4
+    stays = [january[0], february[0], *february[3:]]
+    # the first of February was a Sunday: of its week it is the newest, which leaves the 25th for
+    # January
+    assert planned == {
+        **dict.fromkeys(december, "removed"),
+        **dict.fromkeys(january[1:], "removed"),
+        **dict.fromkeys(february[1:3], february[3]),
+        **dict.fromkeys(stays, "kept"),
+    }
+    with heard() as names:
+        assert house.fates("vm1", "--force") == planned
+    assert "retention-done" in names
+    assert house.left() == {"2026-01": january[:1], "2026-02": [february[0], *february[3:]]}
+    assert not (house.home / "2025-12").exists()
+    assert house.fates("vm1") == dict.fromkeys(stays, "kept")
+
+
+def test_what_keeps_each_point_is_told(house: House) -> None:
+    idents = house.nights("2026-02-01T02:00", 6)
+    house.rules("last: 1, daily: 2, prune: never")
+    house.run("protect", "vm1", "--point", idents[1], "--note", "for the audit")
+    said = house.run("prune", "vm1", "-n")
+    lines = {line.split()[0]: line for line in said.splitlines() if line.startswith("2026")}
+    assert lines[idents[0]].endswith(f"  merged into {idents[1]}")
+    assert "  kept " in lines[idents[1]]
+    assert lines[idents[1]].endswith("  protected for the audit")
+    assert lines[idents[2]].endswith(f"  merged into {idents[3]}")
+    assert lines[idents[4]].endswith("  daily 2026-02-05")
+    assert lines[idents[5]].endswith("  the next increment starts from it, last, newest")
+    assert said.splitlines()[-1].startswith("vm1: 2 points would go, 4 stay, ")
+    assert house.run("prune", "vm1").splitlines()[-1].startswith("vm1: 2 points went, 4 stay, ")
+    assert house.left() == {"2026-02": [idents[1], *idents[3:]]}
+
+
+def test_without_a_rule_nothing_goes(house: House) -> None:
+    idents = house.nights("2026-02-01T02:00", 3)
+    house.rules("minimum: 2")
+    before = chains.tree(house.home)
+    assert "no rule of retention is set" in house.run("prune", "vm1")
+    assert house.fates("vm1", "--force") == dict.fromkeys(idents, "kept")
+    assert chains.tree(house.home) == before
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_what_stops_a_prune(house: House, dry: bool) -> None:
+    """More than half at once, and a point from the future; a timer's unit has no --force."""
+    house.nights("2026-02-01T02:00", 6)
+    house.rules("daily: 2")
+    words = ["-n"] if dry else []
+    with heard() as names:
+        said = house.run("prune", "vm1", *words, code=0 if dry else 50)
+        assert "4 of 6 points would go at once, more than half" in said
+        house.save("2026-02-10T13:30")
+        ahead = chains.tree(house.home)
+        said = house.run("prune", "vm1", "--force", *words, code=0 if dry else 50)
+        assert "is dated 2026-02-10 13:30:00 UTC, which is yet to come" in said
+    assert names.count("retention-refused") == (0 if dry else 2)
+    assert chains.tree(house.home) == ahead
+
+
+def test_a_damaged_set_keeps_all(house: House) -> None:
+    january = house.nights("2026-01-01T02:00", 4)
+    february = house.nights("2026-02-01T02:00", 4)
+    manifest = house.home / "2026-01/points" / f"000002-{january[1]}.json"
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    house.rules("last: 2")
+    before = chains.tree(house.home / "2026-01")
+    said = house.run("prune", "vm1", "--force", code=3)
+    assert "nothing is removed from it, since it is damaged" in said
+    assert chains.tree(house.home / "2026-01") == before
+    assert SetDirectory.open(house.home / "2026-02").load().points[0].id == february[2]
+
+
+def test_what_is_damaged_fills_no_place(house: House) -> None:
+    house.nights("2026-02-01T02:00", 6)
+    spoiled = next((house.home / "2026-02").glob("vda.inc.nbdbackup.202602.5.data"))
+    spoiled.write_bytes(spoiled.read_bytes()[:-1])
+    house.run("verify", house.home / "2026-02", code=40)
+    house.rules("last: 2")
+    told = json.loads(house.run("prune", "vm1", "-n", "--json"))["points"]
+    # the last two hang on what is damaged: the newest two that are sound stay, too
+    assert [each["fate"] for each in told] == ["merged", "merged", "kept", "kept", "kept", "kept"]
+    assert told[3]["reasons"] == ["last"]
+
+
+@pytest.mark.parametrize("lock", ["domain", "set"])
+def test_who_is_at_work_is_not_disturbed(house: House, lock: str) -> None:
+    house.nights("2026-02-01T02:00", 3)
+    house.rules("daily: 2")
+    before = files(house.home)
+    folder = rundir.make_domain_dir(house.root / "run", points.UUID)
+    path = folder / rundir.LOCK if lock == "domain" else house.home / "2026-02" / layout.LOCK
+    with durable.Lock(path, owner="backup of vm1"):
+        assert "backup of vm1" in house.run("prune", "vm1", code=BusyError.exit_code)
+    assert files(house.home) == before
+    house.run("prune", "vm1")
+    assert files(house.home) != before
+
+
+def test_a_set_of_a_domain_is_judged_beside_the_others(house: House, tmp_path: Path) -> None:
+    january = house.nights("2026-01-30T02:00", 2)
+    february = house.nights("2026-02-01T02:00", 4)
+    house.rules("daily: 3")
+    assert house.fates(house.home / "2026-01", "-n") == dict.fromkeys(january, "removed")
+    assert house.fates(house.home / "2026-01") == dict.fromkeys(january, "removed")
+    assert house.left() == {"2026-02": february}
+    # elsewhere it stands alone, and an increment may start from its newest point
+    copied = tmp_path / "elsewhere"
+    (house.home / "2026-02").rename(copied)
+    assert house.fates(copied) == {
+        february[0]: february[1], **dict.fromkeys(february[1:], "kept")
+    }  # fmt: skip
+
+
+def test_an_older_set_that_is_read_goes_later(house: House) -> None:
+    house.nights("2026-01-30T02:00", 2)
+    february = house.nights("2026-02-01T02:00", 4)
+    house.rules("daily: 4")
+    with reading.held(house.home / "2026-01"):
+        assert "still being read" in house.run("prune", "vm1", code=3)
+        assert files(house.home / "2026-01", suffix=".data")
+    house.run("prune", "vm1")
+    assert house.left() == {"2026-02": february}
+
+
+def test_all_domains(house: House) -> None:
+    """One that is busy keeps nobody else's points from being removed."""
+    house.nights("2026-02-01T02:00", 3)
+    house.home.rename(house.repository / "vm2")
+    house.numbers.clear()
+    idents = house.nights("2026-02-01T02:00", 3)
+    house.rules("daily: 2")
+    with SetDirectory.open(house.repository / "vm2/2026-02").lock(owner="a run"):
+        said = house.run("prune", "--all", code=BusyError.exit_code)
+    assert "a run" in said
+    assert house.left() == {"2026-02": idents[1:]}
+    found = json.loads(house.run("prune", "--all", "--json"))["domains"]
+    assert [(each["directory"][-3:], len(each["points"])) for each in found] == [
+        ("vm1", 2), ("vm2", 3),
+    ]  # fmt: skip
+    for words in ([], ["vm1", "--all"]):
+        assert "give the name of a domain" in house.run("prune", *words, code=2)
+
+
+def test_a_set_of_the_peer_is_left_alone(house: House, tmp_path: Path) -> None:
+    path = tmp_path / "peer"
+    path.mkdir()
+    (path / "vda.full.data").write_bytes(b"x")
+    house.rules("daily: 2")
+    assert "holds no restore points of ours" in house.run("prune", path, code=50)
+    assert files(path) == {"vda.full.data"}

@@ -37,7 +37,7 @@ def test_an_image_that_was_replaced_under_its_name() -> None:
 
 
 def test_each_of_our_units_names_its_domain() -> None:
-    for kind in ("nbdbackup", "nbdbackup-verify", "nbdbackup-boot-test"):
+    for kind in ("nbdbackup", "nbdbackup-verify", "nbdbackup-boot-test", "nbdbackup-prune"):
         assert unitname.domain_of(f"{kind}@vm1.timer") == "vm1"
 
 

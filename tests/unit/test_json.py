@@ -38,6 +38,11 @@ REPORTS: Final = {
         ("ops/files/files.py", "to_json"),
         ("ops/files/copy.py", "to_json"),
     ],
+    "prune": [
+        ("ops/retention/prune.py", "to_json"),
+        ("ops/retention/history.py", "to_json"),
+        ("app/verbs/prune.py", "_all"),
+    ],
     "protect": [("app/verbs/protect.py", "run_protect"), ("repo/protected.py", "to_json")],
     "unprotect": [("app/verbs/protect.py", "run_unprotect")],
     "merge": [("ops/removal/apply.py", "to_json")],

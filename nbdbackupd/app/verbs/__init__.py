@@ -23,6 +23,7 @@ ALL: Final = {
     "list": ("catalog", "list the restore points of a set"),
     "show": ("catalog", "show all that a set says of itself"),
     "verify": ("verify", "prove a backup set"),
+    "prune": ("prune", "remove what no rule of retention wants"),
     "protect": ("protect", "keep a point whatever the rules want"),
     "unprotect": ("protect", "leave a point to the rules again"),
     "merge": ("removal", "make one full of the oldest points"),

@@ -47,6 +47,7 @@ KINDS: Final = {
     "nbdbackup-checkpoints": "reconciliation of domain",
     "nbdbackup-verify": "verification of domain",
     "nbdbackup-boot-test": "boot test of domain",
+    "nbdbackup-prune": "removal of old backups of domain",
 }
 DESCRIPTION = """\
 Tell by mail or by a program how a unit ended, and what it said last, as the section notification

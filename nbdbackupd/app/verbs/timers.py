@@ -179,6 +179,7 @@ def _kind(unit: str) -> str:
         "nbdbackup-verify": "verify",
         "nbdbackup-boot-test": "boot test",
         "nbdbackup-verify-all.timer": "verify all",
+        "nbdbackup-prune": "prune",
     }
     template = unit.partition("@")[0]
     return kinds.get(template, template)

@@ -10,6 +10,7 @@ from pathlib import Path
 from nbdbackupd import durable, events
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import RepositoryError, UsageError
+from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.model.choice import Choice
 from nbdbackupd.ops.sets import opened
@@ -40,6 +41,8 @@ def protect(request: ProtectRequest) -> Protection:
     """
     if request.until is not None and request.until <= request.now:
         raise UsageError("--until is over already: give a time that is yet to come")
+    if request.until is not None and not manifest.is_time(_utc(request.until)):
+        raise UsageError("--until is too far away: leave it out, for good")
     if len(request.note) > MAX_NOTE or not request.note.isprintable():
         raise UsageError(f"--note takes one line of {MAX_NOTE} characters at most")
     with _held(request) as point:

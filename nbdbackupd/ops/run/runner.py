@@ -28,15 +28,17 @@ from nbdbackupd.model import throwaway, unitname
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.domain import is_uuid
 from nbdbackupd.model.host import Host
+from nbdbackupd.model.retention import Pruning
 from nbdbackupd.ops.backup import backup as backup_verb
 from nbdbackupd.ops.backup import outcome, prepare
 from nbdbackupd.ops.backup.prepare import PlannedRun
 from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
 from nbdbackupd.ops.domain import configured, domains, endings, images
 from nbdbackupd.ops.notify import kept as kept_notification
+from nbdbackupd.ops.retention import prune, scope
 from nbdbackupd.ops.run import commands, retire, slots
 from nbdbackupd.ops.run.metrics import RunMetrics
-from nbdbackupd.ops.sets import homes
+from nbdbackupd.ops.sets import homes, sets
 from nbdbackupd.ops.status import gather
 from nbdbackupd.ops.status.record import RunRecord
 from nbdbackupd.plain import versioned
@@ -461,6 +463,8 @@ class _Run:
         problems = planned.warnings
         if made.point.makes_base:
             problems += self._retire(planned, order, made.point.chain)
+        if self.settings.retention_prune is Pruning.RUN:
+            problems += self._prune(planned)
         return self.report(
             "saved",
             planned.next.reason,
@@ -515,6 +519,26 @@ class _Run:
             # the point is made, which is what counts; the next run does the rest
             log.info("told to end: checkpoints of older sets are left to the next run")
             return ()
+
+    def _prune(self, planned: PlannedRun) -> tuple[str, ...]:
+        """Remove what no rule wants; a line for each problem. The point is made in any case."""
+        self.observer.doing("removing what no rule of retention wants")
+        try:
+            found = sets.sets_of(planned.directory)
+            own = tuple(each for each in found if each.uuid in ("", self.domain.uuid))
+            order = scope.of_domain(
+                self.domain.name, planned.directory, own, self.settings, self.host
+            )
+            return prune.prune(
+                order,
+                progress=lambda disk, done, size: self.observer.progress(disk, done, size, done),
+                cancelled=self.observer.cancelled,
+            ).warnings
+        except Interrupted:
+            log.info("told to end: old points are left to the next run")
+            return ()
+        except NbdbackupError as err:
+            return (f"old points are not removed: {err.message}",)
 
 
 def _about(report: RunReport) -> dict[str, str]:

@@ -60,8 +60,20 @@ def find(name: str, repositories: Sequence[Path]) -> DomainSets:
     if len({each.label for each in found}) > 1 or len({each.home.parent for each in found}) > 1:
         places = ", ".join(str(each.home) for each in found)
         raise RepositoryError(f"domain {name} has sets in more than one place: {places}; give one")
-    together = sorted((one for each in found for one in each.sets), key=_began)
-    return DomainSets(name=name, directory=found[-1].home, sets=tuple(together))
+    return _together(name, found)
+
+
+def every(repositories: Sequence[Path]) -> tuple[DomainSets, ...]:
+    """The sets of each domain that has points in the repositories.
+
+    Raises RepositoryError if a repository can't be read.
+    """
+    found: dict[tuple[Path, str, str], list[_Found]] = {}
+    for repository in repositories:
+        for home in homes_in(repository):
+            for each in _split(home):
+                found.setdefault((repository, each.label, each.uuid), []).append(each)
+    return tuple(_together(_name(key[1]), each) for key, each in found.items() if key[2])
 
 
 def every_set(repositories: Sequence[Path]) -> tuple[Path, ...]:
@@ -125,6 +137,11 @@ def _split(home: Path) -> list[_Found]:
     ]
 
 
+def _together(name: str, found: Sequence[_Found]) -> DomainSets:
+    sets = sorted((one for each in found for one in each.sets), key=_began)
+    return DomainSets(name=name, directory=found[-1].home, sets=tuple(sets))
+
+
 def _began(found: DomainSet) -> tuple[bool, float]:
     return found.began is not None, found.began.timestamp() if found.began is not None else 0.0
 
@@ -140,7 +157,7 @@ def _which(name: str, found: Sequence[_Found]) -> str:
 
 
 def _nobody(name: str, repositories: Sequence[Path], homes: Sequence[Path]) -> str:
-    names = sorted({_name(home) for home in homes})
+    names = sorted({_name(home.name) for home in homes})
     near = difflib.get_close_matches(name, names, n=SHOWN, cutoff=0.5)
     places = ", ".join(map(str, repositories))
     text = f"{name} is neither a directory nor a domain with sets in {places}"
@@ -151,10 +168,10 @@ def _nobody(name: str, repositories: Sequence[Path], homes: Sequence[Path]) -> s
     return f"{text}; give the path of a set, or fix repository.path"
 
 
-def _name(home: Path) -> str:
+def _name(label: str) -> str:
     """The domain's name, or what a long one was cut to."""
     try:
-        text = layout.unescape(home.name)
+        text = layout.unescape(label)
     except FormatError:
-        return home.name
+        return label
     return plain.line(text)

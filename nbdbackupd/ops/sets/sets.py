@@ -61,7 +61,7 @@ def sets_of(directory: Path) -> tuple[DomainSet, ...]:
             paths = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
         except FileNotFoundError:
             return ()
-        found = [_read(path) for path in paths if _is_set(path)]
+        found = [read_set(path) for path in paths if _is_set(path)]
         begun = [(each.began, each) for each in found]
     with_full = [(began.timestamp(), each) for began, each in begun if began is not None]
     with_full.sort(key=lambda each: (each[0], len(each[1].path.name), each[1].path.name))
@@ -128,7 +128,8 @@ def _is_set(path: Path) -> bool:
     return path.is_dir() and (policy.is_set_name(path.name) or (path / layout.POINTS).is_dir())
 
 
-def _read(path: Path) -> DomainSet:
+def read_set(path: Path) -> DomainSet:
+    """One set, or what is sound of it. Raises RepositoryError if it can't be read."""
     set_dir = SetDirectory.open(path)
     try:
         return DomainSet(path=path, known=set_dir.load())

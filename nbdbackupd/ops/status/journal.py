@@ -31,6 +31,7 @@ UNITS: Final = (
     "nbdbackup-checkpoints",
     "nbdbackup-verify",
     "nbdbackup-boot-test",
+    "nbdbackup-prune",
 )
 SILENCE_SECONDS: Final = 120.0
 POLL_SECONDS: Final = 0.2

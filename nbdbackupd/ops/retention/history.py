@@ -1,0 +1,172 @@
+"""The points of a domain as retention sees them: all its sets are one history."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+from nbdbackupd.config.schema import DomainSettings
+from nbdbackupd.model import policy
+from nbdbackupd.model.chain import RestorePoint
+from nbdbackupd.model.proof import soundness
+from nbdbackupd.model.removal import Removal, plan_removal
+from nbdbackupd.model.retention import Decision, PointFacts, Rules, decide
+from nbdbackupd.model.space import own_bytes
+from nbdbackupd.ops.sets.sets import DomainSet
+from nbdbackupd.repo import protected, verified
+from nbdbackupd.repo.state import StateDirectory
+
+BASE: Final = "the next increment starts from it"
+UNCLEAR: Final = "its set is damaged: 'nbdbackupctl verify' tells more"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judgement:
+    """What retention wants of a domain's sets: the decision, and what that means for each set."""
+
+    sets: tuple[DomainSet, ...]
+    decision: Decision
+    removals: Mapping[Path, Removal]
+
+    @property
+    def gone(self) -> int:
+        """How many points are to leave."""
+        return sum(len(each.gone) for each in self.removals.values())
+
+    @property
+    def total(self) -> int:
+        """How many sound points there are."""
+        return sum(len(each.known.points) for each in self.sets)
+
+    @property
+    def is_drastic(self) -> bool:
+        """Whether more than half of all points would leave at once."""
+        return 2 * self.gone > self.total
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What becomes of a point: ``kept``, ``removed`` or ``merged``, and why.
+
+    ``into`` is the id of the point that it becomes a part of; ``bytes`` is what files of its own
+    take.
+    """
+
+    set: Path
+    point: RestorePoint
+    fate: str
+    reasons: tuple[str, ...]
+    into: str = ""
+    bytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The verdict as a JSON object."""
+        return {
+            "set": str(self.set),
+            "point": self.point.id,
+            "level": self.point.level.value,
+            "created": self.point.created,
+            "stored_bytes": self.bytes,
+            "fate": self.fate,
+            "into": self.into,
+            "reasons": list(self.reasons),
+        }
+
+
+def rules_of(settings: DomainSettings) -> Rules:
+    """The rules as the configuration has them."""
+    return Rules(
+        last=settings.retention_last,
+        within=settings.retention_within or 0.0,
+        hourly=settings.retention_hourly,
+        daily=settings.retention_daily,
+        weekly=settings.retention_weekly,
+        monthly=settings.retention_monthly,
+        yearly=settings.retention_yearly,
+        minimum=settings.retention_minimum,
+    )
+
+
+def judge(
+    sets: Sequence[DomainSet], rules: Rules, now: datetime, state_dirs: Sequence[Path]
+) -> Judgement:
+    """What is to become of a domain's points, given all its sets, the newest at the end.
+
+    ``state_dirs`` are those of this host. Raises RepositoryError if it can't be told which points
+    are protected.
+    """
+    live = _live(sets, state_dirs)
+    facts = [fact for each in sets for fact in _facts(each, now, is_live=each.path in live)]
+    decision = decide(facts, rules, now)
+    removals = {}
+    for each in sets:
+        doomed = decision.doomed.intersection(point.id for point in each.known.points)
+        if doomed:
+            removals[each.path] = plan_removal(each.known, doomed, live=each.path in live)
+    return Judgement(sets=tuple(sets), decision=decision, removals=removals)
+
+
+def verdicts(found: DomainSet, judged: Judgement) -> list[Verdict]:
+    """What becomes of each point of a set, oldest first."""
+    removal = judged.removals.get(found.path, Removal((), (), {}))
+    into = {ident: each.into for each in removal.merges for ident in each.absorbed}
+    sizes = own_bytes(found.known.points)
+    fates = dict.fromkeys(removal.dropped, "removed") | dict.fromkeys(into, "merged")
+    return [
+        Verdict(
+            set=found.path,
+            point=point,
+            fate=fates.get(point.id, "kept"),
+            reasons=(
+                *judged.decision.reasons[point.id],
+                *filter(None, [removal.needed.get(point.id)]),
+            ),
+            into=into.get(point.id, ""),
+            bytes=sizes[point.id],
+        )
+        for point in found.known.points
+    ]
+
+
+def _live(sets: Sequence[DomainSet], state_dirs: Sequence[Path]) -> frozenset[Path]:
+    """The sets that an increment may go into: the newest, and those whose base is noted."""
+    # runs go on with the newest of their own sets, whatever else lies beside them
+    named = [each for each in sets if policy.is_set_name(each.path.name)]
+    found = {each.path for each in (*sets[-1:], *named[-1:])}
+    uuids = {each.uuid for each in sets if each.uuid}
+    noted = {
+        record.chain
+        for directory in state_dirs
+        for uuid in uuids
+        for record in StateDirectory(directory).records(uuid)
+    }
+    return frozenset(
+        found | {each.path for each in sets if noted & {p.chain for p in each.known.points}}
+    )
+
+
+def _facts(found: DomainSet, now: datetime, *, is_live: bool) -> list[PointFacts]:
+    points = found.known.points
+    notes = protected.read(found.path, [point.id for point in points])
+    held = {ident: note.text or "for good" for ident, note in notes.items() if note.holds(now)}
+    states = soundness(found.known, verified.read(found.path, found.known))
+    head = found.known.head if is_live else None
+
+    def pinned(point: RestorePoint) -> str:
+        if found.problems:
+            return UNCLEAR
+        return BASE if head is not None and point.id == head.id else ""
+
+    return [
+        PointFacts(
+            id=point.id,
+            created=datetime.fromisoformat(point.created).astimezone(),
+            consistency=point.consistency,
+            protected=held.get(point.id, ""),
+            pinned=pinned(point),
+            is_sound=not states[point.id].damage,
+            is_verified=bool(states[point.id].verified),
+        )
+        for point in points
+    ]

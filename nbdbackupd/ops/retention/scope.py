@@ -1,0 +1,79 @@
+"""What a prune is about: the sets of a domain, its rules, and whether its repository is there."""
+
+from pathlib import Path
+from typing import Any
+
+from nbdbackupd.config.schema import DomainSettings
+from nbdbackupd.errors import RepositoryError
+from nbdbackupd.model.host import Host
+from nbdbackupd.ops.domain import configured, mounted
+from nbdbackupd.ops.retention import history
+from nbdbackupd.ops.retention.prune import PruneRequest
+from nbdbackupd.ops.sets import homes
+from nbdbackupd.ops.sets.lookup import DomainSets
+from nbdbackupd.ops.sets.sets import DomainSet, read_set, sets_of
+
+
+def request(path: Path, domain: DomainSets | None, host: Host, **more: Any) -> PruneRequest:
+    """What to prune: a domain, or with None the set at a path; ``more`` are fields.
+
+    Raises ConfigError, DomainError if the settings depend on libvirt and it can't be asked, and
+    RepositoryError for what is no set of ours or a repository that is not mounted.
+    """
+    if domain is not None:
+        newest, home, sets = _newest(domain.sets, domain.directory), domain.directory, domain.sets
+        settings = _settings(newest, host)
+        mounted.check(settings)
+    else:
+        found = read_set(path.absolute())
+        newest, home, sets = _newest((found,), found.path), found.path, (found,)
+        settings = _settings(newest, host)
+        point = newest.known.newest
+        theirs = homes.home_of(settings.repository_path, point.domain, point.uuid)
+        if theirs.is_dir() and theirs.samefile(found.path.parent):
+            # its points are judged beside those of the others
+            more["only"] = theirs / found.path.name
+            home = theirs
+            sets = tuple(each for each in sets_of(home) if each.uuid in ("", found.uuid))
+    return of_domain(newest.known.newest.domain, home, sets, settings, host, **more)
+
+
+def of_domain(
+    name: str,
+    home: Path,
+    sets: tuple[DomainSet, ...],
+    settings: DomainSettings,
+    host: Host,
+    **more: Any,
+) -> PruneRequest:
+    """The request for a domain whose sets and settings are known; ``more`` are fields."""
+    is_own = settings.is_default("checkpoint_directory") or host.is_state_given
+    state = host.state_dir if is_own else settings.checkpoint_directory
+    return PruneRequest(
+        domain=name,
+        directory=home,
+        sets=sets,
+        rules=history.rules_of(settings),
+        now=host.now(),
+        runtime_dir=host.runtime_dir,
+        state_dirs=tuple(dict.fromkeys((state, *configured.state_directories(host)))),
+        bandwidth=settings.limits_bandwidth,
+        **more,
+    )
+
+
+def _newest(sets: tuple[DomainSet, ...], place: Path) -> DomainSet:
+    """The newest of the sets that has points."""
+    for each in reversed(sets):
+        if each.known.points:
+            return each
+    raise RepositoryError(
+        f"{place} holds no restore points of ours; 'nbdbackupctl import' takes over those of "
+        f"virtnbdbackup"
+    )
+
+
+def _settings(newest: DomainSet, host: Host) -> DomainSettings:
+    """By the name that the domain had at its newest point."""
+    name = newest.known.newest.domain
+    return configured.settings_of(name, configured.read(host), host)[2]
