@@ -210,8 +210,7 @@ class BackupSet:
     @property
     def head(self) -> RestorePoint | None:
         """The newest point that the next increment starts from, or None without a full."""
-        bases = [point for point in self.points if point.makes_base]
-        return bases[-1] if bases else None
+        return next((point for point in reversed(self.points) if point.makes_base), None)
 
     @property
     def full(self) -> RestorePoint | None:

@@ -323,3 +323,17 @@ def test_pack_refuses_what_could_not_be_read() -> None:
         manifest.pack(replace(points.full_point(), id="a/b"))
     with pytest.raises(FormatError, match="read otherwise"):
         manifest.pack(replace(points.full_point(), domain="\ud83d\ude00"))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+@given(JSON)
+def test_canonical_bytes_are_those_of_json(document: Any) -> None:
+    """Told in docs/format.md by what Python prints; ours is quicker."""
+    told = json.dumps(document, sort_keys=True, indent=1).encode() + b"\n"
+    assert manifest._canonical(document) == told
