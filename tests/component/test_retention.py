@@ -245,6 +245,14 @@ def test_what_keeps_each_point_is_told(house: House) -> None:
     assert lines[idents[4]].endswith("  daily 2026-02-05")
     assert lines[idents[5]].endswith("  the next increment starts from it, last, newest")
     assert said.splitlines()[-1].startswith("vm1: 2 points would go, 4 stay, ")
+    listed = {
+        line.split()[1]: line for line in house.run("list", "vm1").splitlines() if "2026" in line
+    }
+    assert listed[idents[0]].endswith(f"  merged into {idents[1]}")
+    assert listed[idents[4]].endswith("  daily 2026-02-05")
+    assert json.loads(house.run("list", "vm1", "--json"))["sets"][0]["retention"][idents[4]] == (
+        "daily 2026-02-05"
+    )
     assert house.run("prune", "vm1").splitlines()[-1].startswith("vm1: 2 points went, 4 stay, ")
     assert house.left() == {"2026-02": [idents[1], *idents[3:]]}
 

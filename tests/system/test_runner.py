@@ -1,6 +1,7 @@
 """Runs as the configuration says, with real domains: sets, places, programs, ends of guests."""
 
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -643,3 +644,33 @@ def test_backup_without_a_set(one: Appliance) -> None:
     (one.directory / "etc/nbdbackup.yaml").write_text("nonsense: yes\n")
     assert not backup("-o", str(here.set))["point"]["disks"][0]["compressed"]
     assert "nonsense" in here.ctl("backup", name, *config, code=10).stderr
+
+
+def test_old_points_leave_by_the_rules(one: Appliance) -> None:
+    """One full for good: runs of a year, each of which prunes; all that stays is what it was.
+
+    ``NBDBACKUP_NIGHTS=365`` has a run for each day of it.
+    """
+    here, nights = one.scene, int(os.environ.get("NBDBACKUP_NIGHTS", "8"))
+    rules = {"daily": 7, "weekly": 4, "monthly": 12} if nights > 100 else {"last": 2, "monthly": 3}
+    wanted = {f"retention__{name}": count for name, count in rules.items()}
+    one.configure(level__rotate="never", retention__prune="run", **wanted)
+    for number in range(nights):
+        change(here, number % 32)
+        with here.ctl.rigged(f"LATER{number * 365 // nights}@clock-read#1"):
+            saved = one.save()
+        assert saved.point["level"] == ("inc" if number else "full")
+        assert saved.set == here.history[0].set
+    made = {each.id: each for each in here.history}
+    left = [point["id"] for point in here.ctl.points(saved.set)]
+    assert left[-2:] == [each.id for each in here.history[-2:]]
+    assert sum(rules.values()) - 1 <= len(left) <= sum(rules.values())
+    for ident in left:
+        here.prove(made[ident])
+    (full,) = [each for each in here.ctl.points(saved.set) if each["level"] == "full"]
+    assert full["id"] == left[0]
+    assert full["id"] != here.history[0].id
+    here.ctl("verify", saved.set)
+    # nothing else of those that went is there: each disk has a stream and an index for each point
+    names = [path.name for path in saved.set.glob("vda.*") if path.suffix in (".data", ".index")]
+    assert len(names) == 2 * len(left)

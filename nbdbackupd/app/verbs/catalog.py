@@ -1,6 +1,7 @@
 """``nbdbackupctl list`` and ``nbdbackupctl show``."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from nbdbackupd.app.arguments import Arguments, chosen
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import FormatError
+from nbdbackupd.ops.retention import history
 from nbdbackupd.ops.sets import catalog
 from nbdbackupd.ops.sets.catalog import ListReport
 from nbdbackupd.ops.sets.lookup import DomainSets
@@ -37,6 +39,12 @@ def run_list(args: Arguments, context: Context) -> int:
     domain = named.domain_of(args.source, context)
     paths = [args.source.absolute()] if domain is None else [each.path for each in domain.sets]
     reports = [catalog.list_points(path) for path in paths]
+    if domain is not None:
+        told = history.told(domain.sets, context.host)
+        reports = [
+            replace(each, retention={p.id: told[p.id] for p in each.points if p.id in told})
+            for each in reports
+        ]
     document = reports[0].to_json() if domain is None else _document(domain, reports)
     context.show(document, "\n\n".join(map(catalog.render_list, reports)))
     problems = [problem for report in reports for problem in report.problems]

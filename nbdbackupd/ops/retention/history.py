@@ -1,5 +1,6 @@
 """The points of a domain as retention sees them: all its sets are one history."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -7,16 +8,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from nbdbackupd.config.schema import DomainSettings
+from nbdbackupd.errors import ConfigError, DomainError, RepositoryError
 from nbdbackupd.model import policy
 from nbdbackupd.model.chain import RestorePoint
+from nbdbackupd.model.host import Host
 from nbdbackupd.model.proof import soundness
 from nbdbackupd.model.removal import Removal, plan_removal
 from nbdbackupd.model.retention import Decision, PointFacts, Rules, decide
 from nbdbackupd.model.space import own_bytes
+from nbdbackupd.ops.domain import configured
 from nbdbackupd.ops.sets.sets import DomainSet
 from nbdbackupd.repo import protected, verified
 from nbdbackupd.repo.state import StateDirectory
 
+log = logging.getLogger(__name__)
 BASE: Final = "the next increment starts from it"
 UNCLEAR: Final = "its set is damaged: 'nbdbackupctl verify' tells more"
 
@@ -60,6 +65,12 @@ class Verdict:
     into: str = ""
     bytes: int = 0
 
+    @property
+    def text(self) -> str:
+        """``daily 2026-01-31, newest``, or what else becomes of it."""
+        fate = f"merged into {self.into}" if self.into else self.fate
+        return ", ".join(self.reasons) or fate
+
     def to_json(self) -> dict[str, Any]:
         """The verdict as a JSON object."""
         return {
@@ -86,6 +97,41 @@ def rules_of(settings: DomainSettings) -> Rules:
         yearly=settings.retention_yearly,
         minimum=settings.retention_minimum,
     )
+
+
+def newest_of(sets: Sequence[DomainSet]) -> DomainSet | None:
+    """The newest of the sets that has points."""
+    return next((each for each in reversed(sets) if each.known.points), None)
+
+
+def settings_of(newest: DomainSet, host: Host) -> DomainSettings:
+    """By the name that the domain had at its newest point.
+
+    Raises ConfigError, DomainError if they depend on libvirt and it can't be asked.
+    """
+    name = newest.known.newest.domain
+    return configured.settings_of(name, configured.read(host), host)[2]
+
+
+def state_dirs_of(settings: DomainSettings, host: Host) -> tuple[Path, ...]:
+    """The state directories of this host, the one in which a run notes its bases first."""
+    is_own = settings.is_default("checkpoint_directory") or host.is_state_given
+    first = host.state_dir if is_own else settings.checkpoint_directory
+    return tuple(dict.fromkeys((first, *configured.state_directories(host))))
+
+
+def told(sets: Sequence[DomainSet], host: Host) -> dict[str, str]:
+    """What the rules want of each point, in words; none without a rule, or where it is unknown."""
+    newest = newest_of(sets)
+    try:
+        if newest is None or not rules_of(settings := settings_of(newest, host)).are_set:
+            return {}
+        state_dirs = state_dirs_of(settings, host)
+        judged = judge(sets, rules_of(settings), host.now(), state_dirs)
+    except (ConfigError, DomainError, RepositoryError) as err:
+        log.info("what the rules of retention want is not known: %s", err.message)
+        return {}
+    return {one.point.id: one.text for each in sets for one in verdicts(each, judged)}
 
 
 def judge(

@@ -6,7 +6,7 @@ from typing import Any
 from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.errors import RepositoryError
 from nbdbackupd.model.host import Host
-from nbdbackupd.ops.domain import configured, mounted
+from nbdbackupd.ops.domain import mounted
 from nbdbackupd.ops.retention import history
 from nbdbackupd.ops.retention.prune import PruneRequest
 from nbdbackupd.ops.sets import homes
@@ -22,12 +22,12 @@ def request(path: Path, domain: DomainSets | None, host: Host, **more: Any) -> P
     """
     if domain is not None:
         newest, home, sets = _newest(domain.sets, domain.directory), domain.directory, domain.sets
-        settings = _settings(newest, host)
+        settings = history.settings_of(newest, host)
         mounted.check(settings)
     else:
         found = read_set(path.absolute())
         newest, home, sets = _newest((found,), found.path), found.path, (found,)
-        settings = _settings(newest, host)
+        settings = history.settings_of(newest, host)
         point = newest.known.newest
         theirs = homes.home_of(settings.repository_path, point.domain, point.uuid)
         if theirs.is_dir() and theirs.samefile(found.path.parent):
@@ -47,8 +47,6 @@ def of_domain(
     **more: Any,
 ) -> PruneRequest:
     """The request for a domain whose sets and settings are known; ``more`` are fields."""
-    is_own = settings.is_default("checkpoint_directory") or host.is_state_given
-    state = host.state_dir if is_own else settings.checkpoint_directory
     return PruneRequest(
         domain=name,
         directory=home,
@@ -56,24 +54,17 @@ def of_domain(
         rules=history.rules_of(settings),
         now=host.now(),
         runtime_dir=host.runtime_dir,
-        state_dirs=tuple(dict.fromkeys((state, *configured.state_directories(host)))),
+        state_dirs=history.state_dirs_of(settings, host),
         bandwidth=settings.limits_bandwidth,
         **more,
     )
 
 
 def _newest(sets: tuple[DomainSet, ...], place: Path) -> DomainSet:
-    """The newest of the sets that has points."""
-    for each in reversed(sets):
-        if each.known.points:
-            return each
+    newest = history.newest_of(sets)
+    if newest is not None:
+        return newest
     raise RepositoryError(
         f"{place} holds no restore points of ours; 'nbdbackupctl import' takes over those of "
         f"virtnbdbackup"
     )
-
-
-def _settings(newest: DomainSet, host: Host) -> DomainSettings:
-    """By the name that the domain had at its newest point."""
-    name = newest.known.newest.domain
-    return configured.settings_of(name, configured.read(host), host)[2]

@@ -33,7 +33,8 @@ class ListReport:
     """The sound points of a set, oldest first, and a line for each that is damaged.
 
     ``written_by`` is empty for our own sets; ``warnings`` tell what of others nobody vouches for.
-    ``tests`` are the boot tests, ``protections`` the notes that keep points, both by point.
+    ``tests`` are the boot tests, ``protections`` the notes that keep points, ``retention`` what the
+    rules want, all by point.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class ListReport:
     written_by: str = ""
     tests: Mapping[str, BootTest] = field(default_factory=dict)
     protections: Mapping[str, Protection] = field(default_factory=dict)
+    retention: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON document, schema version 1; sizes in bytes."""
@@ -57,6 +59,7 @@ class ListReport:
             warnings=list(self.warnings),
             written_by=self.written_by,
             protections=[each.to_json() for each in self.protections.values()],
+            retention=dict(self.retention),
         )
 
 
@@ -211,6 +214,9 @@ def render_list(report: ListReport) -> str:
         ("#", "POINT", "LEVEL", "CREATED", "STATE", "STORED", "CHECKPOINT")
     ]
     rows += [_point_row(point, sizes[point.id]) for point in report.points]
+    if report.retention:
+        wanted = ["RETENTION", *(report.retention.get(each.id, "-") for each in report.points)]
+        rows = [(*row, cell) for row, cell in zip(rows, wanted, strict=True)]
     disks = [_disk_row(disk, point.warnings) for point in report.points for disk in point.disks]
     point_lines = _table(rows, right={0, 5})
     disk_lines = iter(_table(disks, right={1, 3, 4, 5}))
