@@ -785,3 +785,15 @@ def test_a_guest_that_was_thawed_late_is_not_called_frozen(host: Host) -> None:
     assert any("the guest is held no more" in each for each in found["reasons"])
     host.libvirt()
     assert any(MAY_BE_FROZEN in each for each in host.status()["vm1"]["reasons"])
+
+
+def test_what_a_prune_would_remove_is_told(host: Host) -> None:
+    for day in (6, 7, 8, 9):
+        host.save("vm1", NOW.replace(day=day))
+    host.libvirt("vm1")
+    assert host.status("vm1")["vm1"]["unwanted_points"] == 0
+    host.main("retention: {last: 2}\n")
+    found = host.status("vm1")["vm1"]
+    # what they hold becomes a part of the next point
+    assert (found["unwanted_points"], found["unwanted_bytes"]) == (2, 0)
+    assert "vm1: 2 points are wanted by no rule of retention" in host.run("status", "vm1")[1]

@@ -14,6 +14,7 @@ from nbdbackupd.model.health import Health
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.ops.status import gather, metrics, status
 from nbdbackupd.ops.status.status import StatusReport
+from nbdbackupd.units import human_size
 
 UNKNOWN = 3
 DESCRIPTION = """\
@@ -97,6 +98,12 @@ def render(report: StatusReport) -> str:
         name = plain.line(each.name)
         said += [f"{name}: {plain.line(reason)}" for reason in each.verdict.reasons]
         said += [f"{name}: running, {plain.line(run.text)}" for run in each.runs]
+        if each.unwanted.points:
+            size = human_size(each.unwanted.size)
+            said.append(
+                f"{name}: {each.unwanted.points} points are wanted by no rule of retention, "
+                f"{size}: 'nbdbackupctl prune' removes them"
+            )
         if each.busy and not each.runs:
             said.append(f"{name}: in progress, {plain.line(each.busy)}")
     lines += ["", *said] if said else []

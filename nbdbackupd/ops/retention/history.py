@@ -124,14 +124,40 @@ def told(sets: Sequence[DomainSet], host: Host) -> dict[str, str]:
     """What the rules want of each point, in words; none without a rule, or where it is unknown."""
     newest = newest_of(sets)
     try:
-        if newest is None or not rules_of(settings := settings_of(newest, host)).are_set:
-            return {}
-        state_dirs = state_dirs_of(settings, host)
-        judged = judge(sets, rules_of(settings), host.now(), state_dirs)
-    except (ConfigError, DomainError, RepositoryError) as err:
+        settings = settings_of(newest, host) if newest is not None else None
+    except (ConfigError, DomainError) as err:
         log.info("what the rules of retention want is not known: %s", err.message)
         return {}
-    return {one.point.id: one.text for each in sets for one in verdicts(each, judged)}
+    if settings is None:
+        return {}
+    return {each.point.id: each.text for each in _wanted(sets, settings, host)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unwanted:
+    """How many points a prune would remove; ``size`` is what those take that are dropped."""
+
+    points: int = 0
+    size: int = 0
+
+
+def unwanted(sets: Sequence[DomainSet], settings: DomainSettings, host: Host) -> Unwanted:
+    """What a prune would remove now; nothing without a rule, or where it is unknown."""
+    going = [each for each in _wanted(sets, settings, host) if each.fate != "kept"]
+    size = sum(each.bytes for each in going if not each.into)
+    return Unwanted(points=len(going), size=size)
+
+
+def _wanted(sets: Sequence[DomainSet], settings: DomainSettings, host: Host) -> list[Verdict]:
+    rules = rules_of(settings)
+    if not rules.are_set:
+        return []
+    try:
+        judged = judge(sets, rules, host.now(), state_dirs_of(settings, host))
+    except RepositoryError as err:
+        log.info("what the rules of retention want is not known: %s", err.message)
+        return []
+    return [one for each in sets for one in verdicts(each, judged)]
 
 
 def judge(

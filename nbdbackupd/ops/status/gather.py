@@ -31,6 +31,7 @@ from nbdbackupd.model.host import Host
 from nbdbackupd.model.unitname import RUNNER
 from nbdbackupd.ops.domain import configured, mounted
 from nbdbackupd.ops.notify import notification
+from nbdbackupd.ops.retention import history
 from nbdbackupd.ops.sets import homes, sets
 from nbdbackupd.ops.sets.homes import MARK
 from nbdbackupd.ops.status import metrics, record
@@ -420,6 +421,7 @@ def _look(name: str, known: _Known, host: Host, notes: list[str]) -> DomainStatu
             )
             for run in seen.alive
         ),
+        unwanted=history.unwanted(found.sets, settings, host),
     )
 
 

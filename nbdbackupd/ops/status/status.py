@@ -12,6 +12,7 @@ from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.model.health import Facts, Health, Limits, Verdict, age_text, judge
 from nbdbackupd.model.space import own_bytes
 from nbdbackupd.ops.domain.locks import holder
+from nbdbackupd.ops.retention.history import Unwanted
 from nbdbackupd.ops.sets import holdings
 from nbdbackupd.ops.sets.holdings import Holdings
 from nbdbackupd.ops.sets.sets import DomainSet, sets_of
@@ -24,6 +25,7 @@ from nbdbackupd.units import human_size, utc_time
 NAGIOS: Final = {Health.OK: 0, Health.WARNING: 1, Health.CRITICAL: 2, Health.UNKNOWN: 3}
 SHOWN: Final = 3
 NOTHING: Final = Holdings()
+NO_UNWANTED: Final = Unwanted()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +33,7 @@ class Stored:
     """What the sets of a domain hold.
 
     ``set`` is the one with the newest point, ``size`` what that point has added to it, and
-    ``points`` the number of its points; ``all`` is about all sets. ``problem`` says why they
+    ``points`` the number of its points; ``all`` is about all ``sets``. ``problem`` says why they
     can't be read (``is_denied``: this account may not), ``damage`` what is damaged in one.
     ``test`` is the last boot test of one of its points.
     """
@@ -42,6 +44,7 @@ class Stored:
     size: int = 0
     points: int = 0
     all: Holdings = NOTHING
+    sets: tuple[DomainSet, ...] = ()
     problem: str = ""
     is_denied: bool = False
     damage: str = ""
@@ -82,6 +85,7 @@ class DomainStatus:
 
     ``busy`` names who works on it now, ``runs`` are those that live; ``next`` is its next run on
     schedule, ``is_covered``: it is saved by itself, and ``last_run`` how the newest one ended.
+    ``unwanted`` is what a prune would remove.
     """
 
     name: str
@@ -93,6 +97,7 @@ class DomainStatus:
     busy: str = ""
     last_run: End | None = None
     runs: tuple[LiveRun, ...] = ()
+    unwanted: Unwanted = NO_UNWANTED
 
     def describe(self, now: datetime) -> dict[str, Any]:
         """As a JSON object."""
@@ -114,6 +119,8 @@ class DomainStatus:
             "verified": self.stored.all.verified,
             "verified_points": self.stored.all.verified_points,
             "damaged_points": len(self.stored.all.damage),
+            "unwanted_points": self.unwanted.points,
+            "unwanted_bytes": self.unwanted.size,
             "boot_test": self.stored.test.to_json() if self.stored.test is not None else None,
             "next_run": utc_time(self.next),
             "busy": self.busy,
@@ -159,7 +166,8 @@ def stored(directory: Path, uuid: str = "", *more: Path) -> Stored:
     """
     try:
         sets = [each for each in sets_of(directory) if not uuid or each.uuid in ("", uuid)]
-        sets += [each for one in more for each in sets_of(one) if each.uuid == uuid]
+        older = [each for one in more for each in sets_of(one) if each.uuid == uuid]
+        sets = [*older, *sets]
     except NbdbackupError as err:
         return Stored(
             directory=directory,
@@ -181,6 +189,7 @@ def stored(directory: Path, uuid: str = "", *more: Path) -> Stored:
         size=own_bytes(found.known.points)[found.known.newest.id],
         points=len(found.known.points),
         all=held,
+        sets=tuple(sets),
         damage=damage,
         test=_last_test(found),
     )
