@@ -10,7 +10,7 @@ sets are there.
 import json
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -38,7 +38,8 @@ class Record:
 
     ``point`` is that point, ``checkpoint`` what it made (empty if its disks can't be tracked)
     and ``xml`` libvirt's XML of it, or empty. ``set`` is the directory of the set. ``lost`` are
-    the disks that were seen to have no bitmap of it any more.
+    the disks that were seen to have no bitmap any more, by checkpoint: that one, or the base of a
+    copy of the set.
     """
 
     chain: str
@@ -49,7 +50,7 @@ class Record:
     checkpoint: str
     xml: str
     disks: tuple[BaseDisk, ...]
-    lost: tuple[str, ...] = ()
+    lost: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def pack(self) -> bytes:
         """The record's JSON."""
@@ -106,10 +107,12 @@ class Record:
             raise FormatError("it names no chain or no domain")
         disks = tuple(_disk(each) for each in _get(document, "disks", list))
         # an older version did not note it
-        lost = _get({"lost": [], **document}, "lost", list)
-        if not all(isinstance(each, str) for each in lost):
-            raise FormatError("a lost disk is no text")
-        return cls(**text, disks=disks, lost=tuple(lost))
+        lost = {
+            name: tuple(_get({"disk": each}, "disk", str) for each in _get(found, name, list))
+            for found in [_get({"lost": {}, **document}, "lost", dict)]
+            for name in found
+        }
+        return cls(**text, disks=disks, lost=lost)
 
 
 class StateDirectory:

@@ -74,9 +74,9 @@ def test_names_stay_within_the_directory(state: StateDirectory, name: str) -> No
 def test_every_missing_or_wrong_field_is_refused() -> None:
     document = json.loads(RECORD.pack())
     assert Record.parse(RECORD.pack()) == RECORD
-    lost = replace(RECORD, lost=("vda", "vd\udcff"))
+    lost = replace(RECORD, lost={"nbdbackup.a.b": ("vda", "vd\udcff"), "c": ()})
     assert Record.parse(lost.pack()) == lost
-    for wrong in (None, "vda", ["vda", 1]):
+    for wrong in (None, ["vda"], {"c": "vda"}, {"c": ["vda", 1]}):
         with pytest.raises(FormatError):
             Record.parse(json.dumps({**document, "lost": wrong}).encode())
     places: list[tuple[Any, ...]] = [(key,) for key in document]

@@ -80,10 +80,10 @@ def of_set(set_dir: SetDirectory, known: BackupSet, records: Iterable[Record] = 
     record = next((each for each in records if each.chain == chain.id), None)
     stored = _stored_xml(set_dir, known.head)
     if record is not None:
-        chain = replace(chain, elsewhere=_elsewhere(record, chain))
+        lost = frozenset(record.lost.get(chain.base, ()))
+        chain = replace(chain, elsewhere=_elsewhere(record, chain), lost=lost)
         if record.checkpoint == chain.base:
             stored = stored or record.xml
-            chain = replace(chain, lost=frozenset(record.lost))
     return Known(chains=(chain,), xml={chain.base: stored})
 
 
@@ -96,7 +96,7 @@ def of_record(record: Record) -> Known:
         disks=tuple(disk for disk in record.disks if disk.bitmap),
         committed=frozenset({record.checkpoint} - {""}),
         set=record.set,
-        lost=frozenset(record.lost),
+        lost=frozenset(record.lost.get(record.checkpoint, ())),
     )
     return Known(chains=(chain,), xml={record.checkpoint: record.xml})
 
@@ -393,16 +393,17 @@ def _save(state: StateDirectory, record: Record) -> None:
 
 def note_lost(state: StateDirectory, uuid: str, done: Iterable[Done]) -> None:
     """Note with each chain which disks have lost its base; a failure costs a warning."""
-    tried = {each.step.name: each for each in done if not each.problem}
+    tried = [each for each in done if each.lost or (each.step.metadata and not each.problem)]
     for record in state.records(uuid) if tried else ():
-        each = tried.get(record.checkpoint)
-        if each is None:
-            continue
-        is_gone = each.step.action is Action.REMOVE and each.step.metadata
-        tracked = (disk.target for disk in record.disks if disk.bitmap)
-        lost = {*record.lost, *(tracked if is_gone else each.lost)}
-        if lost != {*record.lost}:
-            _save(state, replace(record, lost=tuple(sorted(lost))))
+        lost = dict(record.lost)
+        for each in tried:
+            name = each.step.name
+            if each.step.chain == record.chain and each.lost:
+                lost[name] = each.lost
+            elif name == record.checkpoint and each.step.action is Action.REMOVE:
+                lost[name] = tuple(disk.target for disk in record.disks if disk.bitmap)
+        if lost != record.lost:
+            _save(state, replace(record, lost=lost))
 
 
 def _stored_xml(set_dir: SetDirectory, point: RestorePoint | None) -> str:
