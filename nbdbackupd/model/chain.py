@@ -272,7 +272,7 @@ def _check_link(point: RestorePoint, by_id: dict[str, RestorePoint]) -> None:
     if parent is None:
         raise ChainBrokenError(
             f"restore point {point.id} needs its parent {point.parent or '(none)'}, "
-            f"whose manifest is missing"
+            f"which is not among the sound points"
         )
     if not parent.makes_base or parent.chain != point.chain:
         raise ChainBrokenError(f"restore point {point.id} hangs on {parent.id}, which is no base")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd import durable
-from nbdbackupd.app.verbs import restore
+from nbdbackupd.app.verbs import restore, run
 from nbdbackupd.errors import RepositoryError
 from nbdbackupd.model import hostpaths, unitname
 from nbdbackupd.model.chain import ImageLayer, Level
@@ -17,12 +17,15 @@ from nbdbackupd.model.domain import Disk, Domain
 from nbdbackupd.model.plan import BaseDisk, DiskState, why_full
 from nbdbackupd.model.selection import ImageFacts, select_disks, why_whole
 from nbdbackupd.ops.backup import backup
+from nbdbackupd.ops.backup.request import BackupReport
 from nbdbackupd.ops.domain.survey import Looked
 from nbdbackupd.ops.restore.request import RestoreReport
+from nbdbackupd.ops.run import runner
 from nbdbackupd.ops.sets import catalog
 from nbdbackupd.ops.verify import verify
 from nbdbackupd.ops.verify.verify import VerifyRequest
 from nbdbackupd.qemu.image import ImageInfo
+from tests.lib import points
 from tests.lib.pages import TOP
 
 pytestmark = pytest.mark.component
@@ -59,6 +62,18 @@ def test_a_directory_of_something_else_is_no_set(tmp_path: Path) -> None:
     assert catalog.list_points(tmp_path).points == ()
     (tmp_path / "points").mkdir()
     assert catalog.list_points(tmp_path).points == ()
+
+
+def test_why_a_set_was_begun_is_said_once() -> None:
+    why = "set 2026-11 can't be continued: it lacks files"
+    made = runner.RunReport(
+        domain="vm1", uuid="u", result="saved", reason=why, set=Path("/b/2026-11.2"),
+        problems=(why,), backup=BackupReport(point=points.full_point()),
+    )  # fmt: skip
+    told = run.render(made)
+    assert told.count(why) == 1
+    assert told.splitlines()[-2:] == ["  into /b/2026-11.2", f"  warning: {why}"]
+    assert run.render(replace(made, problems=())).endswith(f"  into /b/2026-11.2: {why}")
 
 
 def test_no_runtime_directory_of_a_session() -> None:

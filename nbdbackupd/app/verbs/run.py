@@ -92,5 +92,6 @@ def render(report: RunReport) -> str:
         return f"would save {report.domain} into {report.set}, {report.level}: {report.reason}"
     if report.backup is None or report.backup.point is None:
         return f"nothing saved of {report.domain}: {report.reason}"
-    lines = [backup.render(report.backup), f"  into {report.set}: {report.reason}"]
+    why = "" if report.reason in report.problems else f": {report.reason}"
+    lines = [backup.render(report.backup), f"  into {report.set}{why}"]
     return "\n".join([*lines, *(f"  warning: {each}" for each in report.problems)])
