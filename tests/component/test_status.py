@@ -327,6 +327,23 @@ def test_w6_how_the_last_run_ended_whoever_ran_it(host: Host) -> None:
     assert host.status()["vm1"]["health"] == "ok"
 
 
+def test_what_a_run_warned_of_is_told_until_the_next_point(host: Host) -> None:
+    """It had to begin a set, of which the point in it knows nothing."""
+    host.libvirt("vm1")
+    host.file("a", "match: {name: vm1}")
+    host.save("vm1", NOW - timedelta(hours=1))
+    host.systemd(timer("vm1"))
+    known = runs.Runs(host.root / "state")
+    known.record(end(60, runs.SAVED, 3, point="p1", reason="set 2026-01 can't be continued"))
+    found = host.status()["vm1"]
+    why = "the run of the newest point ended with a warning: set 2026-01 can't be continued"
+    assert (found["health"], found["reasons"]) == ("warning", [why])
+    host.save("vm1", NOW - timedelta(minutes=30))
+    assert host.status()["vm1"]["health"] == "ok"
+    known.record(end(30, runs.SAVED, 0, point="p2", reason=""))
+    assert host.status()["vm1"]["health"] == "ok"
+
+
 def test_a1_a_pattern_that_fits_is_no_schedule(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """A-1: a domain that a pattern matches had no timer, HEALTH ok and unprotected=0."""
     monkeypatch.setattr(units, "RUNNER", host.config)

@@ -180,7 +180,9 @@ def run(request: RunRequest, host: Host, observer: Observer, record: RunRecord) 
         else:
             if report.result != "planned":
                 directory = str(report.set or "")
-                record.done(report.exit_code, report.backup, report.reason, directory)
+                record.done(
+                    report.exit_code, report.backup, report.reason, directory, report.problems
+                )
             return report
 
 

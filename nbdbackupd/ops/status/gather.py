@@ -393,7 +393,7 @@ def _look(name: str, known: _Known, host: Host, notes: list[str]) -> DomainStatu
         newest=found.instant,
         problem=found.problem,
         damage=found.damage,
-        warnings=_concerns(found, host, uuid),
+        warnings=_concerns(found, host, uuid) or _warned(seen, found),
         failure=record.failure_text(seen, found.instant) or failure_of(service, seen, found),
         is_covered=is_covered,
         unscheduled=(
@@ -437,6 +437,14 @@ def _concerns(found: Stored, host: Host, uuid: str) -> tuple[str, ...]:
         # this account can't see it
         is_let_go = False
     return tuple(map(once_let_go, found.concerns)) if is_let_go else found.concerns
+
+
+def _warned(seen: Seen, found: Stored) -> tuple[str, ...]:
+    """What the run warned of that made the newest point."""
+    end, newest = seen.end, found.newest
+    if end is None or newest is None or not end.status or end.point != newest.id:
+        return ()
+    return (f"the run of the newest point ended with a warning: {end.reason or 'see its log'}",)
 
 
 def _settings(name: str, known: _Known, notes: list[str]) -> tuple[str, DomainSettings]:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import platform
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -65,14 +65,24 @@ class RunRecord:
             again=stamp(again),
         )
 
-    def done(self, status: int, report: "BackupReport | None", reason: str, directory: str) -> None:
-        """It did what it should; ``report`` is None if no backup was tried."""
+    def done(
+        self,
+        status: int,
+        report: "BackupReport | None",
+        reason: str,
+        directory: str,
+        problems: Iterable[str] = (),
+    ) -> None:
+        """It did what it should; ``report`` is None if no backup was tried.
+
+        ``problems`` are warnings of which the point does not know.
+        """
         point = report.point if report is not None else None
         if point is not None:
             self._end(
                 result=runs.SAVED,
                 status=status,
-                reason="; ".join(point.warnings),
+                reason="; ".join((*point.warnings, *problems)),
                 level=point.level.value,
                 point=point.id,
                 set=directory,
