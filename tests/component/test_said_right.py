@@ -13,6 +13,7 @@ from nbdbackupd.app.verbs import restore, run
 from nbdbackupd.errors import RepositoryError
 from nbdbackupd.model import hostpaths, unitname
 from nbdbackupd.model.chain import ImageLayer, Level
+from nbdbackupd.model.choice import NEWEST
 from nbdbackupd.model.domain import Disk, Domain
 from nbdbackupd.model.plan import BaseDisk, DiskState, why_full
 from nbdbackupd.model.selection import ImageFacts, select_disks, why_whole
@@ -21,7 +22,8 @@ from nbdbackupd.ops.backup.request import BackupReport
 from nbdbackupd.ops.domain.survey import Looked
 from nbdbackupd.ops.restore.request import RestoreReport
 from nbdbackupd.ops.run import runner
-from nbdbackupd.ops.sets import catalog
+from nbdbackupd.ops.sets import catalog, import_set, opened
+from nbdbackupd.ops.sets.import_set import ImportRequest
 from nbdbackupd.ops.verify import verify
 from nbdbackupd.ops.verify.verify import VerifyRequest
 from nbdbackupd.qemu.image import ImageInfo
@@ -62,6 +64,20 @@ def test_a_directory_of_something_else_is_no_set(tmp_path: Path) -> None:
     assert catalog.list_points(tmp_path).points == ()
     (tmp_path / "points").mkdir()
     assert catalog.list_points(tmp_path).points == ()
+
+
+@pytest.mark.parametrize("output", [None, "new"])
+def test_an_import_of_something_else_leaves_no_trace(tmp_path: Path, output: str | None) -> None:
+    source, new = tmp_path / "etc", tmp_path / output if output else None
+    source.mkdir()
+    (source / "passwd").touch()
+    request = ImportRequest(source=source, output=new, run_id="r")
+    with pytest.raises(RepositoryError, match="etc holds no backup that virtnbdbackup wrote"):
+        import_set.run(request, progress=lambda *_: None, cancelled=lambda: None)
+    assert [each.name for each in tmp_path.iterdir()] == ["etc"]
+    assert [each.name for each in source.iterdir()] == ["passwd"]
+    with pytest.raises(RepositoryError, match="there is no backup set at"):
+        opened.open_point(tmp_path / "none", NEWEST)
 
 
 def test_why_a_set_was_begun_is_said_once() -> None:

@@ -130,8 +130,17 @@ def _check(request: ImportRequest, *, archive: bool) -> None:
             raise UsageError(f"{request.source} is an archive: give a directory with -o, no --link")
     elif not request.source.is_dir():
         raise RepositoryError(f"{request.source} is neither a directory nor a zip archive")
+    elif not peer.is_peer(Folder(request.source)):
+        # before anything is written there: it may be no set at all
+        mine = SetDirectory.open(request.source)
+        if request.output is not None or not mine.exists or mine.is_empty:
+            raise RepositoryError(_no_peer(request))
     if request.output is not None and request.output.resolve() == request.source.resolve():
         raise UsageError("leave out -o to import a set where it lies")
+
+
+def _no_peer(request: ImportRequest) -> str:
+    return f"{request.source} holds no backup that virtnbdbackup wrote"
 
 
 def _already(set_dir: SetDirectory, request: ImportRequest, begun: float) -> ImportReport:
@@ -172,9 +181,7 @@ class _Import:
     def points(self) -> tuple[list[RestorePoint], tuple[str, ...]]:
         """The points as manifests tell them, their indexes written, and warnings."""
         if not peer.is_peer(Folder(self._from)):
-            raise RepositoryError(
-                f"{self._request.source} holds no backup that virtnbdbackup wrote"
-            )
+            raise RepositoryError(_no_peer(self._request))
         try:
             source = opened.open_set(self._from, sound=self._request.sound)
         except ChainBrokenError as err:
