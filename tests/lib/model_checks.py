@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nbdbackupd.repo import generation
 from tests.lab.command import LabError, run
 from tests.lab.compare import first_difference_raw
 from tests.lab.process import wait_until
@@ -45,7 +46,7 @@ def look(world: World) -> Sight:
 
 def new_points(world: World, target: SetModel) -> list[dict[str, Any]]:
     """Points of the set that the model does not know yet."""
-    points = target.path / "points"
+    points = generation.directory(target.path)
     if not points.is_dir() or len(list(points.glob("*.json"))) == len(target.references):
         return []
     return [each for each in world.ctl.points(target.path) if each["id"] not in target.references]

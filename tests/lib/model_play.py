@@ -19,13 +19,14 @@ from tests.lib import (
     model_guest,
     model_hosts,
     model_images,
+    model_removal,
     model_runs,
 )
 from tests.lib.model_kinds import KINDS, Step
 from tests.lib.model_world import SMALL_KIB, Place, SetModel, World
 from tests.lib.rigged import RiggedCtl
 
-MODULES = (model_deaths, model_guest, model_hosts, model_images, model_runs)
+MODULES = (model_deaths, model_guest, model_hosts, model_images, model_removal, model_runs)
 """Where the kinds of steps are."""
 DISKS = (
     DiskSpec(target="vda", size=8 * MIB),
