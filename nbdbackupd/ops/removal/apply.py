@@ -196,6 +196,9 @@ class _Making:
 
     def run(self) -> Sequence[RestorePoint]:
         """The points that the set holds afterwards, as their new manifests tell them."""
+        dropped = self.removal.dropped
+        # a set that lacks files would be refused in the end
+        self.set_dir.check_present(each for each in self.known.points if each.id not in dropped)
         rate = self.request.bandwidth
         tools = Tools(
             directory=self.set_dir.path,
