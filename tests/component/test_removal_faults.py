@@ -18,7 +18,6 @@ import pytest
 from nbdbackupd.errors import NbdbackupError
 from nbdbackupd.model.chain import Level
 from nbdbackupd.ops.removal import apply
-from nbdbackupd.repo import layout
 from nbdbackupd.repo.set_directory import SetDirectory
 from tests.component.test_removal import check, remove
 from tests.lib import chains
@@ -90,12 +89,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> SetBuilder:
 
 
 def content(path: Path) -> dict[str, bytes]:
-    """What a set holds, without locks and what can be made anew."""
-    return {
-        name: data
-        for name, data in chains.tree(path).items()
-        if name != layout.READING and not name.endswith(".cpt")
-    }
+    """What a set holds, without what can be made anew."""
+    return {name: data for name, data in chains.tree(path).items() if not name.endswith(".cpt")}
 
 
 @pytest.fixture(scope="module")

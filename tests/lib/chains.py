@@ -123,9 +123,9 @@ def make_chain(path: Path, increments: int = 2) -> list[RestorePoint]:
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    """Every file below a directory but the lock, with its content."""
+    """Every file below a directory but locks, with its content."""
     return {
         str(each.relative_to(path)): each.read_bytes()
         for each in sorted(path.rglob("*"))
-        if each.is_file() and each.name != layout.LOCK
+        if each.is_file() and each.name not in {layout.LOCK, layout.READING}
     }
