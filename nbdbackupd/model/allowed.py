@@ -28,7 +28,8 @@ _LIST: Final = """\
 . type
 {blkiotune,cputune,devices,features,iothreadids,keywrap,memoryBacking,memtune,numatune}
 {perf,pm,resource,throttlegroups,vcpus}
-clock adjustment basis offset start timezone~ -- a zone of the zone table, used by hypervisors alone
+clock adjustment basis offset start timezone? -- a zone of the zone table: libvirt gives it to QEMU
+    as TZ, which may be the path of any file
 cpu check deprecated_features match migratable mode
 {currentMemory,memory} # dumpCore unit
 defaultiothread thread_pool_max thread_pool_min

@@ -51,6 +51,7 @@ MAX_VALUE: Final = 4096
 _WORD: Final = re.compile(r"[\w .,:+*^()=|-]*", re.ASCII)
 _NAME: Final = re.compile(r"[^/\x00-\x1f\x7f]*")
 _TEXT: Final = re.compile(r"[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*")
+_ZONE: Final = re.compile(r"[\w+-]+(?:/[\w+-]+)*", re.ASCII)
 _QEMU: Final = re.compile(
     r"/usr/(?:s?bin|libexec|lib(?:64)?/qemu(?:-kvm)?)/(?:qemu-system-\w+|qemu-kvm|kvm|kvm-spice)"
     r"|/run/libvirt/nix-emulators/(?:qemu-system-\w+|qemu-kvm)",
@@ -413,6 +414,7 @@ def _fixed(*values: str) -> Callable[[Sieve, str], bool]:
 
 
 _VALUES: Final[Mapping[str, Callable[[Sieve, str], bool]]] = {
+    "clock timezone": lambda _sieve, value: _ZONE.fullmatch(value) is not None,
     "devices/disk/source file": _restored,
     "devices/disk/source dev": _restored,
     "devices/disk/source/host socket": _restored,

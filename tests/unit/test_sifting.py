@@ -149,6 +149,18 @@ def test_dumps_and_host_identity() -> None:
     assert "smbios" not in adapt(smbios, Changes(name="x")).xml
 
 
+@pytest.mark.parametrize(
+    ("zone", "stays"),
+    [("Europe/Berlin", True), ("UTC", True), ("Etc/GMT+5", True), ("America/Port-au-Prince", True),
+     ("/etc/shadow", False), (":/dev/sr0", False), ("../../dev/sr0", False), ("a/../b", False)],
+)  # fmt: skip
+def test_a_time_zone_is_no_path(zone: str, *, stays: bool) -> None:
+    """S-1: libvirt puts it into QEMU's environment, and the C library opens what it names."""
+    adapted = bare(rest=f"<clock offset='timezone' timezone='{zone}'/>")
+    assert (f'timezone="{zone}"' in adapted.xml) is stays
+    assert (adapted.foreign == ()) is stays
+
+
 def test_firmware_of_the_system_is_only_read() -> None:
     """It is all domains' own, and libvirt does not give it away."""
     loader = "<loader readonly='no' type='pflash'>{}</loader></os>"
