@@ -15,6 +15,7 @@ raw image itself, as all are with ``--type raw``. Nothing that a file says is tr
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +134,7 @@ def read_files(storage: Storage) -> PeerFiles:
     warnings: list[str] = []
     broken = set()
     configs = _read_configs(storage, sizes, warnings)
+    infos = _infos(sizes)
     for name in sorted(sizes):
         if name.endswith(PARTIAL):
             warnings.append(f"{name} is left of a run that failed, it is ignored")
@@ -142,7 +144,7 @@ def read_files(storage: Storage) -> PeerFiles:
         _, level, ident = parsed
         try:
             config = configs.get("copy" if level is Level.COPY else ident)
-            found.append(_read_file(storage, name, parsed, sizes, config))
+            found.append(_read_file(storage, name, parsed, sizes, config, infos=infos[parsed[0]]))
         except FormatError as err:
             err.fields.setdefault("file", storage.path / name)
             problems.append(one_line(err))
@@ -221,12 +223,14 @@ def _read_file(
     parsed: tuple[str, Level, str],
     sizes: Mapping[str, int],
     config: Domain | None,
+    *,
+    infos: list[str],
 ) -> PeerFile:
     disk, level, ident = parsed
     if sizes[name] < 0:
         raise IntegrityError("not a regular file")
     with durable.translate_os_errors("read", storage.path / name):
-        meta = _read_meta(storage, name, parsed, sizes, config)
+        meta = _read_meta(storage, name, parsed, sizes[name], config, infos=infos)
     if meta is not None:
         _check_meta(meta, disk, level, ident)
     sum_name = layout.checksum(name)
@@ -247,8 +251,10 @@ def _read_meta(
     storage: Storage,
     name: str,
     parsed: tuple[str, Level, str],
-    sizes: Mapping[str, int],
+    size: int,
     config: Domain | None,
+    *,
+    infos: list[str],
 ) -> StreamMeta | None:
     """The meta frame, or None where something else than the file says that it is a raw image."""
     disk, level, _ = parsed
@@ -258,20 +264,24 @@ def _read_meta(
         if level not in (Level.FULL, Level.COPY):
             raise
         driver = [each.format for each in config.disks if each.target == disk] if config else []
-        if level is Level.COPY and driver == [] and not _infos(disk, sizes):
+        if level is Level.COPY and driver == [] and not infos:
             driver = ["raw"]  # a raw disk saved beside a full: its XML has the checkpoint's name
-        if sizes[name] and sizes[name] % SECTOR == 0 and driver == ["raw"]:
+        if size and size % SECTOR == 0 and driver == ["raw"]:
             return None
-        told = {
-            parse_image_size(storage.read_small(info, MAX_FILE)) for info in _infos(disk, sizes)
-        }
-        if sizes[name] in told:
+        told = {parse_image_size(storage.read_small(info, MAX_FILE)) for info in infos}
+        if size in told:
             return None
         raise
 
 
-def _infos(disk: str, sizes: Mapping[str, int]) -> list[str]:
-    return [name for name in sizes if name.startswith(f"{disk}.") and name.endswith(".qcow.json")]
+def _infos(sizes: Mapping[str, int]) -> Mapping[str, list[str]]:
+    """The files about images, by each name of a disk that they may be of; it may have dots."""
+    found = defaultdict(list)
+    for name in sizes:
+        if name.endswith(".qcow.json"):
+            for dot in re.finditer(r"\.", name.removesuffix(".qcow.json") + "."):
+                found[name[: dot.start()]].append(name)
+    return found
 
 
 def _check_meta(meta: StreamMeta, disk: str, level: Level, ident: str) -> None:
@@ -295,7 +305,7 @@ def read_checksum(storage: Storage, name: str) -> int | None:
 
     Raises IntegrityError.
     """
-    if name not in storage.sizes():
+    if not storage.has(name):
         return None
     text = storage.read_small(name, 64).strip()
     if not text.isdigit() or len(text) > 10 or int(text) > 0xFFFFFFFF:

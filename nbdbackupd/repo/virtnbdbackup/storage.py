@@ -72,7 +72,7 @@ class Storage(Protocol):
         """A whole file; raises IntegrityError if it is larger, or another kind of file."""
 
     def has(self, name: str) -> bool:
-        """Whether there is a file of that name, which may be in a directory."""
+        """Whether there is something of that name, which may be in a directory."""
 
     def file(self, name: str) -> Path:
         """The file that holds the bytes."""
@@ -109,7 +109,7 @@ class Folder:
 
     def has(self, name: str) -> bool:
         """See ``Storage``."""
-        return (self.path / name).is_file()
+        return os.path.lexists(self.path / name)
 
     def file(self, name: str) -> Path:
         """See ``Storage``."""
