@@ -11,8 +11,11 @@ import pytest
 from nbdbackupd import durable, rundir
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app import ctl
-from nbdbackupd.errors import BusyError, RepositoryError
+from nbdbackupd.errors import BusyError, Interrupted, RepositoryError
 from nbdbackupd.model.chain import Consistency, Level
+from nbdbackupd.model.retention import Rules
+from nbdbackupd.ops.retention import prune
+from nbdbackupd.ops.sets.sets import sets_of
 from nbdbackupd.repo import layout, protected, reading
 from nbdbackupd.repo.protected import Protection
 from nbdbackupd.repo.set_directory import SetDirectory
@@ -320,6 +323,27 @@ def test_who_is_at_work_is_not_disturbed(house: House, lock: str) -> None:
     assert files(house.home) == before
     house.run("prune", "vm1")
     assert files(house.home) != before
+
+
+def test_a_prune_that_waits_can_be_ended(house: House) -> None:
+    """The timer's waits half a day for a run, and a host that goes down does not."""
+    house.nights("2026-02-01T02:00", 3)
+    order = prune.PruneRequest(
+        domain="vm1", directory=house.home, sets=sets_of(house.home), rules=Rules(daily=2),
+        now=NOW, runtime_dir=house.root / "run", state_dirs=(), wait=600.0,
+    )  # fmt: skip
+
+    def end() -> None:
+        raise Interrupted(15)
+
+    before = files(house.home)
+    folder = rundir.make_domain_dir(house.root / "run", points.UUID)
+    with (
+        durable.Lock(folder / rundir.LOCK, owner="backup of vm1"),
+        pytest.raises(Interrupted),
+    ):
+        prune.prune(order, progress=lambda *_: None, cancelled=end)
+    assert files(house.home) == before
 
 
 def test_a_set_of_a_domain_is_judged_beside_the_others(house: House, tmp_path: Path) -> None:

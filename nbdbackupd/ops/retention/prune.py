@@ -1,5 +1,6 @@
 """``prune``: remove what no rule of a domain's retention wants."""
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -109,7 +110,7 @@ def prune(
         ]
         if not judged.removals and not cut:
             return _report(request, judged)
-        with _locked(request, uuid, {*judged.removals, *cut}) as opened:
+        with _locked(request, uuid, {*judged.removals, *cut}, cancelled) as opened:
             # a run, or another prune, may have ended meanwhile
             judged = _judge(request, [read_set(each.path) for each in request.sets], opened)
             _refuse(judged, request)
@@ -163,11 +164,16 @@ def _refuse(judged: Judgement, request: PruneRequest) -> None:
 
 @contextmanager
 def _locked(
-    request: PruneRequest, uuid: str, paths: Collection[Path]
+    request: PruneRequest, uuid: str, paths: Collection[Path], cancelled: Callable[[], None]
 ) -> Iterator[dict[Path, SetDirectory]]:
     """The sets, with the domain and each of them locked, and swept of removals that were cut."""
     who = f"{OWNER}{request.domain}"
-    wait = durable.Wait(seconds=request.wait, option="--wait")
+    wait = durable.Wait(
+        seconds=request.wait,
+        cancelled=cancelled,
+        told=functools.partial(log.log, runlog.NOTICE, "%s"),
+        option="--wait",
+    )
     with ExitStack() as stack:
         # what is no UUID came from a set, and is of no domain of libvirt's
         if is_uuid(uuid):
