@@ -19,6 +19,7 @@ from nbdbackupd.ops.sets.sets import sets_of
 from nbdbackupd.repo import layout, protected, reading
 from nbdbackupd.repo.protected import Protection
 from nbdbackupd.repo.set_directory import SetDirectory
+from nbdbackupd.repo.state import Record, StateDirectory
 from tests.lib import chains, points
 from tests.lib.told import heard
 
@@ -323,6 +324,23 @@ def test_who_is_at_work_is_not_disturbed(house: House, lock: str) -> None:
     assert files(house.home) == before
     house.run("prune", "vm1")
     assert files(house.home) != before
+
+
+def test_a_set_whose_base_is_noted_keeps_it(house: House) -> None:
+    """Somebody goes on with an older set by hand: 'backup -o'."""
+    january = house.nights("2026-01-01T02:00", 3)
+    february = house.nights("2026-02-01T02:00", 4)
+    record = Record(
+        chain="c202601", uuid=points.UUID, domain="vm1", set=str(house.home / "2026-01"),
+        point=january[-1], checkpoint="", xml="", disks=(),
+    )  # fmt: skip
+    StateDirectory(house.root / "state").save(record)
+    house.rules("daily: 4")
+    assert house.fates("vm1") == {
+        **dict.fromkeys(january[:-1], january[-1]),
+        **dict.fromkeys([january[-1], *february], "kept"),
+    }
+    assert house.left() == {"2026-01": january[-1:], "2026-02": february}
 
 
 def test_a_prune_that_waits_can_be_ended(house: House) -> None:

@@ -12,9 +12,9 @@ from nbdbackupd.model.choice import Choice
 from nbdbackupd.model.removal import Removal, plan_removal
 from nbdbackupd.ops.removal import apply, streams
 from nbdbackupd.ops.removal.apply import Progress, RemovalReport, RemovalRequest
-from nbdbackupd.ops.sets.sets import sets_of
+from nbdbackupd.ops.removal.live import live_sets
+from nbdbackupd.ops.sets.sets import DomainSet, sets_of
 from nbdbackupd.repo import protected
-from nbdbackupd.repo.state import StateDirectory
 from nbdbackupd.units import human_size
 
 
@@ -94,14 +94,11 @@ def is_live(known: BackupSet, path: Path, request: RemovalRequest) -> bool:
 
     Or this host has noted that they do. Raises RepositoryError if the directory can't be read.
     """
-    newest = known.newest
-    records = [
-        each for place in request.state_dirs for each in StateDirectory(place).records(newest.uuid)
-    ]
-    if any(each.chain == newest.chain for each in records):
-        return True
-    beside = [each for each in sets_of(path.parent) if each.uuid == newest.uuid]
-    return not beside or beside[-1].path.name == path.name
+    uuid = known.newest.uuid
+    beside = [each for each in sets_of(path.parent) if each.uuid == uuid]
+    if all(each.path.name != path.name for each in beside):
+        beside = [DomainSet(path=path, known=known)]
+    return path.name in {each.name for each in live_sets(beside, request.state_dirs)}
 
 
 def _wait(request: HandRequest, cancelled: Callable[[], None]) -> durable.Wait:

@@ -9,7 +9,6 @@ from typing import Any, Final
 
 from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.errors import ConfigError, DomainError, RepositoryError
-from nbdbackupd.model import policy
 from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.model.host import Host
 from nbdbackupd.model.proof import soundness
@@ -17,9 +16,9 @@ from nbdbackupd.model.removal import Removal, plan_removal
 from nbdbackupd.model.retention import Decision, PointFacts, Rules, decide
 from nbdbackupd.model.space import own_bytes
 from nbdbackupd.ops.domain import configured
+from nbdbackupd.ops.removal.live import live_sets
 from nbdbackupd.ops.sets.sets import DomainSet
 from nbdbackupd.repo import protected, verified
-from nbdbackupd.repo.state import StateDirectory
 
 log = logging.getLogger(__name__)
 BASE: Final = "the next increment starts from it"
@@ -168,7 +167,7 @@ def judge(
     ``state_dirs`` are those of this host. Raises RepositoryError if it can't be told which points
     are protected.
     """
-    live = _live(sets, state_dirs)
+    live = live_sets(sets, state_dirs)
     facts = [fact for each in sets for fact in _facts(each, now, is_live=each.path in live)]
     decision = decide(facts, rules, now)
     removals = {}
@@ -199,23 +198,6 @@ def verdicts(found: DomainSet, judged: Judgement) -> list[Verdict]:
         )
         for point in found.known.points
     ]
-
-
-def _live(sets: Sequence[DomainSet], state_dirs: Sequence[Path]) -> frozenset[Path]:
-    """The sets that an increment may go into: the newest, and those whose base is noted."""
-    # runs go on with the newest of their own sets, whatever else lies beside them
-    named = [each for each in sets if policy.is_set_name(each.path.name)]
-    found = {each.path for each in (*sets[-1:], *named[-1:])}
-    uuids = {each.uuid for each in sets if each.uuid}
-    noted = {
-        record.chain
-        for directory in state_dirs
-        for uuid in uuids
-        for record in StateDirectory(directory).records(uuid)
-    }
-    return frozenset(
-        found | {each.path for each in sets if noted & {p.chain for p in each.known.points}}
-    )
 
 
 def _facts(found: DomainSet, now: datetime, *, is_live: bool) -> list[PointFacts]:
