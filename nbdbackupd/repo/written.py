@@ -34,8 +34,8 @@ class Verdict(StrEnum):
     UNKNOWN = "unknown"
 
 
-def note(directory: Path, *points: RestorePoint) -> None:
-    """Note points that were just written; what can't be noted is unknown later, no more."""
+def note(directory: Path, *points: RestorePoint) -> bool:
+    """Note points that were just written; what can't be noted (False) is unknown later, no more."""
     path = directory / NAME
     lines = b"".join(b"%s %s\n" % (_key(each), each.digest.encode()) for each in points)
     try:
@@ -55,6 +55,8 @@ def note(directory: Path, *points: RestorePoint) -> None:
             durable.fsync_directory(directory)
     except NbdbackupError as err:
         log.info("points are not noted as written here: %s", err)
+        return False
+    return True
 
 
 def _make_room(path: Path) -> None:

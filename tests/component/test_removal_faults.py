@@ -18,6 +18,8 @@ import pytest
 from nbdbackupd.errors import NbdbackupError
 from nbdbackupd.model.chain import Level
 from nbdbackupd.ops.removal import apply
+from nbdbackupd.ops.removal.apply import RemovalRequest
+from nbdbackupd.repo import written
 from nbdbackupd.repo.set_directory import SetDirectory
 from tests.component.test_removal import check, remove
 from tests.lib import chains
@@ -60,12 +62,14 @@ def strike(number: int, fault: str) -> Callable[[], int]:
 
 def attempt(path: Path, number: int, fault: str) -> int:
     """Remove points in a child that is struck; its exit status, or minus the signal."""
+    for point in SetDirectory.open(path).load().points:
+        written.note(state(path), point)
     pid = os.fork()
     if not pid:
         status = 99
         try:
             counted = strike(number, fault)
-            remove(path, GONE)
+            remove(path, GONE, request=RemovalRequest(program="test", state_dirs=(state(path),)))
             path.with_name("steps").write_text(str(counted()))
             status = DONE
         except NbdbackupError:
@@ -73,6 +77,11 @@ def attempt(path: Path, number: int, fault: str) -> int:
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def state(path: Path) -> Path:
+    """Where a copy's manifests are noted."""
+    return path.with_name(f"{path.name}-state")
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +138,9 @@ def test_struck_at_every_step(
         else:
             with apply.opened(copy, copy.parent / "run", owner="test of "):
                 pass
-        left = {point.id for point in SetDirectory.open(copy).load().points}
-        is_new = left.isdisjoint(GONE)
+        points = SetDirectory.open(copy).load().points
+        assert written.warnings([state(copy)], points) == ()
+        is_new = {point.id for point in points}.isdisjoint(GONE)
         assert is_new or status != DONE
         assert content(copy) == (done[1] if is_new else content(bench.path)), number
         shutil.rmtree(copy)

@@ -44,8 +44,8 @@ SPARE: Final = 16 << 20
 class RemovalRequest:
     """What a removal needs beside the points.
 
-    ``state_dirs`` are those of this host, the first is where its manifests are noted; ``bandwidth``
-    limits the bytes per second that a merge reads.
+    ``state_dirs`` are where this host notes which manifests it wrote; ``bandwidth`` limits the
+    bytes per second that a merge reads.
     """
 
     program: str
@@ -131,13 +131,9 @@ def apply_removal(
     begun = time.monotonic()
     if not removal.gone:
         return RemovalReport(path=set_dir.path)
-    vouched = _vouched(known, removal, request)
+    _check_unchanged(known, removal, request)
     made = _Making(set_dir, known, removal, request, progress, cancelled)
     points = made.run()
-    before = {point.digest for point in known.points}
-    new = [each for each in points if each.id in vouched and each.digest not in before]
-    if request.state_dirs and new:
-        written.note(request.state_dirs[0], *new)
     cleaned = set_dir.sweep_removals()
     is_gone = False
     if not points and not cleaned.reason:
@@ -155,10 +151,9 @@ def apply_removal(
     )
 
 
-def _vouched(known: BackupSet, removal: Removal, request: RemovalRequest) -> set[str]:
-    """The points that this host wrote: it vouches for their new manifests, too.
+def _check_unchanged(known: BackupSet, removal: Removal, request: RemovalRequest) -> None:
+    """Refuse to merge what somebody has changed, so that nothing of it gets into what is kept.
 
-    What somebody has changed is not merged, so that nothing of it becomes a part of what is kept.
     Raises IntegrityError.
     """
     found = written.verdicts(request.state_dirs, known.points)
@@ -170,7 +165,24 @@ def _vouched(known: BackupSet, removal: Removal, request: RemovalRequest) -> set
                     f"'nbdbackupctl verify' tells more",
                     point=ident,
                 )
-    return {ident for ident, verdict in found.items() if verdict is Verdict.OURS}
+
+
+def _vouch(known: BackupSet, points: Sequence[RestorePoint], request: RemovalRequest) -> None:
+    """Note the new manifests of points wherever it is noted that this host wrote the old ones.
+
+    Before they count: after a kill they must not seem to be somebody else's. Raises
+    RepositoryError.
+    """
+    before = {point.digest for point in known.points}
+    for directory in request.state_dirs:
+        verdicts = written.verdicts([directory], known.points)
+        new = [each for each in points
+               if each.digest not in before and verdicts[each.id] is Verdict.OURS]  # fmt: skip
+        if new and not written.note(directory, *new):
+            raise RepositoryError(
+                f"the manifests that are written anew can't be noted in {directory}, so nothing is "
+                f"removed: see to that directory"
+            )
 
 
 def _tell(removal: Removal, cleaned: removing.Cleaned) -> None:
@@ -229,6 +241,7 @@ class _Making:
                 planned[ident] = _with_disks(point, made)
             self.cancelled()
             points = _linked(self.known, self.removal, planned)
+            _vouch(self.known, points, self.request)
             stage.commit(points)
         return points
 
