@@ -104,9 +104,9 @@ _nbdbackupctl_options() {
         --runtime-dir -v --verbose -q --quiet -d --disk --point --until --at -p --partition --tool
         --kernel --replay -R --recursive -f --file -z --gzip'
         ;;
-    list | config | timers)
+    list)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet'
+        --runtime-dir -v --verbose -q --quiet --sizes'
         ;;
     show)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -163,6 +163,10 @@ _nbdbackupctl_options() {
     yield)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet --journal --hosts --reason'
+        ;;
+    config | timers)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet'
         ;;
     status)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress

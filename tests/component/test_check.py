@@ -7,7 +7,7 @@ import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -17,12 +17,14 @@ from nbdbackupd.model.access import Account
 from nbdbackupd.model.domain import Agent, Domain
 from nbdbackupd.model.finding import Area, Finding, Notes, Severity, worst
 from nbdbackupd.model.freeze_memory import FreezeMemory
+from nbdbackupd.model.plan import DiskState
+from nbdbackupd.ops.backup import room
 from nbdbackupd.ops.check import access as check_access
 from nbdbackupd.ops.check import domain as check_domain
 from nbdbackupd.ops.check import request, run, sets
 from nbdbackupd.ops.check.check import CheckReport
-from nbdbackupd.ops.check.request import Patient
 from nbdbackupd.ops.domain import accounts, domains, locks
+from nbdbackupd.ops.domain.survey import Looked
 from nbdbackupd.repo.state import StateDirectory
 from nbdbackupd.systemd import units
 from nbdbackupd.virt import guest
@@ -183,8 +185,10 @@ def test_files_that_each_point_copies_need_room(tmp_path: Path) -> None:
     kernel = tmp_path / "kernel"
     kernel.write_bytes(bytes(3000))
     domain = Domain(name="vm1", uuid="u", kernel=str(kernel), initrd=f"{tmp_path}/none")
-    patient = SimpleNamespace(looked=SimpleNamespace(definition=domain))
-    assert sets._beside(cast("Patient", patient)) == 3000
+    states = {"vda": DiskState(size=1 << 20), "vdb": DiskState(size=1 << 20)}
+    looked = Looked(definition=domain, is_active=True, infos={}, chains={}, states=states)
+    assert room.most_bytes(looked, [], {}) == 3000
+    assert room.most_bytes(looked, ["vda", "vdb"], {"vda": 512}) == 3000 + 512 + (1 << 20)
 
 
 @pytest.mark.parametrize("is_proven", [False, True])

@@ -267,7 +267,8 @@ def test_all_is_well(host: Host) -> None:
     host.systemd(timer("vm1"))
     host.save("vm1", NOW)
     code, out = host.run("status", "vm1")
-    assert (code, len(out.splitlines())) == (0, 2)
+    assert (code, len(out.splitlines())) == (0, 4)
+    assert re.search(r"^[\d.]+ \w+ of [\d.]+ \w+ are free in /", out, re.MULTILINE)
     code, out = host.run("status", "--nagios")
     assert (code, out) == (
         0,
@@ -435,7 +436,7 @@ def test_the_hook_of_a_removed_package_is_told(host: Host, monkeypatch: pytest.M
     assert "libvirt calls no hook of ours: none; install the package nbdbackupd" in out
     host.file("a", "match: {name: vm1}\nschedule: {calendar: []}")
     code, out = host.run("status")
-    assert (code, "hook" in out) == (0, False)
+    assert (code, "hook of ours" in out) == (0, False)
 
 
 def test_l2_our_own_domains_are_not_counted(host: Host) -> None:
@@ -673,6 +674,7 @@ def test_l3_metrics_follow_the_inventory(host: Host) -> None:
     host.uri = uri
     host.run("status", "--metrics")
     assert {path.name for path in host.root.glob("*.prom")} == {
+        "nbdbackup_repositories.prom",
         *(path.name for path in others),
         *(metrics.domain_file(host.root, name).name for name in ("vm1", "vm2", "vm3")),
     }

@@ -154,6 +154,7 @@ class Witness:
             names |= set(manifest.file_names(point))
             names |= {layout.checksum(disk.file) for disk in point.disks
                       if disk.layout is Layout.STREAM}  # fmt: skip
+        names |= {layout.verified(each.id) for each in known.points}
         names |= {layout.LOCK, layout.READING, layout.GENERATION}
         names.add(layout.checkpoint_list(self.guest.name))
         found = {str(path.relative_to(self.path)) for path in self.path.rglob("*")

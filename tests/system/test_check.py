@@ -261,6 +261,10 @@ def test_a_target_without_room_or_mount(here: Scene, tmp_path: Path) -> None:
         found = check(here, "-o", tiny / "set", code=DOMAIN)
         assert "1.0 MiB are free, the next point takes up to 4." in found.text("target", "fail")
         assert found.bad() == {*AGENT, ("target", "fail")}
+        # a run says so before it begins
+        said = here.ctl("backup", here.guest.name, "-o", tiny / "set", code=50).stderr.splitlines()
+        assert "it may not fit" in said[0]
+        assert len(said) == 2
     root = Path("/var/tmp") / f"check-{uuid.uuid4()}"
     if root.parent.stat().st_dev == Path("/").stat().st_dev:
         found = check(here, "-o", root, code=WARNED)

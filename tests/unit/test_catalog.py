@@ -9,7 +9,7 @@ import pytest
 from nbdbackupd.errors import ChainBrokenError, FormatError, IntegrityError, RepositoryError
 from nbdbackupd.model.chain import DiskMode, Layout, Level
 from nbdbackupd.model.space import own_bytes
-from nbdbackupd.ops.sets import catalog
+from nbdbackupd.ops.sets import catalog, sizes
 from nbdbackupd.units import human_size
 from tests.lib import chains, points
 
@@ -175,3 +175,23 @@ def test_hostile_texts_reach_no_terminal() -> None:
 )
 def test_human_size(size: int, text: str) -> None:
     assert human_size(size) == text
+
+
+def test_sizes(path: Path) -> None:
+    """What is told is what the files take; of all domains, or of a set."""
+    one = sizes.of_sets([path])
+    document = one.to_json()
+    kept = [each for each in path.rglob("*") if each.suffix in (".data", ".index", ".xml")]
+    assert document["total"] == sum(each.stat().st_size for each in kept)
+    (found,) = document["sizes"]
+    assert (found["points"], found["path"]) == (3, str(path))
+    assert found["full"] + found["increments"] + found["others"] == found["total"]
+    assert min(found["full"], found["increments"], found["others"]) > 4096
+    (place,) = document["file_systems"]
+    assert 0 < place["free"] < place["size"]
+    assert len(sizes.rows(one)) == 2
+    everything = sizes.of_repositories([path.parent.parent, path / "nothing"])
+    assert found["total"] in [each.total for each in everything.sizes]
+    assert len(sizes.rows(sizes.of_sets([path, path]))) == 4
+    with pytest.raises(RepositoryError):
+        sizes.of_sets([path / "nothing"])

@@ -25,6 +25,9 @@ REPORTS: Final = {
         ("ops/sets/catalog.py", "_describe_disk"),
         ("repo/boot_tests.py", "to_json"),
         ("app/verbs/catalog.py", "_document"),
+        ("ops/sets/sizes.py", "to_json"),
+        ("ops/sets/sizes.py", "describe"),
+        ("ops/sets/sizes.py", "space"),
     ],
     "restore": [
         ("ops/restore/request.py", "to_json"),

@@ -10,6 +10,8 @@ import pytest
 
 from nbdbackupd.errors import FormatError, RepositoryError
 from nbdbackupd.model.chain import DiskMode, Level
+from nbdbackupd.ops.sets.holdings import Holdings
+from nbdbackupd.ops.sets.sizes import FileSystem
 from nbdbackupd.ops.status import metrics
 from nbdbackupd.ops.status.metrics import RunFacts
 from tests.lib import points
@@ -171,3 +173,32 @@ def test_the_host(tmp_path: Path) -> None:
         "domains": 5, "unprotected_domains": 2, "host_timestamp_seconds": NOW.timestamp()
     }  # fmt: skip
     assert all(not labels for labels, _ in parse(path).values())
+
+
+def test_what_sets_hold(tmp_path: Path) -> None:
+    held = Holdings(
+        stored_bytes=5, points=3, verified_points=2, verified="2026-02-01T00:00:00Z", damage=("x",)
+    )
+    path = metrics.record_sets(tmp_path, "vm1", held)
+    assert values(path) == {
+        "stored_bytes": 5,
+        "points": 3,
+        "verified_points": 2,
+        "damaged_points": 1,
+        "last_verified_timestamp_seconds": datetime(2026, 2, 1, tzinfo=UTC).timestamp(),
+    }
+    assert set(values(metrics.record_sets(tmp_path, "vm2", Holdings()))) == set(values(path)) - {
+        "last_verified_timestamp_seconds"
+    }
+    metrics.record(tmp_path, good())
+    gone = metrics.forget_others(tmp_path, ["vm1"])
+    assert [each.name for each in gone] == ["nbdbackup_sets-vm2.prom"]
+    assert path.exists()
+
+
+def test_room_of_repositories(tmp_path: Path) -> None:
+    places = [FileSystem(path='/a"b', size=9, free=4), FileSystem(path="/c", size=7, free=0)]
+    text = metrics.record_repositories(tmp_path, places).read_text()
+    assert 'nbdbackup_repository_free_bytes{path="/a\\"b"} 4\n' in text
+    assert 'nbdbackup_repository_size_bytes{path="/c"} 7\n' in text
+    assert text.count("# HELP") == 2

@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nbdbackupd.app import named, streams
+from nbdbackupd import plain
+from nbdbackupd.app import named, streams, tables
 from nbdbackupd.app.arguments import Arguments, chosen
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
-from nbdbackupd.errors import FormatError
+from nbdbackupd.errors import FormatError, UsageError
 from nbdbackupd.ops.retention import history
-from nbdbackupd.ops.sets import catalog
+from nbdbackupd.ops.sets import catalog, sizes
 from nbdbackupd.ops.sets.catalog import ListReport
 from nbdbackupd.ops.sets.lookup import DomainSets
 from nbdbackupd.plain import versioned
@@ -23,7 +24,13 @@ def register(verbs: Registry) -> None:
         "list",
         "List the restore points of a backup set, oldest first; of a domain, all sets.",
     )
-    parser.add_argument("source", metavar="SOURCE", type=Path, help=named.HELP)
+    parser.add_argument("source", metavar="SOURCE", type=Path, nargs="?", help=named.HELP)
+    parser.add_argument(
+        "--sizes",
+        action="store_true",
+        help="what each set takes, or without SOURCE each domain of the repositories, and what is "
+        "free",
+    )
     parser.set_defaults(run=run_list)
     parser = verbs.add(
         "show",
@@ -36,6 +43,10 @@ def register(verbs: Registry) -> None:
 
 def run_list(args: Arguments, context: Context) -> int:
     """Carry ``list`` out; 40 if a point is damaged, the sound ones are listed all the same."""
+    if args.sizes:
+        return _list_sizes(args, context)
+    if args.source is None:
+        raise UsageError("give SOURCE, a set or a domain, or --sizes for all domains")
     domain = named.domain_of(args.source, context)
     paths = [args.source.absolute()] if domain is None else [each.path for each in domain.sets]
     reports = [catalog.list_points(path) for path in paths]
@@ -51,6 +62,21 @@ def run_list(args: Arguments, context: Context) -> int:
     for problem in problems:
         streams.complain(problem)
     return FormatError.exit_code if problems else 0
+
+
+def _list_sizes(args: Arguments, context: Context) -> int:
+    """Carry ``list --sizes`` out; 40 if points are damaged, which don't count."""
+    if args.source is None:
+        report = sizes.of_repositories(named.repositories(context))
+    else:
+        domain = named.domain_of(args.source, context)
+        paths = [args.source.absolute()] if domain is None else [each.path for each in domain.sets]
+        report = sizes.of_sets(paths)
+    free = [plain.line(str(each)) for each in report.file_systems]
+    context.show(report.to_json(), "\n".join([*tables.render(sizes.rows(report)), "", *free]))
+    for problem in report.problems:
+        streams.complain(problem)
+    return FormatError.exit_code if report.problems else 0
 
 
 def _document(domain: DomainSets, reports: Sequence[ListReport]) -> dict[str, Any]:

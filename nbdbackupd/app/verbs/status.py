@@ -93,6 +93,8 @@ def render(report: StatusReport) -> str:
         lines += tables.render(status.rows(report.domains, report.moment), coloured=coloured)
     else:
         lines.append("no domains: libvirt, configuration and repository know none")
+    if report.file_systems:
+        lines += ["", *(plain.line(str(each)) for each in report.file_systems)]
     said = []
     for each in report.domains:
         name = plain.line(each.name)
@@ -123,5 +125,9 @@ def _write_metrics(report: StatusReport, args: Arguments, context: Context) -> N
         unprotected=sum(not each.is_covered for each in report.domains),
         moment=report.moment,
     )
+    metrics.record_repositories(directory, report.file_systems)
+    for each in report.domains:
+        if each.stored.set:
+            metrics.record_sets(directory, each.name, each.stored.all)
     if report.inventory is not None:
         metrics.forget_others(directory, report.inventory)

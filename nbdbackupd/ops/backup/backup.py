@@ -24,7 +24,7 @@ from nbdbackupd.errors import (
 )
 from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint, effective_level
 from nbdbackupd.model.space import own_bytes
-from nbdbackupd.ops.backup import outcome, recording
+from nbdbackupd.ops.backup import outcome, recording, room
 from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
 from nbdbackupd.ops.backup.run import BackupRun
 from nbdbackupd.ops.backup.sources import changed_bytes
@@ -179,6 +179,7 @@ def _run_locked(run: _Run) -> BackupReport:
     small = _below_threshold(run, survey, parent)
     if small:
         return BackupReport(point=None, skipped=small, is_current=True)
+    room.tell_shortage(domain, looked, survey, parent, set_dir.path)
     point, seconds = recording.record(
         BackupRun(
             request=request, domain=domain, set_dir=set_dir, survey=survey, level=level,

@@ -1,6 +1,5 @@
 """The set that the next point goes to: is it sound, is there room, and where will it start from."""
 
-import contextlib
 import os
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from nbdbackupd.model.chain import BackupSet, RestorePoint
 from nbdbackupd.model.finding import Notes
 from nbdbackupd.model.naming import tag_of, tag_of_chain
 from nbdbackupd.model.reconcile import WHY, Action, Entry, Fate, KnownChain, Plan, reconcile
+from nbdbackupd.ops.backup import room
 from nbdbackupd.ops.check.request import Patient, existing
 from nbdbackupd.ops.checkpoints import leftovers, others
 from nbdbackupd.ops.checkpoints import reconcile as reconciling
@@ -179,8 +179,7 @@ def _place(path: Path, notes: Notes, *, is_proven: bool) -> None:
 
 
 def _space(patient: Patient, path: Path, last: RestorePoint | None, notes: Notes) -> None:
-    found = os.statvfs(existing(path))
-    free = found.f_bavail * found.f_frsize
+    free = room.free_bytes(existing(path))
     expected = _expected(patient, last)
     if expected is None:
         notes.ok(f"{human_size(free)} are free; what changed is not told of a domain that is off")
@@ -190,15 +189,6 @@ def _space(patient: Patient, path: Path, last: RestorePoint | None, notes: Notes
         notes.fail(text, "free space on the target; compression (-z) may help")
     else:
         notes.ok(text)
-
-
-def _beside(patient: Patient) -> int:
-    """Bytes of the files of this host that each point has a copy of (ops/backup/metadata.py)."""
-    found, total = patient.looked.definition, 0
-    for path in (found.loader, found.nvram, found.kernel, found.initrd):
-        with contextlib.suppress(OSError):
-            total += Path(path).stat().st_size if path else 0
-    return total
 
 
 def _expected(patient: Patient, last: RestorePoint | None) -> int | None:
@@ -212,10 +202,4 @@ def _expected(patient: Patient, last: RestorePoint | None) -> int | None:
         except CheckpointError:
             # libvirt does not know it now; then all that is allocated is the bound
             changed = {}
-    total = _beside(patient)
-    for disk_target in patient.saved(last):
-        state = patient.looked.states[disk_target]
-        chain = patient.looked.chains.get(disk_target, ())
-        allocated = sum(layer.actual_size for layer in chain) if chain else state.size
-        total += changed.get(disk_target, min(allocated, state.size))
-    return total
+    return room.most_bytes(patient.looked, patient.saved(last), changed)

@@ -32,8 +32,9 @@ from nbdbackupd.model.unitname import RUNNER
 from nbdbackupd.ops.domain import configured, mounted
 from nbdbackupd.ops.notify import notification
 from nbdbackupd.ops.retention import history
-from nbdbackupd.ops.sets import homes, sets
+from nbdbackupd.ops.sets import homes, sets, sizes
 from nbdbackupd.ops.sets.homes import MARK
+from nbdbackupd.ops.sets.sizes import FileSystem
 from nbdbackupd.ops.status import metrics, record
 from nbdbackupd.ops.status import status as report
 from nbdbackupd.ops.status.status import DomainStatus, StatusReport, Stored
@@ -135,6 +136,7 @@ def gather(
         moment=moment,
         inventory=known.inventory(),
         domains=tuple(_look(name, known, host, notes) for name in chosen),
+        file_systems=_room(configuration, notes),
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -347,22 +349,32 @@ def _unscheduled(
     )
 
 
+def _repositories(configuration: Configuration) -> list[Path]:
+    path = "repository.path"
+    more = (file.values[path].value for file in configuration.files if path in file.values)
+    return list(dict.fromkeys([global_settings(configuration).repository_path, *more]))
+
+
+def _room(configuration: Configuration, notes: list[str]) -> tuple[FileSystem, ...]:
+    """The file systems of the repositories that are there; a note if they can't be asked."""
+    try:
+        return sizes.file_systems(each for each in _repositories(configuration) if each.is_dir())
+    except (RepositoryError, OSError) as err:
+        notes.append(one_line(err))
+        return ()
+
+
 def _folders(
     configuration: Configuration, domains: dict[str, tuple[str, DomainSettings]] | None
 ) -> dict[str, tuple[Path, str]]:
     """The directories of domains: of those that libvirt knows by name, else by their own."""
-    path = "repository.path"
-    repositories: Iterable[Path] = (
-        global_settings(configuration).repository_path,
-        *(file.values[path].value for file in configuration.files if path in file.values),
-    )
     found: dict[str, tuple[Path, str]] = {}
     for name, (uuid, settings) in (domains or {}).items():
         with suppress(NbdbackupError):
             home = homes.home_of(settings.repository_path, name, uuid)
             if home.exists():
                 found[name] = home, uuid
-    for repository in dict.fromkeys(repositories):
+    for repository in _repositories(configuration):
         for name, folder in report.names_in(repository).items():
             if folder in {home for home, _ in found.values()}:
                 continue

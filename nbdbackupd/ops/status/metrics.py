@@ -7,7 +7,7 @@ from the file that is there. With the host's file those go that are of domains i
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from nbdbackupd import durable
 from nbdbackupd.errors import FormatError
 from nbdbackupd.model.chain import DiskMode, Level, RestorePoint
 from nbdbackupd.ops.sets.holdings import Holdings
+from nbdbackupd.ops.sets.sizes import FileSystem
 from nbdbackupd.repo import layout
 
 MODE: Final = 0o644  # the exporter has an account of its own
@@ -56,6 +57,11 @@ HOST_METRICS: Final[Mapping[str, tuple[str, str]]] = {
     "domains": ("gauge", "Domains that libvirt knows."),
     "unprotected_domains": ("gauge", "Domains that neither the configuration nor a timer covers."),
     "host_timestamp_seconds": ("gauge", "When the domains of this host were counted."),
+}
+
+REPOSITORY_METRICS: Final[Mapping[str, tuple[str, str]]] = {
+    "repository_size_bytes": ("gauge", "Size of the file system that a repository lies in."),
+    "repository_free_bytes": ("gauge", "What may still be written there."),
 }
 
 _SAMPLE: Final = re.compile(rf'{PREFIX}_(\w+)\{{domain="(?:[^"\\]|\\.)*"\}} (\S+)')
@@ -130,6 +136,24 @@ def record_host(directory: Path, *, domains: int, unprotected: int, moment: date
         "host_timestamp_seconds": moment.timestamp(),
     }
     _write(path, HOST_METRICS, values, {})
+    return path
+
+
+def record_repositories(directory: Path, found: Iterable[FileSystem]) -> Path:
+    """Write how large the repositories' file systems are, and what is free; return the path.
+
+    Raises as ``record_host``.
+    """
+    path = directory / f"{PREFIX}_repositories.prom"
+    places = list(found)
+    lines = []
+    for name, (kind, meaning) in REPOSITORY_METRICS.items():
+        full = f"{PREFIX}_{name}"
+        lines += [f"# HELP {full} {meaning}", f"# TYPE {full} {kind}"]
+        for each in places:
+            value = each.size if name == "repository_size_bytes" else each.free
+            lines.append(f'{full}{{path="{_escaped(each.path)}"}} {value}')
+    _write_lines(path, lines)
     return path
 
 
@@ -222,6 +246,10 @@ def _write(
             full = f"{PREFIX}_{name}"
             lines += [f"# HELP {full} {meaning}", f"# TYPE {full} {kind}"]
             lines.append(f"{full}{braces} {_number(values[name])}")
+    _write_lines(path, lines)
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
     with durable.translate_os_errors("write", path):
         durable.write_atomic(path, "".join(f"{line}\n" for line in lines).encode(), MODE)
 

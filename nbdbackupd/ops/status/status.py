@@ -16,6 +16,7 @@ from nbdbackupd.ops.retention.history import Unwanted
 from nbdbackupd.ops.sets import holdings
 from nbdbackupd.ops.sets.holdings import Holdings
 from nbdbackupd.ops.sets.sets import DomainSet, sets_of
+from nbdbackupd.ops.sets.sizes import FileSystem
 from nbdbackupd.plain import versioned
 from nbdbackupd.repo import boot_tests, layout
 from nbdbackupd.repo.boot_tests import BootTest
@@ -133,13 +134,15 @@ class DomainStatus:
 class StatusReport:
     """All domains at a moment; ``notes`` tell what could not be asked.
 
-    ``inventory`` names those that are this host's, None if libvirt could not be asked.
+    ``inventory`` names those that are this host's, None if libvirt could not be asked;
+    ``file_systems`` are those of the repositories.
     """
 
     moment: datetime
     domains: tuple[DomainStatus, ...]
     notes: tuple[str, ...] = ()
     inventory: tuple[str, ...] | None = None
+    file_systems: tuple[FileSystem, ...] = ()
 
     @property
     def health(self) -> Health:
@@ -154,6 +157,7 @@ class StatusReport:
             health=self.health.value,
             moment=utc_time(self.moment),
             notes=list(self.notes),
+            file_systems=[each.space() for each in self.file_systems],
             domains=[each.describe(self.moment) for each in self.domains],
         )
 

@@ -1,0 +1,79 @@
+"""Whether the next point fits: what it may take at most, beside what is free."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from nbdbackupd import durable
+from nbdbackupd.errors import CheckpointError, DomainError
+from nbdbackupd.model.chain import RestorePoint
+from nbdbackupd.ops.domain.survey import Looked, Survey
+from nbdbackupd.units import human_size
+from nbdbackupd.virt import checkpoints
+from nbdbackupd.virt.domain import Domain
+
+log = logging.getLogger(__name__)
+
+
+def free_bytes(path: Path) -> int:
+    """What anybody may still write to the file system of a path. Raises RepositoryError."""
+    with durable.translate_os_errors("look at", path):
+        found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
+
+
+def most_bytes(looked: Looked, targets: Iterable[str], changed: dict[str, int]) -> int:
+    """The most that a point of these disks takes before compression.
+
+    ``changed`` are the bytes of disks whose changes are known; of others all that is allocated is
+    the bound. What boots the guest counts, though it may be in the set already.
+    """
+    total = _beside(looked)
+    for target in targets:
+        state = looked.states[target]
+        chain = looked.chains.get(target, ())
+        allocated = sum(layer.actual_size for layer in chain) if chain else state.size
+        total += changed.get(target, min(allocated, state.size))
+    return total
+
+
+def tell_shortage(
+    domain: Domain, looked: Looked, survey: Survey, parent: RestorePoint | None, path: Path
+) -> None:
+    """Warn before the run begins if the next point may not fit.
+
+    What changed is asked for only if all that is allocated would not fit. Of a domain that is off
+    nobody tells it: then nothing is said of increments.
+
+    Raises RepositoryError if the file system can't be asked.
+    """
+    free = free_bytes(path)
+    targets = [plan.target for plan in survey.plans if plan.target in looked.states]
+    most = most_bytes(looked, targets, {})
+    if most <= free:
+        return
+    if parent is not None and any(plan.delta for plan in survey.plans):
+        if not looked.is_active:
+            return
+        changed: dict[str, int] = {}
+        with contextlib.suppress(CheckpointError, DomainError):
+            changed = checkpoints.sound_sizes(domain, parent.checkpoint)
+        deltas = {plan.target for plan in survey.plans if plan.delta}
+        most = most_bytes(looked, targets, {each: changed[each] for each in deltas & set(changed)})
+    if most > free:
+        log.warning(
+            "the next point takes up to %s before compression, and %s are free in %s: it may not "
+            "fit; make room there",
+            human_size(most), human_size(free), path,
+        )  # fmt: skip
+
+
+def _beside(looked: Looked) -> int:
+    """Bytes of the files of this host that a set has a copy of (``metadata.py``)."""
+    found, total = looked.definition, 0
+    for path in (found.loader, found.nvram, found.kernel, found.initrd):
+        with contextlib.suppress(OSError):
+            total += Path(path).stat().st_size if path else 0
+    return total
