@@ -60,6 +60,7 @@ def test_abort_ends_our_own_leftover(
     # what nobody has who is dead
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     domain = Domain.find(connection, order.domain)
+    rundir.make_domain_dir(order.runtime_dir, domain.uuid)
     runtime_dir = rundir.socket_dir(order.runtime_dir, domain.uuid)
     with open_connection(lab.uri) as other:
         dead = Domain.find(other, order.domain)
