@@ -159,7 +159,8 @@ class Witness:
         names.add(layout.checkpoint_list(self.guest.name))
         found = {str(path.relative_to(self.path)) for path in self.path.rglob("*")
                  if not path.is_dir()}  # fmt: skip
-        strangers = {name for name in found - names if not name.startswith(f"{layout.LOGS}/")}
+        beside = {layout.LOGS, *layout.NOTES}
+        strangers = {name for name in found - names if name.partition("/")[0] not in beside}
         assert strangers == set()
         assert not list(self.path.glob(".draft*"))
 
