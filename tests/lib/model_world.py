@@ -49,6 +49,9 @@ class SetModel:
     oddities: tuple[str, ...] = ()
     """What its file system can't do, see ``odd_files``."""
     references: dict[str, dict[str, Path]] = field(default_factory=dict)
+    protected: set[str] = field(default_factory=set)
+    is_changed: bool = False
+    """Points have left it."""
     head: str = ""
     """Name of the base's checkpoint."""
     tag: str = ""

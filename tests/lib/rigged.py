@@ -3,13 +3,14 @@
 A fault is ``WHAT@STEP#NUMBER`` and happens the so manieth time that the step (``tests.lib.steps``)
 is called: a signal's name, such as ``KILL``, sends it to ourselves before the call; with a ``+``
 (``KILL+``) after it; ``SLAY`` kills our guard and then ourselves; ``UNGUARD`` kills the guard
-alone; ``SLOW0.1`` makes each call from that one on take so much longer; ``LATER40`` has a clock
+alone; ``CALMSTOP`` is ``STOP`` as soon as no connection is in its handshake; ``SLOW0.1`` makes each call from that one on take so much longer; ``LATER40`` has a clock
 return a time so many days later; ``NOSPACE`` and ``EIO`` raise that OSError instead of calling.
 ``DEFAULT2@FIELD#1`` gives the field of a dataclass (by keyword only) another default.
 """
 
 import errno
 import functools
+import gc
 import importlib
 import itertools
 import os
@@ -23,10 +24,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from nbdbackupd.source.guard import Guard
+from nbdbackupd.source.kept_connections import Stage
+from tests.lab.process import wait_until
 from tests.lib.ctl import Ctl
 from tests.lib.steps import FIELDS, GUARD, STEPS
 
 FORM = re.compile(r"([A-Z]+)([\d.]*)(\+?)@([a-z-]+)#(\d+)")
+SIGNALS = {"SLAY": "KILL", "CALMSTOP": "STOP"}
 ERRORS = {"NOSPACE": errno.ENOSPC, "EIO": errno.EIO, "EROFS": errno.EROFS}
 
 
@@ -85,11 +90,19 @@ def rig(fault: str) -> None:
         if what in {"SLAY", "UNGUARD"}:
             for guard in guards_of(os.getpid()):
                 os.kill(guard, signal.SIGKILL)
+        if what == "CALMSTOP":
+            wait_until(is_connected, "the end of each handshake", 20)
         if what != "UNGUARD":
-            os.kill(os.getpid(), signal.Signals[f"SIG{what.replace('SLAY', 'KILL')}"])
+            os.kill(os.getpid(), signal.Signals[f"SIG{SIGNALS.get(what, what)}"])
         return result if after else before(*args, **kwargs)
 
     setattr(owner, name, replacement)
+
+
+def is_connected() -> bool:
+    """Whether no connection of this run to QEMU is in its handshake."""
+    guards = [each for each in gc.get_objects() if isinstance(each, Guard)]
+    return all(stage is Stage.READY for guard in guards for stage in guard.kept.stages)
 
 
 def owner_of(place: str) -> tuple[Any, str]:

@@ -32,6 +32,7 @@ STEPS: Final = {
     "stream-finished": "nbdbackupd.format.writer:StreamWriter.finish",
     "point-published": "nbdbackupd.repo.draft:Draft.publish",
     "derived-files-written": "nbdbackupd.repo.set_directory:SetDirectory._write_derived",
+    "generation-switched": "nbdbackupd.repo.generation:switch",
     "draft-removed": "nbdbackupd.repo.draft:remove",
     # before and after it
     "leftovers-swept": "nbdbackupd.ops.checkpoints.leftovers:sweep",
