@@ -64,8 +64,8 @@ def test_completion_offers_what_fits(tmp_path: Path) -> None:
     (domains / "vm-of-test.xml").write_text("<domain/>")
     cases = {
         "": set(gen_completion.read_parser()[1]),
-        "re": {"restore"},
-        "-c qemu:///system re": {"restore"},
+        "re": {"remove", "restore"},
+        "-c qemu:///system res": {"restore"},
         "--progress p": {"plain"},
         "backup -l ": {"auto", "full", "inc", "diff", "copy"},
         "backup --level=i": {"inc"},

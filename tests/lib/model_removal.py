@@ -3,7 +3,6 @@
 import random
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 from nbdbackupd.repo import generation
@@ -103,15 +102,15 @@ def ident(target: SetModel, place: int) -> str:
     return sorted(target.references)[place % len(target.references)]
 
 
-def words(world: World, target: SetModel, place: int, verb: str) -> tuple[str | Path, ...]:
+def words(world: World, target: SetModel, place: int, verb: str) -> tuple[str, ...]:
     """The command line of a removal."""
     if verb == "prune":
         directory = world.directory / "retention"
         directory.mkdir(exist_ok=True)
         text = RETENTION.format(last=1 + place % 4)
         (directory / "nbdbackup.yaml").write_text(text, encoding="utf-8")
-        return ("prune", target.path, "--force", "--config-dir", directory)
-    return (verb, target.path, "--point", fitting(world, target, place, verb))
+        return ("prune", str(target.path), "--force", "--config-dir", str(directory))
+    return (verb, str(target.path), "--point", fitting(world, target, place, verb))
 
 
 def fitting(world: World, target: SetModel, place: int, verb: str) -> str:

@@ -3,9 +3,10 @@
 A fault is ``WHAT@STEP#NUMBER`` and happens the so manieth time that the step (``tests.lib.steps``)
 is called: a signal's name, such as ``KILL``, sends it to ourselves before the call; with a ``+``
 (``KILL+``) after it; ``SLAY`` kills our guard and then ourselves; ``UNGUARD`` kills the guard
-alone; ``CALMSTOP`` is ``STOP`` as soon as no connection is in its handshake; ``SLOW0.1`` makes each call from that one on take so much longer; ``LATER40`` has a clock
-return a time so many days later; ``NOSPACE`` and ``EIO`` raise that OSError instead of calling.
-``DEFAULT2@FIELD#1`` gives the field of a dataclass (by keyword only) another default.
+alone; ``CALMSTOP`` is ``STOP`` as soon as no connection is in its handshake; ``SLOW0.1`` makes each
+call from that one on take so much longer; ``LATER40`` has a clock return a time so many days later;
+``NOSPACE`` and ``EIO`` raise that OSError instead of calling. ``DEFAULT2@FIELD#1`` gives the field
+of a dataclass (by keyword only) another default.
 """
 
 import errno
