@@ -408,6 +408,13 @@ class DomainSettings:
         "'systemctl enable'; run: at the end of each run that made a point; never: only by hand. "
         "More than half of a domain's points at once always go by hand, with 'prune --force'.",
     )
+    retention_make_room = Setting(
+        "retention.make_room",
+        kinds.BOOL,
+        False,
+        help="If the next point may not fit, a run first removes what no rule wants, whatever "
+        "prune says.",
+    )
     commands_pre = Setting(
         "commands.pre",
         listed(kinds.COMMAND),

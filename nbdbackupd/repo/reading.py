@@ -34,6 +34,14 @@ class Held:
         self.release = weakref.finalize(self, os.close, fd)
 
 
+def make(root: Path) -> None:
+    """Have the lock in a set from its first point on, so that reading adds nothing to it."""
+    try:
+        os.close(os.open(root / layout.READING, os.O_RDONLY | os.O_CREAT | FLAGS, 0o600))
+    except OSError as err:
+        log.debug("%s is made without a lock for who reads it: %s", root, err.strerror)
+
+
 def hold(root: Path) -> Held | None:
     """Keep the files of a set from being removed; None where there is no such lock.
 

@@ -25,7 +25,7 @@ from nbdbackupd.errors import (
 from nbdbackupd.files import open_untrusted
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import BackupSet, Layout, RestorePoint
-from nbdbackupd.repo import draft, generation, layout, removing
+from nbdbackupd.repo import draft, generation, layout, reading, removing
 from nbdbackupd.repo.draft import Draft, Intent
 
 log = logging.getLogger(__name__)
@@ -254,6 +254,7 @@ class SetDirectory:
 
         Raises OSError.
         """
+        reading.make(self.path)
         spare, intent = self.path / layout.SPARE, made.path / layout.INTENT
         if spare.is_dir():
             durable.rename(spare, made.path)

@@ -18,6 +18,7 @@ import pytest
 
 from nbdbackupd.model.policy import Rotate, period
 from nbdbackupd.repo import layout
+from tests.lab.command import run
 from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec
 from tests.lab.guest import GuestOptions
@@ -675,3 +676,35 @@ def test_old_points_leave_by_the_rules(one: Appliance) -> None:
     # nothing else of those that went is there: each disk has a stream and an index for each point
     names = [path.name for path in saved.set.glob("vda.*") if path.suffix in (".data", ".index")]
     assert len(names) == 2 * len(left)
+
+
+def test_room_is_made_for_the_next_point(one: Appliance, tmp_path: Path) -> None:
+    """What no rule wants goes before a run that may not fit, and only if that is wanted."""
+    here, small = one.scene, tmp_path / "small"
+    small.mkdir()
+    run(["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", small])
+    try:
+        settings = {
+            "repository__path": str(small),
+            "level__rotate": "monthly",
+            "retention__last": 2,
+            "retention__prune": "never",
+        }
+        one.configure(**settings)
+        for number in range(4):
+            with here.ctl.rigged(f"LATER{number * 40}@clock-read#1"):
+                one.save()
+        sets = [each.set for each in here.history]
+        ballast = shutil.disk_usage(small).free - 3 * MIB
+        run(["fallocate", "-l", str(ballast), small / "ballast"])
+        with here.ctl.rigged("LATER160@clock-read#1"):
+            said = here.ctl("run", *one.argv(), code=REPOSITORY).stderr
+            assert "it may not fit" in said
+            assert [each for each in sets if each.is_dir()] == sets
+            one.configure(**settings, retention__make_room=True)
+            one.save()
+        assert [each for each in sets if each.is_dir()] == sets[2:]
+        here.history = here.history[2:]
+        here.prove_all()
+    finally:
+        run(["umount", "--lazy", small])

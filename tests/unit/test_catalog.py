@@ -16,7 +16,8 @@ from tests.lib import chains, points
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("catalog") / "set"
+    path = tmp_path_factory.mktemp("repository") / "vm1/set"
+    path.parent.mkdir()
     chains.make_chain(path, 1)
     chains.add_point(path, 3, Level.DIFF)
     return path
@@ -190,7 +191,12 @@ def test_sizes(path: Path) -> None:
     (place,) = document["file_systems"]
     assert 0 < place["free"] < place["size"]
     assert len(sizes.rows(one)) == 2
+    odd = path.parent.parent / "vm2/set"
+    odd.mkdir(parents=True)
+    (odd / "points").symlink_to(path / "points")
     everything = sizes.of_repositories([path.parent.parent, path / "nothing"])
+    (problem,) = everything.problems
+    assert str(odd) in problem
     assert found["total"] in [each.total for each in everything.sizes]
     assert len(sizes.rows(sizes.of_sets([path, path]))) == 4
     with pytest.raises(RepositoryError):

@@ -176,10 +176,9 @@ def _run_locked(run: _Run) -> BackupReport:
         survey = survey_domain(domain, wanted, level, parent, looked)
     run.cancelled()
     beside = _others(run, looked, records, known, run.dead)
-    small = _below_threshold(run, survey, parent)
-    if small:
-        return BackupReport(point=None, skipped=small, is_current=True)
-    room.tell_shortage(domain, looked, survey, parent, set_dir.path)
+    skipped = _skipped(run, looked, survey, parent)
+    if skipped is not None:
+        return skipped
     point, seconds = recording.record(
         BackupRun(
             request=request, domain=domain, set_dir=set_dir, survey=survey, level=level,
@@ -193,6 +192,21 @@ def _run_locked(run: _Run) -> BackupReport:
     written.note(state.directory, point)
     reconcile.advance(domain, set_dir, point, parent, looked, state=state, erase=erase)
     return _report(known, point, seconds, looked, beside)
+
+
+def _skipped(
+    run: _Run, looked: Looked, survey: Survey, parent: RestorePoint | None
+) -> BackupReport | None:
+    """Why no point is to be made now, if so; warns of one that may not fit."""
+    small = _below_threshold(run, survey, parent)
+    if small:
+        return BackupReport(point=None, skipped=small, is_current=True)
+    short = room.shortage(run.domain, looked, survey, parent, run.set_dir.path)
+    if short and run.request.may_make_room:
+        return BackupReport(point=None, skipped=short, is_short=True)
+    if short:
+        log.warning("%s", short)
+    return None
 
 
 def _report(

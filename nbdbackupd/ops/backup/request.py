@@ -22,6 +22,7 @@ class BackupRequest:
     have decided. ``sharing`` is what is known of other hosts. ``only_off``: save nothing if the
     domain runs. ``ending``: how its guest ended before the host was booted, if that is known.
     ``retired``: the caller removes the checkpoints of the other sets in that directory.
+    ``may_make_room``: make no point if it may not fit; the caller sees to that, and asks again.
     """
 
     domain: str
@@ -38,6 +39,7 @@ class BackupRequest:
     only_off: bool = False
     ending: Ending = Ending.UNKNOWN
     retired: Path | None = None
+    may_make_room: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +49,7 @@ class BackupReport:
     ``stored_bytes`` is what the point has added to its set.
     ``notes`` are what its user should know though nothing went wrong.
     ``is_current``: none was made because the newest one holds what there is to hold.
+    ``is_short``: none was made because it may not fit.
     """
 
     point: RestorePoint | None
@@ -56,6 +59,7 @@ class BackupReport:
     disk_seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     is_current: bool = False
+    is_short: bool = False
 
     @property
     def warnings(self) -> tuple[str, ...]:

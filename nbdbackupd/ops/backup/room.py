@@ -1,7 +1,6 @@
 """Whether the next point fits: what it may take at most, beside what is free."""
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,8 +12,6 @@ from nbdbackupd.ops.domain.survey import Looked, Survey
 from nbdbackupd.units import human_size
 from nbdbackupd.virt import checkpoints
 from nbdbackupd.virt.domain import Domain
-
-log = logging.getLogger(__name__)
 
 
 def free_bytes(path: Path) -> int:
@@ -39,10 +36,10 @@ def most_bytes(looked: Looked, targets: Iterable[str], changed: dict[str, int]) 
     return total
 
 
-def tell_shortage(
+def shortage(
     domain: Domain, looked: Looked, survey: Survey, parent: RestorePoint | None, path: Path
-) -> None:
-    """Warn before the run begins if the next point may not fit.
+) -> str:
+    """A line if the next point may not fit, or nothing.
 
     What changed is asked for only if all that is allocated would not fit. Of a domain that is off
     nobody tells it: then nothing is said of increments.
@@ -53,21 +50,21 @@ def tell_shortage(
     targets = [plan.target for plan in survey.plans if plan.target in looked.states]
     most = most_bytes(looked, targets, {})
     if most <= free:
-        return
+        return ""
     if parent is not None and any(plan.delta for plan in survey.plans):
         if not looked.is_active:
-            return
+            return ""
         changed: dict[str, int] = {}
         with contextlib.suppress(CheckpointError, DomainError):
             changed = checkpoints.sound_sizes(domain, parent.checkpoint)
         deltas = {plan.target for plan in survey.plans if plan.delta}
         most = most_bytes(looked, targets, {each: changed[each] for each in deltas & set(changed)})
-    if most > free:
-        log.warning(
-            "the next point takes up to %s before compression, and %s are free in %s: it may not "
-            "fit; make room there",
-            human_size(most), human_size(free), path,
-        )  # fmt: skip
+    if most <= free:
+        return ""
+    return (
+        f"the next point takes up to {human_size(most)} before compression, and "
+        f"{human_size(free)} are free in {path}: it may not fit; make room there"
+    )
 
 
 def _beside(looked: Looked) -> int:

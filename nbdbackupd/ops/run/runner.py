@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -450,19 +450,16 @@ class _Run:
         planned = self.plan()
         self.observer.doing(f"saving into {planned.set}: {planned.next.reason}")
         log.info("set %s, level %s: %s", planned.set, planned.next.level, planned.next.reason)
-        order = self._order(planned)
+        order, problems = self._order(planned), planned.warnings
         try:
-            made = backup_verb.run(
-                order,
-                self.connection,
-                progress=self.observer.progress,
-                cancelled=self.observer.cancelled,
-            )
+            made = self._save(order)
+            if made.is_short:
+                problems += self._prune(planned)
+                made = self._save(replace(order, may_make_room=False))
         except ElsewhereError as err:
             return self._elsewhere(err)
         if made.point is None:
             return self.report("skipped", made.skipped, set=planned.set, backup=made)
-        problems = planned.warnings
         if made.point.makes_base:
             problems += self._retire(planned, order, made.point.chain)
         if self.settings.retention_prune is Pruning.RUN:
@@ -474,6 +471,14 @@ class _Run:
             level=made.point.level.value,
             problems=problems,
             backup=made,
+        )
+
+    def _save(self, order: BackupRequest) -> BackupReport:
+        return backup_verb.run(
+            order,
+            self.connection,
+            progress=self.observer.progress,
+            cancelled=self.observer.cancelled,
         )
 
     def _order(self, planned: PlannedRun) -> BackupRequest:
@@ -495,6 +500,7 @@ class _Run:
             settings,
             configured.sharing(self.settings),
             retired=planned.directory,
+            may_make_room=settings.retention_make_room,
             **more,
         )
 

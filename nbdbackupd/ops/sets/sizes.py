@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdbackupd import durable, plain
+from nbdbackupd.errors import RepositoryError
 from nbdbackupd.model.chain import Level, RestorePoint
 from nbdbackupd.model.space import own_bytes
 from nbdbackupd.ops.sets import catalog
@@ -65,7 +66,7 @@ class FileSystem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SizesReport:
-    """What was measured; ``problems``: manifests that are damaged, whose points don't count."""
+    """What was measured; ``problems``: what is damaged or can't be read, and does not count."""
 
     sizes: tuple[Size, ...]
     file_systems: tuple[FileSystem, ...]
@@ -96,7 +97,12 @@ def of_repositories(paths: Iterable[Path]) -> SizesReport:
     found, problems = [], []
     places = list(paths)
     for home in (home for place in places for home in homes_in(place)):
-        sets = sets_of(home)
+        try:
+            sets = sets_of(home)
+        except RepositoryError as err:
+            # that of one domain does not hide the others
+            problems.append(err.message)
+            continue
         found.append(_size(home, [each.known.points for each in sets]))
         problems += [f"{each.path}: {problem}" for each in sets for problem in each.problems]
     return SizesReport(
