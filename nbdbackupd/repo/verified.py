@@ -27,7 +27,8 @@ MAX_SIZE: Final = 64 << 10
 MAX_DAMAGE: Final = 20
 """Lines of damage that are kept; the rest is what ``verify`` tells."""
 MAX_LINE: Final = 500
-MODE: Final = 0o600
+MODE: Final = 0o644
+"""No secret, and the set shuts others out: no reason to warn where modes can't be set."""
 
 
 def write(set_path: Path, proof: Proof) -> None:

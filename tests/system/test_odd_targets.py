@@ -46,7 +46,7 @@ def test_a_chain_on_it_is_whole(here: Scene, oddities: str) -> None:
             saved = here.save("-l", "auto", into=into)
             assert saved.point["level"] == ("inc" if number else "full")
         hidden = {each.name for each in into.iterdir() if each.name.startswith(".")}
-        assert hidden == {".lock", *([".spare"] if oddities == "nodelete" else [])}
+        assert hidden == {".lock", ".reading", *([".spare"] if oddities == "nodelete" else [])}
         here.prove_all()
         if oddities == "nochmod":
             (image,) = here.ctl.restore(into, at / "out").values()

@@ -29,8 +29,9 @@ while data := made.recv(65536):
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Each file and what is in it."""
-    found = (each for each in sorted(directory.rglob("*")) if each.is_file())
+    """Each file and what is in it, but for notes of what was verified."""
+    files = [each for each in sorted(directory.rglob("*")) if each.is_file()]
+    found = [each for each in files if each.parent.name != "verified"]
     return {str(each): each.read_bytes() for each in found}
 
 

@@ -130,7 +130,7 @@ def test_failures_leave_no_volume(lab: DaemonLab, pool: str, tmp_path: Path, ctl
     stream.write_bytes(data)
     ctl("restore", made.path, "--pool", pool, "--point", "point1", code=INTEGRITY)
     assert volumes(lab, pool) == {}
-    # a kill leaves one that says what it is, and that the next restore removes
+    # a kill leaves one that says what it is, and a lock, which the next restore removes
     with ctl.start("restore", made.path, "--pool", pool, "-d", "vdb", "-j", "1",
                    "--bandwidth-limit", "64K") as process:  # fmt: skip
         deadline = time.monotonic() + 30
@@ -140,8 +140,9 @@ def test_failures_leave_no_volume(lab: DaemonLab, pool: str, tmp_path: Path, ctl
         process.kill()
         process.wait()
     lab.virsh("pool-refresh", pool)
-    assert set(volumes(lab, pool)) == {"vdb.qcow2.incomplete"}
+    assert set(volumes(lab, pool)) == {"vdb.qcow2.incomplete", ".nbdbackup-restore"}
     ctl("restore", made.path, "--pool", pool, "-d", "vdb", code=WARNED)
+    lab.virsh("pool-refresh", pool)
     assert set(volumes(lab, pool)) == {"vdb.qcow2"}
 
 

@@ -54,7 +54,7 @@ def test_each_point_gets_a_note(tmp_path: Path) -> None:
     assert {each.verified for each in found.values()} == {"2026-06-01T12:00:00Z"}
     assert sum(each.size for each in found.values()) == report.checked_bytes
     assert all(not each.damage for each in found.values())
-    assert (path / "verified" / "p1.json").stat().st_mode & 0o777 == 0o600
+    assert (path / "verified" / "p1.json").stat().st_mode & 0o777 == 0o644
     held = holdings.look(sets_of(tmp_path))
     assert (held.points, held.verified_points, held.damage) == (3, 3, ())
     assert held.verified == "2026-06-01T12:00:00Z"
