@@ -34,7 +34,10 @@ def current(root: Path) -> int:
             return 0
     digits = data[:-1]
     if not digits.isdigit() or digits.startswith(b"0") or data[-1:] != b"\n":
-        raise IntegrityError("it does not tell which directory holds the manifests", file=path)
+        raise IntegrityError(
+            "it does not tell which directory holds the manifests: write the N of points.N there",
+            file=path,
+        )
     return int(digits)
 
 
@@ -69,14 +72,25 @@ def switch(root: Path, number: int) -> None:
 def manifests(folder: Path) -> list[Path]:
     """The manifests in a directory, in the order of their names; none if it is missing.
 
-    Raises RepositoryError.
+    Raises RepositoryError; IntegrityError if points have left the set and it holds files, but not
+    that directory: it must not seem to be empty.
     """
     durable.refuse_links(folder.parent, folder)
     with durable.translate_os_errors("read", folder):
         if not os.path.lexists(folder):
+            _refuse_loss(folder)
             return []
         return sorted(
             path
             for path in folder.iterdir()
             if path.suffix == layout.MANIFEST_SUFFIX and not path.name.startswith(".")
         )
+
+
+def _refuse_loss(folder: Path) -> None:
+    mine = {layout.GENERATION, *layout.DIRECTORIES}
+    if folder.name == layout.POINTS or not folder.parent.is_dir():
+        return
+    if any(not each.name.startswith(".") and each.name not in mine
+           for each in folder.parent.iterdir()):  # fmt: skip
+        raise IntegrityError("the directory of the set's manifests is missing", file=folder)

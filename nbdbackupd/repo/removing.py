@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from nbdbackupd import documents, durable
-from nbdbackupd.errors import FormatError, NbdbackupError, RepositoryError
+from nbdbackupd.errors import FormatError, IntegrityError, NbdbackupError, RepositoryError
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import BackupSet, RestorePoint
 from nbdbackupd.repo import generation, layout, reading
@@ -151,9 +151,11 @@ def begun(root: Path, intent: Intent, read_back: Callable[[Path], BackupSet]) ->
     """Prepare a removal; unless it was committed, nothing of it is left at the end.
 
     The caller holds the set's lock, and has swept. ``read_back`` proves the points by the
-    manifests in a directory. Raises RepositoryError, NoSpaceError.
+    manifests in a directory. Raises RepositoryError, NoSpaceError, IntegrityError.
     """
     number = generation.current(root) + 1
+    if not NUMBER.fullmatch(str(number)):
+        raise IntegrityError("a number that no removals come to", file=root / layout.GENERATION)
     made = Removal(root, number, intent, read_back)
     for name in intent.adds:
         if os.path.lexists(root / name):
@@ -178,13 +180,13 @@ def _undo(root: Path, number: int, intent: Intent) -> None:
         log.warning("what was begun is removed by the next run: %s", err)
 
 
-def _take_back(root: Path, number: int, intent: Intent) -> None:
+def _take_back(root: Path, number: int, intent: Intent, kept: Collection[str] = ()) -> None:
     if generation.current(root) >= number:
         return
     stage = root / f"{layout.REMOVAL_PREFIX}{number}"
     for name in intent.adds:
         # what still lies in the stage was never moved: the set's file of that name is another
-        if not os.path.lexists(stage / name):
+        if name not in kept and not os.path.lexists(stage / name):
             _unlink(root / name)
     shutil.rmtree(root / layout.points(number), ignore_errors=True)
     durable.fsync_directory(root)
@@ -241,7 +243,7 @@ def sweep(root: Path, kept: Collection[str]) -> Cleaned:
         for number, intent in left.items():
             if number > now:
                 log.info("removing what a removal left that was cut short")
-                _take_back(root, number, intent)
+                _take_back(root, number, intent, kept)
     done = {number: intent for number, intent in left.items() if number <= now}
     if not done:
         return Cleaned()

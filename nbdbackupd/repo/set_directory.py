@@ -143,10 +143,14 @@ class SetDirectory:
     def load_sound(self) -> tuple[BackupSet, tuple[str, ...]]:
         """The points whose manifests and links are sound, and a line for each that is not.
 
-        For showing and restoring what is left of a damaged set, never for adding to it. Raises
-        RepositoryError if the set can't be read.
+        For showing and restoring what is left of a damaged set, never for adding to it. It holds
+        none if nothing tells where its manifests are. Raises RepositoryError if the set can't be
+        read.
         """
-        return generation.stable(self.path, self._load_sound)
+        try:
+            return generation.stable(self.path, self._load_sound)
+        except IntegrityError as err:
+            return BackupSet(()), (str(err),)
 
     def _load_sound(self, folder: Path) -> tuple[BackupSet, tuple[str, ...]]:
         found, problems = [], []

@@ -15,6 +15,7 @@ from typing import Any, Final
 from nbdbackupd import documents, durable
 from nbdbackupd.errors import IntegrityError, RepositoryError, one_line
 from nbdbackupd.files import open_untrusted
+from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import BackupSet, RestorePoint
 from nbdbackupd.model.proof import Proof, content_of, soundness
 from nbdbackupd.plain import versioned
@@ -114,6 +115,6 @@ def _parse(note: Any) -> Proof:
 
 def _time(text: str) -> str:
     """Raises ValueError unless it is a time as this program writes it: such texts sort by time."""
-    if utc_time(datetime.fromisoformat(text)) != text:
+    if not manifest.is_time(text) or utc_time(datetime.fromisoformat(text)) != text:
         raise ValueError(f"{text[:40]!r} is no time in UTC")
     return text

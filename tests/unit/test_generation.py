@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdbackupd.errors import BusyError, RepositoryError
+from nbdbackupd.errors import BusyError, IntegrityError, RepositoryError
+from nbdbackupd.model.chain import BackupSet
 from nbdbackupd.repo import generation, layout, reading, removing
 from nbdbackupd.repo.removing import Intent
 
@@ -90,6 +91,28 @@ def test_an_intent_that_is_damaged_removes_nothing(
     assert "some of its files may stay" in caplog.text
     assert (tmp_path / "x").exists()
     assert not stage.exists()
+
+
+def test_an_intent_takes_no_file_of_a_point(tmp_path: Path) -> None:
+    stage = tmp_path / f"{layout.REMOVAL_PREFIX}1"
+    stage.mkdir()
+    (stage / layout.INTENT).write_bytes(Intent(adds=("x", "y"), removes=(), gone=()).pack())
+    for name in ("x", "y"):
+        (tmp_path / name).touch()
+    removing.sweep(tmp_path, {"x"})
+    assert [each.name for each in tmp_path.iterdir()] == ["x"]
+
+
+def test_generations_end_before_they_can_not_be_read(tmp_path: Path) -> None:
+    for number in ("9" * 18, "9" * 19):
+        (tmp_path / layout.GENERATION).write_text(f"{number}\n")
+        intent = Intent(adds=(), removes=(), gone=())
+        with (
+            pytest.raises(IntegrityError, match="no removals come to"),
+            removing.begun(tmp_path, intent, lambda _: BackupSet(())),
+        ):
+            pass
+        assert [each.name for each in tmp_path.iterdir()] == [layout.GENERATION]
 
 
 def test_an_intent_can_be_read() -> None:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from nbdbackupd import durable
-from nbdbackupd.errors import ChainBrokenError, FormatError, one_line
+from nbdbackupd.errors import ChainBrokenError, FormatError, IntegrityError, one_line
 from nbdbackupd.model import policy
 from nbdbackupd.model.chain import BackupSet, Level
 from nbdbackupd.model.host import moment_of
@@ -46,8 +46,7 @@ class DomainSet:
             return None
         if self.known.points:
             return min(_local(point.created) for point in self.known.points)
-        changed = generation.directory(self.path).stat().st_mtime
-        return datetime.fromtimestamp(changed, UTC).astimezone()
+        return datetime.fromtimestamp(_changed(self.path), UTC).astimezone()
 
 
 def sets_of(directory: Path) -> tuple[DomainSet, ...]:
@@ -123,7 +122,8 @@ def _others(directory: Path, facts: Iterable[SetFacts]) -> frozenset[str]:
 
 
 def _is_set(path: Path) -> bool:
-    if path.is_symlink() and not path.exists():
+    # a link to a set beside it is only another name of that
+    if path.is_symlink() and (not path.exists() or path.resolve().parent == path.parent.resolve()):
         return False
     return path.is_dir() and (policy.is_set_name(path.name) or (path / layout.POINTS).is_dir())
 
@@ -136,6 +136,14 @@ def read_set(path: Path) -> DomainSet:
     except (ChainBrokenError, FormatError) as err:
         known, problems = set_dir.load_sound()
         return DomainSet(path=path, known=known, problems=problems or (one_line(err),))
+
+
+def _changed(path: Path) -> float:
+    """When the manifests last changed, or where none can be found, the set."""
+    try:
+        return generation.directory(path).stat().st_mtime
+    except (IntegrityError, FileNotFoundError):
+        return path.stat().st_mtime
 
 
 def _local(created: str) -> datetime:

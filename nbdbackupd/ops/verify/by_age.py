@@ -154,10 +154,10 @@ def _read(path: Path) -> tuple[BackupSet, tuple[str, ...]]:
             f"{path} is a set of virtnbdbackup, which keeps no notes: verify it without "
             f"--older-than and --limit, or import it"
         )
-    set_dir = SetDirectory.open(path)
-    if set_dir.is_empty:
+    known, problems = SetDirectory.open(path).load_sound()
+    if not known.points and not problems:
         raise RepositoryError(f"{path} holds no restore point: is it a backup set?")
-    return set_dir.load_sound()
+    return known, problems
 
 
 def _due(path: Path, known: BackupSet, request: AgedRequest) -> Iterator[_Due]:
