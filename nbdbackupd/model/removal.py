@@ -37,11 +37,18 @@ class Removal:
         return frozenset(self.dropped).union(*(each.absorbed for each in self.merges))
 
 
-def plan_removal(known: BackupSet, doomed: Collection[str], *, live: bool = True) -> Removal:
+def plan_removal(
+    known: BackupSet,
+    doomed: Collection[str],
+    *,
+    live: bool = True,
+    damaged: Collection[str] = (),
+) -> Removal:
     """What becomes of the points with the ids ``doomed``.
 
-    ``live``: runs go on with the set, so the base of its next increment stays. Raises
-    RepositoryError if the set holds no such point.
+    ``live``: runs go on with the set, so the base of its next increment stays. ``damaged``: files
+    of these are known to be, so nothing is merged with them. Raises RepositoryError if the set
+    holds no such point.
     """
     by_id = {point.id: point for point in known.points}
     doomed = frozenset(doomed)
@@ -56,7 +63,7 @@ def plan_removal(known: BackupSet, doomed: Collection[str], *, live: bool = True
     for point in reversed(known.points):
         hanging = children.get(point.id, [])
         if point.id in doomed:
-            if reason := _reason(point, hanging, head):
+            if reason := _reason(point, hanging, head, damaged):
                 needed[point.id] = reason
             elif not hanging:
                 dropped.append(point.id)
@@ -74,12 +81,21 @@ def plan_removal(known: BackupSet, doomed: Collection[str], *, live: bool = True
     return Removal(tuple(reversed(dropped)), merges, needed)
 
 
-def _reason(point: RestorePoint, hanging: list[RestorePoint], head: RestorePoint | None) -> str:
+def _reason(
+    point: RestorePoint,
+    hanging: list[RestorePoint],
+    head: RestorePoint | None,
+    damaged: Collection[str],
+) -> str:
     """Why a point can't leave, or nothing; ``head`` is the base of what is to come."""
     if head is not None and head.id == point.id:
         return "the next increment starts from it"
     if len(hanging) > 1 or any(not child.makes_base for child in hanging):
         return f"needed by {', '.join(sorted(child.id for child in hanging))}"
+    if hanging and point.id in damaged:
+        return f"damaged, and needed by {hanging[0].id}"
+    if hanging and hanging[0].id in damaged:
+        return f"needed by {hanging[0].id}, which is damaged"
     return ""
 
 

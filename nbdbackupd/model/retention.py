@@ -125,11 +125,12 @@ def decide(points: Sequence[PointFacts], rules: Rules, now: datetime) -> Decisio
 
 
 def _problem(points: Sequence[PointFacts], now: datetime) -> str:
-    latest = max(points, key=_moment, default=None)
+    # one that is protected takes no part in what the rules decide
+    latest = max((each for each in points if not each.protected), key=_moment, default=None)
     if latest is not None and _moment(latest) > now.timestamp() + FUTURE.total_seconds():
         return (
             f"point {latest.id} is dated {latest.created:%Y-%m-%d %H:%M:%S %Z}, which is yet to "
-            f"come: set this host's clock right, or remove that point by name"
+            f"come: set this host's clock right, or 'nbdbackupctl protect' that point"
         )
     return ""
 
@@ -156,6 +157,7 @@ def _by_rules(newest_first: Sequence[PointFacts], rules: Rules) -> list[tuple[st
     kept: dict[str, str] = {}
     passed: set[str] = set()
     short: PointFacts | None = None
+    able = [each for each in newest_first if each.is_sound] or newest_first
     for name, number, slot_of in rules.periods:
         if number:
             taken = {slot_of(each) for each in newest_first if each.id in kept and each.is_sound}
@@ -171,7 +173,7 @@ def _by_rules(newest_first: Sequence[PointFacts], rules: Rules) -> list[tuple[st
                 kept[best.id] = name if name == "last" else f"{name} {slot}"
                 passed |= {each.id for each in members} - {best.id}
                 left -= best.is_sound
-            short = newest_first[-1] if left and newest_first else None
+            short = able[-1] if left and able else None
         if name == "last" and rules.within and newest_first:
             begin = _moment(newest_first[0]) - rules.within
             for point in newest_first:

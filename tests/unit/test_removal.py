@@ -67,6 +67,16 @@ def test_cases(case: tuple[str, str, bool, str, list[tuple[str, str]], dict[str,
     assert found.needed == needed
 
 
+def test_what_is_damaged_is_not_merged() -> None:
+    found = plan_removal(chain("fiiiii"), ["p1", "p2", "p3", "p4", "p5"], damaged=["p2"])
+    assert found.merges == (Merge("p6", ("p3", "p4", "p5")),)
+    assert found.needed == {
+        "p1": "needed by p2, which is damaged", "p2": "damaged, and needed by p3",
+    }  # fmt: skip
+    found = plan_removal(chain("fii"), ["p1", "p2", "p3"], live=False, damaged=["p2"])
+    assert (found.dropped, found.needed) == (("p1", "p2", "p3"), {})
+
+
 def test_an_unknown_point() -> None:
     with pytest.raises(RepositoryError, match="no restore point p7"):
         plan_removal(chain("fi"), ["p1", "p7"])

@@ -117,6 +117,11 @@ CASES = [
         "2026-01-05T02:00"), local("2026-01-05T02:00")),
     Case("a point from the future stops all", Rules(daily=1), points(
         "2026-01-01T02:00", "2026-01-02T02:00", "2027-01-03T02:00"), local("2026-01-03T02:00")),
+    Case("a protected point from the future stops nothing", Rules(daily=1), points(
+        "2026-01-01T02:00", "2027-01-02T02:00 protected", "2026-01-03T02:00",
+        "2026-01-04T02:00"), local("2026-01-04T02:00")),
+    Case("the oldest is a sound one", Rules(daily=1, monthly=3), points(
+        "2026-01-01T02:00 damaged", "2026-01-02T02:00", "2026-01-03T02:00", "2026-01-04T02:00")),
     Case("half an hour ahead is nothing", Rules(daily=1), points(
         "2026-01-01T02:00", "2026-01-02T02:00", "2026-01-03T02:30"), local("2026-01-03T02:00")),
 ]  # fmt: skip

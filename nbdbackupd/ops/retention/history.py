@@ -11,7 +11,7 @@ from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.errors import ConfigError, DomainError, RepositoryError
 from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.model.host import Host
-from nbdbackupd.model.proof import soundness
+from nbdbackupd.model.proof import Proof, soundness
 from nbdbackupd.model.removal import Removal, plan_removal
 from nbdbackupd.model.retention import Decision, PointFacts, Rules, decide
 from nbdbackupd.model.space import own_bytes
@@ -168,13 +168,21 @@ def judge(
     are protected.
     """
     live = live_sets(sets, state_dirs)
-    facts = [fact for each in sets for fact in _facts(each, now, is_live=each.path in live)]
+    proofs = {each.path: verified.read(each.path, each.known) for each in sets}
+    facts = [
+        fact
+        for each in sets
+        for fact in _facts(each, proofs[each.path], now, is_live=each.path in live)
+    ]
     decision = decide(facts, rules, now)
     removals = {}
     for each in sets:
         doomed = decision.doomed.intersection(point.id for point in each.known.points)
         if doomed:
-            removals[each.path] = plan_removal(each.known, doomed, live=each.path in live)
+            damaged = {ident for ident, proof in proofs[each.path].items() if proof.damage}
+            removals[each.path] = plan_removal(
+                each.known, doomed, live=each.path in live, damaged=damaged
+            )
     return Judgement(sets=tuple(sets), decision=decision, removals=removals)
 
 
@@ -200,11 +208,13 @@ def verdicts(found: DomainSet, judged: Judgement) -> list[Verdict]:
     ]
 
 
-def _facts(found: DomainSet, now: datetime, *, is_live: bool) -> list[PointFacts]:
+def _facts(
+    found: DomainSet, proofs: Mapping[str, Proof], now: datetime, *, is_live: bool
+) -> list[PointFacts]:
     points = found.known.points
     notes = protected.read(found.path, [point.id for point in points])
     held = {ident: note.text or "for good" for ident, note in notes.items() if note.holds(now)}
-    states = soundness(found.known, verified.read(found.path, found.known))
+    states = soundness(found.known, proofs)
     head = found.known.head if is_live else None
 
     def pinned(point: RestorePoint) -> str:

@@ -3,16 +3,17 @@
 import functools
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from nbdbackupd import __version__, durable, events, rundir
 from nbdbackupd import log as runlog
-from nbdbackupd.errors import RepositoryError
+from nbdbackupd.errors import ChainBrokenError, FormatError, NbdbackupError, RepositoryError
 from nbdbackupd.model.domain import is_uuid
 from nbdbackupd.model.retention import Rules
 from nbdbackupd.ops.removal.apply import RemovalReport, RemovalRequest, apply_removal
@@ -20,7 +21,7 @@ from nbdbackupd.ops.retention import history
 from nbdbackupd.ops.retention.history import Judgement, Verdict
 from nbdbackupd.ops.sets.sets import DomainSet, read_set
 from nbdbackupd.plain import versioned
-from nbdbackupd.repo import removing
+from nbdbackupd.repo import removing, verified
 from nbdbackupd.repo.set_directory import SetDirectory
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def prune(
 
     ``progress`` gets disk, position and size of a stream that is made. Raises RepositoryError if
     nothing may be removed, BusyError, and what a removal raises; each set is then what it was, or
-    what it is to be.
+    what it is to be. Damage that no verification has noted is raised when all other sets are done.
     """
     begun = time.monotonic()
     judged = _judge(request, request.sets)
@@ -114,12 +115,10 @@ def prune(
             # a run, or another prune, may have ended meanwhile
             judged = _judge(request, [read_set(each.path) for each in request.sets], opened)
             _refuse(judged, request)
-            done = [
-                _apply(set_dir, judged, request, progress, cancelled)
-                for path, set_dir in opened.items()
-                if path in judged.removals
-            ]
-        report = _report(request, judged, done, time.monotonic() - begun)
+            done, failed = _apply_all(opened, judged, request, progress, cancelled)
+        removals = {path: each for path, each in judged.removals.items() if path not in failed}
+        judged = replace(judged, removals=removals)
+        report = _report(request, judged, done, time.monotonic() - begun, failed)
         kept = len(report.verdicts) - report.gone
         events.emit(
             log,
@@ -191,6 +190,32 @@ def _locked(
         yield opened
 
 
+def _apply_all(
+    opened: Mapping[Path, SetDirectory],
+    judged: Judgement,
+    request: PruneRequest,
+    progress: Progress,
+    cancelled: Callable[[], None],
+) -> tuple[list[RemovalReport], dict[Path, str]]:
+    """What was done, and what kept it from being done in sets that are known to be damaged."""
+    done, failed = [], {}
+    first: NbdbackupError | None = None
+    for path, set_dir in opened.items():
+        if path not in judged.removals:
+            continue
+        try:
+            done.append(_apply(set_dir, judged, request, progress, cancelled))
+        except (FormatError, ChainBrokenError) as err:
+            proofs = verified.read(path, set_dir.load())
+            if any(each.damage for each in proofs.values()):
+                failed[path] = err.message
+            else:
+                first = first or err
+    if first is not None:
+        raise first
+    return done, failed
+
+
 def _apply(
     set_dir: SetDirectory,
     judged: Judgement,
@@ -214,13 +239,14 @@ def _report(
     judged: Judgement,
     done: Sequence[RemovalReport] = (),
     seconds: float = 0.0,
+    failed: Mapping[Path, str] = MappingProxyType({}),
 ) -> PruneReport:
     shown = [each for each in judged.sets if request.only in (None, each.path)]
     verdicts = tuple(verdict for each in shown for verdict in history.verdicts(each, judged))
+    damage = {each.path: each.problems[0] for each in shown if each.problems} | dict(failed)
     warnings = [
-        f"{each.path}: nothing is removed from it, since it is damaged: {each.problems[0]}"
-        for each in shown
-        if each.problems
+        f"{path}: nothing is removed from it, since it is damaged: {why}"
+        for path, why in damage.items()
     ]
     warnings += [f"old files are removed later: {each.pending}" for each in done if each.pending]
     dropped = sum(each.bytes for each in verdicts if each.fate == "removed")
