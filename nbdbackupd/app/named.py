@@ -50,6 +50,21 @@ def domain_of(source: Path, context: Context) -> DomainSets | None:
     return found
 
 
+def domains_of(name: str, context: Context) -> tuple[DomainSets, ...]:
+    """The sets of each domain that was saved under a name; none if nothing was.
+
+    Raises ConfigError, and RepositoryError if nothing can be seen since a repository is not there.
+    """
+    from nbdbackupd.config.settings import settings_for
+    from nbdbackupd.ops.domain import mounted
+
+    configuration = configured.read(context.host)
+    found = lookup.of_name(name, _all_repositories(configuration))
+    if not found:
+        mounted.check(settings_for(name, "", {}, configuration))
+    return found
+
+
 def repositories(context: Context) -> list[Path]:
     """All repositories that the configuration names. Raises ConfigError."""
     return _all_repositories(configured.read(context.host))

@@ -120,7 +120,8 @@ _nbdbackupctl_options() {
         ;;
     prune)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet --all -n --dry-run --force --wait --checkpoint-dir'
+        --runtime-dir -v --verbose -q --quiet --all --scheduled -n --dry-run --force --wait
+        --checkpoint-dir'
         ;;
     protect)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress

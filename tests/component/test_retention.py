@@ -13,9 +13,10 @@ from nbdbackupd.app import context as app_context
 from nbdbackupd.app import ctl
 from nbdbackupd.errors import BusyError, Interrupted, RepositoryError
 from nbdbackupd.model.chain import Consistency, Level
+from nbdbackupd.model.policy import LevelPolicy
 from nbdbackupd.model.retention import Rules
 from nbdbackupd.ops.retention import prune
-from nbdbackupd.ops.sets.sets import sets_of
+from nbdbackupd.ops.sets.sets import next_run, sets_of
 from nbdbackupd.repo import layout, protected, reading
 from nbdbackupd.repo.protected import Protection
 from nbdbackupd.repo.set_directory import SetDirectory
@@ -165,6 +166,7 @@ class House:
             level = level or (Level.INC if known else Level.FULL)
             intent = replace(
                 chains.intent_for(number, level=level), point_id=ident, run_id=ident,
+                uuid=more.get("uuid", points.UUID),
                 checkpoint=f"nbdbackup.{made:%Y%m}.{number}" if level is not Level.DIFF else "",
                 chain=f"c{made:%Y%m}",
             )  # fmt: skip
@@ -416,3 +418,123 @@ def test_a_set_of_the_peer_is_left_alone(house: House, tmp_path: Path) -> None:
     house.rules("daily: 2")
     assert "holds no restore points of ours" in house.run("prune", path, code=50)
     assert files(path) == {"vda.full.data"}
+
+
+# -- sets that are damaged, and one that has another name
+
+
+def spoil(path: Path) -> None:
+    """Flip a bit of the disk's first block."""
+    data = bytearray(path.read_bytes())
+    data[data.index(b"vda at")] ^= 1
+    path.write_bytes(data)
+
+
+def test_what_is_damaged_keeps_no_other_set(house: House) -> None:
+    """Damage that a merge meets is told when the rest is done; what is noted is no failure."""
+    january = house.nights("2026-01-20T02:00", 4)
+    february = house.nights("2026-02-01T02:00", 8)
+    house.rules("last: 6")
+    house.run("protect", house.home / "2026-01", "--point", january[1])
+    spoil(house.home / "2026-01/vda.inc.nbdbackup.202601.2.data")
+    said = house.run("prune", "vm1", "--force", code=40)
+    assert f"point={january[1]}" in said
+    assert house.left() == {"2026-01": january, "2026-02": february[2:]}
+    house.run("verify", house.home / "2026-02")
+    house.run("verify", house.home / "2026-01", code=40)
+    assert house.fates("vm1", "--force") == {
+        **dict.fromkeys(january[:2], "kept"),
+        **dict.fromkeys(january[2:], "removed"),
+        **dict.fromkeys(february[2:], "kept"),
+    }
+    assert house.left()["2026-01"] == january[:2]
+    reasons = json.loads(house.run("prune", "vm1", "-n", "--json"))["points"][0]["reasons"]
+    assert reasons == [f"needed by {january[1]}, which is damaged"]
+    # nothing leaves a set that lacks a file
+    (house.home / "2026-02" / f"vmconfig.{february[-1]}.xml").unlink()
+    house.rules("last: 4")
+    house.run("verify", house.home / "2026-02", code=40)
+    said = house.run("prune", "vm1", "--force", code=3)
+    assert "nothing is removed from it, since it is damaged" in said
+    assert house.left() == {"2026-01": january[:2], "2026-02": february[2:]}
+
+
+@pytest.mark.parametrize("lost", ["generation", "points.1"])
+def test_a_set_whose_manifests_are_lost_is_damaged_not_empty(house: House, lost: str) -> None:
+    """A run begins another set beside it, and a prune goes on with the others."""
+    house.nights("2026-01-20T02:00", 4)
+    february = house.nights("2026-02-01T02:00", 4)
+    house.rules("last: 6")
+    house.run("prune", "vm1")
+    path = house.home / "2026-01" / lost
+    if path.is_dir():
+        path.rename(house.root / "lost")
+    else:
+        path.write_bytes(b"")
+    before = chains.tree(path.parent)
+    house.rules("last: 3")
+    assert "removed from it, since it is damaged: " in house.run("prune", "vm1", code=3)
+    assert SetDirectory.open(house.home / "2026-02").load().points[0].id == february[1]
+    assert chains.tree(path.parent) == before
+    assert "director" in house.run("verify", path.parent, code=40)
+    (house.home / "2026-02").rename(house.root / "away")
+    planned = next_run(house.home, points.UUID, LevelPolicy(), NOW)
+    assert (planned.directory, planned.is_new) == ("2026-02", True)
+
+
+def test_a_link_to_a_set_is_no_other_set(house: House) -> None:
+    idents = house.nights("2026-02-01T02:00", 4)
+    (house.home / "latest").symlink_to("2026-02")
+    house.rules("last: 3")
+    assert house.fates("vm1") == {idents[0]: idents[1], **dict.fromkeys(idents[1:], "kept")}
+
+
+def test_a_note_of_no_time_is_passed_over(house: House) -> None:
+    idents = house.nights("2026-02-01T02:00", 3)
+    house.run("verify", house.home / "2026-02")
+    note = house.home / "2026-02" / layout.verified(idents[0])
+    told = json.loads(note.read_text())
+    note.write_text(json.dumps(told | {"verified": "0001-01-01T00:00:00+23:00"}))
+    house.rules("last: 2")
+    assert "is no time in UTC" in house.run("prune", "vm1", code=3)
+    assert house.left() == {"2026-02": idents[1:]}
+
+
+# -- the timer
+
+
+def test_a_timer_of_a_domain_that_was_not_saved_yet(house: House) -> None:
+    """A name that is mistyped at a terminal is an error, and so is a repository that is away."""
+    house.rules("last: 2")
+    assert "nothing was removed" in house.run("prune", "--scheduled", "vm1")
+    house.home.mkdir(parents=True)
+    assert "nothing was removed" in house.run("prune", "--scheduled", "vm1")
+    for name in ("vm1", "vm"):
+        house.run("prune", name, code=50)
+    (house.root / "config/nbdbackup.yaml").write_text(
+        f"repository: {{path: {house.repository}, marker: here}}\nretention: {{last: 2}}\n"
+    )
+    assert "marker" in house.run("prune", "--scheduled", "vm1", code=50)
+    for words in (["--all"], [house.home]):
+        assert "takes the name of a domain" in house.run("prune", "--scheduled", *words, code=2)
+
+
+def test_a_timer_of_a_name_that_two_domains_have_had(house: House) -> None:
+    older = house.nights("2026-01-20T02:00", 3)
+    (house.home).rename(house.repository / "aside")
+    other = "0f0f0f0f-9d0f-4a8e-8a5e-0f2a3f9b1c77"
+    newer = [house.save(f"2026-02-0{day}T02:00", uuid=other) for day in (1, 2, 3)]
+    house.home.rename(house.repository / f"vm1@{other[:8]}")
+    (house.repository / "aside").rename(house.home)
+    house.rules("last: 2")
+    assert "means more than one domain" in house.run("prune", "vm1", code=2)
+    house.run("prune", "--scheduled", "vm1")
+    assert house.left() == {"2026-01": older[1:]}
+    home, house.home = house.home, house.repository / f"vm1@{other[:8]}"
+    assert house.left() == {"2026-02": newer[1:]}
+    # one that can't be read keeps only what has its name
+    (home / "2026-01/logs").symlink_to("/")
+    house.home = house.repository / "vm9"
+    idents = house.nights("2026-02-01T02:00", 3)
+    assert "is a symbolic link" in house.run("prune", "--all", code=50)
+    assert house.left() == {"2026-02": idents[1:]}

@@ -44,7 +44,7 @@ REPORTS: Final = {
     "prune": [
         ("ops/retention/prune.py", "to_json"),
         ("ops/retention/history.py", "to_json"),
-        ("app/verbs/prune.py", "_all"),
+        ("app/verbs/prune.py", "_each"),
     ],
     "protect": [("app/verbs/protect.py", "run_protect"), ("repo/protected.py", "to_json")],
     "unprotect": [("app/verbs/protect.py", "run_unprotect")],

@@ -1,5 +1,6 @@
 """``nbdbackupctl prune``."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ def register(verbs: Registry) -> None:
     parser.add_argument("source", metavar="SOURCE", nargs="?", type=Path, help=named.HELP)
     parser.add_argument("--all", action="store_true", help="each domain of the repository")
     parser.add_argument(
+        "--scheduled",
+        action="store_true",
+        help="as the timer does: each domain that was saved under this name; none is no error",
+    )
+    parser.add_argument(
         "-n", "--dry-run", action="store_true", help="only show each point, and what keeps it"
     )
     parser.add_argument(
@@ -57,27 +63,38 @@ def run(args: Arguments, context: Context) -> int:
     """
     if args.all == (args.source is not None):
         raise UsageError("give the name of a domain, the path of a set, or --all")
-    if args.all:
-        return _all(args, context)
+    if args.scheduled and (args.all or os.sep in str(args.source)):
+        raise UsageError("--scheduled takes the name of a domain")
+    if args.all or args.scheduled:
+        return _each(args, context)
     report = _one(args.source, named.domain_of(args.source, context), args, context)
     context.show(report.to_json(), render(report))
     return WARNED if report.warnings else 0
 
 
-def _all(args: Arguments, context: Context) -> int:
+def _each(args: Arguments, context: Context) -> int:
     documents: list[dict[str, Any]] = []
-    texts, codes = [], []
-    for domain in lookup.every(named.repositories(context)):
+    texts: list[str] = []
+    codes: list[int] = []
+
+    def tell(err: NbdbackupError) -> None:
+        streams.complain(" ".join(str(err).split()))
+        codes.append(err.exit_code)
+
+    if args.all:
+        domains = lookup.every(named.repositories(context), tell=tell)
+    else:
+        domains = named.domains_of(str(args.source), context)
+    for domain in domains:
         try:
             report = _one(domain.directory, domain, args, context)
         except NbdbackupError as err:
-            streams.complain(" ".join(str(err).split()))
-            codes.append(err.exit_code)
+            tell(err)
             continue
         codes += [WARNED] * bool(report.warnings)
         documents.append(report.to_json())
         texts.append(render(report))
-    context.show(versioned(domains=documents), "\n\n".join(texts) or "no domain has sets")
+    context.show(versioned(domains=documents), "\n\n".join(texts) or "nothing was removed")
     return next((code for code in codes if code != WARNED), WARNED if codes else 0)
 
 

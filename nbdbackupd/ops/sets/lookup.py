@@ -1,13 +1,13 @@
 """Sets by the name of their domain: where they are in the repositories, and which one is meant."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from nbdbackupd import plain
-from nbdbackupd.errors import FormatError, RepositoryError, UsageError
+from nbdbackupd.errors import FormatError, NbdbackupError, RepositoryError, UsageError
 from nbdbackupd.model.choice import NEWEST, Choice
 from nbdbackupd.model.domain import is_uuid
 from nbdbackupd.ops.sets.homes import MARK, homes_in, label_of, owner
@@ -63,17 +63,41 @@ def find(name: str, repositories: Sequence[Path]) -> DomainSets:
     return _together(name, found)
 
 
-def every(repositories: Sequence[Path]) -> tuple[DomainSets, ...]:
+def every(
+    repositories: Sequence[Path], *, tell: Callable[[NbdbackupError], None] | None = None
+) -> tuple[DomainSets, ...]:
     """The sets of each domain that has points in the repositories.
 
-    Raises RepositoryError if a repository can't be read.
+    With ``tell`` domains that can't be read are left out, each with a call; else, and for a
+    repository, raises RepositoryError.
     """
-    found: dict[tuple[Path, str, str], list[_Found]] = {}
+    found, broken = [], set[tuple[Path, str]]()
     for repository in repositories:
         for home in homes_in(repository):
-            for each in _split(home):
-                found.setdefault((repository, each.label, each.uuid), []).append(each)
-    return tuple(_together(_name(key[1]), each) for key, each in found.items() if key[2])
+            try:
+                found += _split(home)
+            except RepositoryError as err:
+                if tell is None:
+                    raise
+                tell(err)
+                # what lies beside it under the same name may be older
+                broken |= {(repository, home.name), (repository, home.name.rpartition(MARK)[0])}
+    return _joined(each for each in found if (each.home.parent, each.label) not in broken)
+
+
+def of_name(name: str, repositories: Sequence[Path]) -> tuple[DomainSets, ...]:
+    """The sets of each domain that has points under a name; none if nothing was saved.
+
+    Raises RepositoryError if they can't be read.
+    """
+    return _joined(_named(name, [home for each in repositories for home in homes_in(each)]))
+
+
+def _joined(found: Iterable["_Found"]) -> tuple[DomainSets, ...]:
+    domains: dict[tuple[Path, str, str], list[_Found]] = {}
+    for each in found:
+        domains.setdefault((each.home.parent, each.label, each.uuid), []).append(each)
+    return tuple(_together(_name(key[1]), each) for key, each in domains.items() if key[2])
 
 
 def every_set(repositories: Sequence[Path]) -> tuple[Path, ...]:
