@@ -49,8 +49,8 @@ class Protection:
         """What follows "protected": until when, and why."""
         if self.damage:
             return f"by a note that can't be read ({self.damage}); 'unprotect' removes it"
-        until = f"until {local_time(self.until)}" if self.until else ""
-        return ": ".join(filter(None, (until, self.note)))
+        until = f"until {local_time(self.until)}" if self.until else "for good"
+        return f"{until}: {self.note}" if self.note else until
 
     def to_json(self) -> dict[str, Any]:
         """The protection as a JSON object."""

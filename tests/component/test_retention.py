@@ -58,7 +58,7 @@ def test_a_point_is_protected_and_listed(chain: Path, capsys: pytest.CaptureFixt
     assert names == ["point-protected", "point-protected"]
     said = capsys.readouterr().out
     assert "p2 is protected until 2026-12-31 23:59:59 UTC: before the upgrade\n" in said
-    assert "p3 is protected\n" in said
+    assert "p3 is protected for good\n" in said
     assert command("list", chain) == 0
     assert "protected until 2026-12-31 23:59:59 UTC: before the up" in capsys.readouterr().out
     assert command("list", "--json", chain) == 0
@@ -246,7 +246,7 @@ def test_what_keeps_each_point_is_told(house: House) -> None:
     lines = {line.split()[0]: line for line in said.splitlines() if line.startswith("2026")}
     assert lines[idents[0]].endswith(f"  merged into {idents[1]}")
     assert "  kept " in lines[idents[1]]
-    assert lines[idents[1]].endswith("  protected for the audit")
+    assert lines[idents[1]].endswith("  protected for good: for the audit")
     assert lines[idents[2]].endswith(f"  merged into {idents[3]}")
     assert lines[idents[4]].endswith("  daily 2026-02-05")
     assert lines[idents[5]].endswith("  the next increment starts from it, last, newest")

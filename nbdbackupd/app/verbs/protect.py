@@ -64,7 +64,7 @@ def run_protect(args: Arguments, context: Context) -> int:
     made = protect.protect(request)
     context.show(
         versioned(set=str(request.path), protection=made.to_json()),
-        f"point {made.point} is protected {made.text}".rstrip(),
+        f"point {made.point} is protected {made.text}",
     )
     return 0
 

@@ -120,6 +120,6 @@ def _check_stays(request: HandRequest, removal: Removal) -> None:
     for ident, protection in protected.read(request.path, removal.gone).items():
         if protection.holds(request.now):
             raise RepositoryError(
-                f"restore point {ident} is protected {protection.text}".rstrip()
-                + ": 'nbdbackupctl unprotect' comes first"
+                f"restore point {ident} is protected {protection.text}; 'nbdbackupctl unprotect' "
+                f"comes first"
             )

@@ -213,7 +213,7 @@ def _facts(
 ) -> list[PointFacts]:
     points = found.known.points
     notes = protected.read(found.path, [point.id for point in points])
-    held = {ident: note.text or "for good" for ident, note in notes.items() if note.holds(now)}
+    held = {ident: note.text for ident, note in notes.items() if note.holds(now)}
     states = soundness(found.known, proofs)
     head = found.known.head if is_live else None
 

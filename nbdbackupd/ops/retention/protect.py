@@ -53,7 +53,7 @@ def protect(request: ProtectRequest) -> Protection:
             note=request.note,
         )
         protected.write(request.path, made)
-        events.emit(log, events.POINT_PROTECTED, point=point.id, reason=made.text or "for good")
+        events.emit(log, events.POINT_PROTECTED, point=point.id, reason=made.text)
     return made
 
 

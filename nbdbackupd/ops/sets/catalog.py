@@ -230,7 +230,7 @@ def render_list(report: ListReport) -> str:
             how = "came up" if test.passed else f"did not come up: {test.reason}"
             lines.append(f"{indent}booted {local_time(test.tested)}: {plain.line(how)}")
         if protection := report.protections.get(point.id):
-            lines.append(f"{indent}protected {plain.line(protection.text)}".rstrip())
+            lines.append(f"{indent}protected {plain.line(protection.text)}")
     lines += [f"! {plain.line(warning)}" for warning in report.warnings]
     return "\n".join(lines)
 
