@@ -41,6 +41,14 @@ def current(root: Path) -> int:
     return int(digits)
 
 
+def switched(root: Path) -> float:
+    """When points last left a set, in seconds since 1970; 0.0 if none ever did."""
+    try:
+        return (root / layout.GENERATION).lstat().st_mtime
+    except OSError:
+        return 0.0
+
+
 def directory(root: Path) -> Path:
     """The directory of the manifests, which may be missing. Raises as ``current``."""
     return root / layout.points(current(root))

@@ -306,6 +306,8 @@ def remove_empty(root: Path, domain: str) -> bool:
             shutil.rmtree(root / name)
     _unlink(root / layout.checkpoint_list(domain))
     _unlink(root / layout.READING)
+    if (root / layout.SPARE).is_dir() and not (root / layout.SPARE).is_symlink():
+        _drop_stage(root / layout.SPARE)
     mine = {
         layout.GENERATION,
         layout.LOCK,

@@ -322,6 +322,16 @@ class SetDirectory:
         kept = {name for point in self.load().points for name in all_names(point)}
         return removing.sweep(self.path, kept)
 
+    def remove_empty(self, domain: str) -> bool:
+        """Remove the set after its last point has left; needs the lock.
+
+        What dead runs left goes, too: no run goes on with it. False if it holds what is of others.
+        Raises as ``sweep``, and RepositoryError.
+        """
+        self.sweep()
+        with durable.translate_os_errors("remove", self.path):
+            return removing.remove_empty(self.path, domain)
+
     def begun_for(self) -> list[str]:
         """The UUIDs of domains for which somebody has begun a point, alive or dead; no lock."""
         return [each.intent.uuid for each in self._read_leftovers() if each.intent is not None]

@@ -1,6 +1,7 @@
 """Retention with real sets: what is protected, what a prune takes, and what it leaves alone."""
 
 import json
+import os
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -289,6 +290,28 @@ def test_what_stops_a_prune(house: House, dry: bool) -> None:
     assert chains.tree(house.home) == ahead
 
 
+def test_runs_of_each_hour_and_rules_of_days(house: House) -> None:
+    """Once a person has begun, a timer goes on; rules that take what it had kept stop it."""
+    house.nights("2026-02-01T02:00", 8)
+    first = datetime.fromisoformat("2026-02-09T00:00")
+    for hour in range(12):
+        house.save(f"{first + timedelta(hours=2 * hour):%Y-%m-%dT%H:%M}")
+    house.rules("daily: 4")
+    assert "more than half" in house.run("prune", "vm1", code=50)
+    house.run("prune", "vm1", "--force")
+    first += timedelta(days=1)
+    ids = [house.save(f"{first + timedelta(hours=1 + hour):%Y-%m-%dT%H:%M}") for hour in range(10)]
+    # the last removal was on the evening before
+    os.utime(
+        house.home / "2026-02" / layout.GENERATION, (first.replace(tzinfo=UTC).timestamp(),) * 2
+    )
+    house.rules("last: 1")
+    assert "13 of 14 points would go at once, more than half" in house.run("prune", "vm1", code=50)
+    house.rules("daily: 4")
+    assert house.run("prune", "vm1").splitlines()[-1].startswith("vm1: 10 points went, 4 stay, ")
+    assert house.left()["2026-02"][-1] == ids[-1]
+
+
 def test_a_damaged_set_keeps_all(house: House) -> None:
     january = house.nights("2026-01-01T02:00", 4)
     february = house.nights("2026-02-01T02:00", 4)
@@ -389,6 +412,24 @@ def test_an_older_set_that_is_read_goes_later(house: House) -> None:
         assert "still being read" in house.run("prune", "vm1", code=3)
         assert files(house.home / "2026-01", suffix=".data")
     house.run("prune", "vm1")
+    assert house.left() == {"2026-02": february}
+
+
+def test_what_a_dead_run_left_goes_with_its_set(house: House) -> None:
+    """The next run has begun another set, and never comes to sweep the old one."""
+    house.nights("2026-01-30T02:00", 2)
+    february = house.nights("2026-02-01T02:00", 4)
+    old = house.home / "2026-01"
+    for name in (".draft-dead", layout.SPARE):
+        (old / name).mkdir()
+        (old / name / layout.INTENT).write_bytes(chains.intent_for(3).pack())
+    (old / ".draft-dead/vda.inc.data").write_bytes(b"x" * 4096)
+    # the end of this one was cut short
+    (house.home / "2025-12/points.1").mkdir(parents=True)
+    (house.home / "2025-12" / layout.GENERATION).write_text("1\n")
+    house.rules("daily: 4")
+    house.run("prune", "vm1")
+    assert [path.name for path in house.home.iterdir()] == ["2026-02"]
     assert house.left() == {"2026-02": february}
 
 

@@ -137,8 +137,7 @@ def apply_removal(
     cleaned = set_dir.sweep_removals()
     is_gone = False
     if not points and not cleaned.reason:
-        with durable.translate_os_errors("remove", set_dir.path):
-            is_gone = removing.remove_empty(set_dir.path, known.points[0].domain)
+        is_gone = set_dir.remove_empty(known.points[0].domain)
     _tell(removal, cleaned)
     return RemovalReport(
         path=set_dir.path,

@@ -18,20 +18,26 @@ from nbdbackupd.model.space import own_bytes
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.ops.removal.live import live_sets
 from nbdbackupd.ops.sets.sets import DomainSet
-from nbdbackupd.repo import protected, verified
+from nbdbackupd.repo import generation, protected, verified
 
 log = logging.getLogger(__name__)
 BASE: Final = "the next increment starts from it"
+FRESH_SECONDS: Final = 2 * 86400.0
+"""A timer prunes each day; what is older than this should have been judged by it."""
 UNCLEAR: Final = "its set is damaged: 'nbdbackupctl verify' tells more"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
-    """What retention wants of a domain's sets: the decision, and what that means for each set."""
+    """What retention wants of a domain's sets: the decision, and what that means for each set.
+
+    ``fresh``: ids of points that no prune has judged before.
+    """
 
     sets: tuple[DomainSet, ...]
     decision: Decision
     removals: Mapping[Path, Removal]
+    fresh: frozenset[str] = frozenset()
 
     @property
     def gone(self) -> int:
@@ -45,8 +51,13 @@ class Judgement:
 
     @property
     def is_drastic(self) -> bool:
-        """Whether more than half of all points would leave at once."""
-        return 2 * self.gone > self.total
+        """Whether more than half of all points would leave at once, and of those judged before.
+
+        Runs of each hour make more points in a day than rules of days keep in all.
+        """
+        older = self.total - len(self.fresh)
+        gone = self.gone - sum(len(each.gone & self.fresh) for each in self.removals.values())
+        return 2 * self.gone > self.total and 2 * gone > older
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,7 +194,16 @@ def judge(
             removals[each.path] = plan_removal(
                 each.known, doomed, live=each.path in live, damaged=damaged
             )
-    return Judgement(sets=tuple(sets), decision=decision, removals=removals)
+    return Judgement(
+        sets=tuple(sets), decision=decision, removals=removals, fresh=_fresh(sets, facts, now)
+    )
+
+
+def _fresh(sets: Sequence[DomainSet], facts: Sequence[PointFacts], now: datetime) -> frozenset[str]:
+    """The points of the last two days that are newer than the last removal; none without one."""
+    last = max((generation.switched(each.path) for each in sets), default=0.0)
+    begin = max(last, now.timestamp() - FRESH_SECONDS)
+    return frozenset(each.id for each in facts if last and each.created.timestamp() > begin)
 
 
 def verdicts(found: DomainSet, judged: Judgement) -> list[Verdict]:

@@ -21,7 +21,7 @@ from nbdbackupd.ops.retention import history
 from nbdbackupd.ops.retention.history import Judgement, Verdict
 from nbdbackupd.ops.sets.sets import DomainSet, read_set
 from nbdbackupd.plain import versioned
-from nbdbackupd.repo import removing, verified
+from nbdbackupd.repo import generation, removing, verified
 from nbdbackupd.repo.set_directory import SetDirectory
 
 log = logging.getLogger(__name__)
@@ -104,11 +104,7 @@ def prune(
     uuid = next((each.uuid for each in request.sets if each.uuid), "")
     with runlog.context(DOMAIN=request.domain, UUID=uuid):
         _refuse(judged, request)
-        cut = [
-            each.path
-            for each in request.sets
-            if not each.problems and each.path.is_dir() and removing.unfinished(each.path)
-        ]
+        cut = [each.path for each in request.sets if _is_cut(each)]
         if not judged.removals and not cut:
             return _report(request, judged)
         with _locked(request, uuid, {*judged.removals, *cut}, cancelled) as opened:
@@ -127,6 +123,14 @@ def prune(
             reason=f"{report.gone} points were removed, {kept} stay",
         )
     return report
+
+
+def _is_cut(found: DomainSet) -> bool:
+    """Whether a removal from a set, or that of the set itself, was cut short."""
+    if found.problems or not found.path.is_dir():
+        return False
+    is_emptied = not found.known.points and generation.current(found.path) > 0
+    return is_emptied or bool(removing.unfinished(found.path))
 
 
 def _judge(
@@ -185,8 +189,7 @@ def _locked(
             left = set_dir.sweep_removals()
             if set_dir.is_empty and not left.reason:
                 # all points had left, and somebody was reading
-                with durable.translate_os_errors("remove", set_dir.path):
-                    removing.remove_empty(set_dir.path, request.domain)
+                set_dir.remove_empty(request.domain)
         yield opened
 
 
