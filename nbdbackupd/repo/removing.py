@@ -70,7 +70,12 @@ class Intent:
 
 def _is_file(name: str) -> bool:
     base = name.removeprefix(f"{layout.CHECKPOINTS}/")
-    return bool(base) and "/" not in base and "\0" not in base and not base.startswith(".")
+    return (
+        base not in {"", layout.GENERATION}
+        and "/" not in base
+        and "\0" not in base
+        and not base.startswith(".")
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -321,6 +326,8 @@ def remove_empty(root: Path, domain: str) -> bool:
             (root / layout.points(number)).rmdir()
     _unlink(root / layout.GENERATION)
     _unlink(root / layout.LOCK)
-    root.rmdir()
-    durable.fsync_directory(root.parent)
+    # moved elsewhere, it may be behind a link
+    real = root.resolve()
+    real.rmdir()
+    durable.fsync_directory(real.parent)
     return True

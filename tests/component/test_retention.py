@@ -12,10 +12,11 @@ import pytest
 from nbdbackupd import durable, rundir
 from nbdbackupd.app import context as app_context
 from nbdbackupd.app import ctl
-from nbdbackupd.errors import BusyError, Interrupted, RepositoryError
+from nbdbackupd.errors import BusyError, Interrupted, NoSpaceError, RepositoryError
 from nbdbackupd.model.chain import Consistency, Level
 from nbdbackupd.model.policy import LevelPolicy
 from nbdbackupd.model.retention import Rules
+from nbdbackupd.ops.removal import apply
 from nbdbackupd.ops.retention import prune
 from nbdbackupd.ops.sets.sets import next_run, sets_of
 from nbdbackupd.repo import layout, protected, reading
@@ -526,8 +527,40 @@ def test_a_set_whose_manifests_are_lost_is_damaged_not_empty(house: House, lost:
 def test_a_link_to_a_set_is_no_other_set(house: House) -> None:
     idents = house.nights("2026-02-01T02:00", 4)
     (house.home / "latest").symlink_to("2026-02")
+    (house.home / "loop").symlink_to("loop")
     house.rules("last: 3")
+    house.run("prune", house.home / "loop", code=50)
+    assert house.fates(house.home / "latest", "-n") == house.fates("vm1", "-n")
     assert house.fates("vm1") == {idents[0]: idents[1], **dict.fromkeys(idents[1:], "kept")}
+
+
+def test_a_set_that_was_moved_elsewhere_goes_behind_its_link(house: House) -> None:
+    house.nights("2026-01-30T02:00", 2)
+    february = house.nights("2026-02-01T02:00", 4)
+    away = house.root / "away"
+    (house.home / "2026-01").rename(away)
+    (house.home / "2026-01").symlink_to(away)
+    house.rules("last: 4")
+    house.run("prune", "vm1")
+    assert not away.exists()
+    assert house.fates("vm1") == dict.fromkeys(february, "kept")
+
+
+def test_what_gives_room_goes_where_nothing_can_be_merged(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    january = house.nights("2026-01-20T02:00", 5)
+    february = house.nights("2026-02-01T02:00", 4)
+    house.rules("last: 3")
+    house.run("protect", house.home / "2026-01", "--point", january[2])
+    with monkeypatch.context() as patch:
+        patch.setattr(apply, "SPARE", 1 << 60)
+        assert "merging needs up to" in house.run(
+            "prune", "vm1", "--force", code=NoSpaceError.exit_code
+        )
+    assert house.left() == {"2026-01": january[:3], "2026-02": february}
+    house.run("prune", "vm1", "--force")
+    assert house.left() == {"2026-01": january[2:3], "2026-02": february[1:]}
 
 
 def test_a_note_of_no_time_is_passed_over(house: House) -> None:

@@ -76,6 +76,7 @@ def test_no_lock_is_made_where_no_set_is(tmp_path: Path) -> None:
         '{"adds": ["../x"], "removes": [], "gone": []}',
         '{"adds": [], "removes": ["a/b"], "gone": []}',
         '{"adds": [], "removes": [".lock"], "gone": []}',
+        '{"adds": [], "removes": ["generation"], "gone": []}',
         '{"adds": [], "removes": [3], "gone": []}',
         '{"adds": [], "removes": [], "gone": [""]}',
     ],

@@ -13,8 +13,15 @@ from typing import Any, Final
 
 from nbdbackupd import __version__, durable, events, rundir
 from nbdbackupd import log as runlog
-from nbdbackupd.errors import ChainBrokenError, FormatError, NbdbackupError, RepositoryError
+from nbdbackupd.errors import (
+    ChainBrokenError,
+    FormatError,
+    NbdbackupError,
+    NoSpaceError,
+    RepositoryError,
+)
 from nbdbackupd.model.domain import is_uuid
+from nbdbackupd.model.removal import Removal
 from nbdbackupd.model.retention import Rules
 from nbdbackupd.ops.removal.apply import RemovalReport, RemovalRequest, apply_removal
 from nbdbackupd.ops.retention import history
@@ -95,7 +102,8 @@ def prune(
 
     ``progress`` gets disk, position and size of a stream that is made. Raises RepositoryError if
     nothing may be removed, BusyError, and what a removal raises; each set is then what it was, or
-    what it is to be. Damage that no verification has noted is raised when all other sets are done.
+    what it is to be. Want of space, and damage that no verification has noted, are raised when all
+    else is done.
     """
     begun = time.monotonic()
     judged = _judge(request, request.sets)
@@ -200,14 +208,20 @@ def _apply_all(
     progress: Progress,
     cancelled: Callable[[], None],
 ) -> tuple[list[RemovalReport], dict[Path, str]]:
-    """What was done, and what kept it from being done in sets that are known to be damaged."""
+    """What was done, and what kept it from being done in sets that are known to be damaged.
+
+    What only gives room comes first. Where a merge finds none, what is dropped goes all the same.
+    """
     done, failed = [], {}
     first: NbdbackupError | None = None
-    for path, set_dir in opened.items():
-        if path not in judged.removals:
-            continue
+    act = functools.partial(_apply, judged, request, progress=progress, cancelled=cancelled)
+    for path, removal in sorted(judged.removals.items(), key=lambda each: bool(each[1].merges)):
+        set_dir = opened[path]
         try:
-            done.append(_apply(set_dir, judged, request, progress, cancelled))
+            done.append(act(set_dir, removal))
+        except NoSpaceError as err:
+            first = first or err
+            done.append(act(set_dir, replace(removal, merges=())))
         except (FormatError, ChainBrokenError) as err:
             proofs = verified.read(path, set_dir.load())
             if any(each.damage for each in proofs.values()):
@@ -220,9 +234,11 @@ def _apply_all(
 
 
 def _apply(
-    set_dir: SetDirectory,
     judged: Judgement,
     request: PruneRequest,
+    set_dir: SetDirectory,
+    removal: Removal,
+    *,
     progress: Progress,
     cancelled: Callable[[], None],
 ) -> RemovalReport:
@@ -232,7 +248,6 @@ def _apply(
         bandwidth=request.bandwidth,
     )
     known = next(each.known for each in judged.sets if each.path == set_dir.path)
-    removal = judged.removals[set_dir.path]
     with runlog.context(SET=set_dir.path):
         return apply_removal(set_dir, known, removal, how, progress=progress, cancelled=cancelled)
 

@@ -1,5 +1,6 @@
 """What a prune is about: the sets of a domain, its rules, and whether its repository is there."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def request(path: Path, domain: DomainSets | None, host: Host, **more: Any) -> P
         settings = history.settings_of(newest, host)
         mounted.check(settings)
     else:
-        found = read_set(path.absolute())
+        # a link in the domain's directory is another name of a set
+        found = read_set(Path(os.path.realpath(path)))
         newest, home, sets = _newest((found,), found.path), found.path, (found,)
         settings = history.settings_of(newest, host)
         point = newest.known.newest
