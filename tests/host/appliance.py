@@ -89,7 +89,9 @@ class Appliance:
     def points(self, name: str) -> list[dict[str, Any]]:
         """Return the points of a domain, of all sets, oldest first."""
         done = self.host.call("nbdbackupctl", "list", "--json", "--", name)
-        if b"neither a directory nor a domain with sets" in done.stderr:
+        # a repository is made by the first run
+        none = (b"neither a directory nor a domain with sets", b"there is no repository")
+        if any(each in done.stderr for each in none):
             return []
         assert done.returncode == 0, done
         return [point for each in json.loads(done.stdout)["sets"] for point in each["points"]]
