@@ -18,6 +18,7 @@ from nbdbackupd.model.policy import LevelPolicy
 from nbdbackupd.model.retention import Rules
 from nbdbackupd.ops.removal import apply
 from nbdbackupd.ops.retention import prune
+from nbdbackupd.ops.sets.homes import home_of
 from nbdbackupd.ops.sets.sets import next_run, sets_of
 from nbdbackupd.repo import layout, protected, reading
 from nbdbackupd.repo.protected import Protection
@@ -520,8 +521,18 @@ def test_a_set_whose_manifests_are_lost_is_damaged_not_empty(house: House, lost:
     assert chains.tree(path.parent) == before
     assert "director" in house.run("verify", path.parent, code=40)
     (house.home / "2026-02").rename(house.root / "away")
+    assert home_of(house.repository, "vm1", points.UUID) == house.home
     planned = next_run(house.home, points.UUID, LevelPolicy(), NOW)
     assert (planned.directory, planned.is_new) == ("2026-02", True)
+    # now it is the only one
+    assert "no sound restore points" in house.run("list", "vm1", code=40)
+    for verb in (["prune"], ["prune", "--scheduled"], ["verify", "--older-than", "1d"]):
+        assert "director" in house.run(*verb, "vm1", code=40)
+    for source in ("vm1", path.parent):
+        code = 50 if source == "vm1" else 40
+        out = house.root / "out"
+        said = house.run("restore", source, "--point", february[0], "-o", out, code=code)
+        assert "director" in said
 
 
 def test_a_link_to_a_set_is_no_other_set(house: House) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdbackupd.config.schema import DomainSettings
-from nbdbackupd.errors import RepositoryError
+from nbdbackupd.errors import IntegrityError, RepositoryError
 from nbdbackupd.model.host import Host
 from nbdbackupd.ops.domain import mounted
 from nbdbackupd.ops.retention import history
@@ -66,6 +66,8 @@ def _newest(sets: tuple[DomainSet, ...], place: Path) -> DomainSet:
     newest = history.newest_of(sets)
     if newest is not None:
         return newest
+    if problems := [line for each in sets for line in each.problems]:
+        raise IntegrityError(f"{place} holds no sound restore point: {problems[0]}")
     raise RepositoryError(
         f"{place} holds no restore points of ours; 'nbdbackupctl import' takes over those of "
         f"virtnbdbackup"

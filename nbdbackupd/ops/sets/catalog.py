@@ -202,7 +202,8 @@ def _open(path: Path, *, sound: bool = False) -> opened.OpenedSet:
 def render_list(report: ListReport) -> str:
     """A table: a line for each point, below it one for each disk, then its warnings."""
     if not report.points:
-        return f"{plain.line(str(report.path))}: no restore points yet"
+        none = "no sound restore points" if report.problems else "no restore points yet"
+        return f"{plain.line(str(report.path))}: {none}"
     names = sorted({point.domain for point in report.points})
     sizes = own_bytes(report.points)
     total = human_size(sum(sizes.values()))

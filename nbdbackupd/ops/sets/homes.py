@@ -39,7 +39,13 @@ def owner(sets: tuple[DomainSet, ...]) -> str:
     points = [point for each in sets for point in each.known.points]
     if points:
         return min(points, key=lambda point: point.created).uuid
-    begun = [uuid for each in sets for uuid in SetDirectory.open(each.path).begun_for()]
+    # of a set whose manifests are lost nobody can tell what was only begun
+    begun = [
+        uuid
+        for each in sets
+        if not each.problems
+        for uuid in SetDirectory.open(each.path).begun_for()
+    ]
     return begun[0] if begun else ""
 
 

@@ -37,6 +37,8 @@ class DomainSets:
             sets = "1 set" if len(self.sets) == 1 else f"{len(self.sets)} sets"
             where = f"domain {self.name}, {sets} in {self.directory}"
             err.message = f"{where}: {err.message}"
+            if problems := [line for each in self.sets for line in each.problems]:
+                err.message += f"; damaged: {problems[0]}"
             raise
         return next(each.path for each in reversed(self.sets) if point in each.known.points)
 
@@ -66,7 +68,7 @@ def find(name: str, repositories: Sequence[Path]) -> DomainSets:
 def every(
     repositories: Sequence[Path], *, tell: Callable[[NbdbackupError], None] | None = None
 ) -> tuple[DomainSets, ...]:
-    """The sets of each domain that has points in the repositories.
+    """The sets of each domain that has points in the repositories, be they damaged.
 
     With ``tell`` domains that can't be read are left out, each with a call; else, and for a
     repository, raises RepositoryError.
@@ -86,7 +88,7 @@ def every(
 
 
 def of_name(name: str, repositories: Sequence[Path]) -> tuple[DomainSets, ...]:
-    """The sets of each domain that has points under a name; none if nothing was saved.
+    """The sets of each domain that has points under a name, be they damaged; or none.
 
     Raises RepositoryError if they can't be read.
     """
@@ -97,7 +99,11 @@ def _joined(found: Iterable["_Found"]) -> tuple[DomainSets, ...]:
     domains: dict[tuple[Path, str, str], list[_Found]] = {}
     for each in found:
         domains.setdefault((each.home.parent, each.label, each.uuid), []).append(each)
-    return tuple(_together(_name(key[1]), each) for key, each in domains.items() if key[2])
+    return tuple(
+        _together(_name(key[1]), some)
+        for key, some in domains.items()
+        if key[2] or any(one.problems for each in some for one in each.sets)
+    )
 
 
 def every_set(repositories: Sequence[Path]) -> tuple[Path, ...]:

@@ -129,6 +129,8 @@ def open_point(path: Path, choice: Choice) -> tuple[OpenedSet, RestorePoint]:
             err.message += "; 'nbdbackupctl list' shows the sound points, --point chooses one"
             raise
         given = open_set(path, sound=True, keep=True)
+        if not given.known.points:
+            raise
     if not os.path.lexists(path):
         raise RepositoryError(f"there is no backup set at {path}: no such directory")
     if not given.known.points:
