@@ -66,8 +66,16 @@ def domains_of(name: str, context: Context) -> tuple[DomainSets, ...]:
 
 
 def repositories(context: Context) -> list[Path]:
-    """All repositories that the configuration names. Raises ConfigError."""
-    return _all_repositories(configured.read(context.host))
+    """All repositories that the configuration names.
+
+    Raises ConfigError, RepositoryError if that of the host is not mounted.
+    """
+    from nbdbackupd.config.settings import global_settings
+    from nbdbackupd.ops.domain import mounted
+
+    configuration = configured.read(context.host)
+    mounted.prove(global_settings(configuration))
+    return _all_repositories(configuration)
 
 
 def _all_repositories(configuration: "Configuration") -> list[Path]:

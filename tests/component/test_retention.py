@@ -454,6 +454,16 @@ def test_all_domains(house: House) -> None:
         assert "give the name of a domain" in house.run("prune", *words, code=2)
 
 
+def test_an_unmounted_repository_is_no_empty_one(house: House) -> None:
+    house.rules("daily: 2")
+    main = house.root / "config/nbdbackup.yaml"
+    text = main.read_text().replace("repository: {", f"repository: {{mount_point: {house.root}, ")
+    assert "mount_point" in text
+    main.write_text(text)
+    for words in (["prune", "--all"], ["verify", "--all"], ["list", "--sizes"]):
+        assert "nothing is mounted on" in house.run(*words, code=50)
+
+
 def test_a_set_of_the_peer_is_left_alone(house: House, tmp_path: Path) -> None:
     path = tmp_path / "peer"
     path.mkdir()

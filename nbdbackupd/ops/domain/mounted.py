@@ -23,7 +23,7 @@ def check(settings: DomainSettings) -> None:
     """
     try:
         check_shared(settings.repository_path, MOUNTS.read_text(errors="replace"))
-        _prove_mounted(settings)
+        prove(settings)
     except RepositoryError as err:
         events.emit(log, events.REPOSITORY_NOT_MOUNTED, reason=err)
         raise
@@ -32,7 +32,7 @@ def check(settings: DomainSettings) -> None:
 def why_absent(settings: DomainSettings) -> str:
     """Why the repository is not what it should be; empty if it is, as far as can be seen."""
     try:
-        _prove_mounted(settings)
+        prove(settings)
     except RepositoryError as err:
         return err.message
     path = settings.repository_path
@@ -54,7 +54,11 @@ def check_shared(path: Path, mounts: str) -> None:
             )
 
 
-def _prove_mounted(settings: DomainSettings) -> None:
+def prove(settings: DomainSettings) -> None:
+    """Prove that the repository is mounted, as far as the settings tell how to see that.
+
+    Raises RepositoryError.
+    """
     mount_point, marker = settings.repository_mount_point, settings.repository_marker
     if mount_point is not None and not os.path.ismount(mount_point):
         raise RepositoryError(
