@@ -14,7 +14,16 @@ ROOT = Path(__file__).parents[2]
 PYTHON = "/usr/bin/python3"
 SECONDS = 110.0
 WARNING = re.compile(r"^warning\b", re.MULTILINE)
-WITH_STATE = ("backup", "boot", "checkpoints", "merge", "remove", "restore", "verify")
+WITH_STATE = (
+    "backup",
+    "boot",
+    "checkpoints",
+    "merge",
+    "prune",
+    "remove",
+    "restore",
+    "verify",
+)
 WITH_SCRATCH = ("backup", "boot")
 
 
