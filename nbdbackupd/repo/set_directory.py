@@ -22,11 +22,11 @@ from nbdbackupd.errors import (
     IntegrityError,
     RepositoryError,
 )
-from nbdbackupd.files import open_untrusted
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import BackupSet, Layout, RestorePoint
 from nbdbackupd.repo import draft, generation, layout, reading, removing
 from nbdbackupd.repo.draft import Draft, Intent
+from nbdbackupd.repo.virtnbdbackup.storage import read_small
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class SetDirectory:
         """
         for file in point.files if point is not None else ():
             if file.role == CHECKPOINT_XML:
-                data = _read_small(self.file(file.name), manifest.MAX_SIZE)
+                data = read_small(self.file(file.name), manifest.MAX_SIZE)
                 # damaged, it is no XML either; whoever needs it has other ways
                 return data.decode(errors="replace")
         return ""
@@ -390,7 +390,7 @@ class SetDirectory:
         return generation.stable(self.path, generation.manifests) if self.exists else []
 
     def _load_point(self, path: Path) -> RestorePoint:
-        point = manifest.parse(_read_small(path, manifest.MAX_SIZE), path)
+        point = manifest.parse(read_small(path, manifest.MAX_SIZE), path)
         if not layout.is_same(path.name, layout.manifest(point.sequence, point.id)):
             raise IntegrityError(
                 "manifest has the name of another point", file=path, point=point.id
@@ -456,7 +456,7 @@ class SetDirectory:
             data = json.dumps(names).encode()
             path = self.file(layout.checkpoint_list(known.full.domain))
             with durable.translate_os_errors("write", path):
-                if not path.is_file() or _read_small(path, manifest.MAX_SIZE) != data:
+                if not path.is_file() or read_small(path, manifest.MAX_SIZE) != data:
                     _replace(path, data)
         except (RepositoryError, FormatError) as err:
             log.warning("the list of checkpoints is not written: %s", err)
@@ -484,25 +484,13 @@ def all_names(point: RestorePoint) -> list[str]:
     return [*manifest.file_names(point), *sums]
 
 
-def _read_small(path: Path, maximum: int) -> bytes:
-    """Read a regular file of bounded size; a pipe or a link in its place is refused."""
-    with (
-        durable.translate_os_errors("read", path),
-        os.fdopen(open_untrusted(path), "rb") as file,
-    ):
-        data = file.read(maximum + 1)
-    if len(data) > maximum:
-        raise IntegrityError(f"larger than {maximum} bytes", file=path)
-    return data
-
-
 def _read_leftover(path: Path, committed: list[str]) -> _Leftover:
     intent, names = None, frozenset[str]()
     try:
         if (path / layout.INTENT).exists():
-            intent = Intent.parse(_read_small(path / layout.INTENT, draft.MAX_INTENT))
+            intent = Intent.parse(read_small(path / layout.INTENT, draft.MAX_INTENT))
         if (path / layout.DRAFT_MANIFEST).exists():
-            data = _read_small(path / layout.DRAFT_MANIFEST, manifest.MAX_SIZE)
+            data = read_small(path / layout.DRAFT_MANIFEST, manifest.MAX_SIZE)
             names = frozenset(all_names(manifest.parse(data)))
     except FormatError as err:
         log.warning("%s is damaged, some of its traces may stay: %s", path, err)

@@ -10,7 +10,7 @@ from nbdbackupd.app import named, signals, streams, tables
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, seconds
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
-from nbdbackupd.errors import NbdbackupError, UsageError
+from nbdbackupd.errors import WARNED, NbdbackupError, UsageError
 from nbdbackupd.ops.retention import prune, scope
 from nbdbackupd.ops.retention.history import Verdict
 from nbdbackupd.ops.retention.prune import PruneReport
@@ -19,7 +19,6 @@ from nbdbackupd.ops.sets.lookup import DomainSets
 from nbdbackupd.plain import versioned
 from nbdbackupd.units import human_size, local_time
 
-WARNED = 3
 DESCRIPTION = """\
 Remove the restore points that no rule of the section retention of nbdbackup.yaml(5) wants. All
 sets of a domain are one history; what others still need is merged into them, or stays. Of a set
