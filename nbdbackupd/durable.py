@@ -8,7 +8,6 @@ import errno
 import fcntl
 import logging
 import os
-import secrets
 import stat
 import struct
 import time
@@ -208,7 +207,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
     Durable on return. Raises OSError; the temporary file is removed then.
     """
     # A random name of fixed length: the final name may already be as long as names can be.
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.urandom(8).hex()}")
     fd = create_exclusive(temporary, mode)
     try:
         try:

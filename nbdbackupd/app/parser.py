@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from nbdbackupd import __version__
 from nbdbackupd.app import verbs
@@ -36,7 +37,10 @@ def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"nbdbackupctl {__version__}")
     subparsers = parser.add_subparsers(
-        title="verbs", metavar="VERB", required=True, parser_class=Parser
+        title="verbs",
+        metavar="VERB",
+        required=True,
+        parser_class=cast("type[Parser]", verbs.parser),
     )
     registry = verbs.Registry(subparsers, shared)
     # a word that only looks like a verb costs an import, no more
@@ -44,7 +48,7 @@ def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     loaded = set()
     for verb, (module, _) in verbs.ALL.items():
         if module not in wanted:
-            registry.add(verb)
+            registry.list(verb)
         elif module not in loaded:
             registry.load(module)
             loaded.add(module)

@@ -1,6 +1,6 @@
 """This host as one call of the program sees it."""
 
-import secrets
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -42,7 +42,7 @@ def new_run_id(moment: datetime) -> str:
 
     It becomes part of names of files, and some file systems know no capitals.
     """
-    return f"{moment:%Y%m%dt%H%M%S}-{secrets.token_hex(4)}"
+    return f"{moment:%Y%m%dt%H%M%S}-{os.urandom(4).hex()}"
 
 
 def moment_of(run_id: str) -> datetime | None:

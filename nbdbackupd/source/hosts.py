@@ -14,7 +14,6 @@ which has a network file system ask its server what else is there. No host's clo
 import json
 import logging
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -273,7 +272,7 @@ class Hosts:
             "run": reader.run,
             "settled": reader.settled,
             # no two are alike
-            "beat": secrets.token_hex(8),
+            "beat": os.urandom(8).hex(),
         }
         path = self._own(READER)
         part = path.with_name(f".{path.name}.part")

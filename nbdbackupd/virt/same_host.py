@@ -10,7 +10,6 @@ EACCES; it keeps nothing and starts nothing, and takes less than a millisecond.
 
 import errno
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +34,7 @@ def prove(handle: libvirt.virConnect, uri: str, directory: Path) -> None:
     not write there uses the host's shared memory. Raises NotSupportedError if it is another
     host, or another container of this one; DomainError if libvirt does not tell.
     """
-    name = f"{PREFIX}{secrets.token_hex(16)}"
+    name = f"{PREFIX}{os.urandom(16).hex()}"
     with _place(directory) as folder:
         path = folder / name
         before = _look(handle, path)

@@ -5,6 +5,7 @@ A module's ``register`` adds the parsers of its verbs, and sets ``run``, which c
 
 import argparse
 import importlib
+from collections.abc import Sequence
 from typing import Any, Final
 
 from nbdbackupd.app.arguments import Parser
@@ -53,6 +54,11 @@ def missing(err: ImportError) -> DomainError:
     return DomainError(f"a Python library can't be used: {err}; install {package}")
 
 
+def parser(*, parents: Sequence[argparse.ArgumentParser] = (), **options: Any) -> Parser | None:
+    """A verb's parser; none for a verb that is only listed, which no command line asks for one."""
+    return Parser(parents=parents, **options) if parents else None
+
+
 class Registry:
     """Where verbs add their parsers; ``shared`` has the options that all of them take."""
 
@@ -71,13 +77,17 @@ class Registry:
             raise missing(err) from err
         module.register(self)
 
-    def add(self, verb: str, description: str = "") -> Parser:
+    def add(self, verb: str, description: str) -> Parser:
         """A new parser of a verb."""
-        parser: Parser = self._subparsers.add_parser(
+        added: Parser = self._subparsers.add_parser(
             verb,
             help=ALL[verb][1],
             description=description,
             parents=[self._shared],
             allow_abbrev=False,
         )
-        return parser
+        return added
+
+    def list(self, verb: str) -> None:
+        """Have a verb in the list of all."""
+        self._subparsers.add_parser(verb, help=ALL[verb][1])

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from nbdbackupd import log as runlog
-from nbdbackupd.app import preload, signals
+from nbdbackupd.app import held, signals
 from nbdbackupd.app.arguments import Arguments, add_settings, directory, given
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.config import schema
-from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.errors import WARNED, UsageError
 from nbdbackupd.model.chain import Layout, Level
@@ -22,6 +22,9 @@ from nbdbackupd.ops.status import record as run_record
 from nbdbackupd.systemd import notify
 from nbdbackupd.units import human_size, human_time
 from nbdbackupd.virt.connection import Connection
+
+if TYPE_CHECKING:
+    from nbdbackupd.config.files import Configuration  # PyYAML, which -o needs not
 
 LEVELS = ("auto", "full", "inc", "diff", "copy")
 DESCRIPTION = """\
@@ -82,7 +85,7 @@ def run(args: Arguments, context: Context) -> int:
         if args.output is None:
             # into a directory of the user's own, status has nothing to say about it
             record = stack.enter_context(run_record.begun(args.domain, context.host))
-        preload.preload()
+        held.hold()
         beat = notify.Pulse({}, tell=record.doing)
         cancel = stack.enter_context(signals.listen())
         progress = stack.enter_context(context.progress())
@@ -124,7 +127,7 @@ def _request(
     args: Arguments,
     context: Context,
     connection: Connection,
-    configuration: Configuration | None,
+    configuration: "Configuration | None",
 ) -> BackupRequest:
     level, host = Level(args.level), context.host
     if configuration is None:

@@ -4,7 +4,7 @@ import os
 from contextlib import ExitStack
 
 from nbdbackupd import log as runlog
-from nbdbackupd.app import preload, signals
+from nbdbackupd.app import held, signals
 from nbdbackupd.app.arguments import Arguments, seconds
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry, backup
@@ -59,7 +59,7 @@ def run(args: Arguments, context: Context) -> int:
         record = run_record.RunRecord(context.host)
         if not args.dry_run:
             record = stack.enter_context(run_record.begun(args.domain, context.host))
-            preload.preload()
+            held.hold()
         beat = notify.Pulse(os.environ, tell=record.doing)
         cancel = stack.enter_context(signals.listen())
         progress = stack.enter_context(context.progress())

@@ -6,8 +6,6 @@ import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from email.message import EmailMessage
-from email.utils import format_datetime, make_msgid
 from pathlib import Path
 from typing import Any, Final
 
@@ -188,6 +186,10 @@ def send_mail(text: Text, addresses: tuple[str, ...], moment: datetime) -> None:
     for address in addresses:
         if address.startswith("-") or not address.isprintable():
             raise ConfigError(f"not a mail address: {address!r}; fix notification.mail")
+    # late: each run knows how it may be told, and few have to be
+    from email.message import EmailMessage
+    from email.utils import format_datetime, make_msgid
+
     message = EmailMessage()
     message["Subject"] = text.subject
     message["To"] = ", ".join(addresses)

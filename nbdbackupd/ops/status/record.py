@@ -5,7 +5,7 @@ Nothing of this may make a failure of a backup: what can't be written costs a wa
 
 import contextlib
 import logging
-import platform
+import os
 import signal
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
@@ -108,7 +108,7 @@ def begun(domain: str, host: Host) -> Iterator[RunRecord]:
     run = Begun(
         ident=own_unit() or f"hand-{new_run_id(moment)}",
         domain=domain,
-        host=platform.node(),
+        host=os.uname().nodename,
         boot=runs.boot_id(),
         begun=stamp(moment),
     )
