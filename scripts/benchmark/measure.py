@@ -18,10 +18,14 @@ TIMEOUT_SECONDS = 1800.0
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One run of a program; ``peak_bytes`` is its largest resident size."""
+    """One run of a program; ``peak_bytes`` is its largest resident size.
+
+    ``cpu_seconds``: user and system time of the program and of its children that it waited for.
+    """
 
     seconds: float
     peak_bytes: int
+    cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +44,14 @@ class Series:
         """Return the largest peak of all runs."""
         return max(sample.peak_bytes for sample in self.samples)
 
+    @property
+    def cpu_seconds(self) -> float:
+        """Return the median of the processor time."""
+        return statistics.median(sample.cpu_seconds for sample in self.samples)
+
     def __str__(self) -> str:
         low, high = (pick(sample.seconds for sample in self.samples) for pick in (min, max))
-        return f"{self.seconds:7.2f} s  ({low:.2f} - {high:.2f})"
+        return f"{self.seconds:7.2f} s  ({low:.2f} - {high:.2f})  cpu {self.cpu_seconds:5.2f} s"
 
 
 def timed(argv: Sequence[str | Path], environment: dict[str, str] | None = None) -> Sample:
@@ -70,7 +79,13 @@ def timed(argv: Sequence[str | Path], environment: dict[str, str] | None = None)
             output.seek(0)
             said = output.read().decode("utf-8", "replace")[-4000:]
             raise LabError(f"{list(argv)}: exit status {process.returncode}: {said}")
-    return Sample(seconds, usage.ru_maxrss * 1024)
+    return Sample(seconds, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime)
+
+
+def processor_seconds(pid: int) -> float:
+    """Return the processor time that a running process has taken so far, all of its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def verdict(value: float, goal: float) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from scripts.benchmark.measure import Sample, Series, timed
 from tests.lab.base import cache_directory
-from tests.lab.command import run
+from tests.lab.command import LabError, run
 from tests.lab.daemon import DaemonLab
 from tests.lab.disks import GIB, MIB, DiskSpec
 from tests.lab.guest import Guest
@@ -24,6 +25,10 @@ PULL = """<domainbackup mode='pull'>{incremental}
 <server transport='unix' socket='{socket}'/>
 <disks><disk name='vda' backup='yes' type='file'><scratch file='{scratch}'/></disk></disks>
 </domainbackup>"""
+
+
+NEWEST_SUITE = "sid"
+"""Where Debian has the newest virtnbdbackup."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +136,15 @@ def open_setting(runs: int, size_gib: float) -> Iterator[Setting]:
         guest = lab.guest(DOMAIN, [DiskSpec(target=TARGET, path=image)])
         guest.start()
         stack.callback(guest.close)
-        yield Setting(
-            lab, guest, peer(host_suite(), lab.launcher), {"tmpfs": memory, "disk": disk}, runs
-        )
+        # as packages do at their installation
+        run(["/usr/bin/python3", "-m", "compileall", "-q", TOP / "nbdbackupd"])
+        yield Setting(lab, guest, newest_peer(lab), {"tmpfs": memory, "disk": disk}, runs)
+
+
+def newest_peer(lab: DaemonLab) -> Peer:
+    """Return the newest virtnbdbackup that can be had: without a network, this Debian's."""
+    try:
+        return peer(NEWEST_SUITE, lab.launcher)
+    except LabError as err:
+        print(f"no virtnbdbackup of {NEWEST_SUITE}: {err}", file=sys.stderr)
+        return peer(host_suite(), lab.launcher)
