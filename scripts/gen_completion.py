@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbdbackupd.app.parser import build_parser
+from nbdbackupd.app.ctl import build_parser
 from scripts import zsh_completion
 from scripts.generated import TOP, main
 

@@ -21,7 +21,74 @@ import libvirt
 from nbdbackupd import documents
 from nbdbackupd.errors import BusyError, DomainError, DomainNotFoundError, NbdbackupError
 from nbdbackupd.model.domain import parse_dac_label
-from nbdbackupd.virt import events, fault, same_host
+from nbdbackupd.virt import fault, same_host
+
+STOP_TIMEOUT_SECONDS: Final = 5.0
+ERROR_PAUSE_SECONDS: Final = 0.1
+DISABLED: Final = -1
+
+
+class _Loop:
+    """libvirt's event loop: a thread for as long as somebody needs it, and their number.
+
+    The embedded driver (which refuses to open without a registered loop) and keepalive need it.
+    Measured with libvirt 9.0.0: the implementation can be registered once per process, before
+    the first open; the loop may be stopped and run again later.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._is_registered = False
+        self._timer = DISABLED
+        self._stop = threading.Event()
+        self._thread = threading.Thread()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._is_registered:
+                libvirt.virEventRegisterDefaultImpl()
+                self._is_registered = True
+            if self._users == 0:
+                self._start()
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._end()
+
+    def _start(self) -> None:
+        self._stop = threading.Event()
+        # a timer that never fires by itself; changing it is what wakes the loop up
+        self._timer = libvirt.virEventAddTimeout(DISABLED, _ignore, None)
+        self._thread = threading.Thread(
+            target=_run, args=(self._stop,), name="libvirt-events", daemon=True
+        )
+        self._thread.start()
+
+    def _end(self) -> None:
+        self._stop.set()
+        libvirt.virEventUpdateTimeout(self._timer, 0)
+        self._thread.join(STOP_TIMEOUT_SECONDS)
+        libvirt.virEventRemoveTimeout(self._timer)
+
+
+def _run(stop: threading.Event) -> None:
+    while not stop.is_set():
+        try:
+            libvirt.virEventRunDefaultImpl()
+        except libvirt.libvirtError:
+            stop.wait(ERROR_PAUSE_SECONDS)
+
+
+def _ignore(_timer: int, _data: object) -> None:
+    """Do nothing: the loop has been woken up, that is all."""
+
+
+_LOOP: Final = _Loop()
+
 
 # a peer that does not answer for 5 x 6 seconds is gone
 KEEPALIVE_INTERVAL_SECONDS: Final = 5
@@ -162,7 +229,7 @@ def open_connection(
     """
     # otherwise the library prints each error to stderr, on top of raising it
     libvirt.registerErrorHandler(_ignore_error, None)
-    with events.running():
+    with _LOOP:
         connection = Connection(Address(uri=uri, user=user, password=password), runtime_dir)
         try:
             yield connection

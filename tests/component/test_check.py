@@ -19,9 +19,8 @@ from nbdbackupd.model.finding import Area, Finding, Notes, Severity, worst
 from nbdbackupd.model.freeze_memory import FreezeMemory
 from nbdbackupd.model.plan import DiskState
 from nbdbackupd.ops.backup import room
-from nbdbackupd.ops.check import access as check_access
+from nbdbackupd.ops.check import check, request, sets
 from nbdbackupd.ops.check import domain as check_domain
-from nbdbackupd.ops.check import request, run, sets
 from nbdbackupd.ops.check.check import CheckReport
 from nbdbackupd.ops.domain import accounts, domains, locks
 from nbdbackupd.ops.domain.survey import Looked
@@ -127,13 +126,13 @@ def test_rules_of_apparmor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """Only the files are ours here: a kernel without AppArmor loads no profile."""
     local, folder = tmp_path / "local", tmp_path / "folder.d"
     folder.mkdir()
-    monkeypatch.setattr(check_access, "APPARMOR_RULES", (local, folder))
+    monkeypatch.setattr(check_domain, "APPARMOR_RULES", (local, folder))
     runtime = Path("/run/nbdbackup")
-    assert not check_access._is_allowed(runtime)
+    assert not check_domain._is_allowed(runtime)
     local.write_text("# /run/nbdbackup/** rw,\n/run/nbdbackup2/** rw,\n")
-    assert not check_access._is_allowed(runtime)
+    assert not check_domain._is_allowed(runtime)
     (folder / "ours").write_text('  "/run/nbdbackup/**" rwk,\n')
-    assert check_access._is_allowed(runtime)
+    assert check_domain._is_allowed(runtime)
 
 
 def test_a_path_that_is_to_be_made(tmp_path: Path) -> None:
@@ -174,7 +173,7 @@ esac
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(units, "BOOTED", tmp_path)
     notes = Notes(Area.CONFIGURATION)
-    run._end_of_host(notes)
+    check._end_of_host(notes)
     (found,) = notes.done()
     assert found.severity.value == severity
     assert words in f"{found.text} {found.advice}"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from nbdbackupd.app import context as app_context
-from nbdbackupd.app import parser as app_parser
+from nbdbackupd.app import ctl as app_parser
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs.backup import with_options
 from nbdbackupd.config import files, matching, schema, settings

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdbackupd.app import parser
+from nbdbackupd.app import ctl
 from tests.lab.command import LabError, run
 from tests.lib.pages import TOP
 
@@ -145,7 +145,7 @@ def commands() -> list[tuple[str, list[str]]]:
 )
 def test_units_call_what_the_command_knows(unit: str, words: list[str]) -> None:
     assert words[0] == "/usr/bin/nbdbackupctl"
-    known = parser.build_parser()
+    known = ctl.build_parser()
     # a name that looks like an option must be none
     given = [*words[1:-1], "-x"] if "@" in unit else words[1:]
     try:

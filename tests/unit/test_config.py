@@ -249,7 +249,7 @@ PIECES = st.sampled_from(
 @example("\x85a: 1", True)
 @example("a: 1\r\nb: 2", True)
 def test_no_text_breaks_the_reader(text: str, is_main: bool) -> None:
-    from nbdbackupd.config.interpreting import Interpreter
+    from nbdbackupd.config.files import Interpreter
 
     reader = Interpreter(Path("/f"), is_main=is_main)
     with contextlib.suppress(reading.UnreadableError):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nbdbackupd.app import parser
+from nbdbackupd.app import ctl
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import config
 from nbdbackupd.app.verbs.backup import with_options
@@ -49,10 +49,10 @@ def test_files_options_and_requests_have_it(tmp_path: Path) -> None:
     assert value(schema.defaults()) == 4
     found = read(tmp_path, "limits: {made_up: 7}\n")
     assert value(found) == 7
-    args = parser.build_parser().parse_args(["backup", "vm", "-o", "/x"])
+    args = ctl.build_parser().parse_args(["backup", "vm", "-o", "/x"])
     host = Context.from_args(args).host
     for argv, wanted in (([], 7), (["--made-up", "9"], 9), (["-y", "2"], 2)):
-        args = parser.build_parser().parse_args(["backup", "vm", "-o", "/x", *argv])
+        args = ctl.build_parser().parse_args(["backup", "vm", "-o", "/x", *argv])
         request = prepare.request("vm", Path("/x"), host, with_options(args, found), ALONE)
         assert value(request.settings) == wanted
 
@@ -63,7 +63,7 @@ def test_a_wrong_value_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     (problem,) = files.read_all(tmp_path).problems
     assert "out of range: 10" in str(problem)
     with pytest.raises(SystemExit):
-        parser.build_parser().parse_args(["backup", "vm", "--made-up", "10"])
+        ctl.build_parser().parse_args(["backup", "vm", "--made-up", "10"])
     assert "argument -y/--made-up: out of range: 10" in capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd import log, plain
-from nbdbackupd.app import asking, progress, streams, tables
+from nbdbackupd.app import asking, context, streams, tables
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import check
 from nbdbackupd.errors import FormatError
@@ -84,7 +84,7 @@ def test_progress_tables_questions_and_findings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = io.StringIO()
-    with progress.Progress(shown, "plain") as bar:
+    with context.Progress(shown, "plain") as bar:
         bar._disk = EVIL
         bar._show(bar._text(1, 2, 1, 1.0))
     assert harmless(shown.getvalue())

@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from nbdbackupd.app import progress
-from nbdbackupd.app.progress import Progress
+from nbdbackupd.app import context
+from nbdbackupd.app.context import Progress
 
 MIB = 1 << 20
 
@@ -23,7 +23,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(progress, "time", made)
+    monkeypatch.setattr(context, "time", made)
     return made
 
 

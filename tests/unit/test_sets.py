@@ -23,7 +23,7 @@ from nbdbackupd.model.chain import BackupSet, Level, RestorePoint
 from nbdbackupd.model.choice import Choice
 from nbdbackupd.model.policy import LevelPolicy, NextRun, Rotate
 from nbdbackupd.model.proof import Proof, content_of
-from nbdbackupd.ops.run import commands, slots
+from nbdbackupd.ops.run import around
 from nbdbackupd.ops.sets import homes, lookup, sets
 from nbdbackupd.repo import verified
 from nbdbackupd.repo.set_directory import SetDirectory
@@ -328,7 +328,7 @@ def test_places_are_taken_and_freed(tmp_path: Path) -> None:
         calls += 1
 
     def place(wait: float = 0.0) -> Any:
-        return slots.slot(
+        return around.slot(
             tmp_path / "run", 2, owner="run of vm", wait_seconds=wait, cancelled=cancelled
         )
 
@@ -350,10 +350,10 @@ def test_programs_one_after_the_other(tmp_path: Path) -> None:
     def tell(text: str) -> tuple[str, ...]:
         return ("/bin/sh", "-c", f'echo "$0 $X" >>{log}; [ "$0" != bad ]', text)
 
-    commands.run_each([tell("a b"), tell("c")], {"X": "$1;"}, timeout=10)
+    around.run_each([tell("a b"), tell("c")], {"X": "$1;"}, timeout=10)
     assert log.read_text() == "a b $1;\nc $1;\n"
     with pytest.raises(ProcessError, match="sh failed with exit status 1"):
-        commands.run_each([tell("bad"), tell("d")], {}, timeout=10)
+        around.run_each([tell("bad"), tell("d")], {}, timeout=10)
     assert log.read_text().splitlines()[2:] == ["bad "]
     waits = 0
 
@@ -362,7 +362,7 @@ def test_programs_one_after_the_other(tmp_path: Path) -> None:
         waits += 1
 
     programs = [tell("bad"), ("/bin/sleep", "60"), tell("e"), ("/no/such",)]
-    problems = commands.run_all(programs, {}, timeout=0.5, waiting=waiting)
+    problems = around.run_all(programs, {}, timeout=0.5, waiting=waiting)
     assert [each.split(": ")[1].split()[0] for each in problems] == ["sh", "sleep", "program"]
     assert "sleep did not end within 0.5 s" in problems[1]
     assert "program such was not found" in problems[2]

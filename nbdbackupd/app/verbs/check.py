@@ -18,7 +18,6 @@ from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.errors import ConfigError
 from nbdbackupd.model.finding import Finding
 from nbdbackupd.ops.check import check
-from nbdbackupd.ops.check import run as check_run
 from nbdbackupd.ops.check.check import CheckReport
 from nbdbackupd.ops.check.request import CheckRequest
 from nbdbackupd.ops.domain import configured
@@ -98,7 +97,7 @@ def _request(
         "now": context.host.now(),
     }
     findings: tuple[Finding, ...] = ()
-    settings = check_run.settings_of(domain, context.host)
+    settings = check.settings_of(domain, context.host)
     if isinstance(settings, Finding):
         if args.output is None:
             findings = (settings,)
@@ -108,7 +107,7 @@ def _request(
             "sharing": configured.sharing_of(args.domain, context.host),
         }
         if args.output is None:
-            facts["directory"], findings = check_run.look(domain, settings, context.host)
+            facts["directory"], findings = check.next_run(domain, settings, context.host)
             if args.scratch_dir is None and not settings.is_default("scratch.directory"):
                 facts["scratch_dir"] = settings.scratch_directory
             facts["scratch_reserve"] = settings.scratch_reserve

@@ -1,23 +1,105 @@
 """``check``: find out whether the next backup of a domain will work; nothing is changed.
 
-Each area is looked at by a module of its own. One that can't be looked at is a finding, too, and
-the others go on.
+What this host brings is looked at here, other areas by modules of their own. One that can't be
+looked at is a finding, too, and the others go on.
 """
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
-from nbdbackupd.errors import NbdbackupError
+from nbdbackupd import proc
+from nbdbackupd.config.schema import DomainSettings
+from nbdbackupd.errors import ConfigError, NbdbackupError, ProcessError
+from nbdbackupd.format import blocks
+from nbdbackupd.model.chain import Level
 from nbdbackupd.model.finding import Area, Finding, Notes, Severity, worst
-from nbdbackupd.ops.check import access, host, runs, sets
+from nbdbackupd.model.host import Host
+from nbdbackupd.ops.backup import prepare
 from nbdbackupd.ops.check import domain as check_domain
+from nbdbackupd.ops.check import runs, sets
 from nbdbackupd.ops.check.request import CheckRequest, Patient
+from nbdbackupd.ops.domain import configured
 from nbdbackupd.ops.domain.survey import look
+from nbdbackupd.ops.notify import notification
 from nbdbackupd.plain import versioned
+from nbdbackupd.source import hooked
+from nbdbackupd.systemd import units
+from nbdbackupd.virt import features
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
+
+SECONDS = 20.0
+NEEDED = (
+    # all the others are started through it
+    "setpriv",
+    "qemu-img",
+    "qemu-nbd",
+    "qemu-storage-daemon",
+)
+OPTIONAL = {"nbdinfo": "only --extents nbdinfo needs it"}
+LZ4_PACKAGE = "python3-lz4"
+
+
+def programs(_: Patient, notes: Notes) -> None:
+    """Whether each program can be run; its version is the first line that it prints."""
+    for name in NEEDED:
+        try:
+            notes.ok(f"{name}: {_version(name)}")
+        except ProcessError as err:
+            notes.fail(err.message, f"install it: {proc.PACKAGES.get(name, 'util-linux')}")
+    for name, use in OPTIONAL.items():
+        try:
+            notes.ok(f"{name}: {_version(name)}")
+        except ProcessError:
+            notes.ok(f"{name} is not there; {use}")
+
+
+def _version(name: str) -> str:
+    lines = proc.output([name, "--version"], timeout=SECONDS).split("\n")
+    # "qemu-img version 7.2.9 (…)", "nbdinfo 1.14.2"
+    return lines[0].removeprefix(name).strip().removeprefix("version").strip()
+
+
+def libraries(_: Patient, notes: Notes) -> None:
+    """Whether the Python libraries can be imported. Without libvirt's nobody gets here."""
+    try:
+        from nbdbackupd.nbdio import client
+
+        notes.ok(f"libnbd: {client.libnbd_version()}")
+    except ImportError as err:
+        notes.fail(f"the Python library of libnbd can't be used: {err}", "install python3-libnbd")
+
+    try:
+        notes.ok(f"lz4: {blocks.lz4_version()}")
+    except ImportError as err:
+        notes.warn(f"no compression: {err}", f"install {LZ4_PACKAGE}, or do without compression")
+
+
+def connection(patient: Patient, notes: Notes) -> None:
+    """Versions, and whether libvirt is on this host at all."""
+    opened = patient.domain.connection
+    found = features.versions(opened)
+    notes.ok(f"libvirt {found.libvirt}, QEMU {found.qemu}, Python binding {found.binding}")
+    hook = hooked.look(opened, patient.request.runtime_dir)
+    if hook.is_installed:
+        notes.warn(
+            f"libvirt does not call our hook yet: {hook.why}",
+            "until then no backup is made at a guest's end, and one of a domain that is off reads "
+            "whole, or the same changes each time, so that no start is refused",
+        )
+    elif hook.is_removed:
+        notes.warn(
+            f"libvirt's hook does nothing: {hook.why}",
+            "install the package nbdbackupd; until then no backup is made at a guest's end",
+        )
+    elif hook.why:
+        notes.ok(f"no hook of libvirt's calls us: {hook.why}; guests are saved when that is asked")
+    else:
+        notes.ok("libvirt tells us when a domain starts or ends")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,14 +157,14 @@ def _examine(function: Callable[[Patient, Notes], None], patient: Patient, notes
 
 
 AREAS: tuple[tuple[Area, tuple[Callable[[Patient, Notes], None], ...]], ...] = (
-    (Area.HOST, (host.programs, host.libraries)),
-    (Area.LIBVIRT, (host.connection, check_domain.features_of)),
+    (Area.HOST, (programs, libraries)),
+    (Area.LIBVIRT, (connection, check_domain.features_of)),
     (Area.DISKS, (check_domain.disks,)),
     (Area.CHECKPOINTS, (sets.checkpoints,)),
     (Area.GUEST, (check_domain.agent,)),
-    (Area.SCRATCH, (access.scratch_space,)),
+    (Area.SCRATCH, (check_domain.scratch_space,)),
     (Area.TARGET, (sets.target,)),
-    (Area.ACCESS, (access.paths, access.confinement)),
+    (Area.ACCESS, (check_domain.paths, check_domain.confinement)),
     (
         Area.RUNS,
         (
@@ -94,3 +176,112 @@ AREAS: tuple[tuple[Area, tuple[Callable[[Patient, Notes], None], ...]], ...] = (
         ),
     ),
 )
+
+
+GUESTS: Final = "libvirt-guests.service"
+DAEMONS: Final = ("libvirtd.service", "virtqemud.service")
+
+
+def settings_of(domain: Domain, host: Host) -> DomainSettings | Finding:
+    """The settings of a domain, or why no run will get as far as that."""
+    try:
+        return configured.settings_of_domain(domain, configured.read(host).require_sound())
+    except ConfigError as err:
+        return Finding.fail(
+            Area.CONFIGURATION,
+            f"no run begins: {err.message}",
+            "fix the file; 'nbdbackupctl config check' shows all errors",
+        )
+
+
+def next_run(
+    domain: Domain, settings: DomainSettings, host: Host
+) -> tuple[Path | None, tuple[Finding, ...]]:
+    """The set that the next run goes to, None if that can't be told, and all findings."""
+    notes = Notes(Area.CONFIGURATION)
+    directory = _plan(domain, settings, host, notes)
+    _programs(settings, notes)
+    _telling(settings, notes)
+    if settings.on_shutdown:
+        _end_of_host(notes)
+    return directory, notes.done()
+
+
+def _plan(domain: Domain, settings: DomainSettings, host: Host, notes: Notes) -> Path | None:
+    try:
+        planned = prepare.plan(domain, settings, host.now(), Level.AUTO)
+    except NbdbackupError as err:
+        if settings.commands_pre:
+            notes.warn(err.message, "a program before the run (commands.pre) has to fix that")
+        else:
+            notes.fail(err.message)
+        return None
+    for problem in planned.warnings:
+        notes.warn(problem)
+    level = planned.next.level.value
+    notes.ok(f"'run' will save into {planned.set}, {level}: {planned.next.reason}")
+    return planned.set
+
+
+def _programs(settings: DomainSettings, notes: Notes) -> None:
+    """Those around a run: without one before it nothing is saved, after it the status is 3."""
+    found = True
+    for path, commands, add in (
+        ("commands.pre", settings.commands_pre, notes.fail),
+        ("commands.post", settings.commands_post, notes.warn),
+    ):
+        for words in commands:
+            if not os.access(words[0], os.X_OK):
+                found = False
+                add(f"{path}: {words[0]} is not there, or can't be executed", "fix or install it")
+    count = len(settings.commands_pre) + len(settings.commands_post)
+    if found and count:
+        notes.ok(f"the programs around a run are there: {count}")
+    metrics = settings.monitoring_metrics_directory
+    if metrics is not None and not metrics.is_dir():
+        notes.warn(f"monitoring.metrics_directory: there is no directory {metrics}", "make it")
+
+
+def _telling(settings: DomainSettings, notes: Notes) -> None:
+    """Whether somebody will be told how a unit ends."""
+    mail, command = settings.notification_mail, settings.notification_command
+    if not mail and command is None:
+        notes.ok("nobody is told of failures: see the section notification of the configuration")
+    if mail and notification.sendmail() is None:
+        notes.warn("no mail can be sent: there is no sendmail", "install a mail server's sendmail")
+    elif mail:
+        notes.ok(f"mail goes to {', '.join(mail)} through {notification.sendmail()}")
+    if command is not None and not os.access(command[0], os.X_OK):
+        notes.warn(
+            f"notification.command: {command[0]} is not there, or can't be executed",
+            "fix or install it",
+        )
+
+
+def _end_of_host(notes: Notes) -> None:
+    """A-2: guests are shut down with the host, and then saved, only while libvirt is there."""
+    if not units.is_booted() or shutil.which("systemctl") is None:
+        return
+    try:
+        guests = units.properties(GUESTS, "LoadState", "ActiveState", "After")
+        active = [
+            each for each in DAEMONS if units.properties(each, "LoadState")["LoadState"] == "loaded"
+        ]
+    except ProcessError as err:
+        notes.warn(f"how the host shuts guests down is not known: {err}")
+        return
+    if guests["LoadState"] != "loaded" or guests["ActiveState"] != "active":
+        notes.warn(
+            f"{GUESTS} is not active: guests are killed at the end of the host, and not saved then",
+            f"'systemctl enable --now {GUESTS}'",
+        )
+        return
+    missing = [each for each in active if each not in guests["After"].split()]
+    if missing:
+        notes.warn(
+            f"at the end of the host {GUESTS} may be stopped beside {missing[0]}: guests are "
+            "killed then, and not saved",
+            f"'systemctl edit {GUESTS}', with After={missing[0]} in its section [Unit]",
+        )
+    else:
+        notes.ok("guests are shut down with the host while libvirt is there, and saved at its boot")

@@ -10,16 +10,18 @@ import mmap
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from nbdbackupd import durable
 from nbdbackupd.errors import IntegrityError, NbdbackupError
-from nbdbackupd.format.index import Record
-from nbdbackupd.model.flatten import Part
+from nbdbackupd.format.index import NO_DIGEST, Kind, Record
+from nbdbackupd.model import flatten
+from nbdbackupd.model.flatten import Part, Piece
 from nbdbackupd.nbdio.throttle import Throttle
-from nbdbackupd.ops.restore import content, outputs
-from nbdbackupd.ops.restore.content import Item, Zero
+from nbdbackupd.ops.restore import outputs
 from nbdbackupd.ops.restore.outputs import Output, Writer
 from nbdbackupd.ops.restore.plan import DiskJob
 from nbdbackupd.ops.restore.request import Progress, RestoredDisk, RestoreRequest, Style
@@ -29,6 +31,108 @@ from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets.layers import Layer
 from nbdbackupd.qemu import image
 from nbdbackupd.threads import Threads
+
+
+class Zero(NamedTuple):
+    """``length`` bytes from guest offset ``offset`` on that read as zeroes."""
+
+    offset: int
+    length: int
+
+
+Item = Part[Record] | Zero
+"""Data, whose ``layer`` counts among the layers that were given; or zeroes."""
+
+
+def whole(layers: Sequence[Layer]) -> Iterator[Item]:
+    """The whole flattened disk; ``layers`` newest first. Memory: a block's ranges for each layer.
+
+    Raises IntegrityError if a part of the disk that was read in full is held by no block.
+    """
+    return _items(_covered(layers), len(layers))
+
+
+def delta(layer: Layer) -> Iterator[Item]:
+    """What one point holds of a disk that it did not read in full. Raises IntegrityError."""
+    for record in layer.records():
+        length = min(record.length, layer.size - record.offset)
+        if length <= 0:
+            return
+        if record.kind == Kind.ZERO:
+            yield Zero(record.offset, length)
+        else:
+            yield Part(0, record, ((record.offset, length),))
+
+
+def difference(layers: Sequence[Layer], older: Sequence[Layer]) -> Iterator[Item]:
+    """What of the disk ``layers`` is not known to be the same in ``older``; both newest first.
+
+    Two blocks of one digest at one place are the same, and so are zeroes. Beyond the end of the
+    older disk all is zero. Raises IntegrityError.
+    """
+    return _items(_changed(_covered(layers), _covered(older)), len(layers))
+
+
+def _covered(layers: Sequence[Layer]) -> Iterator[Piece[Record]]:
+    oldest = layers[-1]
+    must = flatten.limits([layer.size for layer in layers])[-1] if oldest.whole else 0
+    for piece in flatten.pieces([flatten.Layer(each.size, each.records()) for each in layers]):
+        if piece.block is None and piece.offset < must:
+            raise IntegrityError(
+                "no block holds a part of the disk", guest=piece.offset, **oldest.where
+            )
+        yield piece
+
+
+def _items(pieces: Iterator[Piece[Record]], layers: int) -> Iterator[Item]:
+    waiting: deque[Zero] = deque()
+
+    def data() -> Iterator[Piece[Record]]:
+        for piece in pieces:
+            if _data(piece) is not None:
+                yield piece
+            elif waiting and waiting[-1].offset + waiting[-1].length == piece.offset:
+                last = waiting.pop()
+                waiting.append(Zero(last.offset, last.length + piece.length))
+            else:
+                waiting.append(Zero(piece.offset, piece.length))
+
+    for part in flatten.parts(data(), layers):
+        while waiting:
+            yield waiting.popleft()
+        yield part
+    yield from waiting
+
+
+def _changed(
+    now: Iterator[Piece[Record]], then: Iterator[Piece[Record]]
+) -> Iterator[Piece[Record]]:
+    before = next(then, None)
+    for piece in now:
+        start = piece.offset
+        while start < piece.end:
+            while before is not None and before.end <= start:
+                before = next(then, None)
+            end = min(piece.end, before.end) if before is not None else piece.end
+            if not _is_same(piece, before):
+                yield Piece(start, end - start, piece.layer, piece.block)
+            start = end
+
+
+def _is_same(piece: Piece[Record], before: Piece[Record] | None) -> bool:
+    one, other = _data(piece), _data(before) if before is not None else None
+    if one is None or other is None:
+        return one is other
+    return (one.offset, one.length, one.digest) == (
+        other.offset,
+        other.length,
+        other.digest,
+    ) and one.digest != NO_DIGEST
+
+
+def _data(piece: Piece[Record]) -> Record | None:
+    return piece.block if piece.block is not None and piece.block.kind == Kind.DATA else None
+
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +232,7 @@ class _Writer:
                 os.close(outputs.create_private(path))
                 size = step.layers[0].size
                 image.create(path, size, self._job.options, backing=below.incomplete)
-                written += self._on_top(step, path, content.delta(step.layers[0]))
+                written += self._on_top(step, path, delta(step.layers[0]))
                 overlays.append((path, below))
             below = site
         for path, _ in overlays:
@@ -151,9 +255,7 @@ class _Writer:
                 older, newer = before.layers, step.layers
                 if newer[0].size != older[0].size:
                     image.resize(path, newer[0].size, shrink=newer[0].size < older[0].size)
-                changes = (
-                    content.difference(newer, older) if step.is_whole else content.delta(newer[0])
-                )
+                changes = difference(newer, older) if step.is_whole else delta(newer[0])
                 written += self._on_top(step, path, changes)
             image.take_snapshot(path, step.point)
             before = step
@@ -249,7 +351,7 @@ def fill(
     with so far, from one thread at a time; ``pace`` limits the bytes per second. Raises
     IntegrityError for damaged blocks, errors of the output, and what cancels the threads.
     """
-    wanted = content.whole(layers) if items is None else items
+    wanted = whole(layers) if items is None else items
     feed = _Feed(wanted, progress, zeroes=output.zeroes)
 
     def work() -> None:

@@ -36,7 +36,7 @@ from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
 from nbdbackupd.ops.domain import configured, domains, endings, images
 from nbdbackupd.ops.notify import kept as kept_notification
 from nbdbackupd.ops.retention import prune, scope
-from nbdbackupd.ops.run import commands, retire, slots
+from nbdbackupd.ops.run import around, retire
 from nbdbackupd.ops.run.metrics import RunMetrics
 from nbdbackupd.ops.sets import homes, sets
 from nbdbackupd.ops.status import gather
@@ -44,7 +44,6 @@ from nbdbackupd.ops.status.record import RunRecord
 from nbdbackupd.plain import versioned
 from nbdbackupd.repo.state import StateDirectory
 from nbdbackupd.source import kept
-from nbdbackupd.systemd import inhibit
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain, Ending
 
@@ -378,7 +377,7 @@ class _Run:
     def in_slot(self) -> RunReport:
         """Wait for a place, then run, with the programs before and after."""
         self.observer.doing("waiting for a place among the concurrent runs")
-        with slots.slot(
+        with around.slot(
             self.host.runtime_dir,
             self.settings.limits_concurrent_runs,
             owner=f"run of {self.domain.name}",
@@ -389,7 +388,7 @@ class _Run:
             why_not = self.why_not() if self.request.shutdown else ""
             if why_not:
                 return self.report("skipped", why_not)
-            with inhibit.shutdown_delayed(f"backup of {plain.line(self.domain.name)}"):
+            with around.shutdown_delayed(f"backup of {plain.line(self.domain.name)}"):
                 return self.with_programs()
 
     def with_programs(self) -> RunReport:
@@ -401,7 +400,7 @@ class _Run:
         }
         try:
             self.observer.doing("running the programs before the backup")
-            commands.run_each(
+            around.run_each(
                 settings.commands_pre,
                 about,
                 timeout=settings.commands_timeout,
@@ -440,7 +439,7 @@ class _Run:
 
     def _after(self, about: Mapping[str, str], timeout: float) -> tuple[str, ...]:
         self.observer.doing("running the programs after the backup")
-        return commands.run_all(
+        return around.run_all(
             self.settings.commands_post, about, timeout=timeout, waiting=self.observer.alive
         )
 

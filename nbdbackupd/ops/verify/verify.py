@@ -7,10 +7,13 @@ What is found is returned, not raised: one damaged file must not hide the next.
 
 import functools
 import logging
+import mmap
 import os
 import time
-from collections.abc import Callable, Collection
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
@@ -22,21 +25,56 @@ from nbdbackupd.errors import (
     IntegrityError,
     RepositoryError,
     UsageError,
+    one_line,
 )
 from nbdbackupd.files import open_regular
 from nbdbackupd.format import manifest
+from nbdbackupd.format.index import Kind
 from nbdbackupd.model.chain import BackupSet, DiskPoint, RestorePoint, StoredFile
 from nbdbackupd.model.choice import Choice
+from nbdbackupd.model.proof import Proof, content_of
 from nbdbackupd.ops.sets import layers, opened, originals
+from nbdbackupd.ops.sets import layers as layering
+from nbdbackupd.ops.sets.layers import Layer
+from nbdbackupd.ops.sets.opened import OpenedSet
 from nbdbackupd.ops.verify.blocks import Prover
 from nbdbackupd.ops.verify.disk import DiskCheck
 from nbdbackupd.ops.verify.findings import Findings, Problem
-from nbdbackupd.ops.verify.notes import Notes
-from nbdbackupd.ops.verify.peer import PeerCheck
 from nbdbackupd.ops.verify.request import VerifyReport, VerifyRequest
-from nbdbackupd.repo import generation, layout, reading, removing, written
+from nbdbackupd.repo import generation, layout, reading, removing, verified, written
 from nbdbackupd.repo.set_directory import refuse_links
 from nbdbackupd.repo.virtnbdbackup import peer
+from nbdbackupd.repo.virtnbdbackup.storage import Storage
+from nbdbackupd.units import utc_time
+
+
+class Notes:
+    """Without a clock nothing is noted. ``problem`` says why the first note was not written."""
+
+    def __init__(self, set_path: Path, clock: Callable[[], datetime] | None) -> None:
+        self.problem = ""
+        self._path = set_path
+        self._clock = clock
+
+    def note(self, point: RestorePoint, size: int, problems: Sequence[Problem]) -> None:
+        """Note that all files of a point were looked at, ``size`` bytes, and what is wrong.
+
+        What could not be read is neither sound nor damaged: then nothing is noted.
+        """
+        if self._clock is None or self.problem or any(each.is_unread for each in problems):
+            return
+        proof = Proof(
+            point=point.id,
+            content=content_of(point),
+            verified=utc_time(self._clock()),
+            size=size,
+            damage=tuple(" ".join(each.text.split()) for each in problems),
+        )
+        try:
+            verified.write(self._path, proof)
+        except RepositoryError as err:
+            self.problem = one_line(err)
+
 
 __all__ = ["Progress", "VerifyReport", "VerifyRequest", "run"]
 
@@ -176,7 +214,7 @@ def _useless(directory: Path, chosen: list[tuple[RestorePoint, frozenset[str]]])
 def _verify_peer(
     request: VerifyRequest, progress: Progress, cancelled: Callable[[], None]
 ) -> VerifyReport:
-    """A set that virtnbdbackup wrote, see ``verify_peer``."""
+    """A set that virtnbdbackup wrote, see ``PeerCheck``."""
     begun = time.monotonic()
     findings = Findings()
     source = opened.open_set(request.path, sound=True)
@@ -300,3 +338,73 @@ def _check_file(
         findings.add_error(err, point=point.id, disk=stored.disk, file=stored.name)
         return False
     return True
+
+
+BLOCK: Final = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PeerCheck:
+    """Proves a set that virtnbdbackup wrote, by what it says of itself.
+
+    The links of its points, the structure of each stream, the Adler-32 of each file that has one
+    beside it, and each compressed block by the checksums of its lz4 frame. No digest vouches for
+    plain blocks without a checksum file: that is told as a warning, for it is no damage.
+    ``progress`` gets disk, bytes done and in all of a file.
+    """
+
+    source: OpenedSet
+    findings: Findings
+    progress: Callable[[str, int, int], None]
+    cancelled: Callable[[], None]
+
+    def run(self, chosen: Iterable[tuple[RestorePoint, frozenset[str]]]) -> tuple[int, int]:
+        """Prove the disks of these points; how many files and bytes were looked at."""
+        files = size = 0
+        for point, targets in chosen:
+            for disk in point.disks:
+                if disk.target not in targets:
+                    continue
+                self._prove(point, disk)
+                files, size = files + 1, size + disk.file_size
+        return files, size
+
+    def _prove(self, point: RestorePoint, disk: DiskPoint) -> None:
+        where: dict[str, object] = {"disk": disk.target, "point": point.id}
+        assert self.source.storage is not None  # noqa: S101 - for the type checker
+        storage = self.source.storage
+        self._note(
+            lambda: opened.check_sum(storage, disk, self.cancelled, where),
+            point,
+            disk,
+            layout.checksum(disk.file),
+        )
+        self._note(lambda: self._prove_blocks(storage, point, disk), point, disk, disk.file)
+
+    def _note(
+        self, prove: Callable[[], object], point: RestorePoint, disk: DiskPoint, file: str
+    ) -> None:
+        try:
+            prove()
+        except (FormatError, OSError) as err:
+            told = err.fields.get("file") if isinstance(err, FormatError) else None
+            name = str(told).rpartition("/")[2] if told else file
+            self.findings.add_error(err, point=point.id, disk=disk.target, file=name)
+
+    def _prove_blocks(self, storage: Storage, point: RestorePoint, disk: DiskPoint) -> None:
+        with ExitStack() as stack:
+            layer = stack.enter_context(
+                opened.open_peer(storage, point, disk, self.cancelled, deep=False)
+            )
+            if layer.compressed:
+                self._decompress(layer, disk)
+            self.progress(disk.target, disk.file_size, disk.file_size)
+
+    def _decompress(self, layer: Layer, disk: DiskPoint) -> None:
+        view = memoryview(mmap.mmap(-1, BLOCK))
+        scratch = memoryview(mmap.mmap(-1, layering.MAX_STORED))
+        for record in layer.records():
+            self.cancelled()
+            if record.kind == Kind.DATA:
+                layer.read(record, view[: record.length], scratch)
+                self.progress(disk.target, record.position, disk.file_size)
