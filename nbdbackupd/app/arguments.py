@@ -83,6 +83,14 @@ def moment(text: str) -> datetime:
         ) from err
 
 
+def add_source(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """Add SOURCE, which names a set: see ``named``."""
+    text = "directory of the set, or name of a domain that the configured repository has sets of"
+    parser.add_argument(
+        "source", metavar="SOURCE", type=Path, nargs="?" if optional else None, help=text
+    )
+
+
 def add_point(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
     """Add the options that choose a point of a set; returned for others that exclude them."""
     which = parser.add_mutually_exclusive_group()

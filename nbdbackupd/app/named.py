@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 PATH = "repository.path"
-HELP = "directory of the set, or name of a domain that the configured repository has sets of"
 
 
 def domain_of(source: Path, context: Context) -> DomainSets | None:

@@ -17,13 +17,13 @@ def render(rows: Sequence[Sequence[str]], *, coloured: bool = False) -> list[str
     lines = []
     for row in clean:
         *first, last = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append(GAP.join([*first, paint(last.rstrip(), coloured=coloured)]).rstrip())
+        colour = COLOURS.get(last.split(" ")[0], "")
+        lines.append(GAP.join([*first, paint(last.rstrip(), colour, coloured=coloured)]).rstrip())
     return lines
 
 
-def paint(word: str, *, coloured: bool) -> str:
-    """A word of ours in its colour."""
-    colour = COLOURS.get(word.partition(" ")[0], "")
+def paint(word: str, colour: str, *, coloured: bool) -> str:
+    """A word of ours in a colour, as ECMA-48 numbers it; empty for none."""
     return f"\x1b[{colour}m{word}\x1b[0m" if coloured and colour else word
 
 

@@ -1,6 +1,5 @@
 """The pure parts of ``check``: who gets through, what is told, what is coloured."""
 
-import io
 import os
 import shlex
 import subprocess
@@ -105,21 +104,6 @@ def test_text_is_folded_and_harmless() -> None:
     assert "        -> do this" in lines
     assert lines[-1].endswith("1 ok, 0 warning(s), 1 failure(s)")
     assert "\033[1;31mFAIL\033[0m" in verb.render(found, colour=True)
-
-
-class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-def test_colour_is_for_terminals() -> None:
-    assert verb.wants_colour(Terminal(), {"TERM": "xterm"})
-    assert verb.wants_colour(Terminal(), {"NO_COLOR": ""})
-    assert not verb.wants_colour(Terminal(), {"NO_COLOR": "1"})
-    assert not verb.wants_colour(Terminal(), {"TERM": "dumb"})
-    assert not verb.wants_colour(io.StringIO(), {})
 
 
 def test_rules_of_apparmor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from nbdbackupd.nbdio.throttle import BURST_SECONDS
 from nbdbackupd.ops.removal import apply
 from nbdbackupd.ops.removal.apply import Progress, RemovalReport, RemovalRequest
 from nbdbackupd.ops.verify import verify
-from nbdbackupd.ops.verify.request import VerifyRequest
+from nbdbackupd.ops.verify.findings import VerifyRequest
 from nbdbackupd.repo import generation, layout
 from nbdbackupd.repo.set_directory import all_names
 from tests.lib import chains

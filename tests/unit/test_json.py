@@ -30,8 +30,8 @@ REPORTS: Final = {
         ("ops/sets/sizes.py", "space"),
     ],
     "restore": [
-        ("ops/restore/request.py", "to_json"),
-        ("ops/restore/definer.py", "to_json"),
+        ("ops/restore/request.py", "RestoreReport.to_json"),
+        ("ops/restore/request.py", "Definition.to_json"),
     ],
     "mount": [("ops/files/mount.py", "to_json"), ("model/file_systems.py", "to_json")],
     "unmount": [("app/verbs/mount.py", "run_unmount")],
@@ -59,8 +59,8 @@ REPORTS: Final = {
     ],
     "unmap": [("app/verbs/mapping.py", "run_unmap")],
     "verify": [
-        ("ops/verify/request.py", "to_json"),
-        ("ops/verify/findings.py", "to_json"),
+        ("ops/verify/findings.py", "VerifyReport.to_json"),
+        ("ops/verify/findings.py", "Problem.to_json"),
         ("ops/verify/by_age.py", "to_json"),
         ("app/verbs/verify.py", "_document"),
         ("ops/boot/boot_test.py", "to_json"),
@@ -102,13 +102,17 @@ def told(heading: str) -> list[list[str]]:
 
 
 def literals(file: str, function: str) -> Iterator[list[str]]:
-    """The keys of each object that the first function of that name writes down, in its order."""
-    tree = ast.parse((ROOT / file).read_text())
-    found = next(
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name == function
-    )
+    """The keys of each object that the first function of that name writes down, in its order.
+
+    ``Class.function`` is that of a class.
+    """
+    found: ast.AST = ast.parse((ROOT / file).read_text())
+    for name in function.split("."):
+        found = next(
+            node
+            for node in ast.walk(found)
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name
+        )
     for node in ast.walk(found):
         if isinstance(node, ast.Dict) and node.keys:
             yield [str(key.value) for key in node.keys if isinstance(key, ast.Constant)]

@@ -12,6 +12,7 @@ from nbdbackupd.app.arguments import (
     Arguments,
     add_checkpoint_dir,
     add_point,
+    add_source,
     chosen,
     directory,
     rate,
@@ -44,7 +45,7 @@ log = logging.getLogger(__name__)
 def register(verbs: Registry) -> None:
     """Add the verb."""
     parser = verbs.add("boot", DESCRIPTION)
-    parser.add_argument("source", metavar="SOURCE", type=Path, nargs="?", help=named.HELP)
+    add_source(parser, optional=True)
     add_point(parser)
     parser.add_argument(
         "--name", metavar="NAME", help="name of the domain (default: boot_ and the original's)"

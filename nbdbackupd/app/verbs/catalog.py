@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from nbdbackupd import plain
 from nbdbackupd.app import named, streams, tables
-from nbdbackupd.app.arguments import Arguments, chosen
+from nbdbackupd.app.arguments import Arguments, add_source, chosen
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import FormatError, UsageError
@@ -24,7 +23,7 @@ def register(verbs: Registry) -> None:
         "list",
         "List the restore points of a backup set, oldest first; of a domain, all sets.",
     )
-    parser.add_argument("source", metavar="SOURCE", type=Path, nargs="?", help=named.HELP)
+    add_source(parser, optional=True)
     parser.add_argument(
         "--sizes",
         action="store_true",
@@ -36,7 +35,7 @@ def register(verbs: Registry) -> None:
         "show",
         "Show the metadata of each point and stream of a backup set.",
     )
-    parser.add_argument("source", metavar="SOURCE", type=Path, help=named.HELP)
+    add_source(parser)
     parser.add_argument("--point", metavar="ID", help="only this point ('latest': the newest)")
     parser.set_defaults(run=run_show)
 

@@ -4,13 +4,13 @@ import logging
 import os
 import sys
 import textwrap
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Any, Final
 
 from nbdbackupd import plain
+from nbdbackupd.app import tables
 from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, directory, size
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
@@ -68,7 +68,7 @@ def run(args: Arguments, context: Context) -> int:
         request, findings = _request(args, context, domain)
         report = check.run(request, connection)
     report = replace(report, findings=(*findings, *report.findings))
-    coloured = wants_colour(sys.stdout, os.environ)
+    coloured = tables.wants_colour(sys.stdout, os.environ)
     context.show(report.to_json(), render(report, colour=coloured), painted=True)
     return EXIT[report.severity.value]
 
@@ -120,11 +120,6 @@ def _request(
     return CheckRequest(domain=domain.uuid, runtime_dir=runtime_dir, **facts), findings
 
 
-def wants_colour(stream: TextIO, environ: Mapping[str, str]) -> bool:
-    """Colour on a terminal, unless NO_COLOR is set to anything (no-color.org)."""
-    return stream.isatty() and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
-
-
 def render(report: CheckReport, *, colour: bool) -> str:
     """The findings by area, one line each or folded, with advice below what is not right."""
     lines = [f"{report.domain} ({report.uuid}), {report.state}"]
@@ -132,7 +127,7 @@ def render(report: CheckReport, *, colour: bool) -> str:
         lines += ["", area.value]
         for each in findings:
             kind = each.severity.value
-            label = _paint(f"{kind.upper():<4}", COLOURS[kind], colour=colour)
+            label = tables.paint(f"{kind.upper():<4}", COLOURS[kind], coloured=colour)
             first, *rest = _fold(each.text)
             lines.append(f"  {label}  {first}")
             lines += [f"{GAP}{line}" for line in rest]
@@ -151,7 +146,7 @@ def _summary(report: CheckReport, *, colour: bool) -> str:
         "warn": "a backup works, see the warnings",
         "fail": "a backup will not work as it should",
     }[report.severity.value]
-    return f"{_paint(verdict, COLOURS[report.severity.value], colour=colour)}: {counts}"
+    return f"{tables.paint(verdict, COLOURS[report.severity.value], coloured=colour)}: {counts}"
 
 
 def _fold(text: str) -> list[str]:
@@ -159,7 +154,3 @@ def _fold(text: str) -> list[str]:
     clean = plain.line(text)
     width = WIDTH - len(GAP)
     return textwrap.wrap(clean, width, break_long_words=False, break_on_hyphens=False) or [""]
-
-
-def _paint(text: str, colour_code: str, *, colour: bool) -> str:
-    return f"\033[{colour_code}m{text}\033[0m" if colour else text

@@ -6,8 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd.app import named, signals, streams, tables, tree_options
-from nbdbackupd.app.arguments import Arguments
+from nbdbackupd.app import signals, streams, tables, tree_options
+from nbdbackupd.app.arguments import Arguments, add_source
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import WARNED, FormatError, SourceError, UsageError
@@ -29,7 +29,7 @@ ACTIONS: Final = ("fs", "ls", "cp", "tar")
 def register(verbs: Registry) -> None:
     """Add the verb."""
     parser = verbs.add("files", DESCRIPTION)
-    parser.add_argument("source", metavar="SOURCE", type=Path, help=named.HELP)
+    add_source(parser)
     parser.add_argument("action", metavar="ACTION", choices=ACTIONS, help=" | ".join(ACTIONS))
     parser.add_argument("paths", metavar="PATH", nargs="*", help="in the file system")
     tree_options.add(parser)

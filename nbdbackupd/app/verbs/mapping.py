@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Final
 
 from nbdbackupd.app import named, signals
-from nbdbackupd.app.arguments import Arguments, add_point, add_sequence, chosen, names, size
+from nbdbackupd.app.arguments import (
+    Arguments,
+    add_point,
+    add_sequence,
+    add_source,
+    chosen,
+    names,
+    size,
+)
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import WARNED, FormatError, RepositoryError, UsageError
@@ -33,7 +41,7 @@ log = logging.getLogger(__name__)
 def register(verbs: Registry) -> None:
     """Add both verbs."""
     parser = verbs.add("map", MAP)
-    parser.add_argument("source", metavar="SOURCE", type=Path, nargs="?", help=named.HELP)
+    add_source(parser, optional=True)
     parser.add_argument(
         "-d", "--disk", metavar="DISKS", type=names, default=(), help="only these disks (vda,vdb)"
     )

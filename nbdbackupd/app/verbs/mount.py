@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from nbdbackupd import documents, proc
-from nbdbackupd.app import named, signals, streams, tree_options
-from nbdbackupd.app.arguments import Arguments
+from nbdbackupd.app import signals, streams, tree_options
+from nbdbackupd.app.arguments import Arguments, add_source
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import WARNED, FormatError
@@ -30,7 +30,7 @@ READY_SECONDS: Final = 900.0
 def register(verbs: Registry) -> None:
     """Add both verbs."""
     parser = verbs.add("mount", MOUNT)
-    parser.add_argument("source", metavar="SOURCE", type=Path, help=named.HELP)
+    add_source(parser)
     parser.add_argument("directory", metavar="DIR", type=Path, help="an empty directory")
     tree_options.add(parser)
     parser.add_argument(

@@ -1,10 +1,9 @@
 """``nbdbackupctl protect`` and ``nbdbackupctl unprotect``."""
 
 from datetime import date, datetime
-from pathlib import Path
 
 from nbdbackupd.app import named
-from nbdbackupd.app.arguments import Arguments, Parser, moment, seconds
+from nbdbackupd.app.arguments import Arguments, Parser, add_source, moment, seconds
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.model.choice import Choice
@@ -37,7 +36,7 @@ def register(verbs: Registry) -> None:
 
 
 def _add(parser: Parser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=Path, help=named.HELP)
+    add_source(parser)
     parser.add_argument(
         "--point", metavar="ID", required=True, help="the point ('latest': the newest)"
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from nbdbackupd import plain
 from nbdbackupd.app import named, signals, streams, tables
-from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, seconds
+from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, add_source, seconds
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import WARNED, NbdbackupError, UsageError
@@ -29,7 +29,7 @@ that is given by its path, points of that set alone.
 def register(verbs: Registry) -> None:
     """Add the verb."""
     parser = verbs.add("prune", DESCRIPTION)
-    parser.add_argument("source", metavar="SOURCE", nargs="?", type=Path, help=named.HELP)
+    add_source(parser, optional=True)
     parser.add_argument("--all", action="store_true", help="each domain of the repository")
     parser.add_argument(
         "--scheduled",

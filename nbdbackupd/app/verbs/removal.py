@@ -1,11 +1,17 @@
 """``nbdbackupctl merge`` and ``nbdbackupctl remove``."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from nbdbackupd import __version__
 from nbdbackupd.app import named, signals
-from nbdbackupd.app.arguments import Arguments, Parser, add_checkpoint_dir, rate, seconds
+from nbdbackupd.app.arguments import (
+    Arguments,
+    Parser,
+    add_checkpoint_dir,
+    add_source,
+    rate,
+    seconds,
+)
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import WARNED
@@ -32,7 +38,7 @@ keeping that would take.
 def register(verbs: Registry) -> None:
     """Add both verbs."""
     parser = verbs.add("merge", MERGE)
-    parser.add_argument("source", metavar="SOURCE", type=Path, help=named.HELP)
+    add_source(parser)
     parser.add_argument(
         "--point", metavar="ID", dest="points", nargs=1, required=True,
         help="the point that becomes a full",
@@ -44,7 +50,7 @@ def register(verbs: Registry) -> None:
     _add(parser)
     parser.set_defaults(run=lambda args, context: _run(args, context, by_hand.merge))
     parser = verbs.add("remove", REMOVE)
-    parser.add_argument("source", metavar="SOURCE", type=Path, help=named.HELP)
+    add_source(parser)
     parser.add_argument(
         "--point", metavar="ID", dest="points", action="append", required=True,
         help="a point; may be given more than once",

@@ -1,13 +1,12 @@
 """``nbdbackupctl restore``."""
 
-from pathlib import Path
-
 from nbdbackupd.app import named, signals
 from nbdbackupd.app.arguments import (
     Arguments,
     add_checkpoint_dir,
     add_point,
     add_sequence,
+    add_source,
     add_workers,
     chosen,
     directory,
@@ -30,7 +29,7 @@ complete carries the suffix '.incomplete'.
 def register(verbs: Registry) -> None:
     """Add the verb."""
     parser = verbs.add("restore", DESCRIPTION)
-    parser.add_argument("source", metavar="SOURCE", type=Path, nargs="?", help=named.HELP)
+    add_source(parser, optional=True)
     parser.add_argument(
         "-o",
         "--output",

@@ -14,7 +14,7 @@ from nbdbackupd.errors import UsageError
 from nbdbackupd.model.definition import Consent, refuse
 from nbdbackupd.ops.define import adjust
 from nbdbackupd.ops.define.adjust import Adjuster
-from nbdbackupd.ops.restore.definer import Definition
+from nbdbackupd.ops.restore.request import Definition
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

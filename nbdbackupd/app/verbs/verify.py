@@ -10,6 +10,7 @@ from nbdbackupd.app import named, signals, streams
 from nbdbackupd.app.arguments import (
     Arguments,
     add_checkpoint_dir,
+    add_source,
     add_workers,
     chosen,
     duration,
@@ -39,7 +40,7 @@ below verified/, and no backup goes on from a base that is known to be damaged.
 def register(verbs: Registry) -> None:
     """Add the verb."""
     parser = verbs.add("verify", DESCRIPTION)
-    parser.add_argument("source", metavar="SOURCE", type=Path, nargs="?", help=named.HELP)
+    add_source(parser, optional=True)
     parser.add_argument("--point", metavar="ID", help="only this point and what it is made of")
     age = parser.add_argument_group("by age: points that wait longest first, of all of its sets")
     age.add_argument(

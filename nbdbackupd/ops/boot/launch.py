@@ -28,7 +28,7 @@ from nbdbackupd.ops.map import map as mapping
 from nbdbackupd.ops.map.map import MapRequest
 from nbdbackupd.ops.map.mapped import ServedDisk
 from nbdbackupd.ops.restore import side_files
-from nbdbackupd.ops.restore.definer import PlannedDisk, PlannedDomain
+from nbdbackupd.ops.restore.request import PlannedDisk, PlannedDomain
 from nbdbackupd.ops.restore.side_files import FileCopy
 from nbdbackupd.ops.sets.opened import OpenedSet
 from nbdbackupd.qemu import image

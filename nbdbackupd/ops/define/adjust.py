@@ -22,7 +22,7 @@ from nbdbackupd.model.definition_devices import Entropy
 from nbdbackupd.model.hostpaths import PathUse
 from nbdbackupd.ops.domain import vtpm
 from nbdbackupd.ops.restore import output_names, side_files
-from nbdbackupd.ops.restore.definer import Definition, PlannedDomain
+from nbdbackupd.ops.restore.request import Definition, PlannedDomain
 from nbdbackupd.ops.restore.side_files import FileCopy
 from nbdbackupd.ops.sets import layers
 

@@ -21,7 +21,7 @@ from nbdbackupd.model.hostpaths import PathUse
 from nbdbackupd.ops.domain.images import Sharing, images_of
 from nbdbackupd.ops.domain.survey import Looked, look
 from nbdbackupd.ops.restore import define_paths
-from nbdbackupd.ops.restore.options import Choice
+from nbdbackupd.ops.restore.options import ImageForm
 from nbdbackupd.ops.restore.plan import Placement, about_disk
 from nbdbackupd.ops.restore.replaced import ReplacedImage
 from nbdbackupd.ops.restore.side_files import FileCopy
@@ -132,7 +132,7 @@ class InPlace(Placement):
         return self._disks[disk.target].format
 
     def place(
-        self, point: RestorePoint, made: Mapping[DiskPoint, Choice], stack: ExitStack
+        self, point: RestorePoint, made: Mapping[DiskPoint, ImageForm], stack: ExitStack
     ) -> Mapping[str, Site]:
         """The image or device of each disk."""
         found: dict[str, Site] = {}

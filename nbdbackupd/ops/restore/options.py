@@ -12,7 +12,7 @@ PREALLOCATION: Final = "falloc"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
+class ImageForm:
     """Format and options of one image, and what the user should know about them.
 
     ``data_file``: the original had its data in a file beside it, which a ``Site`` may bring back.
@@ -55,7 +55,7 @@ def choose(
     *,
     wanted: str | None,
     preallocate: bool,
-) -> Choice:
+) -> ImageForm:
     """What to make of one disk; ``wanted`` is a format, or None for the original's.
 
     ``directory`` is the set's. What it says of the image may be missing or damaged.
@@ -72,4 +72,4 @@ def choose(
             data_file = bool(original.data_file)
             if original.encrypted:
                 warnings += (f"disk {disk.target} was encrypted, it comes back in plain",)
-    return Choice(format=format_, options=options, warnings=warnings, data_file=data_file)
+    return ImageForm(format=format_, options=options, warnings=warnings, data_file=data_file)

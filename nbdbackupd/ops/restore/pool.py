@@ -18,7 +18,7 @@ from typing import Final
 from nbdbackupd import durable
 from nbdbackupd.errors import NbdbackupError, NotSupportedError, RepositoryError
 from nbdbackupd.model.chain import DiskPoint, RestorePoint
-from nbdbackupd.ops.restore.options import Choice
+from nbdbackupd.ops.restore.options import ImageForm
 from nbdbackupd.ops.restore.output_names import INCOMPLETE
 from nbdbackupd.ops.restore.outputs import Output
 from nbdbackupd.ops.restore.plan import Placement, about_disk, names_of
@@ -71,7 +71,7 @@ class PoolPlacement(Placement):
         return "raw" if self.pool.on_devices else ""
 
     def place(
-        self, point: RestorePoint, made: Mapping[DiskPoint, Choice], stack: ExitStack
+        self, point: RestorePoint, made: Mapping[DiskPoint, ImageForm], stack: ExitStack
     ) -> Mapping[str, Site]:
         """A volume for each disk, named as an image in a directory would be."""
         names = names_of(point, made)

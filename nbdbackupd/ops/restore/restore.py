@@ -22,10 +22,13 @@ from nbdbackupd.nbdio.throttle import Throttle
 from nbdbackupd.ops.domain import endings
 from nbdbackupd.ops.restore import plan as restore_plan
 from nbdbackupd.ops.restore import side_files, sites, work
-from nbdbackupd.ops.restore.definer import Definer, Definition, PlannedDisk, PlannedDomain
 from nbdbackupd.ops.restore.plan import Placement, RestorePlan
 from nbdbackupd.ops.restore.replaced import resemble
 from nbdbackupd.ops.restore.request import (
+    Definer,
+    Definition,
+    PlannedDisk,
+    PlannedDomain,
     Progress,
     RestoredDisk,
     RestoreReport,

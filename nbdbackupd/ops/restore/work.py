@@ -23,10 +23,9 @@ from nbdbackupd.model.flatten import Part, Piece
 from nbdbackupd.nbdio.throttle import Throttle
 from nbdbackupd.ops.restore import outputs
 from nbdbackupd.ops.restore.outputs import Output, Writer
-from nbdbackupd.ops.restore.plan import DiskJob
+from nbdbackupd.ops.restore.plan import DiskJob, Step
 from nbdbackupd.ops.restore.request import Progress, RestoredDisk, RestoreRequest, Style
 from nbdbackupd.ops.restore.sites import Site, Work
-from nbdbackupd.ops.restore.steps import Step
 from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets.layers import Layer
 from nbdbackupd.qemu import image

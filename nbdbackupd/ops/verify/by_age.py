@@ -14,7 +14,7 @@ from nbdbackupd.errors import RepositoryError, UsageError
 from nbdbackupd.model.chain import BackupSet
 from nbdbackupd.model.space import own_bytes
 from nbdbackupd.ops.verify import verify
-from nbdbackupd.ops.verify.request import VerifyReport, VerifyRequest
+from nbdbackupd.ops.verify.findings import VerifyReport, VerifyRequest
 from nbdbackupd.plain import versioned
 from nbdbackupd.repo import verified
 from nbdbackupd.repo.set_directory import SetDirectory

@@ -39,8 +39,7 @@ from nbdbackupd.ops.sets.layers import Layer
 from nbdbackupd.ops.sets.opened import OpenedSet
 from nbdbackupd.ops.verify.blocks import Prover
 from nbdbackupd.ops.verify.disk import DiskCheck
-from nbdbackupd.ops.verify.findings import Findings, Problem
-from nbdbackupd.ops.verify.request import VerifyReport, VerifyRequest
+from nbdbackupd.ops.verify.findings import Findings, Problem, VerifyReport, VerifyRequest
 from nbdbackupd.repo import generation, layout, reading, removing, verified, written
 from nbdbackupd.repo.set_directory import refuse_links
 from nbdbackupd.repo.virtnbdbackup import peer
