@@ -59,6 +59,7 @@ class GuestOptions:
     iothreads: int | None = None  # shared by the virtio disks, in turn; default: the lab's
     uuid: str | None = None
     boot: BootFiles | None = None
+    boots_its_disk: bool = False  # the boot sector writes, not the lab
     has_agent: bool = False
     agent: Agent | None = None  # one that needs no system, with ``has_agent``
     console_log: Path | None = None
@@ -421,7 +422,7 @@ class Guest:
     def _has_driver(self) -> bool:
         """Say whether the lab, and no system in the guest, drives the disks."""
         is_needed = self.iothreads > 0 or self.options.agent is not None
-        return is_needed and self.options.boot is None
+        return is_needed and self.options.boot is None and not self.options.boots_its_disk
 
     @contextlib.contextmanager
     def _driven(self, target: str) -> Iterator[VirtioBlock | None]:

@@ -226,13 +226,14 @@ def test_a_guest_that_was_held_goes_on(
     console = lab.directory / "console"
     image = bootsector.make_disk(lab.images / "held.qcow2", 32 * MIB, 1)
     disk = DiskSpec(target="vda", path=image, size=32 * MIB)
-    held = lab.guest("held", [disk], GuestOptions(console_log=console))
+    options = GuestOptions(console_log=console, boots_its_disk=True)
+    held = lab.guest("held", [disk], options)
     held.start()
     wait_until(lambda: len(bootsector.said(console)) > 40, "writes of the guest", 60)
     held.virsh("suspend", "--domain", held.name)
-    options = ("-o", tmp_path / "held", "--scratch-reserve", "8M", "--limit-rate", "64K")
+    words = ("-o", tmp_path / "held", "--scratch-reserve", "8M", "--limit-rate", "64K")
     slow = ctl.rigged("SLOW8@scratch-measured#3")
-    with slow, ctl.start("backup", held.name, *options) as process:
+    with slow, ctl.start("backup", held.name, *words) as process:
         wait_for_job(held)
         # nothing that it wrote before is written again without space
         fill(small)
