@@ -61,7 +61,6 @@ class ImageInfo:
     corrupt: bool = False
     dirty: bool = False
     backing: str = ""
-    backing_full: str = ""
     backing_format: str = ""
     bitmaps: tuple[BitmapInfo, ...] = ()
 
@@ -94,7 +93,6 @@ class ImageInfo:
             corrupt=_get(data, "corrupt", bool, False),
             dirty=_get(document, "dirty-flag", bool, False),
             backing=_get(document, "backing-filename", str, ""),
-            backing_full=_get(document, "full-backing-filename", str, ""),
             backing_format=_get(document, "backing-filename-format", str, ""),
             bitmaps=tuple(_bitmap(each) for each in _get(data, "bitmaps", list, [])),
         )

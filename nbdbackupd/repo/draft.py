@@ -192,27 +192,6 @@ class Draft:
             log.warning("a file of earlier points is damaged: %s", path)
         return digest == stored.sha256
 
-    def copy_tree(self, source: Path, role: str) -> tuple[StoredFile, ...]:
-        """Copy a directory's regular files, one stored file each (a vTPM's state).
-
-        Links, sockets and devices are left out. ``layout.path_in_tree`` gives the relative path
-        back. Raises as ``copy_file``.
-        """
-        found = []
-        for directory, below, names in os.walk(source, onerror=_refuse_unread):
-            below.sort()
-            for base in sorted(names):
-                path = Path(directory, base)
-                if path.is_symlink() or not path.is_file():
-                    log.info("%s is no regular file and not saved", path)
-                    continue
-                inner = os.fspath(path.relative_to(source))
-                name = layout.copy(role, self.intent.point_id, inner)
-                if "~" in name:
-                    raise SourceError(f"can't save {path}: its path is too long")
-                found.append(self.copy_file(name, path, role))
-        return tuple(found)
-
     def publish(self, point: RestorePoint) -> RestorePoint:
         """Make the point exist, durably and proven by reading it back; return it with its digest.
 
@@ -355,10 +334,6 @@ def _open_regular(source: Path) -> int:
         os.close(fd)
         raise SourceError(f"can't save {source}: it is no regular file")
     return fd
-
-
-def _refuse_unread(err: OSError) -> None:
-    raise SourceError(f"can't read {err.filename}: {err.strerror}") from err
 
 
 def _copy(reading: int, writing: int, source: Path) -> tuple[int, str]:

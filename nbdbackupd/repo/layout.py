@@ -218,7 +218,7 @@ def copy(role: str, point_id: str, base: str) -> str:
 
 
 def path_in_tree(file: StoredFile, point_id: str) -> str:
-    """The path within its tree of a file that was stored with ``Draft.copy_tree``.
+    """The path within its tree of a file whose name ``copy`` made of it.
 
     Raises FormatError if the name is of another kind or would lead out of the tree.
     """

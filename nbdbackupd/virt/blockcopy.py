@@ -6,7 +6,6 @@ server is copied whole into an existing image (flag REUSE_EXT), holes stay holes
 pivot returns when it is done, and the disk then has no backing image.
 """
 
-from typing import Final
 from xml.etree import ElementTree as ET
 
 import libvirt
@@ -14,8 +13,6 @@ import libvirt
 from nbdbackupd.model import bootxml
 from nbdbackupd.model.bootxml import LiveDisk
 from nbdbackupd.virt.domain import Domain
-
-MIB: Final = 1 << 20
 
 
 def begin(domain: Domain, target: str, path: str, form: str, *, bandwidth: int = 0) -> None:

@@ -69,11 +69,10 @@ class ActiveJob:
 
 @dataclass(frozen=True, slots=True)
 class JobStats:
-    """``temp_used`` and ``temp_total``: bytes of scratch space, written and at most."""
+    """``temp_used``: bytes of scratch space that are written."""
 
     is_active: bool
     temp_used: int = 0
-    temp_total: int = 0
 
 
 def active_job(domain: Domain) -> ActiveJob | None:
@@ -211,7 +210,6 @@ def stats(domain: Domain) -> JobStats:
     return JobStats(
         is_active=found.get("type", _NONE) != _NONE,
         temp_used=found.get(libvirt.VIR_DOMAIN_JOB_DISK_TEMP_USED, 0),
-        temp_total=found.get(libvirt.VIR_DOMAIN_JOB_DISK_TEMP_TOTAL, 0),
     )
 
 
