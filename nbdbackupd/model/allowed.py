@@ -64,7 +64,6 @@ cputune/cachetune/monitor level vcpus
 cputune/{emulator_period,emulator_quota,global_period,global_quota} #
 cputune/{iothread_period,iothread_quota,period,quota,shares} #
 cputune/{emulatorpin,iothreadpin,vcpupin} cpuset iothread vcpu
-cputune/{emulatorsched,iothreadsched,vcpusched} iothreads priority scheduler vcpus
 cputune/memorytune vcpus
 cputune/memorytune/monitor vcpus
 cputune/memorytune/node bandwidth id

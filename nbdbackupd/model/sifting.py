@@ -21,6 +21,7 @@ TYPES: Final = ("kvm", "qemu", "hvf")
 
 MEDIA: Final = ("cdrom", "floppy")
 DUMPS: Final = {"coredump-destroy": "destroy", "coredump-restart": "restart"}
+SCHEDULER: Final = "it may come before all that the host does"
 FILLS: Final = "it fills the host's disk with dumps"
 RANDOM: Final = ("/dev/urandom", "/dev/random", "/dev/hwrng")
 NETWORKS: Final = ("network", "bridge", "user", "ethernet", "direct", "internal", "null")
@@ -66,6 +67,9 @@ WHY: Final[Mapping[str, str]] = {
     "bootloader": "a program of the host",
     "bootloader_args": "words for a program of the host",
     "seclabel": "labels and accounts of the host",
+    "cputune/emulatorsched": SCHEDULER,
+    "cputune/iothreadsched": SCHEDULER,
+    "cputune/vcpusched": SCHEDULER,
     "idmap": "accounts of the host",
     "blkiotune/device": "a device of the host",
     "os": "a file of the host",

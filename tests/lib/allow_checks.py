@@ -26,6 +26,7 @@ REFUSED: Final = (
     "os/nvram/source", "devices/disk/auth", "devices/disk/encryption", "/protocol", "/log",
     "devices/input/source", "devices/interface/route", "devices/smartcard/target",
     "devices/rng/backend/", "devices/redirdev/source", "devices/smartcard/source",
+    "cputune/emulatorsched", "cputune/iothreadsched", "cputune/vcpusched",
 )  # fmt: skip
 REFUSED_HERE: Final = frozenset(
     {

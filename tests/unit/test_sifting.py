@@ -138,6 +138,21 @@ def test_a_network_disk_of_somebody() -> None:
     assert 'socket="/run/own"' in adapted.xml
 
 
+@pytest.mark.parametrize("threads", ["emulator", "iothread", "vcpu"])
+def test_no_guest_comes_before_its_host(threads: str) -> None:
+    """S-1: at priority 99 on each processor nobody could end it."""
+    which = "" if threads == "emulator" else f"{threads}s='0-1' "
+    schedule = f"<{threads}sched {which}scheduler='fifo' priority='99'/>"
+    adapted = bare(rest=f"<cputune><shares>2048</shares>{schedule}</cputune>")
+    assert "<shares>2048</shares>" in adapted.xml
+    assert "sched" not in adapted.xml
+    (told,) = [line for line in adapted.warnings if "left out" in line]
+    assert f"{threads}sched" in told
+    assert "come before all that the host does" in told
+    with pytest.raises(UsageError, match="--trust-definition"):
+        bare(rest=f"<cputune>{schedule}</cputune>", keep_identity=True)
+
+
 def test_dumps_and_host_identity() -> None:
     adapted = bare(rest="<on_crash>coredump-restart</on_crash><sysinfo type='host'/>")
     assert "<on_crash>restart</on_crash>" in adapted.xml
