@@ -51,7 +51,7 @@ Tell = Callable[[str], None]
 def main(argv: Sequence[str] | None = None) -> int:
     """Write what belongs into the first of systemd's directories; always 0.
 
-    With ``--refresh`` 1 if systemd did not do all of it, or a file has an error.
+    With ``--refresh`` what ``refresh`` returns, and 1 for a fault of our own.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     tell = _teller(os.environ)
@@ -61,13 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words == ["--refresh"]:
             # what is defined within the pause is seen at once
             time.sleep(PAUSE_SECONDS)
-            return 0 if refresh(tell=tell) else 1
+            return refresh(tell=tell)
         if not words:
             tell("no directory given: systemd calls this program, see systemd.generator(7)")
             return 0
         generate(Path(words[0]), tell=tell)
     except Exception as err:  # noqa: BLE001 - a boot must not end here, whatever it is
         tell(f"timers are as the units have them: {type(err).__name__}: {err}")
+        return int(words == ["--refresh"])
     return 0
 
 
@@ -124,15 +125,16 @@ def refresh(
     units: Path = UNITS,
     definitions: Path | None = None,
     tell: Tell,
-) -> bool:
+) -> int:
     """Have systemd take up what ``generate`` makes now, if that is not what it made last.
 
     All timers that are wanted begin, also those that a daemon-reload has made known before. Those
     that neither a file nor a link of the administrator wants end, as of domains that are gone,
     also those whose links a daemon-reload has taken away before; none if a file has an error.
-    False then, and if systemd did not do all of it, which is told.
+    Returns an exit status: 10 then, 30 if systemd did not do all of it, which is told.
     """
     from nbdbackupd.config import files, schema
+    from nbdbackupd.errors import ConfigError, ProcessError
 
     with tempfile.TemporaryDirectory() as directory:
         made = Path(directory)
@@ -140,17 +142,17 @@ def refresh(
         before, after = _tree(generated), _tree(made)
     is_sound = not files.read_all(config or schema.DIRECTORY).problems
     if before != after and not _order(tell, "daemon-reload"):
-        return False
+        return ProcessError.exit_code
     wanted = _links(after)
     done = _begin(tell, wanted)
     if not is_sound:
-        return False
+        return ConfigError.exit_code
     enabled = {
         unitname.unit(template, name, "timer")
         for template in TEMPLATES
         for name in enabled_names(units, template)
     }
-    return _end(tell, wanted | enabled) and done
+    return 0 if _end(tell, wanted | enabled) and done else ProcessError.exit_code
 
 
 def _end(tell: Tell, wanted: Collection[str]) -> bool:

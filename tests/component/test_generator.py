@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from nbdbackupd.app import generator
 from nbdbackupd.config import schema, timers
+from nbdbackupd.errors import ConfigError, ProcessError
 from nbdbackupd.model import throwaway, unitname
 from tests.lib.pages import TOP
 
@@ -240,6 +241,10 @@ def test_a_fault_of_our_own_ends_nothing(
     monkeypatch.delenv("SYSTEMD_SCOPE", raising=False)
     assert generator.main([str(tmp_path)]) == 0
     assert capsys.readouterr().err.count("\n") == 1
+    # no boot waits for this one, and its unit tells root
+    monkeypatch.setattr(generator, "PAUSE_SECONDS", 0.0)
+    assert generator.main(["--refresh"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_nothing_happens_in_the_initrd(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,7 +384,7 @@ class Systemd:
             generated=host.output, config=host.config, units=host.units,
             definitions=host.definitions, tell=host.told.append,
         )  # fmt: skip
-        assert done is is_sound
+        assert done == (0 if is_sound else ConfigError.exit_code)
         self.reload()
         return list(json.loads(self.state.read_text())["calls"])
 
@@ -472,8 +477,9 @@ def test_a1_domains_come_and_go(host: Host, monkeypatch: pytest.MonkeyPatch) -> 
     assert "a.yaml" in host.told[-1]
     systemd.program.write_text("#!/bin/sh\necho no bus >&2; exit 1\n")
     host.file("a", "match: {glob: 'web*'}\nschedule: {enable: yes}")
-    assert not generator.refresh(
+    failed = generator.refresh(
         generated=host.output, config=host.config, units=host.units,
         definitions=host.definitions, tell=host.told.append,
     )  # fmt: skip
+    assert failed == ProcessError.exit_code
     assert "no bus" in host.told[-1]
