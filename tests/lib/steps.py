@@ -34,6 +34,9 @@ STEPS: Final = {
     "derived-files-written": "nbdbackupd.repo.set_directory:SetDirectory._write_derived",
     "generation-switched": "nbdbackupd.repo.generation:switch",
     "draft-removed": "nbdbackupd.repo.draft:remove",
+    "set-removal-applied": "nbdbackupd.ops.retention.prune:_apply",
+    "removals-swept": "nbdbackupd.repo.set_directory:SetDirectory.sweep_removals",
+    "empty-set-removed": "nbdbackupd.repo.set_directory:SetDirectory.remove_empty",
     # before and after it
     "leftovers-swept": "nbdbackupd.ops.checkpoints.leftovers:sweep",
     "run-noted": "nbdbackupd.ops.checkpoints.leftovers:note",
