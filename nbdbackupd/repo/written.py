@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from nbdbackupd import durable
-from nbdbackupd.errors import IntegrityError, NbdbackupError
+from nbdbackupd.errors import IntegrityError, NbdbackupError, RepositoryError
 from nbdbackupd.files import open_untrusted
 from nbdbackupd.model.chain import RestorePoint
 
@@ -102,10 +102,26 @@ def warnings(directories: Sequence[Path], points: Sequence[RestorePoint]) -> tup
     found = verdicts(directories, points)
     return tuple(
         f"point {each.id} is not what this host wrote: its manifest was changed or replaced since "
-        f"(SHA-256 {each.digest}, noted is another)"
+        f"(SHA-256 {each.digest}, noted is another); if a host with other notes has merged or "
+        f"pruned there, 'nbdbackupctl verify --accept' notes it anew"
         for each in points
         if found[each.id] is Verdict.CHANGED
     )
+
+
+def accept(directories: Iterable[Path], points: Sequence[RestorePoint]) -> tuple[str, ...]:
+    """Note points as they are now wherever they are noted otherwise; their ids.
+
+    Raises RepositoryError if they can't be noted.
+    """
+    accepted = dict[str, None]()
+    for directory in directories:
+        found = verdicts([directory], points)
+        changed = [each for each in points if found[each.id] is Verdict.CHANGED]
+        if changed and not note(directory, *changed):
+            raise RepositoryError(f"manifests can't be noted in {directory}: see to that directory")
+        accepted |= dict.fromkeys(each.id for each in changed)
+    return tuple(accepted)
 
 
 def _key(point: RestorePoint) -> bytes:

@@ -114,9 +114,9 @@ _nbdbackupctl_options() {
         ;;
     verify)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet --point --all --older-than --limit -w --workers
-        --checkpoint-dir --boot --boot-only --boot-wait --boot-timeout --boot-memory --boot-name
-        --trust-definition --scratch-dir'
+        --runtime-dir -v --verbose -q --quiet --point --accept --all --older-than --limit -w
+        --workers --checkpoint-dir --boot --boot-only --boot-wait --boot-timeout --boot-memory
+        --boot-name --trust-definition --scratch-dir'
         ;;
     prune)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress

@@ -42,6 +42,12 @@ def register(verbs: Registry) -> None:
     parser = verbs.add("verify", DESCRIPTION)
     add_source(parser, optional=True)
     parser.add_argument("--point", metavar="ID", help="only this point and what it is made of")
+    parser.add_argument(
+        "--accept",
+        action="store_true",
+        help="if all is sound, trust manifests that were changed since this host wrote them: after "
+        "a merge or prune by a host with another state directory",
+    )
     age = parser.add_argument_group("by age: points that wait longest first, of all of its sets")
     age.add_argument(
         "--all", action="store_true", help="of all domains in the configured repositories"
@@ -64,7 +70,10 @@ def register(verbs: Registry) -> None:
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 40 if anything is damaged, or a guest did not come up, 3 for warnings."""
     verify_boot.check(args)
-    if args.all or args.older_than is not None or args.limit is not None:
+    by_age = args.all or args.older_than is not None or args.limit is not None
+    if args.accept and (by_age or args.boot_only):
+        raise UsageError("--accept goes with a whole verification of SOURCE: leave out the rest")
+    if by_age:
         return verify_by_age.run(args, context)
     if args.source is None:
         raise UsageError("give SOURCE: a set or a domain, or --all")
@@ -83,6 +92,8 @@ def run(args: Arguments, context: Context) -> int:
             verify_by_age.record(context, args.source, [path])
             checked = human_size(report.checked_bytes)
             text = f"sound: {report.points} point(s), {checked} checked"
+            if report.accepted:
+                text += f"\nnow trusted as they are: {', '.join(report.accepted)}"
         booted = verify_boot.run(args, context, path, cancel) if args.boot else None
     if booted is None:
         context.show(_document(document, None), text)
@@ -104,6 +115,7 @@ def _prove(args: Arguments, context: Context, path: Path, cancel: signals.Cancel
         point=args.point or "",
         workers=args.workers,
         state_dirs=configured.state_directories(context.host),
+        accept=args.accept,
         clock=context.host.now,
     )
     with context.progress() as progress:

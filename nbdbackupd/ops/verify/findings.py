@@ -114,7 +114,8 @@ class VerifyRequest:
     """Which set; ``point`` (an id) restricts to that point and what its disks are made of.
 
     ``only`` restricts to the files of these points alone, if there are any. ``state_dirs`` are
-    where this host has noted which manifests it wrote. ``clock`` tells the time, UTC, for what is
+    where this host has noted which manifests it wrote; ``accept`` notes those anew that were
+    changed since, if all is sound. ``clock`` tells the time, UTC, for what is
     noted of each point in the set; without it nothing is.
     """
 
@@ -123,6 +124,7 @@ class VerifyRequest:
     only: frozenset[str] = frozenset()
     workers: int = 2
     state_dirs: tuple[Path, ...] = ()
+    accept: bool = False
     clock: Callable[[], datetime] | None = None
 
 
@@ -131,7 +133,8 @@ class VerifyReport:
     """What was looked at, and what is wrong; ``checked_bytes`` of files.
 
     ``warnings`` tell of a peer's set what nothing vouches for, of points that this host wrote
-    otherwise, and what is of no use. ``unnoted`` says why results are not noted in the set.
+    otherwise, and what is of no use. ``accepted`` are the ids of points whose manifests are noted
+    anew. ``unnoted`` says why results are not noted in the set.
     """
 
     points: int
@@ -140,6 +143,7 @@ class VerifyReport:
     problems: tuple[Problem, ...]
     seconds: float
     warnings: tuple[str, ...] = ()
+    accepted: tuple[str, ...] = ()
     unnoted: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -151,5 +155,6 @@ class VerifyReport:
             checked_bytes=self.checked_bytes,
             problems=[problem.to_json() for problem in self.problems],
             warnings=list(self.warnings),
+            accepted=list(self.accepted),
             seconds=round(self.seconds, 3),
         )

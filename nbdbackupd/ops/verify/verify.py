@@ -137,6 +137,9 @@ def _verify(
             if all(disk.target in targets for disk in point.disks):
                 notes.note(point, work.size - before, findings.of_point(point.id))
     problems = findings.problems()
+    points = [point for point, _ in chosen]
+    accepts = request.accept and not problems
+    accepted = written.accept(request.state_dirs, points) if accepts else ()
     return VerifyReport(
         points=len(chosen),
         files=work.files,
@@ -144,9 +147,10 @@ def _verify(
         problems=problems,
         seconds=time.monotonic() - begun,
         warnings=(
-            *written.warnings(request.state_dirs, [point for point, _ in chosen]),
+            *written.warnings(request.state_dirs, points),
             *(() if problems else _useless(request.path, chosen)),
         ),
+        accepted=accepted,
         unnoted=notes.problem,
     )
 
