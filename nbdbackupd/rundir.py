@@ -10,8 +10,9 @@
     starting/DOMAIN.starting  700  its time is that at which a start was announced
     xml/DOMAIN.xml, .end      700  what the hook keeps of a domain: see source/kept.py
 
-All is gone with a boot of the host. The hook (hooks/nbdbackup) makes ``called``, ``starting`` and
-``xml`` by the same names.
+All is gone with a boot of the host, the directories of domains that libvirt no longer knows a day
+after their last use, by the next run of any. The hook (hooks/nbdbackup) makes ``called``,
+``starting`` and ``xml`` by the same names.
 """
 
 import os

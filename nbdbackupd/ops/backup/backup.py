@@ -82,6 +82,7 @@ def run(
         stack.enter_context(runlog.run_log(set_dir.log_path(request.run_id)))
         stack.enter_context(ending.told())
         events.emit(log, events.BACKUP_STARTED, level=request.level)
+        leftovers.sweep_gone(connection, request.runtime_dir, request.now)
         dead = leftovers.sweep(
             domain, set_dir, request.runtime_dir, request.settings.scratch_directory
         )

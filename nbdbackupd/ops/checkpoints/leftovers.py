@@ -12,18 +12,26 @@ import json
 import logging
 import os
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
+from typing import Final
 
 from nbdbackupd import documents, durable, rundir
-from nbdbackupd.errors import FormatError, NbdbackupError
+from nbdbackupd.errors import BusyError, FormatError, NbdbackupError
+from nbdbackupd.model.domain import is_uuid
 from nbdbackupd.repo import generation, layout
 from nbdbackupd.repo.draft import Intent
 from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.source import kept, lease
 from nbdbackupd.source import sweep as source_sweep
+from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
 
 log = logging.getLogger(__name__)
+OWNER: Final = "sweep of "
+IDLE_SECONDS: Final = 86400.0
+MAX_GONE: Final = 1000
+"""Directories of domains that are gone that one run removes."""
 
 
 def sweep(
@@ -58,6 +66,50 @@ def finish(domain: Domain, set_dir: SetDirectory, runtime_dir: Path) -> None:
     """
     set_dir.sweep()
     forget(runtime_dir, domain.uuid)
+
+
+def sweep_gone(connection: Connection, runtime_dir: Path, now: datetime) -> None:
+    """Remove the directories of domains that are gone, in which nothing happened for a day.
+
+    Who was killed has left more than locks in one: that stays, since a transient domain may come
+    back with the same images. A run that can't do this goes on.
+    """
+    with suppress(OSError, NbdbackupError):
+        before = now.timestamp() - IDLE_SECONDS
+        places = [
+            each for each in runtime_dir.iterdir() if is_uuid(each.name) and _is_idle(each, before)
+        ]
+        known = {uuid for _, uuid in connection.domains()} if places else set()
+        for place in places[:MAX_GONE]:
+            if place.name not in known:
+                _remove_idle(runtime_dir, place)
+
+
+def _is_idle(directory: Path, before: float) -> bool:
+    if {each.name for each in directory.iterdir()} - {rundir.LOCK, rundir.GUARDS}:
+        return False
+    files = (directory, directory / rundir.LOCK)
+    newest = max(each.stat().st_mtime for each in files if each.exists())
+    return newest < before
+
+
+def _remove_idle(runtime_dir: Path, directory: Path) -> None:
+    """Remove it unless somebody is there, with the directory of its QEMU's socket."""
+    with suppress(OSError, BusyError):
+        lock = directory / rundir.LOCK
+        with durable.Lock(lock, owner=f"{OWNER}{directory.name}"):
+            if _is_guarded(directory):
+                return
+            with suppress(FileNotFoundError):
+                rundir.socket_dir(runtime_dir, directory.name).rmdir()
+            (directory / rundir.GUARDS).unlink(missing_ok=True)
+            # one who opens it now fails once; nobody runs for a domain that libvirt does not know
+            lock.unlink()
+            directory.rmdir()
+
+
+def _is_guarded(directory: Path) -> bool:
+    return durable.is_locked(directory / rundir.GUARDS, shared=False)
 
 
 def note(runtime_dir: Path, intent: Intent, set_path: Path) -> None:
