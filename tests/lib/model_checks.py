@@ -23,6 +23,9 @@ STATES = {
 MARKERS = "starting"
 """Where ``yield`` leaves its marks; they grow old."""
 CALM_SECONDS = 30.0
+HOLD_SECONDS = 90.0
+"""A guard asks an agent that has refused again and again once a minute."""
+HELD = "guest-held"
 KEPT_FILES = frozenset({"lock", "images", "guards"})
 
 
@@ -135,7 +138,7 @@ def check_guest(world: World) -> None:
 
 def is_held(world: World) -> bool:
     """The guest is frozen, or somebody believes that it may be."""
-    return world.agent.is_frozen or bool(list(world.ctl.runtime.rglob("guest-held")))
+    return world.agent.is_frozen or bool(list(world.ctl.runtime.rglob(HELD)))
 
 
 def leftovers(world: World) -> list[str]:
@@ -153,7 +156,7 @@ def wait_calm(world: World) -> None:
 
     def is_calm() -> bool:
         # a guest that is off is held by nobody
-        held = [] if world.is_active else [*world.ctl.runtime.rglob("guest-held")]
+        held = [] if world.is_active else [*world.ctl.runtime.rglob(HELD)]
         return not leftovers(world) and not held
 
     wait_until(is_calm, "end of what the run has left", CALM_SECONDS)
@@ -164,6 +167,9 @@ def check_clean(world: World, own: SetModel, allow: frozenset[str]) -> None:
 
     ``allow`` names files of the runtime directory that may stay for the next run.
     """
+    if HELD not in allow:
+        # who watches over a guest that may be frozen sees its end at his next look
+        wait_until(lambda: not [*world.ctl.runtime.rglob(HELD)], "end of a hold", HOLD_SECONDS)
     left = [
         path
         for path in world.ctl.runtime.rglob("*")

@@ -291,7 +291,7 @@ def settle(
         world.job_left = False
         allow = allowed(world, result.code, was_active=before.is_active)
         checks.check_clean(world, target, allow)
-        world.untidy = bool(allow - {"guest-held"})
+        world.untidy = bool(allow - {checks.HELD})
     if result.code in DONE:
         checks.check_only_base(world, target, spared)
     checks.check_kept(world, target, before, is_lossy=is_lossy, forgets=forgets)
@@ -308,7 +308,7 @@ def settle(
 def allowed(world: World, code: int, *, was_active: bool) -> frozenset[str]:
     """Files that may stay when a run ends so."""
     # that the guest may freeze late is known until its agent has answered
-    held = {"guest-held"} if world.is_active and not world.agent.is_prompt else set()
+    held = {checks.HELD} if world.is_active and not world.agent.is_prompt else set()
     if code in DONE:
         return frozenset(held)
     # a checkpoint or bitmap that can't be removed now
