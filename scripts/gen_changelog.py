@@ -15,6 +15,7 @@ SOURCE: Final = TOP / "CHANGELOG.md"
 DEBIAN: Final = TOP / "packaging/debian/changelog"
 SPEC: Final = TOP / "packaging/rpm/nbdbackupd.spec"
 WHO: Final = "nbdbackupd maintainers <nbdbackupd@users.noreply.github.com>"
+UNRELEASED: Final = "## [Unreleased]"
 HEADING: Final = re.compile(r"## \[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)")
 SECTION: Final = "%changelog\n"
 WIDTH: Final = 78
@@ -30,10 +31,12 @@ class Release:
 
 
 def releases(text: str) -> tuple[Release, ...]:
-    """All versions of a changelog, newest first. Raises ValueError for a heading of no form."""
+    """All versions that were released, newest first. Raises ValueError for a heading of no form."""
     found = []
     for part in re.split(r"(?m)^(?=## )", text)[1:]:
         heading, _, body = part.partition("\n")
+        if heading == UNRELEASED:
+            continue
         form = HEADING.fullmatch(heading)
         if form is None:
             raise ValueError(f"{SOURCE.name}: {heading!r} is not '## [VERSION] - YYYY-MM-DD'")
