@@ -194,7 +194,7 @@ def why_whole(disk: Disk, facts: ImageFacts) -> tuple[str, bool]:
         amend = f"'qemu-img amend -f qcow2 -o compat=1.1 {disk.source}' while the domain is off"
         return f"qcow2 of version 2 holds no bitmaps: convert it with {amend}", True
     if disk.readonly:
-        return "it is read-only, and libvirt tracks no changes of such a disk", False
+        return "it is read-only, and changes of such a disk are not tracked", False
     if facts.has_raw_data:
         # what is written there while the domain is off is in no bitmap, as with a raw image
         return "its data lies in a raw file, which may change without a trace", False

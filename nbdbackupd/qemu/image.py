@@ -7,7 +7,9 @@ sets, so nothing in it is trusted: a wrong type is a FormatError that names the 
 import errno
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -224,6 +226,23 @@ def create(path: Path, size: int, options: CreateOptions, *, backing: Path | Non
     """
     below = () if backing is None else ("-u", "-F", QCOW2, "-b", _beside(backing))
     _create(path, size, options, *below)
+
+
+@contextmanager
+def nameless(directory: Path, size: int) -> Iterator[int]:
+    """A plain qcow2 image of ``size`` bytes whose file has no name; its descriptor.
+
+    It is gone with the last one who has it open; what it takes, with the context: a QEMU whose
+    guest is paused keeps descriptors that it was told to close (7.2). Raises OSError, ProcessError.
+    """
+    with tempfile.TemporaryFile(dir=directory) as file:
+        number = file.fileno()
+        argv = ["qemu-img", "create", "-q", "-f", QCOW2, f"/dev/fd/{number}", str(size)]
+        proc.output(argv, timeout=CREATE_SECONDS, pass_fds=[number])
+        try:
+            yield number
+        finally:
+            os.ftruncate(number, 0)
 
 
 def create_on_server(path: Path, size: int, *, socket: Path) -> None:

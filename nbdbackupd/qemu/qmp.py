@@ -1,4 +1,4 @@
-"""QEMU's monitor protocol over a socket that is already connected.
+"""QEMU's monitor protocol, over a socket that is connected or that has a path.
 
 Source: QEMU's ``docs/interop/qmp-spec.txt``. One JSON object a line; the server greets, we
 negotiate no capability, then each command is answered by ``return`` or ``error``. Events may come
@@ -6,14 +6,19 @@ between and are skipped.
 """
 
 import json
+import os
 import select
 import socket
+import struct
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 from nbdbackupd import documents
-from nbdbackupd.errors import ProcessError
+from nbdbackupd.errors import BusyError, DomainError, DomainNotFoundError, ProcessError
 
 CHUNK: Final = 64 << 10
 MAX_REPLY: Final = 64 << 20
@@ -22,12 +27,45 @@ MAX_REPLY: Final = 64 << 20
 POLL_SECONDS: Final = 0.2
 """Longest sleep between two looks at the cancel callback."""
 
+GREETING_SECONDS: Final = 2.0
+"""A monitor greets at once; one that is in use takes a connection and says nothing (7.2)."""
+
 GENERIC: Final = "GenericError"
 """The class of almost every error; it says nothing."""
 
 
+@contextmanager
+def connected(path: Path, program: str, *, timeout: float) -> Iterator["Monitor"]:
+    """A session on the monitor whose socket is ``path``; ``timeout`` in seconds for each command.
+
+    Raises BusyError if another program holds the monitor, DomainNotFoundError if nobody listens,
+    DomainError if it can't be reached, ProcessError if it speaks no QMP.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.setblocking(False)
+        try:
+            connection.connect(os.fspath(path))
+        except BlockingIOError as err:
+            raise _held(path) from err
+        except (FileNotFoundError, ConnectionRefusedError) as err:
+            raise DomainNotFoundError(f"no QEMU listens on {path}: is it running?") from err
+        except OSError as err:
+            raise DomainError(f"monitor {path} can't be reached: {err.strerror or err}") from err
+        poller = select.poll()
+        poller.register(connection, select.POLLIN)
+        if not poller.poll(GREETING_SECONDS * 1000):
+            raise _held(path)
+        yield Monitor(connection, program, timeout=timeout)
+
+
+def _held(path: Path) -> BusyError:
+    return BusyError(
+        f"another program holds the monitor {path}: close that, or give QEMU a second monitor"
+    )
+
+
 class Monitor:
-    """A QMP session; the socket stays its owner's."""
+    """A QMP session, for any thread; the socket stays its owner's."""
 
     def __init__(
         self,
@@ -47,25 +85,32 @@ class Monitor:
         self._timeout = timeout
         self._cancelled = cancelled
         self._received = b""
+        self._lock = threading.Lock()
         connection.setblocking(False)
         greeting = self._receive(time.monotonic() + timeout, "start")
         if "QMP" not in greeting:
             raise ProcessError(f"{program} does not speak QMP on its monitor")
         self.execute("qmp_capabilities")
 
-    def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        """Run a command and return what it returns.
+    @property
+    def pid(self) -> int:
+        """The process that listens on the other end of a Unix socket, see unix(7)."""
+        size = struct.calcsize("3i")
+        found = self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        return int(struct.unpack("3i", found)[0])
+
+    def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, *, descriptor: int = -1
+    ) -> Any:
+        """Run a command and return what it returns; it may come with a descriptor.
 
         Raises ProcessError with QEMU's description if it is refused, and as for the constructor.
         """
-        deadline = time.monotonic() + self._timeout
         document: dict[str, Any] = {"execute": command}
         if arguments:
             document["arguments"] = arguments
-        self._send(json.dumps(document).encode() + b"\n", deadline, command)
-        reply = self._receive(deadline, command)
-        while "event" in reply:
-            reply = self._receive(deadline, command)
+        with self._lock:
+            reply = self._ask(json.dumps(document).encode() + b"\n", command, descriptor)
         if "return" in reply:
             return reply["return"]
         error = reply.get("error")
@@ -76,12 +121,22 @@ class Monitor:
         shown = text if kind == GENERIC else f"{kind}: {text}"
         raise ProcessError(f"{self._program} refused {command}: {shown}")
 
-    def _send(self, data: bytes, deadline: float, what: str) -> None:
+    def _ask(self, data: bytes, command: str, descriptor: int) -> dict[str, Any]:
+        deadline = time.monotonic() + self._timeout
+        self._send(data, deadline, command, descriptor)
+        reply = self._receive(deadline, command)
+        while "event" in reply:
+            reply = self._receive(deadline, command)
+        return reply
+
+    def _send(self, data: bytes, deadline: float, what: str, descriptor: int) -> None:
         view = memoryview(data)
+        passed = [descriptor] if descriptor >= 0 else []
         while view:
             self._wait(select.POLLOUT, deadline, what)
             try:
-                view = view[self._connection.send(view) :]
+                view = view[socket.send_fds(self._connection, [view], passed) :]
+                passed = []
             except BlockingIOError:
                 continue
             except OSError as err:

@@ -225,7 +225,7 @@ def serve(
     ours, theirs = socket.socketpair()
     with contextlib.ExitStack() as stack:
         stack.enter_context(ours)
-        with theirs, _listening(endpoint) as listener:
+        with theirs, listening(endpoint) as listener:
             stack.callback(_unlink, endpoint)
             descriptors = (theirs.fileno(), listener.fileno(), *pass_fds)
             argv = [
@@ -263,7 +263,11 @@ def translate(err: ProcessError, path: str) -> BusyError | NotSupportedError | S
 
 
 @contextmanager
-def _listening(endpoint: Path) -> Iterator[socket.socket]:
+def listening(endpoint: Path) -> Iterator[socket.socket]:
+    """A socket for our user only that listens on the path ``endpoint``; a stale one is replaced.
+
+    Raises ConfigError.
+    """
     path = os.fspath(endpoint)
     if fault := rundir.socket_fault(endpoint):
         raise ConfigError(f"{fault}: give a shorter --runtime-dir")
@@ -290,17 +294,22 @@ def _node(document: dict[str, Any]) -> Node:
             name=document["node-name"],
             path=document.get("file", ""),
             size=document["image"]["virtual-size"],
-            bitmaps=tuple(
-                Bitmap(
-                    name=each["name"],
-                    dirty=each["count"],
-                    granularity=each["granularity"],
-                    sound=not each.get("inconsistent", False),
-                    recording=each["recording"],
-                )
-                for each in document.get("dirty-bitmaps", [])
-                if "name" in each
-            ),
+            bitmaps=bitmaps_of(document),
         )
     except (KeyError, TypeError) as err:
         raise ProcessError(f"{PROGRAM} describes a node without {err}") from err
+
+
+def bitmaps_of(document: dict[str, Any]) -> tuple[Bitmap, ...]:
+    """The bitmaps of a node, as ``query-named-block-nodes`` tells of it. Raises KeyError."""
+    return tuple(
+        Bitmap(
+            name=each["name"],
+            dirty=each["count"],
+            granularity=each["granularity"],
+            sound=not each.get("inconsistent", False),
+            recording=each["recording"],
+        )
+        for each in document.get("dirty-bitmaps", [])
+        if "name" in each
+    )

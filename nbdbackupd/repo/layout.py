@@ -202,6 +202,11 @@ def guest_info(point_id: str) -> str:
     return f"guest-info.{escape(point_id, MAX_IDENT)}.json"
 
 
+def machine(point_id: str) -> str:
+    """What a QEMU without libvirt was started with."""
+    return f"machine.{escape(point_id, MAX_IDENT)}.json"
+
+
 def checkpoint_list(domain: str) -> str:
     """The peer's list of the chain's checkpoints."""
     return f"{escape(domain, MAX_DOMAIN)}.cpt"

@@ -79,7 +79,8 @@ class Charge:
 
     ``pid`` is the run's process, our parent. ``scratch`` are its scratch files; by them its job is
     told from that of another run. The run itself keeps ``scratch_reserve`` bytes free beside them.
-    ``is_reachable``: libvirt can be asked by another process than the run.
+    ``is_reachable``: libvirt, or QEMU, can be asked by another process than the run. ``monitor``
+    is the path of QEMU's own where there is no libvirt.
     """
 
     uri: str
@@ -94,6 +95,7 @@ class Charge:
     scratch_reserve: int
     scratch: tuple[str, ...]
     is_reachable: bool
+    monitor: str = ""
 
     def pack(self) -> bytes:
         """The message."""

@@ -2,7 +2,7 @@
 
 It works through the same list again and again until nothing of it is left: thaw a guest that the
 run has frozen, end the run's job, remove its scratch files, see the server close the connections.
-A libvirtd that is away is waited for.
+A libvirtd that is away is waited for, and so is a monitor that is in use.
 
 Two guards, or a guard and the next run's sweep, never do this at one time (``turn``). What belongs
 to another run is not touched: a job is told by its scratch files, a held guest by its marker.
@@ -20,7 +20,7 @@ from typing import Final
 from nbdbackupd import events
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import DomainNotFoundError
-from nbdbackupd.source import quiesce, running
+from nbdbackupd.source import quiesce, running, standalone
 from nbdbackupd.source.guard import BEGUN, DISCARD_SECONDS, THAW, Charge, Post, turn
 from nbdbackupd.source.silence import Silence
 from nbdbackupd.virt import jobs
@@ -116,6 +116,8 @@ class Watch:
         The job is not ended before its connections are settled.
         """
         try:
+            if self.charge.monitor:
+                return is_settled and standalone.clear_dead(self.charge)
             with self._domain() as domain, turn(Path(self.charge.runtime_dir)):
                 # first: a guest that is frozen hangs, and this is quick
                 self._is_thawed = self._is_thawed or self._thaw(domain)

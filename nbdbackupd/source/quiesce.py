@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from nbdbackupd import durable, events, files
 from nbdbackupd import log as runlog
@@ -43,6 +43,19 @@ CURES: Final = {
 }
 WITHOUT: Final = "or do without: freeze.policy 'never' ('backup --freeze never')"
 MAX_MARKER: Final = 256
+
+
+class Pausable(Protocol):
+    """A guest whose processors can be halted."""
+
+    def state(self) -> GuestState:
+        """What QEMU does with it."""
+
+    def suspend(self) -> None:
+        """Halt it."""
+
+    def resume(self) -> None:
+        """Let it go on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +102,7 @@ def quiet(domain: Domain, request: Quiet) -> Iterator[Moment]:
     moment = Moment()
     with contextlib.ExitStack() as stack:
         if request.freeze is FreezePolicy.PAUSE:
-            stack.enter_context(_paused(domain, request, moment))
+            stack.enter_context(paused(domain, request, moment))
         elif request.freeze is not FreezePolicy.NEVER:
             stack.enter_context(_frozen(domain, request, moment))
         yield moment
@@ -125,11 +138,27 @@ def release(domain: Domain, marker: Path, *, seconds: float = ANSWER_SECONDS) ->
                 text = f"an earlier run had frozen the guest, or tried to: {err.message}"
                 return Release(problem=text, is_answered=is_answered)
             done = f"{answer}nothing is frozen, but {err.message}"
-    elif held == PAUSED and domain.state() is GuestState.PAUSED:
-        domain.resume()
-        done = "the guest, paused by a killed run, was resumed"
+    elif held == PAUSED:
+        done = _resumed(domain)
     marker.unlink(missing_ok=True)
     return Release(done=done)
+
+
+def release_paused(guest: Pausable, marker: Path, run_id: str = "") -> str:
+    """Let a guest go that a dead run, or that run, has left paused; what was done, or nothing."""
+    held, owner = _held(marker)
+    if run_id not in ("", owner):
+        return ""
+    done = _resumed(guest) if held == PAUSED else ""
+    marker.unlink(missing_ok=True)
+    return done
+
+
+def _resumed(guest: Pausable) -> str:
+    if guest.state() is not GuestState.PAUSED:
+        return ""
+    guest.resume()
+    return "the guest, paused by a killed run, was resumed"
 
 
 def _thawed(count: int) -> str:
@@ -185,7 +214,8 @@ def _mark(request: Quiet, how: str) -> None:
 
 
 @contextlib.contextmanager
-def _paused(domain: Domain, request: Quiet, moment: Moment) -> Iterator[None]:
+def paused(domain: Pausable, request: Quiet, moment: Moment) -> Iterator[None]:
+    """Pause the guest during the body, unless somebody has paused it already."""
     moment.consistency = Consistency.PAUSED
     if domain.state() is GuestState.PAUSED:
         # somebody else's pause: not ours to end

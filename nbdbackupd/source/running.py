@@ -1,6 +1,7 @@
 """A running domain as a source: libvirt's pull-mode backup job on a Unix socket."""
 
 import contextlib
+import functools
 import logging
 import os
 import stat
@@ -118,11 +119,14 @@ def open_running(request: RunningRequest) -> Iterator[Snapshot]:
         stack.enter_context(
             scratch.watch(
                 scratch.Watched(
-                    domain=request.domain,
                     directory=request.scratch_dir,
                     reserve=request.scratch_reserve,
                     on_trouble=request.on_trouble,
                     end_job=lambda: _end_job(request.domain, guard),
+                    seen_by_guest=functools.partial(scratch.seen_by_guest, request.domain),
+                    watch_job=functools.partial(
+                        scratch.watch_job, request.domain, request.on_trouble
+                    ),
                 )
             )
         )

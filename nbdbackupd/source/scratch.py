@@ -5,6 +5,7 @@ space is checked before and watched during the job: the more often, the less is 
 """
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -98,16 +99,19 @@ def prepare(directory: Path, reserve: int) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Watched:
-    """A running job; ``on_trouble`` and ``end_job`` are called from other threads.
+    """A running job; all of its functions are called from other threads.
 
     ``on_trouble`` gets an error whose message may yet say more, until the watch is over.
+    ``seen_by_guest`` says, after the job's end, what the guest has seen of a lack of space, and
+    lets one go that was held by that. ``watch_job`` looks on until the event is set.
     """
 
-    domain: Domain
     directory: Path
     reserve: int
     on_trouble: Callable[[NbdbackupError], None]
     end_job: Callable[[], None]
+    seen_by_guest: "Callable[[Space], str]"
+    watch_job: Callable[[threading.Event], None]
 
 
 @contextlib.contextmanager
@@ -119,9 +123,13 @@ def watch(job: Watched) -> Iterator[None]:
     """
     stop = threading.Event()
     # two threads, since a libvirt that hangs must not keep the other from looking
+    bodies: tuple[tuple[str, Callable[[threading.Event], None]], ...] = (
+        ("scratch-space", functools.partial(_watch_space, job)),
+        ("backup-job", job.watch_job),
+    )
     threads = [
-        threading.Thread(target=runlog.carried(body), args=(stop, job), name=name, daemon=True)
-        for name, body in (("scratch-space", _watch_space), ("backup-job", _watch_job))
+        threading.Thread(target=runlog.carried(body), args=(stop,), name=name, daemon=True)
+        for name, body in bodies
     ]
     for thread in threads:
         thread.start()
@@ -168,7 +176,7 @@ class Space:
             return 0
 
 
-def _watch_space(stop: threading.Event, job: Watched) -> None:
+def _watch_space(job: Watched, stop: threading.Event) -> None:
     space = Space(job.directory, job.reserve)
     while not space.is_low():
         if stop.wait(space.pause()):
@@ -181,7 +189,7 @@ def _watch_space(stop: threading.Event, job: Watched) -> None:
     job.on_trouble(error)
     try:
         job.end_job()
-        seen = _seen_by_guest(job.domain, space)
+        seen = job.seen_by_guest(space)
         error.message = f"{what}: the job was ended; {seen}; {cure}"
     except NbdbackupError as err:
         error.message = f"{what}, and the job can't be ended: {err.message}; {cure}"
@@ -189,7 +197,7 @@ def _watch_space(stop: threading.Event, job: Watched) -> None:
     events.emit(LOG, events.SCRATCH_LOW, reason=error, bytes=space.free)
 
 
-def _seen_by_guest(domain: Domain, space: Space) -> str:
+def seen_by_guest(domain: Domain, space: Space) -> str:
     """What is known of errors that the guest has seen; one that is held by them is let go.
 
     Without the job its writes need no scratch space: QEMU does again what had failed.
@@ -200,6 +208,11 @@ def _seen_by_guest(domain: Domain, space: Space) -> str:
         return f"the guest was held by an error of {found} meanwhile, and goes on"
     if domain.disk_errors():
         return f"the guest may have seen errors of {found}"
+    return unseen(space)
+
+
+def unseen(space: Space) -> str:
+    """What can be said of a guest whose disks show no error."""
     space.is_low()
     if space.lowest < ENOUGH:
         return "the guest may have seen write errors"
@@ -229,8 +242,10 @@ def why_gone(domain: Domain) -> SourceError:
     return SourceError(f"{what}; nothing was saved, run again", domain=domain.name)
 
 
-def _watch_job(stop: threading.Event, job: Watched) -> None:
-    domain = job.domain
+def watch_job(
+    domain: Domain, on_trouble: Callable[[NbdbackupError], None], stop: threading.Event
+) -> None:
+    """Tell ``on_trouble`` if the job ends before ``stop`` is set."""
     peak = 0
     is_told = False
     while not stop.wait(JOB_POLL_SECONDS):
@@ -241,7 +256,7 @@ def _watch_job(stop: threading.Event, job: Watched) -> None:
             found = jobs.stats(domain)
             peak = max(peak, found.temp_used)
             if not found.is_active and not stop.is_set():
-                job.on_trouble(why_gone(domain))
+                on_trouble(why_gone(domain))
                 break
             if not is_told and domain.is_kept():
                 is_told = True

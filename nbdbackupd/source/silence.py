@@ -86,7 +86,7 @@ class Silence:
         self._space = self._space or Space(Path(charge.scratch_dir), charge.scratch_reserve)
         if self._space.is_low():
             self._kill(seconds, f"{self._space.free} bytes of scratch space are left")
-        elif seconds > LONG_SECONDS and charge.is_reachable:
+        elif seconds > LONG_SECONDS and charge.is_reachable and not charge.monitor:
             if self._probe is None or self._probe.is_old():
                 self._probe = _Probe(charge)
             elif self._probe.is_unanswered():

@@ -58,10 +58,10 @@ _nbdbackupctl_options() {
         ;;
     backup)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet -l --level -o --output -i --include -x --exclude
-        --raw -z --compress --no-compress -t --type --extents --freeze -F --freeze-mountpoint
-        --scratch-dir --scratch-reserve -S --start-paused --pause --checkpoint-dir --threshold
-        --strict --limit-rate -w --workers --wait --timeout'
+        --runtime-dir -v --verbose -q --quiet -l --level -o --output --qmp -i --include -x
+        --exclude --raw -z --compress --no-compress -t --type --extents --freeze -F
+        --freeze-mountpoint --scratch-dir --scratch-reserve -S --start-paused --pause
+        --checkpoint-dir --threshold --strict --limit-rate -w --workers --wait --timeout'
         ;;
     run)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -210,11 +210,11 @@ _nbdbackupctl_positional() {
 # $1: the verb, $2: an option; what its value is, nothing if it takes none
 _nbdbackupctl_kind() {
     case "$1:$2" in
-    *:-c | *:--connect | *:--user | *:-i | *:--include | *:-x | *:--exclude | backup:-z | \
-    *:--compress | *:-F | *:--freeze-mountpoint | *:--scratch-reserve | *:--threshold | \
-    *:--limit-rate | *:-w | *:--workers | *:--wait | *:--timeout | log:-n | *:--point | \
-    *:--until | *:--at | *:-d | *:--disk | *:--pool | *:--since | *:-j | *:--jobs | \
-    *:--bandwidth-limit | *:--name | *:--socket | *:--tcp | *:--device | *:--cache | \
+    *:-c | *:--connect | *:--user | *:--qmp | *:-i | *:--include | *:-x | *:--exclude | \
+    backup:-z | *:--compress | *:-F | *:--freeze-mountpoint | *:--scratch-reserve | \
+    *:--threshold | *:--limit-rate | *:-w | *:--workers | *:--wait | *:--timeout | log:-n | \
+    *:--point | *:--until | *:--at | *:-d | *:--disk | *:--pool | *:--since | *:-j | *:--jobs \
+    | *:--bandwidth-limit | *:--name | *:--socket | *:--tcp | *:--device | *:--cache | \
     *:--memory | *:-p | *:--partition | *:--older-than | *:--limit | *:--boot-wait | \
     *:--boot-timeout | *:--boot-memory | *:--boot-name | *:--note | *:--drop | *:--reason | \
     *:--warning | *:--critical | *:--lines | *:--run)

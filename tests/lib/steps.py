@@ -55,6 +55,7 @@ STEPS: Final = {
     "connection-ready": "nbdbackupd.source.guard:Guard.ready",
     "instance-started": "nbdbackupd.virt.instance:start_paused",
     "instance-ended": "nbdbackupd.virt.instance:end",
+    "jobs-begun": "nbdbackupd.source.standalone:_begin",
     # a domain that is off
     "lease-announced": "nbdbackupd.source.lease:Lease.announce",
     "daemon-serves": "nbdbackupd.qemu.storage_daemon:serve",

@@ -132,6 +132,7 @@ def test_file_names_are_those_of_the_layout() -> None:
         layout.domain_xml_live("P"),
         layout.image_info("T", "P"),
         layout.guest_info("P"),
+        layout.machine("P"),
         layout.protection("P"),
         *copied,
         layout.copy("tpm-state", "P", "N"),

@@ -15,9 +15,10 @@ from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.errors import WARNED, UsageError
 from nbdbackupd.model.chain import Layout, Level
 from nbdbackupd.model.policy import FreezePolicy
-from nbdbackupd.ops.backup import backup, prepare
+from nbdbackupd.ops.backup import backup, prepare, standalone
 from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
 from nbdbackupd.ops.domain import configured, domains
+from nbdbackupd.ops.domain.images import ALONE
 from nbdbackupd.ops.status import record as run_record
 from nbdbackupd.systemd import notify
 from nbdbackupd.units import human_size, human_time
@@ -53,6 +54,13 @@ def register(verbs: Registry) -> None:
         metavar="DIR",
         type=directory,
         help="directory of the set (default: as the configuration says)",
+    )
+    parser.add_argument(
+        "--qmp",
+        metavar="SOCKET",
+        type=directory,
+        help="save a running QEMU without libvirt: the path of its monitor's socket; DOMAIN is the "
+        "name that it gets. Needs -o",
     )
     disks = parser.add_argument_group("disks")
     add_settings(disks, "disks")
@@ -114,6 +122,8 @@ def _backup(
     moved: Callable[[str, int, int, int], None],
     cancelled: Callable[[], None],
 ) -> tuple[BackupRequest, BackupReport]:
+    if args.qmp is not None:
+        return _standalone(args, context, moved, cancelled)
     configuration = None
     if args.output is None:
         configuration = configured.read(context.host)
@@ -121,6 +131,32 @@ def _backup(
     with context.connection() as connection:
         request = _request(args, context, connection, configuration)
         return request, backup.run(request, connection, progress=moved, cancelled=cancelled)
+
+
+def _standalone(
+    args: Arguments,
+    context: Context,
+    moved: Callable[[str, int, int, int], None],
+    cancelled: Callable[[], None],
+) -> tuple[BackupRequest, BackupReport]:
+    """Raises UsageError for what a QEMU without libvirt can't do."""
+    if args.output is None:
+        raise UsageError("--qmp needs a set: give its directory with -o")
+    settings = with_options(args, schema.defaults())
+    if settings.start_paused:
+        raise UsageError("--qmp and --start-paused exclude one another: its QEMU runs")
+    request = prepare.request(
+        args.domain,
+        args.output,
+        context.host,
+        settings,
+        ALONE,
+        level=Level(args.level),
+        layout=Layout(args.type),
+        by_nbdinfo=args.extents == "nbdinfo",
+    )
+    report = standalone.run(request, args.qmp, progress=moved, cancelled=cancelled)
+    return request, report
 
 
 def _request(

@@ -8,8 +8,8 @@ out the draft and the new checkpoint go away and the old base stays what it was.
 
 import functools
 import logging
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -27,7 +27,7 @@ from nbdbackupd.model.space import own_bytes
 from nbdbackupd.ops.backup import outcome, recording, room
 from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
 from nbdbackupd.ops.backup.run import BackupRun
-from nbdbackupd.ops.backup.sources import changed_bytes
+from nbdbackupd.ops.backup.sources import LibvirtDomain, changed_bytes
 from nbdbackupd.ops.checkpoints import foreign, leftovers, reconcile
 from nbdbackupd.ops.checkpoints.checkpoints import OWNER as CHECKPOINTS
 from nbdbackupd.ops.checkpoints.others import OtherChain, other_chains
@@ -71,17 +71,8 @@ def run(
         )
         stack.enter_context(ending.told())
         domain = _find(request, connection)
-        stack.enter_context(runlog.context(DOMAIN=domain.name, UUID=domain.uuid))
-        directory = rundir.make_domain_dir(request.runtime_dir, domain.uuid)
-        who = f"{locks.BACKUP}{domain.name}, run {request.run_id}"
-        wait = _wait(request.settings.limits_wait, cancelled)
-        stack.enter_context(durable.Lock(directory / rundir.LOCK, owner=who, wait=wait))
-        set_dir = SetDirectory.open(request.directory)
-        set_dir.check_can_begin()
-        stack.enter_context(set_dir.lock(owner=who, wait=wait))
-        stack.enter_context(runlog.run_log(set_dir.log_path(request.run_id)))
-        stack.enter_context(ending.told())
-        events.emit(log, events.BACKUP_STARTED, level=request.level)
+        set_dir = stack.enter_context(begun(request, domain.name, domain.uuid, cancelled, ending))
+        directory = rundir.domain_dir(request.runtime_dir, domain.uuid)
         leftovers.sweep_gone(connection, request.runtime_dir, request.now)
         dead = leftovers.sweep(
             domain, set_dir, request.runtime_dir, request.settings.scratch_directory
@@ -101,6 +92,29 @@ def run(
     return report
 
 
+@contextmanager
+def begun(
+    request: BackupRequest, name: str, uuid: str, cancelled: Cancelled, ending: endings.Ending
+) -> Iterator[SetDirectory]:
+    """The set that the run goes into, with its lock and the domain's, and the run's log open.
+
+    Raises BusyError if set or domain are locked, RepositoryError.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(runlog.context(DOMAIN=name, UUID=uuid))
+        directory = rundir.make_domain_dir(request.runtime_dir, uuid)
+        who = f"{locks.BACKUP}{name}, run {request.run_id}"
+        wait = _wait(request.settings.limits_wait, cancelled)
+        stack.enter_context(durable.Lock(directory / rundir.LOCK, owner=who, wait=wait))
+        set_dir = SetDirectory.open(request.directory)
+        set_dir.check_can_begin()
+        stack.enter_context(set_dir.lock(owner=who, wait=wait))
+        stack.enter_context(runlog.run_log(set_dir.log_path(request.run_id)))
+        stack.enter_context(ending.told())
+        events.emit(log, events.BACKUP_STARTED, level=request.level)
+        yield set_dir
+
+
 def _find(request: BackupRequest, connection: Connection) -> Domain:
     """The domain, unless a migration is under way, or it is to be started and may run elsewhere."""
     domain = domains.find(connection, request.domain, request.runtime_dir)
@@ -117,11 +131,12 @@ def _find(request: BackupRequest, connection: Connection) -> Domain:
 def _images(
     request: BackupRequest, domain: Domain, cancelled: Cancelled
 ) -> AbstractContextManager[Lease | None]:
-    sharing = replace(request.sharing, disks=_disk_filter(request))
+    sharing = replace(request.sharing, disks=disk_filter(request))
     return images_of(domain, request.runtime_dir, request.run_id, cancelled, sharing)
 
 
-def _disk_filter(request: BackupRequest) -> DiskFilter:
+def disk_filter(request: BackupRequest) -> DiskFilter:
+    """Which disks the settings want."""
     settings = request.settings
     return DiskFilter(
         include=settings.disks_include, exclude=settings.disks_exclude, raw=settings.disks_raw
@@ -154,7 +169,7 @@ def _run_locked(run: _Run) -> BackupReport:
     erase = reconcile.eraser(run.lease) if run.lease is not None else None
     state = StateDirectory(request.settings.checkpoint_directory)
     known = set_dir.load()
-    _check_binding(domain, known)
+    check_binding(domain.name, domain.uuid, known)
     looked = look(domain)
     records = state.records(domain.uuid)
     chain = reconcile.of_set(set_dir, known, records)
@@ -162,13 +177,13 @@ def _run_locked(run: _Run) -> BackupReport:
         domain, chain, looked, run.dead, state=state, erase=erase, cancelled=run.cancelled
     )
     if not left & run.dead:
-        leftovers.finish(domain, set_dir, request.runtime_dir)
+        leftovers.finish(domain.uuid, set_dir, request.runtime_dir)
     level = effective_level(request.level, known)
     parent = known.head if level in (Level.INC, Level.DIFF) else None
     if parent is not None:
         set_dir.check_present(known.points)
-        _check_undamaged(set_dir, known, parent)
-    wanted = _disk_filter(request)
+        check_undamaged(set_dir, known, parent)
+    wanted = disk_filter(request)
     survey = survey_domain(domain, wanted, level, parent, looked)
     doubts = _doubts(run.lease, survey)
     if doubts:
@@ -182,9 +197,9 @@ def _run_locked(run: _Run) -> BackupReport:
         return skipped
     point, seconds = recording.record(
         BackupRun(
-            request=request, domain=domain, set_dir=set_dir, survey=survey, level=level,
+            request=request, set_dir=set_dir, survey=survey, level=level,
+            subject=LibvirtDomain(domain=domain, lease=run.lease, at_rest=run.at_rest),
             known=known, parent=parent, progress=run.progress, cancelled=run.cancelled,
-            lease=run.lease, at_rest=run.at_rest,
             warnings=(*doubts, *(str(each) for each in beside if each.is_gone)),
         )
     )  # fmt: skip
@@ -192,7 +207,7 @@ def _run_locked(run: _Run) -> BackupReport:
         note_saved(domain, request.sharing, point.id)
     written.note(state.directory, point)
     reconcile.advance(domain, set_dir, point, parent, looked, state=state, erase=erase)
-    return _report(known, point, seconds, looked, beside)
+    return report_of(known, point, seconds, looked, beside)
 
 
 def _skipped(
@@ -202,7 +217,8 @@ def _skipped(
     small = _below_threshold(run, survey, parent)
     if small:
         return BackupReport(point=None, skipped=small, is_current=True)
-    short = room.shortage(run.domain, looked, survey, parent, run.set_dir.path)
+    sizes = functools.partial(checkpoints.sound_sizes, run.domain)
+    short = room.shortage(looked, survey, parent, run.set_dir.path, sizes)
     if short and run.request.may_make_room:
         return BackupReport(point=None, skipped=short, is_short=True)
     if short:
@@ -210,13 +226,14 @@ def _skipped(
     return None
 
 
-def _report(
+def report_of(
     known: BackupSet,
     point: RestorePoint,
     seconds: Mapping[str, float],
     looked: Looked,
     beside: tuple[OtherChain, ...],
 ) -> BackupReport:
+    """What is told of a point."""
     encrypted = [each.target for each in point.disks if each.target in looked.encrypted]
     notes = [ENCRYPTED.format(disk=target) for target in encrypted]
     notes += [str(each) for each in beside if not each.is_gone]
@@ -258,17 +275,17 @@ def _doubts(lease: Lease | None, survey: Survey) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _check_binding(domain: Domain, known: BackupSet) -> None:
-    """A chain belongs to a UUID; the name is a label (F-30)."""
+def check_binding(name: str, uuid: str, known: BackupSet) -> None:
+    """A chain belongs to a UUID; the name is a label (F-30). Raises RepositoryError."""
     for point in known.points:
-        if point.uuid != domain.uuid:
+        if point.uuid != uuid:
             raise RepositoryError(
                 f"the set belongs to domain {point.domain} with UUID {point.uuid}, "
-                f"not to {domain.name} with UUID {domain.uuid}: give another directory with -o"
+                f"not to {name} with UUID {uuid}: give another directory with -o"
             )
 
 
-def _check_undamaged(set_dir: SetDirectory, known: BackupSet, parent: RestorePoint) -> None:
+def check_undamaged(set_dir: SetDirectory, known: BackupSet, parent: RestorePoint) -> None:
     """Nothing may hang on what a verification has found damaged. Raises IntegrityError."""
     damage = verified.damage_of(set_dir.path, known, parent)
     if damage:
@@ -316,7 +333,11 @@ def _below_threshold(run: _Run, survey: Survey, parent: RestorePoint | None) -> 
         return ""
     if any(plan.target not in sizes for plan in survey.plans):
         return ""
-    amount = sum(sizes[plan.target] for plan in survey.plans)
+    return below(threshold, sum(sizes[plan.target] for plan in survey.plans))
+
+
+def below(threshold: int, amount: int) -> str:
+    """Why a run that would save ``amount`` bytes can be left out, or nothing."""
     if amount >= threshold:
         return ""
     if not amount:

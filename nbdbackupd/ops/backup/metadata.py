@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +27,7 @@ GUEST_INFO_SECONDS: Final = 10.0
 DOMAIN_XML: Final = "domain-xml"
 DOMAIN_XML_LIVE: Final = "domain-xml-live"
 GUEST_INFO: Final = "guest-info"
+MACHINE: Final = "machine"
 TPM_STATE: Final = "tpm-state"
 BOOT_ROLES: Final = frozenset({"loader", "nvram", "kernel", "initrd"})
 """Stored once in a set as long as they don't change; a vTPM's files are small and tell a path."""
@@ -64,9 +65,20 @@ def collect(domain: Domain, definition: domain_model.Domain) -> Collected:
     items = [Item(role=DOMAIN_XML, data=domain.xml(inactive=True, secure=True).encode())]
     if domain.is_active():
         items.append(Item(role=DOMAIN_XML_LIVE, data=domain.xml(secure=True).encode()))
+    nvram = definition.nvram or _chosen_nvram(domain, definition)
+    items += boot_files(replace(definition, nvram=nvram), warnings)
+    items += _guest_info(domain, definition)
+    if definition.has_tpm:
+        items += _tpm_items(_tpm_directories(domain, definition), warnings)
+    return Collected(items=tuple(items), warnings=tuple(warnings), autostart=domain.has_autostart())
+
+
+def boot_files(definition: domain_model.Domain, warnings: list[str]) -> list[Item]:
+    """What the guest is booted with; of what is no file of this host ``warnings`` get a line."""
+    items = []
     for role, path in (
         ("loader", definition.loader),
-        ("nvram", definition.nvram or _chosen_nvram(domain, definition)),
+        ("nvram", definition.nvram),
         ("kernel", definition.kernel),
         ("initrd", definition.initrd),
     ):
@@ -74,10 +86,7 @@ def collect(domain: Domain, definition: domain_model.Domain) -> Collected:
             warnings.append(f"the {role} is not saved: {path} is no file of this host")
         elif path:
             items.append(Item(role=role, source=Path(path), inner=Path(path).name))
-    items += _guest_info(domain, definition)
-    if definition.has_tpm:
-        items += _tpm_items(_tpm_directories(domain, definition), warnings)
-    return Collected(items=tuple(items), warnings=tuple(warnings), autostart=domain.has_autostart())
+    return items
 
 
 def save(
@@ -113,6 +122,7 @@ def _name(item: Item, point_id: str) -> str:
         DOMAIN_XML: layout.domain_xml,
         DOMAIN_XML_LIVE: layout.domain_xml_live,
         GUEST_INFO: layout.guest_info,
+        MACHINE: layout.machine,
     }
     if item.role in names:
         return names[item.role](point_id)

@@ -22,9 +22,8 @@ from nbdbackupd.nbdio.client import Patience
 from nbdbackupd.nbdio.throttle import Throttle
 from nbdbackupd.ops.backup import metadata
 from nbdbackupd.ops.backup.run import BackupRun
-from nbdbackupd.ops.backup.sources import open_source
 from nbdbackupd.ops.backup.transfer import Copied, Transfer, copy_disk
-from nbdbackupd.ops.checkpoints import foreign, leftovers, origin, reconcile
+from nbdbackupd.ops.checkpoints import leftovers, origin
 from nbdbackupd.qemu import image
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Draft, Intent
@@ -57,8 +56,8 @@ def record(run: BackupRun) -> tuple[RestorePoint, Mapping[str, float]]:
     """
     notes = _Notes()
     intent = Intent(
-        uuid=run.domain.uuid,
-        domain=run.domain.name,
+        uuid=run.subject.uuid,
+        domain=run.subject.name,
         chain=run.chain,
         checkpoint=run.checkpoint,
         run_id=run.request.run_id,
@@ -88,9 +87,8 @@ def record(run: BackupRun) -> tuple[RestorePoint, Mapping[str, float]]:
 def _settle(run: BackupRun, draft: Draft) -> None:
     """After the job's end: a checkpoint without a point goes; then the run is forgotten."""
     gone = draft.published or not run.checkpoint
-    erase = reconcile.eraser(run.lease) if run.lease is not None else None
-    if gone or reconcile.drop_failed(run.domain, run.checkpoint, run.survey.states, erase):
-        leftovers.forget(run.request.runtime_dir, run.domain.uuid)
+    if gone or run.subject.drop_failed(run):
+        leftovers.forget(run.request.runtime_dir, run.subject.uuid)
 
 
 def _fill(run: BackupRun, draft: Draft, notes: _Notes) -> RestorePoint:
@@ -101,11 +99,11 @@ def _fill(run: BackupRun, draft: Draft, notes: _Notes) -> RestorePoint:
     def trouble(error: NbdbackupError) -> None:
         notes.trouble = notes.trouble or error
 
-    with open_source(run, trouble) as opened:
+    with run.subject.open(run, trouble) as opened:
         snapshot = _proven(run, opened, notes)
         notes.warnings += snapshot.warnings
         reasons = _reasons(run, snapshot, notes)
-        collected = metadata.collect(run.domain, run.survey.definition)
+        collected = run.subject.collect(run)
         notes.warnings += collected.warnings
         _check_strict(run, notes)
         _tell_demotions(run, snapshot, reasons, notes)
@@ -122,7 +120,7 @@ def _proven(run: BackupRun, snapshot: Snapshot, notes: _Notes) -> Snapshot:
     """Without the changes of images that may not be those of their disks."""
     if run.parent is None:
         return snapshot
-    snapshot = foreign.prove(snapshot, run.domain, run.set_dir, run.parent)
+    snapshot = run.subject.prove(run, run.parent, snapshot)
     patience = _patience(run, notes)
     return origin.prove(snapshot, run.set_dir.path, run.known, run.parent, patience)
 
@@ -164,7 +162,7 @@ def _reasons(run: BackupRun, snapshot: Snapshot, notes: _Notes) -> dict[str, str
     notes.expected = {plan.target for plan in run.survey.plans if plan.is_expected}
     if run.parent is not None:
         state = StateDirectory(run.request.settings.checkpoint_directory)
-        moment = state.released(run.domain.uuid, run.parent.checkpoint)
+        moment = state.released(run.subject.uuid, run.parent.checkpoint)
         for target in reasons.keys() - notes.expected if moment else ():
             reasons[target] += f"; 'checkpoints --release' let go of it at {local_time(moment)}"
     notes.warnings += [
@@ -325,8 +323,8 @@ def _describe(
         chain=run.chain,
         level=run.level,
         created=run.request.now.isoformat(timespec="seconds").replace("+00:00", "Z"),
-        domain=run.domain.name,
-        uuid=run.domain.uuid,
+        domain=run.subject.name,
+        uuid=run.subject.uuid,
         disks=tuple(disks),
         consistency=snapshot.consistency,
         parent=parent.id if parent is not None else "",

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from nbdbackupd import durable
@@ -10,8 +10,6 @@ from nbdbackupd.errors import CheckpointError, DomainError
 from nbdbackupd.model.chain import RestorePoint
 from nbdbackupd.ops.domain.survey import Looked, Survey
 from nbdbackupd.units import human_size
-from nbdbackupd.virt import checkpoints
-from nbdbackupd.virt.domain import Domain
 
 
 def free_bytes(path: Path) -> int:
@@ -37,11 +35,16 @@ def most_bytes(looked: Looked, targets: Iterable[str], changed: dict[str, int]) 
 
 
 def shortage(
-    domain: Domain, looked: Looked, survey: Survey, parent: RestorePoint | None, path: Path
+    looked: Looked,
+    survey: Survey,
+    parent: RestorePoint | None,
+    path: Path,
+    sizes: Callable[[str], Mapping[str, int]],
 ) -> str:
     """A line if the next point may not fit, or nothing.
 
-    What changed is asked for only if all that is allocated would not fit. Of a domain that is off
+    What changed since a checkpoint is asked of ``sizes`` only if all that is allocated would not
+    fit; it may raise CheckpointError or DomainError if that can't be told. Of a domain that is off
     nobody tells it: then nothing is said of increments.
 
     Raises RepositoryError if the file system can't be asked.
@@ -54,9 +57,9 @@ def shortage(
     if parent is not None and any(plan.delta for plan in survey.plans):
         if not looked.is_active:
             return ""
-        changed: dict[str, int] = {}
+        changed: Mapping[str, int] = {}
         with contextlib.suppress(CheckpointError, DomainError):
-            changed = checkpoints.sound_sizes(domain, parent.checkpoint)
+            changed = sizes(parent.checkpoint)
         deltas = {plan.target for plan in survey.plans if plan.delta}
         most = most_bytes(looked, targets, {each: changed[each] for each in deltas & set(changed)})
     if most <= free:

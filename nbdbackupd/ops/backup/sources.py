@@ -3,14 +3,16 @@
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 from nbdbackupd import rundir
 from nbdbackupd.errors import NbdbackupError, NotSupportedError, RepositoryError
 from nbdbackupd.model.chain import Consistency, RestorePoint
 from nbdbackupd.model.freeze_memory import FreezeMemory, after
+from nbdbackupd.ops.backup import metadata
 from nbdbackupd.ops.backup.run import BackupRun
-from nbdbackupd.ops.checkpoints import foreign
+from nbdbackupd.ops.checkpoints import foreign, reconcile
 from nbdbackupd.ops.domain import domains
 from nbdbackupd.ops.domain.survey import Survey
 from nbdbackupd.repo.set_directory import SetDirectory
@@ -23,44 +25,106 @@ from nbdbackupd.virt.domain import Domain, Ending
 log = logging.getLogger(__name__)
 
 
-def open_source(
-    run: BackupRun, on_trouble: Callable[[NbdbackupError], None]
-) -> AbstractContextManager[Snapshot]:
-    """The disks of the domain at one instant, as exports, for the body.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LibvirtDomain:
+    """A domain of libvirt, see ``run.Subject``.
 
-    ``on_trouble`` is told, from another thread, what ends the source in the middle. Raises the
-    errors of the source when it is entered.
+    ``lease``: the domain is off, and its images are ours to read until somebody starts it.
+    ``at_rest``: it was started paused for this run; what its disks are while nobody resumes it.
     """
-    if run.lease is None:
+
+    domain: Domain
+    lease: Lease | None = None
+    at_rest: Consistency | None = None
+
+    @property
+    def name(self) -> str:
+        """The domain's name."""
+        return self.domain.name
+
+    @property
+    def uuid(self) -> str:
+        """The domain's UUID."""
+        return self.domain.uuid
+
+    def open(
+        self, run: BackupRun, on_trouble: Callable[[NbdbackupError], None]
+    ) -> AbstractContextManager[Snapshot]:
+        """Its QEMU's job, or a server that reads its images."""
+        if self.lease is None:
+            return running.open_running(self._running_request(run, on_trouble))
+        return offline.open_offline(
+            OfflineRequest(
+                domain=self.domain,
+                disks=_offline_disks(run.survey),
+                socket=rundir.offline_socket(run.request.runtime_dir, self.uuid),
+                lease=self.lease,
+                on_trouble=on_trouble,
+                cancelled=run.cancelled,
+                base_checkpoint=run.parent.checkpoint if run.parent is not None else "",
+                new_checkpoint=run.checkpoint,
+                created=int(run.request.now.timestamp()),
+                ending=self._ending(run),
+            )
+        )
+
+    def prove(self, run: BackupRun, parent: RestorePoint, snapshot: Snapshot) -> Snapshot:
+        """Another program's checkpoint may be of another chain."""
+        return foreign.prove(snapshot, self.domain, run.set_dir, parent)
+
+    def collect(self, run: BackupRun) -> metadata.Collected:
+        """What libvirt tells, and files of this host."""
+        return metadata.collect(self.domain, run.survey.definition)
+
+    def drop_failed(self, run: BackupRun) -> bool:
+        """By libvirt, or in the images."""
+        erase = reconcile.eraser(self.lease) if self.lease is not None else None
+        return reconcile.drop_failed(self.domain, run.checkpoint, run.survey.states, erase)
+
+    def _ending(self, run: BackupRun) -> Ending:
+        """How the guest ended, as libvirt's hook noted it: libvirt forgets it when it restarts."""
+        known = kept.read(run.request.runtime_dir, self.name)
+        if known is not None and known.end is not None and known.uuid == self.uuid:
+            return known.end.ending
+        return run.request.ending
+
+    def _running_request(
+        self, run: BackupRun, on_trouble: Callable[[NbdbackupError], None]
+    ) -> running.RunningRequest:
         if run.request.by_nbdinfo and run.survey.definition.has_iothreads:
             raise NotSupportedError(
-                f"domain {run.domain.name} has iothreads, and nbdinfo closes its connection first: "
+                f"domain {self.name} has iothreads, and nbdinfo closes its connection first: "
                 f"its QEMU might end by that; use '--extents own'",
-                domain=run.domain.name,
+                domain=self.name,
             )
-        return running.open_running(_running_request(run, on_trouble))
-    return offline.open_offline(
-        OfflineRequest(
-            domain=run.domain,
-            disks=_offline_disks(run.survey),
-            socket=rundir.offline_socket(run.request.runtime_dir, run.domain.uuid),
-            lease=run.lease,
+        request, settings = run.request, run.request.settings
+        memory = StateDirectory(settings.checkpoint_directory).freeze_memory(self.domain.uuid)
+        current = domains.instance_of(self.domain)
+        return running.RunningRequest(
+            domain=self.domain,
+            disks=tuple(
+                running.RunningDisk(target=plan.target, delta=plan.delta, tracked=plan.tracked)
+                for plan in run.survey.plans
+            ),
+            run_id=request.run_id,
+            runtime_dir=rundir.socket_dir(request.runtime_dir, self.domain.uuid),
+            scratch_dir=settings.scratch_directory,
+            scratch_reserve=settings.scratch_reserve,
             on_trouble=on_trouble,
-            cancelled=run.cancelled,
             base_checkpoint=run.parent.checkpoint if run.parent is not None else "",
+            base_xml=foreign.stored_xml(run.set_dir, run.parent),
             new_checkpoint=run.checkpoint,
-            created=int(run.request.now.timestamp()),
-            ending=_ending(run),
+            freeze=settings.freeze_policy,
+            was_frozen=any(
+                point.consistency is Consistency.FILESYSTEM for point in run.known.points
+            ),
+            freeze_obstacle=memory.obstacle(request.now, current) if memory is not None else "",
+            on_freeze=lambda is_unanswered: _remember(
+                run, memory, is_unanswered=is_unanswered, current=current
+            ),
+            freeze_mountpoints=tuple(map(str, settings.freeze_mountpoints)),
+            at_rest=self.at_rest,
         )
-    )
-
-
-def _ending(run: BackupRun) -> Ending:
-    """How the guest ended, as libvirt's hook noted it: libvirt forgets it when it restarts."""
-    known = kept.read(run.request.runtime_dir, run.domain.name)
-    if known is not None and known.end is not None and known.uuid == run.domain.uuid:
-        return known.end.ending
-    return run.request.ending
 
 
 def changed_bytes(
@@ -111,37 +175,6 @@ def _offline_disks(survey: Survey) -> tuple[OfflineDisk, ...]:
     )
 
 
-def _running_request(
-    run: BackupRun, on_trouble: Callable[[NbdbackupError], None]
-) -> running.RunningRequest:
-    request, settings = run.request, run.request.settings
-    memory = StateDirectory(settings.checkpoint_directory).freeze_memory(run.domain.uuid)
-    current = domains.instance_of(run.domain)
-    return running.RunningRequest(
-        domain=run.domain,
-        disks=tuple(
-            running.RunningDisk(target=plan.target, delta=plan.delta, tracked=plan.tracked)
-            for plan in run.survey.plans
-        ),
-        run_id=request.run_id,
-        runtime_dir=rundir.socket_dir(request.runtime_dir, run.domain.uuid),
-        scratch_dir=settings.scratch_directory,
-        scratch_reserve=settings.scratch_reserve,
-        on_trouble=on_trouble,
-        base_checkpoint=run.parent.checkpoint if run.parent is not None else "",
-        base_xml=foreign.stored_xml(run.set_dir, run.parent),
-        new_checkpoint=run.checkpoint,
-        freeze=settings.freeze_policy,
-        was_frozen=any(point.consistency is Consistency.FILESYSTEM for point in run.known.points),
-        freeze_obstacle=memory.obstacle(request.now, current) if memory is not None else "",
-        on_freeze=lambda is_unanswered: _remember(
-            run, memory, is_unanswered=is_unanswered, current=current
-        ),
-        freeze_mountpoints=tuple(map(str, settings.freeze_mountpoints)),
-        at_rest=run.at_rest,
-    )
-
-
 def _remember(
     run: BackupRun, known: FreezeMemory | None, *, is_unanswered: bool, current: str
 ) -> None:
@@ -151,7 +184,7 @@ def _remember(
         return
     try:
         StateDirectory(run.request.settings.checkpoint_directory).remember_freeze(
-            run.domain.uuid, memory
+            run.subject.uuid, memory
         )
     except RepositoryError as err:
-        log.info("domain %s: its freeze is not remembered: %s", run.domain.name, err)
+        log.info("domain %s: its freeze is not remembered: %s", run.subject.name, err)

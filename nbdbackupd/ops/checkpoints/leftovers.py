@@ -52,20 +52,25 @@ def sweep(
         lease.forget(rundir.domain_dir(runtime_dir, domain.uuid))
         with suppress(OSError):
             rundir.offline_socket(runtime_dir, domain.uuid).unlink(missing_ok=True)
-    dead = [each for each in set_dir.dead_runs() if each.uuid == domain.uuid]
-    noted = dead_run(runtime_dir, domain.uuid)
+    return dead_checkpoints(domain.uuid, set_dir, runtime_dir)
+
+
+def dead_checkpoints(uuid: str, set_dir: SetDirectory, runtime_dir: Path) -> frozenset[str]:
+    """The checkpoints of runs that died before their points were published; locks are held."""
+    dead = [each for each in set_dir.dead_runs() if each.uuid == uuid]
+    noted = dead_run(runtime_dir, uuid)
     if noted is not None:
         dead.append(noted)
     return frozenset(each.checkpoint for each in dead if each.checkpoint)
 
 
-def finish(domain: Domain, set_dir: SetDirectory, runtime_dir: Path) -> None:
+def finish(uuid: str, set_dir: SetDirectory, runtime_dir: Path) -> None:
     """Remove what dead runs left in the set, and their notes; both locks are held.
 
     Raises the errors of the set.
     """
     set_dir.sweep()
-    forget(runtime_dir, domain.uuid)
+    forget(runtime_dir, uuid)
 
 
 def sweep_gone(connection: Connection, runtime_dir: Path, now: datetime) -> None:

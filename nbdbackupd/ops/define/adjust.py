@@ -214,7 +214,10 @@ def _read_xml(planned: PlannedDomain) -> str:
         raise UsageError("stream files alone are no domain: give the backup set to define one")
     found = [each for each in planned.files if each.stored.role == side_files.XML_ROLE]
     if not found:
-        raise RepositoryError(f"restore point {planned.point} holds no domain XML")
+        raise RepositoryError(
+            f"restore point {planned.point} holds no domain XML, as of a QEMU without libvirt: "
+            f"restore its disks without a definition"
+        )
     return _read(found[0], planned.point)
 
 

@@ -238,10 +238,11 @@ def _layers(disk: domain_model.Disk, chain: tuple[image.ImageInfo, ...]) -> tupl
     """What tells the disk's images from others; from the XML where the files can't be seen."""
     if not chain:
         return disk.layers
-    return tuple(_layer(each.filename, each.format) for each in chain)
+    return tuple(image_layer(each.filename, each.format) for each in chain)
 
 
-def _layer(path: str, image_format: str) -> ImageLayer:
+def image_layer(path: str, image_format: str) -> ImageLayer:
+    """An image with what tells its file from others, where it is one of this host."""
     try:
         status = os.stat(path)  # noqa: PTH116 - a name that may be no path at all
     except (OSError, ValueError):
