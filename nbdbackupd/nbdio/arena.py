@@ -17,18 +17,20 @@ class Arena:
         """Reserve the address space."""
         self.count = count
         self.block = block
-        self._whole = memoryview(mmap.mmap(-1, count * block))
-        self._buffers: dict[tuple[int, int], nbd.Buffer] = {}
+        memory = mmap.mmap(-1, count * block)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        self._whole = memoryview(memory)
+        self._buffers: dict[tuple[int, int, int], nbd.Buffer] = {}
 
-    def view(self, slot: int, length: int) -> memoryview:
-        """The first ``length`` bytes of a slot."""
-        start = slot * self.block
-        return self._whole[start : start + length]
+    def view(self, slot: int, length: int, start: int = 0) -> memoryview:
+        """``length`` bytes of a slot, from ``start`` on."""
+        begin = slot * self.block + start
+        return self._whole[begin : begin + length]
 
-    def buffer(self, slot: int, length: int) -> "nbd.Buffer":
+    def buffer(self, slot: int, length: int, start: int = 0) -> "nbd.Buffer":
         """The same bytes as libnbd wants them."""
-        key = (slot, length)
+        key = (slot, length, start)
         buffer = self._buffers.get(key)
         if buffer is None:
-            buffer = self._buffers[key] = nbd.Buffer.from_buffer(self.view(slot, length))
+            buffer = self._buffers[key] = nbd.Buffer.from_buffer(self.view(*key))
         return buffer

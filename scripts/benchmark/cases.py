@@ -1,13 +1,22 @@
 """What is measured.  Each case prints its figures and the goals it has."""
 
 import contextlib
+import functools
 import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from scripts.benchmark import data, maps
-from scripts.benchmark.measure import Sample, Series, print_ratio, print_series, verdict
+from scripts.benchmark.measure import (
+    Sample,
+    Series,
+    print_cpu,
+    print_ratio,
+    print_series,
+    timed,
+    verdict,
+)
 from scripts.benchmark.setting import DOMAIN, TARGET, Setting
 from tests.lab.disks import DiskSpec
 
@@ -15,8 +24,13 @@ INCREMENTS = 10
 EXTENTS = 1_000_000
 MIB = 2**20
 MEMORY_GOAL_MIB = 120
-EMPTY_GOAL_SECONDS = 0.5
-VERSION_GOAL_SECONDS = 0.15
+EMPTY_GOAL_SECONDS = 0.3
+EMPTY_GOAL_CPU_SECONDS = 0.35
+VERSION_GOAL_SECONDS = 0.1
+FULL_GOAL_CPU_SECONDS = 1.8
+"""For each GiB."""
+
+DISKS = 6
 SEED = 7
 
 
@@ -24,8 +38,10 @@ def full(setting: Setting) -> None:
     """Full backup, uncompressed: against the peer, and nbdcopy to a raw file."""
     for place in setting.places:
         found = _full_backups(setting, place, ours=[], peer=[], with_nbdcopy=True)
-        goals = (0.5, 1.2) if place == "tmpfs" else (None, None)
+        goals = (0.45, 1.5) if place == "tmpfs" else (None, None)
         _print_full(found, goals)
+        if place == "tmpfs":
+            print_cpu(found["ours"], FULL_GOAL_CPU_SECONDS * setting.size_gib)
 
 
 def lz4(setting: Setting) -> None:
@@ -68,6 +84,7 @@ def empty(setting: Setting) -> None:
     print_series("libvirt alone", bare)
     above = ours.seconds - bare.seconds
     print(f"    {'above libvirt':<24}{above:6.2f} s  ({verdict(above, EMPTY_GOAL_SECONDS)})")
+    print_cpu(ours, EMPTY_GOAL_CPU_SECONDS)
 
 
 def memory(setting: Setting) -> None:
@@ -92,6 +109,22 @@ def memory(setting: Setting) -> None:
         _print_peak("backup, 2 TiB in 1 M extents", sample)
 
 
+def start(setting: Setting) -> None:
+    """Start-up: what is imported for a backup, beside Python alone."""
+    for what, code in (("python", "pass"), ("backup", "import nbdbackupd.app.verbs.backup")):
+        argv = ["/usr/bin/python3", "-c", code]
+        print_series(what, Series([timed(argv) for _ in range(setting.runs)]))
+
+
+def disks(setting: Setting) -> None:
+    """Full backup of as much data on one disk and on six."""
+    for count in (1, DISKS):
+        with setting.new_directory("disk") as images, setting.guest_of(images, count) as name:
+            backup = functools.partial(setting.ours, "backup", name, "-l", "copy", "-o")
+            found = setting.repeat("tmpfs", ours=backup)
+        print_series(f"{count} disk{'s' * (count > 1)}", found["ours"])
+
+
 def version(setting: Setting) -> None:
     """Start-up: nbdbackupctl --version."""
     series = Series([setting.ours("--version") for _ in range(setting.runs)])
@@ -100,7 +133,7 @@ def version(setting: Setting) -> None:
 
 
 CASES = {
-    **{case.__name__: case for case in (full, lz4, restore, empty, memory, version)},
+    **{case.__name__: case for case in (full, lz4, restore, empty, memory, disks, start, version)},
     "map": maps.measure,
 }
 
@@ -155,7 +188,7 @@ def _bare_job(setting: Setting) -> Sample:
     started = time.monotonic()
     with setting.pull_job():
         pass
-    return Sample(time.monotonic() - started, 0)
+    return Sample(time.monotonic() - started, 0, 0.0)
 
 
 def _print_peak(what: str, sample: Sample) -> None:

@@ -12,7 +12,15 @@ import nbd
 
 from nbdbackupd.ops.map import map as maps
 from nbdbackupd.ops.map.map import MapRequest, ServedDisk
-from scripts.benchmark.measure import Sample, Series, print_ratio, print_series, timed, verdict
+from scripts.benchmark.measure import (
+    Sample,
+    Series,
+    print_ratio,
+    print_series,
+    processor_seconds,
+    timed,
+    verdict,
+)
 from scripts.benchmark.setting import DOMAIN, TARGET, Setting
 from tests.lib import sets
 from tests.lib.sets import SetBuilder
@@ -89,7 +97,8 @@ def _long_chain(setting: Setting) -> None:
         for _ in range(setting.runs):
             begun = time.monotonic()
             with _served(request) as disk:
-                taken.append(Sample(time.monotonic() - begun, _resident(disk.pid)))
+                seconds = time.monotonic() - begun
+                taken.append(Sample(seconds, _resident(disk.pid), processor_seconds(disk.pid)))
         series = Series(taken)
         print(f"  {POINTS} points")
         print_series("ready after", series)

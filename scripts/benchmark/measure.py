@@ -20,12 +20,14 @@ TIMEOUT_SECONDS = 1800.0
 class Sample:
     """One run of a program; ``peak_bytes`` is its largest resident size.
 
-    ``cpu_seconds``: user and system time of the program and of its children that it waited for.
+    ``cpu_seconds``: user and system time of the program and of its children that it waited for;
+    ``server_cpu_seconds``: that of the guest's QEMU meanwhile.
     """
 
     seconds: float
     peak_bytes: int
-    cpu_seconds: float = 0.0
+    cpu_seconds: float
+    server_cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +51,16 @@ class Series:
         """Return the median of the processor time."""
         return statistics.median(sample.cpu_seconds for sample in self.samples)
 
+    @property
+    def server_cpu_seconds(self) -> float:
+        """Return the median of QEMU's processor time."""
+        return statistics.median(sample.server_cpu_seconds for sample in self.samples)
+
     def __str__(self) -> str:
         low, high = (pick(sample.seconds for sample in self.samples) for pick in (min, max))
-        return f"{self.seconds:7.2f} s  ({low:.2f} - {high:.2f})  cpu {self.cpu_seconds:5.2f} s"
+        server = f" + QEMU {self.server_cpu_seconds:.2f} s" if self.server_cpu_seconds else ""
+        wall = f"{self.seconds:7.2f} s  ({low:.2f} - {high:.2f})"
+        return f"{wall}  cpu {self.cpu_seconds:5.2f} s{server}"
 
 
 def timed(argv: Sequence[str | Path], environment: dict[str, str] | None = None) -> Sample:
@@ -98,6 +107,11 @@ def print_ratio(what: str, ours: Series, other: Series, goal: float | None) -> N
     ratio = ours.seconds / other.seconds
     judged = f"  ({verdict(ratio, goal)})" if goal is not None else ""
     print(f"    {what:<24}{ratio:6.2f}{judged}", flush=True)
+
+
+def print_cpu(series: Series, goal: float) -> None:
+    """Print whether the processor time of a program is short enough."""
+    print(f"    {'processor seconds':<24}{verdict(series.cpu_seconds, goal)}", flush=True)
 
 
 def print_series(who: str, series: Series) -> None:

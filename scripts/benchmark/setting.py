@@ -7,10 +7,10 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from scripts.benchmark.measure import Sample, Series, timed
+from scripts.benchmark.measure import Sample, Series, processor_seconds, timed
 from tests.lab.base import cache_directory
 from tests.lab.command import LabError, run
 from tests.lab.daemon import DaemonLab
@@ -40,6 +40,7 @@ class Setting:
     peer: Peer
     places: dict[str, Path]
     runs: int
+    size_gib: float
 
     # -- the programs
 
@@ -87,7 +88,10 @@ class Setting:
         for _ in range(self.runs):
             for name, program in programs.items():
                 with self.new_directory(place) as directory:
-                    samples[name].append(program(directory))
+                    before = processor_seconds(self.guest.process().pid)
+                    sample = program(directory)
+                    taken = processor_seconds(self.guest.process().pid) - before
+                    samples[name].append(replace(sample, server_cpu_seconds=taken))
         return {name: Series(found) for name, found in samples.items()}
 
     @contextlib.contextmanager
@@ -96,6 +100,21 @@ class Setting:
         os.sync()
         with tempfile.TemporaryDirectory(dir=self.places[place]) as directory:
             yield Path(directory)
+
+    @contextlib.contextmanager
+    def guest_of(self, directory: Path, count: int) -> Iterator[str]:
+        """Run a guest whose disks together hold as much as the usual one's; gives its name."""
+        specs = []
+        for number in range(count):
+            image = directory / f"{number}.qcow2"
+            make_image(image, int(self.size_gib * GIB / count) // MIB * MIB)
+            specs.append(DiskSpec(target=f"vd{'abcdefgh'[number]}", path=image))
+        guest = self.lab.guest(f"disks{count}", specs)
+        guest.start()
+        try:
+            yield guest.name
+        finally:
+            guest.close()
 
     def forget_checkpoints(self) -> None:
         """Remove every checkpoint of the domain, with its bitmaps."""
@@ -129,16 +148,21 @@ def open_setting(runs: int, size_gib: float) -> Iterator[Setting]:
         stack.callback(run, ["umount", memory])
         lab = stack.enter_context(DaemonLab(qemu_user="root"))
         image = disk / "source.qcow2"
-        # in a process of its own: a program's peak memory begins with that of its parent
-        module = "scripts.benchmark.data"
-        size = str(int(size_gib * GIB))
-        run(["/usr/bin/python3", "-m", module, image, size], timeout_seconds=900, cwd=TOP)
+        make_image(image, int(size_gib * GIB))
         guest = lab.guest(DOMAIN, [DiskSpec(target=TARGET, path=image)])
         guest.start()
         stack.callback(guest.close)
         # as packages do at their installation
         run(["/usr/bin/python3", "-m", "compileall", "-q", TOP / "nbdbackupd"])
-        yield Setting(lab, guest, newest_peer(lab), {"tmpfs": memory, "disk": disk}, runs)
+        places = {"tmpfs": memory, "disk": disk}
+        yield Setting(lab, guest, newest_peer(lab), places, runs, size_gib)
+
+
+def make_image(path: Path, data_bytes: int) -> None:
+    """Make a disk in a process of its own: a program's peak memory begins with its parent's."""
+    module = "scripts.benchmark.data"
+    argv: list[str | Path] = ["/usr/bin/python3", "-m", module, path, str(data_bytes)]
+    run(argv, timeout_seconds=900, cwd=TOP)
 
 
 def newest_peer(lab: DaemonLab) -> Peer:

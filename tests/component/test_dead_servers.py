@@ -184,8 +184,8 @@ class Memory:
     def place(self, block: tuple[int, int, bytes | None]) -> None:
         self.blocks.append(block)
 
-    def write(self, block: tuple[int, int, bytes | None]) -> None:
-        self.written += block[1]
+    def write(self, *blocks: tuple[int, int, bytes | None]) -> None:
+        self.written += sum(length for _, length, _ in blocks)
 
     def is_right(self, numbers: range | tuple[int, ...]) -> bool:
         """Whether these blocks of the disk, all of them and no others, are here as they are."""

@@ -40,7 +40,7 @@ class Pieces:
         with self.lock:
             self.blocks.append(block)
 
-    def write(self, block: tuple[int, int, bytes | None]) -> None:
+    def write(self, *blocks: tuple[int, int, bytes | None]) -> None:
         """Nothing more to do."""
 
     def onto(self, before: bytes, size: int) -> bytes:

@@ -17,7 +17,7 @@ from tests.lib.witness import Witness, wait_for_job
 pytestmark = pytest.mark.system
 
 DISKS = (DiskSpec(target="vda", size=16 * MIB), DiskSpec(target="vdb", size=16 * MIB))
-SLOW = "SLOW0.2@block-written#2"
+SLOW = "SLOW1.5@block-written#2"
 """Makes a copy of some seconds."""
 
 SOON = 30.0

@@ -31,7 +31,7 @@ pytestmark = [
 ASKED = "STOP+@request-begun#3"
 """With three blocks of a disk to come, more than a socket takes."""
 
-WRITTEN = "STOP@block-written#8"
+WRITTEN = "STOP@block-written#4"
 """With all connected: QEMU lets a handshake take 10 s."""
 
 READ = "STOP@disk-copied#1"
