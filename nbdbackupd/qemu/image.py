@@ -213,7 +213,7 @@ class CreateOptions:
         for value in wanted.values():
             if "," in str(value):  # it may come from a backup set: it must not smuggle in others
                 raise FormatError(f"image option {value!r} can't be used")
-        wanted["data_file"] = _escaped(self.data_file)
+        wanted["data_file"] = escaped(self.data_file)
         wanted["data_file_raw"] = "on" if self.data_file_raw else ""
         return [f"{name}={value}" for name, value in wanted.items() if value]
 
@@ -286,7 +286,7 @@ def name_backing(path: Path, backing: Path) -> None:
 def take_snapshot(path: Path, name: str) -> None:
     """Take an internal snapshot of an image that nobody has open. Raises ProcessError."""
     # it takes no -f, and must not guess
-    filename = _escaped(os.fspath(path.absolute()))
+    filename = escaped(os.fspath(path.absolute()))
     options = f"driver={QCOW2},file.driver=file,file.filename={filename}"
     argv = ["qemu-img", "snapshot", "-q", "-c", name, "--image-opts", options]
     proc.output(argv, timeout=CHANGE_SECONDS)
@@ -306,11 +306,11 @@ def name_data_file(path: Path, name: str) -> None:
 
     Raises ProcessError.
     """
-    argv = ["qemu-img", "amend", "-q", "-f", QCOW2, "-o", f"data_file={_escaped(name)}"]
+    argv = ["qemu-img", "amend", "-q", "-f", QCOW2, "-o", f"data_file={escaped(name)}"]
     proc.output([*argv, "--", os.fspath(path.absolute())], timeout=INFO_SECONDS)
 
 
-def _escaped(value: str) -> str:
+def escaped(value: str) -> str:
     """A comma is doubled in QEMU's options."""
     return value.replace(",", ",,")
 

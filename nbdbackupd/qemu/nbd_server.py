@@ -18,6 +18,7 @@ from typing import Final
 
 from nbdbackupd import proc
 from nbdbackupd.errors import ProcessError
+from nbdbackupd.qemu import image as images
 
 START_SECONDS: Final = 30.0
 POLL_SECONDS: Final = 0.005
@@ -33,24 +34,32 @@ def serve(
     endpoint: Path,
     clients: int,
     cancelled: Callable[[], None],
+    compress: bool = False,
 ) -> Iterator[proc.Process]:
     """Export an image for writing on the Unix socket ``endpoint``, under the empty name.
 
     ``endpoint`` must not exist, its path must have less than 108 bytes; the server has gone and
     the socket with it when the context is left. ``clients`` is the number of connections that
-    the caller needs at a time.
+    the caller needs at a time. ``compress``: clusters are compressed; each may be written once, and
+    whole, and the image's size must be a multiple of theirs.
 
     Raises ProcessError if the server can't open the image, does not come up in time or has gone
     before the context was left, and what ``cancelled`` raises.
     """
+    name = os.fspath(image.absolute())
+    opened = [f"--format={format}"]
+    if compress:
+        opened = ["--image-opts"]
+        lower = f"file.driver={format},file.file.driver=file"
+        name = f"driver=compress,{lower},file.file.filename={images.escaped(name)}"
     argv = [
         "qemu-nbd",
-        f"--format={format}",
+        *opened,
         f"--socket={endpoint}",
         f"--shared={clients + 1}",
         "--discard=unmap",
         "--",
-        os.fspath(image.absolute()),
+        name,
     ]
     with proc.spawn(argv, grace_seconds=STOP_SECONDS) as server:
         # Until it greets, a SIGTERM can get lost in it (seen with 7.2): nothing is open yet, so

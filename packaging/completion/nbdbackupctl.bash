@@ -70,9 +70,10 @@ _nbdbackupctl_options() {
     restore)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet -o --output --point --until --at --sequence --format
-        --preallocate --force -w --workers --checkpoint-dir -d --disk --in-place --pool --yes
-        --as-chain --as-snapshots --since -j --jobs --bandwidth-limit --define --adjust-config
-        --name --start --keep-identity --media --network --other-disks --trust-definition'
+        --preallocate --compress --force -w --workers --checkpoint-dir -d --disk --in-place --pool
+        --yes --as-chain --as-snapshots --since -j --jobs --bandwidth-limit --define
+        --adjust-config --name --start --keep-identity --media --network --other-disks
+        --trust-definition'
         ;;
     map)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -211,7 +212,7 @@ _nbdbackupctl_positional() {
 _nbdbackupctl_kind() {
     case "$1:$2" in
     *:-c | *:--connect | *:--user | *:--qmp | *:-i | *:--include | *:-x | *:--exclude | \
-    backup:-z | *:--compress | *:-F | *:--freeze-mountpoint | *:--scratch-reserve | \
+    backup:-z | backup:--compress | *:-F | *:--freeze-mountpoint | *:--scratch-reserve | \
     *:--threshold | *:--limit-rate | *:-w | *:--workers | *:--wait | *:--timeout | log:-n | \
     *:--point | *:--until | *:--at | *:-d | *:--disk | *:--pool | *:--since | *:-j | *:--jobs \
     | *:--bandwidth-limit | *:--name | *:--socket | *:--tcp | *:--device | *:--cache | \

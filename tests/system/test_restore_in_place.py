@@ -163,6 +163,7 @@ def test_what_is_refused_changes_nothing(here: Scene) -> None:
 
     refuse("its place with --in-place", "-d", f"vda={here.directory / 'x'}", code=USAGE)
     refuse("make images in a directory", "--as-chain", code=USAGE)
+    refuse("--compress makes images in a directory", "--compress", code=USAGE)
     # another program has the image open
     holder = ["qemu-io", "-f", "qcow2", "-c", "sleep 60000", str(guest.image("vda"))]
     with subprocess.Popen(holder) as process:

@@ -44,6 +44,9 @@ def register(verbs: Registry) -> None:
     parser.add_argument(
         "--preallocate", action="store_true", help="allocate the whole image (default: sparse)"
     )
+    parser.add_argument(
+        "--compress", action="store_true", help="qcow2 images of compressed clusters"
+    )
     parser.add_argument("--force", action="store_true", help="replace existing files")
     add_workers(parser, "read and hash")
     add_checkpoint_dir(parser)
@@ -67,6 +70,7 @@ def run(args: Arguments, context: Context) -> int:
         sequence=sequence,
         format=args.format,
         preallocate=args.preallocate,
+        compress=args.compress,
         force=args.force,
         workers=args.workers,
         state_dirs=configured.state_directories(context.host),

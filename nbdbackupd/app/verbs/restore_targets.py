@@ -78,6 +78,8 @@ def request_fields(args: Arguments) -> dict[str, Any]:
         raise UsageError("a disk can be given one place only")
     if placed and (args.in_place or args.pool):
         raise UsageError("a disk has its place with --in-place or --pool: don't give it another")
+    if args.compress and (args.in_place or args.pool):
+        raise UsageError("--compress makes images in a directory: give -o")
     style = Style.PLAIN
     if args.as_chain or args.as_snapshots:
         style = Style.CHAIN if args.as_chain else Style.SNAPSHOTS

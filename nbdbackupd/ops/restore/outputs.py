@@ -3,12 +3,13 @@
 Both are made fresh under their ``.incomplete`` name, read as zeroes from the start, and hand out
 writers: one for each thread, each with a few buffers of its own. A qcow2 image of the plain kind
 is filled in place and proven by ``qemu-img check``; others (extended L2 entries, unusual refcounts,
-preallocated) are written by qemu-nbd.
+preallocated, compressed) are written by qemu-nbd.
 """
 
 import mmap
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -72,10 +73,15 @@ class _FileWriter:
         self,
         put: Callable[[memoryview, int], None],
         zero: Callable[[int, int], None] | None = None,
+        flush: Callable[[], None] | None = None,
     ) -> None:
-        """``put`` writes bytes to a place in the guest's disk, ``zero`` zeroes a range of it."""
+        """``put`` writes bytes to a place in the guest's disk, ``zero`` zeroes a range of it.
+
+        ``flush``: they may only begin it, this waits until it is done.
+        """
         self._put = put
         self._zero = zero
+        self._flush = flush
         self._slots = memoryview(mmap.mmap(-1, DEPTH * MAX_BLOCK))
         self._free = list(range(DEPTH))
 
@@ -97,7 +103,8 @@ class _FileWriter:
             self._zero(offset, length)
 
     def flush(self) -> None:
-        """Nothing is in flight here."""
+        if self._flush is not None:
+            self._flush()
 
 
 @contextmanager
@@ -168,6 +175,109 @@ def qcow2(
         yield output
 
 
+class _Clusters:
+    """Whole clusters, gathered from pieces of the disk that come in any order and any thread.
+
+    Each byte of the disk comes once, as data or as zero. QEMU can't write to a part of a cluster
+    that it has found not worth compressing (7.2, measured). Memory: the clusters begun.
+    """
+
+    def __init__(self, cluster: int, size: int) -> None:
+        """Both in bytes; the disk's end may be within a cluster."""
+        self._cluster = cluster
+        self._size = size
+        self._lock = threading.Lock()
+        self._missing: dict[int, int] = {}
+        self._begun: dict[int, memoryview] = {}
+
+    def data(self, view: memoryview, offset: int) -> Iterator[tuple[int, memoryview]]:
+        """Add data; yields the place and content of each cluster that is whole now."""
+        while view:
+            start = offset // self._cluster * self._cluster
+            part = view[: start + self._cluster - offset]
+            done: memoryview | None = part
+            if len(part) < self._cluster:
+                with self._lock:
+                    if start not in self._begun:
+                        self._begun[start] = memoryview(bytearray(self._cluster))
+                    self._begun[start][offset - start : offset - start + len(part)] = part
+                    done = self._count(start, len(part))
+            if done is not None:
+                yield start, done
+            view, offset = view[len(part) :], offset + len(part)
+
+    def zero(self, offset: int, length: int) -> Iterator[tuple[int, memoryview]]:
+        """Add zeroes; yields as ``data``. Clusters that hold nothing else are left out."""
+        end = offset + length
+        last = (end - 1) // self._cluster * self._cluster
+        # those between are all zero: none of them is begun
+        for start in sorted({offset // self._cluster * self._cluster, last}):
+            with self._lock:
+                covered = min(end, start + self._cluster) - max(offset, start)
+                done = self._count(start, covered)
+            if done is not None:
+                yield start, done
+
+    def prove(self) -> None:
+        """Raise NbdError if a cluster was begun that is not whole."""
+        if self._missing:
+            place = min(self._missing)
+            raise NbdError("a cluster of the restored image was not written", guest=place)
+
+    def _count(self, start: int, length: int) -> memoryview | None:
+        whole = min(self._cluster, self._size - start)
+        missing = self._missing.pop(start, whole) - length
+        if missing:
+            self._missing[start] = missing
+            return None
+        return self._begun.pop(start, None)
+
+
+@contextmanager
+def compressed(
+    path: Path,
+    size: int,
+    options: CreateOptions,
+    *,
+    workers: int,
+    cancelled: Callable[[], None],
+    check: Callable[[], None],
+) -> Iterator[Output]:
+    """A qcow2 image of compressed clusters, as ``qcow2``."""
+    os.close(create_private(path))
+    image.create(path, size, options)
+    cluster = image.info(path, format=image.QCOW2).cluster_size
+    # the filter that compresses takes whole clusters only
+    image.resize(path, -(-size // cluster) * cluster, shrink=False)
+    clusters = _Clusters(cluster, size)
+    with _served(
+        path, workers=workers, known_zero=True, cancelled=cancelled, check=check, compress=cluster
+    ) as served:
+
+        @contextmanager
+        def writer() -> Iterator[Writer]:
+            with served.writer() as sink:
+
+                def send(whole: Iterator[tuple[int, memoryview]]) -> None:
+                    for offset, content in whole:
+                        slot = sink.take()
+                        sink.view(slot, cluster)[:] = content
+                        sink.write(slot, cluster, offset)
+
+                yield _FileWriter(
+                    lambda view, offset: send(clusters.data(view, offset)),
+                    lambda offset, length: send(clusters.zero(offset, length)),
+                    sink.flush,
+                )
+
+        yield Output(writers=served.writers, writer=writer, zeroes=True)
+        clusters.prove()
+    image.resize(path, size, shrink=True)
+    cancelled()
+    image.check(path, format=image.QCOW2)
+    durable.fsync_file(path)
+
+
 def changed(
     path: Path, *, workers: int, cancelled: Callable[[], None], check: Callable[[], None]
 ) -> AbstractContextManager[Output]:
@@ -186,10 +296,12 @@ def _served(
     known_zero: bool,
     cancelled: Callable[[], None],
     check: Callable[[], None],
+    compress: int = 0,
 ) -> Iterator[Output]:
     """The image behind a server, closed and durable at the end if all goes well.
 
-    ``known_zero``: it reads as zeroes so far.
+    ``known_zero``: it reads as zeroes so far. ``compress``: the size of the clusters that are to be
+    compressed.
     """
     with tempfile.TemporaryDirectory(prefix="nbdbackup-") as directory:
         socket = Path(directory, "nbd")
@@ -198,14 +310,19 @@ def _served(
         endpoint = client.Endpoint(socket=socket, export="")
 
         def writer() -> AbstractContextManager[Writer]:
-            arena = Arena(DEPTH, MAX_BLOCK)
+            arena = Arena(DEPTH, max(MAX_BLOCK, compress))
             patience = client.Patience(SILENCE_SECONDS, check)
             return target.open_target(endpoint, arena, known_zero=known_zero, patience=patience)
 
         patience = client.Patience(SILENCE_SECONDS, cancelled)
         with (
             nbd_server.serve(
-                path, format="qcow2", endpoint=socket, clients=workers + 1, cancelled=cancelled
+                path,
+                format="qcow2",
+                endpoint=socket,
+                clients=workers + 1,
+                cancelled=cancelled,
+                compress=bool(compress),
             ) as server,
             _blame(server),
             target.control(endpoint, patience) as several,

@@ -214,7 +214,7 @@ def _choose(
     placement: Placement | None,
 ) -> ImageForm:
     path = next((each.path for each in request.places if each.target == disk.target), None)
-    wanted = request.format
+    wanted = _wanted(request)
     if placement is not None:
         wanted = placement.format(disk) or wanted
     elif wanted is None and path is not None and path.is_block_device():
@@ -232,6 +232,10 @@ def _choose(
         warnings=chosen.warnings,
         data_file=chosen.data_file,
     )
+
+
+def _wanted(request: RestoreRequest) -> str | None:
+    return "qcow2" if request.compress else request.format
 
 
 def _sites(
@@ -289,7 +293,7 @@ def of_sequence(
     wrong = [place.target for place in request.places if place.target != given.disk]
     if wrong:
         raise UsageError(f"the stream files are of disk {given.disk}, not of {wrong[0]}")
-    wanted = request.format
+    wanted = _wanted(request)
     path = request.places[0].path if request.places else None
     if wanted is None and path is not None and path.is_block_device():
         wanted = "raw"

@@ -40,7 +40,7 @@ class RestoreRequest:
 
     Either ``source`` is the directory of a set, or ``sequence`` names stream files of one disk,
     oldest first. ``disks`` empty means all. ``choice`` is that of the point. ``format`` None keeps
-    the original's.
+    the original's. ``compress`` makes qcow2 images of compressed clusters.
 
     ``output`` is the directory of the images, and of the domain's XML and files, which are left
     out without it; disks with ``places`` need none. ``since`` (id) is the oldest point of a style
@@ -61,6 +61,7 @@ class RestoreRequest:
     style: Style = Style.PLAIN
     since: str = ""
     preallocate: bool = False
+    compress: bool = False
     force: bool = False
     workers: int = 2
     jobs: int = 1

@@ -126,6 +126,8 @@ def _check_request(request: RestoreRequest) -> None:
         raise UsageError(f"can't restore to format {request.format}, only qcow2 and raw")
     if request.workers < 1 or request.jobs < 1:
         raise UsageError("at least one worker is needed, and one disk at a time")
+    if request.compress:
+        _check_compress(request)
     if request.style is Style.PLAIN:
         if request.since:
             raise UsageError("the oldest point can only be chosen for a chain or snapshots")
@@ -136,6 +138,13 @@ def _check_request(request: RestoreRequest) -> None:
         raise UsageError("a chain or snapshots need qcow2 images that are not preallocated")
     if any(place.path.is_block_device() for place in request.places):
         raise UsageError("a chain or snapshots need files, not block devices")
+
+
+def _check_compress(request: RestoreRequest) -> None:
+    if request.format == "raw" or request.preallocate or request.style is not Style.PLAIN:
+        raise UsageError("compressed images are plain qcow2: not raw, preallocated or in layers")
+    if any(place.path.is_block_device() for place in request.places):
+        raise UsageError("compressed images are files, not block devices")
 
 
 def _prepare(

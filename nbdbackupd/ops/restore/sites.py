@@ -25,6 +25,8 @@ from nbdbackupd.qemu.image import CreateOptions
 class Work:
     """What is to be made: a disk of ``size`` bytes, as an image of these ``options``.
 
+    ``compress``: its clusters are, which only a new file can have.
+
     The calling thread asks ``cancelled`` and those of the writers ``check``; both may raise.
     """
 
@@ -33,6 +35,7 @@ class Work:
     workers: int
     cancelled: Callable[[], None]
     check: Callable[[], None]
+    compress: bool = False
 
 
 class Site:
@@ -201,7 +204,8 @@ def image_at(path: Path, work: Work) -> Iterator[Output]:
         with outputs.raw(path, work.size, preallocate=preallocate, workers=work.workers) as output:
             yield output
         return
-    with outputs.qcow2(
+    make = outputs.compressed if work.compress else outputs.qcow2
+    with make(
         path,
         work.size,
         work.options,

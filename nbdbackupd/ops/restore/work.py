@@ -279,6 +279,7 @@ class _Writer:
         return Work(
             size=step.layers[0].size,
             options=self._job.options,
+            compress=self._request.compress,
             workers=self._request.workers,
             cancelled=self._cancelled,
             check=threads.check,
