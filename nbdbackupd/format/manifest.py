@@ -39,6 +39,9 @@ MERGED_VERSION: Final = 2
 MAX_SIZE: Final = 16 << 20
 """A manifest of more bytes is refused unread."""
 
+MAX_KNOWN: Final = 8 << 20
+"""Bytes of manifests whose points are kept: a run reads those of its set several times."""
+
 MAX_NUMBER: Final = (1 << 63) - 1
 MAX_NAME: Final = 255
 MAX_WORD: Final = 1024
@@ -81,13 +84,34 @@ def parse(data: bytes, file: object = "") -> RestorePoint:
     IntegrityError if the bytes are not those that were written, FormatError with the dotted path
     of the member that is wrong.
     """
+    digest = hashlib.sha256(data).hexdigest()
     try:
-        document = _load(data)
-        return _parse_point(_Node(document, ""), hashlib.sha256(data).hexdigest())
+        return _known.get(digest) or _known.add(
+            _parse_point(_Node(_load(data), ""), digest), len(data)
+        )
     except FormatError as err:
         if file:
             err.fields.setdefault("file", file)
         raise
+
+
+class _Known:
+    """Points by the digests of their manifests: equal bytes are taken apart once a process."""
+
+    def __init__(self) -> None:
+        self._points: dict[str, RestorePoint] = {}
+        self._left = MAX_KNOWN
+        self.get = self._points.get
+
+    def add(self, point: RestorePoint, size: int) -> RestorePoint:
+        """Keep a point while there is room; returns it."""
+        if size <= self._left:
+            self._left -= size
+            self._points[point.digest] = point
+        return point
+
+
+_known: Final = _Known()
 
 
 def _document(point: RestorePoint) -> dict[str, Any]:

@@ -88,11 +88,8 @@ def manifests(folder: Path) -> list[Path]:
         if not os.path.lexists(folder):
             _refuse_loss(folder)
             return []
-        return sorted(
-            path
-            for path in folder.iterdir()
-            if path.suffix == layout.MANIFEST_SUFFIX and not path.name.startswith(".")
-        )
+        names = [each for each in os.listdir(folder) if each.endswith(layout.MANIFEST_SUFFIX)]
+    return [folder / each for each in sorted(names) if not each.startswith(".")]
 
 
 def _refuse_loss(folder: Path) -> None:

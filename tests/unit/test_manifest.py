@@ -118,6 +118,18 @@ def test_round_trip(point: RestorePoint) -> None:
     assert manifest.pack(read) == data
 
 
+def test_equal_bytes_are_taken_apart_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run reads the manifests of its set several times; what is kept of them is bounded."""
+    monkeypatch.setattr(manifest, "_known", manifest._Known())
+    data, other = (manifest.pack(replace(points.full_point(), domain=each)) for each in "ab")
+    monkeypatch.setattr(manifest, "_known", manifest._Known())
+    assert manifest.parse(data) is manifest.parse(data)
+    manifest._known._left = len(other) - 1
+    assert manifest.parse(other) == manifest.parse(other)
+    assert manifest.parse(other) is not manifest.parse(other)
+    assert manifest.parse(data).domain == "a"
+
+
 def test_form_of_the_file() -> None:
     data = manifest.pack(points.full_point())
     assert sealed(json.loads(data)) == data
