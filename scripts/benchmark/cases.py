@@ -119,9 +119,9 @@ def start(setting: Setting) -> None:
 def disks(setting: Setting) -> None:
     """Full backup of as much data on one disk and on six."""
     for count in (1, DISKS):
-        with setting.new_directory("disk") as images, setting.guest_of(images, count) as name:
-            backup = functools.partial(setting.ours, "backup", name, "-l", "copy", "-o")
-            found = setting.repeat("tmpfs", ours=backup)
+        with setting.new_directory("disk") as images, setting.with_disks(images, count) as other:
+            backup = functools.partial(setting.ours, "backup", other.guest.name, "-l", "copy", "-o")
+            found = other.repeat("tmpfs", ours=backup)
         print_series(f"{count} disk{'s' * (count > 1)}", found["ours"])
 
 

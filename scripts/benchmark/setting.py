@@ -102,8 +102,8 @@ class Setting:
             yield Path(directory)
 
     @contextlib.contextmanager
-    def guest_of(self, directory: Path, count: int) -> Iterator[str]:
-        """Run a guest whose disks together hold as much as the usual one's; gives its name."""
+    def with_disks(self, directory: Path, count: int) -> Iterator["Setting"]:
+        """Give the same with a guest whose disks together hold as much as the usual one's."""
         specs = []
         for number in range(count):
             image = directory / f"{number}.qcow2"
@@ -112,7 +112,7 @@ class Setting:
         guest = self.lab.guest(f"disks{count}", specs)
         guest.start()
         try:
-            yield guest.name
+            yield replace(self, guest=guest)
         finally:
             guest.close()
 
