@@ -44,6 +44,8 @@ OWNERS: Final = {
     "libvirtmod": "virt",
     "nbd": "nbdio",
     "lz4": "format",
+    "blake3": "format",
+    "xxhash": "format",
     "subprocess": "proc",
     "multiprocessing": "nobody",
     "pty": "nobody",

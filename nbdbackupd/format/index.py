@@ -2,12 +2,14 @@
 
 Layout, little endian:
 
-* header, 32 bytes: magic ``NBDXIDX1``, u32 version (1), u32 flags (bit 0: blocks are lz4 frames,
-  bit 1: raw image instead of a stream, bit 2: frames of the stream hold several blocks, as in
-  imported sets), u64 disk size, u64 record count;
+* header, 32 bytes: magic ``NBDXIDX1``, u32 version (1, or 2 with other digests than SHA-256), u32
+  flags (bit 0: blocks are lz4 frames, bit 1: raw image instead of a stream, bit 2: frames of the
+  stream hold several blocks, as in imported sets, bits 8 to 15: kind of the digests, 0 SHA-256,
+  1 BLAKE3, 2 XXH128), u64 disk size, u64 record count;
 * records, 64 bytes each: u64 guest offset, u64 length, u64 position of the payload in the
-  stream file, u32 stored length, u32 kind (0 data, 1 zero), 32 bytes SHA-256 of the guest bytes
-  (all zero bits for kind zero, whose position and stored length are 0).
+  stream file, u32 stored length, u32 kind (0 data, 1 zero), 32 bytes digest of the guest bytes,
+  a shorter one followed by zero bytes (nothing else for kind zero, whose position and stored
+  length are 0).
 
 Ranges are half open, ascending and do not overlap; a data record is at most ``MAX_BLOCK`` long.
 With bit 2, adjacent data records of one position share one lz4 frame, its payload is all of it.
@@ -23,12 +25,20 @@ from typing import NamedTuple, Self
 
 from nbdbackupd.errors import IntegrityError, UnsupportedVersionError
 from nbdbackupd.files import File
+from nbdbackupd.model.chain import DigestKind
 
 MAGIC = b"NBDXIDX1"
 VERSION = 1
+DIGEST_VERSION = 2
+"""Of an index whose digests are no SHA-256."""
+
 FLAG_LZ4 = 1
 FLAG_RAW = 2
 FLAG_FRAMES = 4
+DIGEST_BIT = 8
+DIGESTS = (DigestKind.SHA256, DigestKind.BLAKE3, DigestKind.XXH128)
+"""Kinds by their number in the flags."""
+
 MAX_BLOCK = 1 << 20
 MAX_SHARING = 64
 """Records that may share one lz4 frame."""
@@ -69,21 +79,29 @@ class Record(NamedTuple):
         """First guest byte after the block."""
         return self.offset + self.length
 
+    @property
+    def is_vouched(self) -> bool:
+        """Whether nobody can make other bytes of this digest: it is there, and no XXH128."""
+        return any(self.digest[16:])
+
 
 @dataclass(frozen=True, slots=True)
 class IndexHeader:
-    """What the header says: virtual size of the disk in bytes, number of records, flags."""
+    """What the header says: virtual size of the disk (bytes), number of records, flags, digests."""
 
     disk_size: int
     count: int
     compressed: bool
     raw: bool
     frames: bool = False
+    digest: DigestKind = DigestKind.SHA256
 
     def pack(self) -> bytes:
         """The 32 bytes of the header."""
         flags = FLAG_LZ4 * self.compressed + FLAG_RAW * self.raw + FLAG_FRAMES * self.frames
-        return HEADER.pack(MAGIC, VERSION, flags, self.disk_size, self.count)
+        flags |= DIGESTS.index(self.digest) << DIGEST_BIT
+        version = VERSION if self.digest is DigestKind.SHA256 else DIGEST_VERSION
+        return HEADER.pack(MAGIC, version, flags, self.disk_size, self.count)
 
 
 class Index:
@@ -114,7 +132,10 @@ class Index:
         magic, version, flags, disk_size, count = HEADER.unpack(head)
         if magic != MAGIC:
             raise IntegrityError("not an index file", file=self.path, offset=0)
-        if version != VERSION or flags & ~(FLAG_LZ4 | FLAG_RAW | FLAG_FRAMES):
+        kind = flags >> DIGEST_BIT
+        is_known = kind == 0 if version == VERSION else version == DIGEST_VERSION and kind > 0
+        known = FLAG_LZ4 | FLAG_RAW | FLAG_FRAMES | kind << DIGEST_BIT
+        if not is_known or kind >= len(DIGESTS) or flags & ~known:
             raise UnsupportedVersionError(
                 "index was written by a newer program", file=self.path, version=version
             )
@@ -128,6 +149,7 @@ class Index:
             bool(flags & FLAG_LZ4),
             bool(flags & FLAG_RAW),
             bool(flags & FLAG_FRAMES),
+            DIGESTS[kind],
         )
 
     def __enter__(self) -> Self:

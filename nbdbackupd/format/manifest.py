@@ -1,5 +1,7 @@
 """The manifest: one restore point as a JSON file, version 1, or 2 if others were merged into it.
 
+Version 3 is of points with other digests of blocks than SHA-256.
+
 The bytes are canonical: keys sorted, indented by one, ASCII with JSON escapes, a final line feed.
 The member ``digest`` is the SHA-256 (hex) of the same document without that member, in the same
 form, so a flipped bit in the newest manifest is found, too; each older one is also vouched for by
@@ -22,6 +24,7 @@ from nbdbackupd import documents, plain
 from nbdbackupd.errors import FormatError, IntegrityError, UnsupportedVersionError
 from nbdbackupd.model.chain import (
     Consistency,
+    DigestKind,
     DiskMode,
     DiskPoint,
     ImageLayer,
@@ -35,6 +38,9 @@ from nbdbackupd.model.chain import (
 VERSION: Final = 1
 MERGED_VERSION: Final = 2
 """Of a point that others were merged into: with the member ``merged``."""
+
+DIGEST_VERSION: Final = 3
+"""Of a point with a disk whose index has other digests than SHA-256: each disk has ``digest``."""
 
 MAX_SIZE: Final = 16 << 20
 """A manifest of more bytes is refused unread."""
@@ -117,9 +123,14 @@ _known: Final = _Known()
 def _document(point: RestorePoint) -> dict[str, Any]:
     document: dict[str, Any] = _plain(point)
     del document["digest"]
+    if any(disk.digest is not DigestKind.SHA256 for disk in point.disks):
+        document["version"] = DIGEST_VERSION
+        return document
     document["version"] = MERGED_VERSION if point.merged else VERSION
     if not point.merged:
         del document["merged"]
+    for disk in document["disks"]:
+        del disk["digest"]
     return document
 
 
@@ -177,9 +188,9 @@ def _load(data: bytes) -> dict[str, Any]:
     version = document.get("version")
     if type(version) is not int or version < 1:
         raise FormatError("version: missing or no positive number")
-    if version > MERGED_VERSION:
+    if version > DIGEST_VERSION:
         raise UnsupportedVersionError(
-            f"manifest has version {_short(version)}, this program reads {MERGED_VERSION}: "
+            f"manifest has version {_short(version)}, this program reads {DIGEST_VERSION}: "
             f"use a newer program"
         )
     # Other bytes of the same meaning (a key that comes twice, spaces) are damage, too.
@@ -317,7 +328,8 @@ def _short(value: object) -> str:
 
 
 def _parse_point(node: _Node, digest: str) -> RestorePoint:
-    is_merged = node.number("version") == MERGED_VERSION
+    version = node.number("version")
+    build = _parse_digested if version == DIGEST_VERSION else _parse_disk
     node.digest("digest")
     point = RestorePoint(
         id=node.name("id"),
@@ -327,7 +339,7 @@ def _parse_point(node: _Node, digest: str) -> RestorePoint:
         created=_time(node, "created"),
         domain=node.name("domain"),
         uuid=node.name("uuid"),
-        disks=node.each("disks", _parse_disk),
+        disks=node.each("disks", build),
         consistency=node.choice("consistency", Consistency),
         parent=node.name("parent", empty=True),
         parent_digest=node.digest("parent_digest", empty=True),
@@ -338,12 +350,14 @@ def _parse_point(node: _Node, digest: str) -> RestorePoint:
         warnings=node.texts("warnings"),
         autostart=node.get("autostart", bool),
         program=node.text("program"),
-        merged=node.names("merged") if is_merged else (),
+        merged=node.names("merged") if version >= MERGED_VERSION else (),
         digest=digest,
     )
     node.done()
-    if is_merged and not point.merged:
+    if version == MERGED_VERSION and not point.merged:
         raise node.wrong("merged", "empty")
+    if version == DIGEST_VERSION and all(each.digest is DigestKind.SHA256 for each in point.disks):
+        raise node.wrong("version", "3 is of points with other digests than SHA-256")
     targets = [disk.target for disk in point.disks]
     if len(set(targets)) != len(targets):
         raise node.wrong("disks", "one target comes twice")
@@ -379,6 +393,11 @@ def _time(node: _Node, key: str) -> str:
     if not is_time(value):
         raise node.wrong(key, f"{_short(value)} is no time in UTC (RFC 3339), or a far one")
     return value
+
+
+def _parse_digested(node: _Node) -> DiskPoint:
+    kind = node.choice("digest", DigestKind)
+    return replace(_parse_disk(node), digest=kind)
 
 
 def _parse_disk(node: _Node) -> DiskPoint:

@@ -3,7 +3,7 @@
 Three steps for each block, so that the costly ones run in parallel and the file is still written
 strictly in guest order, without a second look at any byte:
 
-* ``prepare`` (any thread): zero test, SHA-256, lz4, Adler-32 of the payload;
+* ``prepare`` (any thread): zero test, digest, lz4, Adler-32 of the payload;
 * ``place`` (one thread at a time, in guest order): position in the file, index record, running sum;
 * ``write`` (any thread): one positioned write.
 """
@@ -31,6 +31,7 @@ from nbdbackupd.format.stream import (
     StreamMeta,
     pack_header,
 )
+from nbdbackupd.model.chain import DigestKind
 
 META_ROOM: Final = 1024
 """The meta frame's payload is padded to a multiple of this, so that it can be written last."""
@@ -75,8 +76,11 @@ class Written:
 class _BlockWriter:
     """What both layouts share: preparing blocks, the index, dropping the page cache."""
 
-    def __init__(self, path: Path, index: Path, *, disk_size: int, level: int | None) -> None:
+    def __init__(
+        self, path: Path, index: Path, *, disk_size: int, level: int | None, digest: DigestKind
+    ) -> None:
         self._level = level
+        self._digest = digest
         self._disk_size = disk_size
         self._count = 0
         self._data_bytes = 0
@@ -106,7 +110,7 @@ class _BlockWriter:
         payload: adler.Buffer = view
         if self._level is not None:
             payload = blocks.compress(view, self._level)
-        return Block(offset, length, payload, blocks.digest(view), self._sum(payload))
+        return Block(offset, length, payload, blocks.digest(view, self._digest), self._sum(payload))
 
     def _sum(self, payload: adler.Buffer) -> int:
         return adler.adler32(payload)
@@ -128,7 +132,9 @@ class _BlockWriter:
         self._count += 1
 
     def _finish_index(self, *, raw: bool) -> int:
-        header = IndexHeader(self._disk_size, self._count, self._level is not None, raw)
+        header = IndexHeader(
+            self._disk_size, self._count, self._level is not None, raw, digest=self._digest
+        )
         self._records.seek(0)
         self._records.write(header.pack())
         self._records.flush()
@@ -154,14 +160,20 @@ class StreamWriter(_BlockWriter):
     """Writes one stream file and its index; fits the copy pipeline's sink."""
 
     def __init__(
-        self, path: Path, index: Path, *, meta: StreamMeta, level: int | None = None
+        self,
+        path: Path,
+        index: Path,
+        *,
+        meta: StreamMeta,
+        level: int | None = None,
+        digest: DigestKind = DigestKind.SHA256,
     ) -> None:
         """Create both files, which must not exist.
 
         ``level`` is the lz4 level, or None for plain blocks. ``meta.data_size`` may be 0 here:
         the meta frame is written at the end, with the number of data bytes that were stored.
         """
-        super().__init__(path, index, disk_size=meta.virtual_size, level=level)
+        super().__init__(path, index, disk_size=meta.virtual_size, level=level, digest=digest)
         self._meta = meta
         size = len(self._meta_json(1 << 62))
         self._meta_room = -(-size // META_ROOM) * META_ROOM
@@ -252,9 +264,16 @@ class StreamWriter(_BlockWriter):
 class RawWriter(_BlockWriter):
     """Writes one disk as a plain sparse image, with the same index beside it."""
 
-    def __init__(self, path: Path, index: Path, *, disk_size: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        index: Path,
+        *,
+        disk_size: int,
+        digest: DigestKind = DigestKind.SHA256,
+    ) -> None:
         """Create both files, which must not exist; the image gets its full size at once."""
-        super().__init__(path, index, disk_size=disk_size, level=None)
+        super().__init__(path, index, disk_size=disk_size, level=None, digest=digest)
         try:
             os.ftruncate(self._fd, disk_size)
         except BaseException:

@@ -49,6 +49,19 @@ class Layout(StrEnum):
     RAW = "raw"
 
 
+class DigestKind(StrEnum):
+    """How an index proves its blocks. XXH128 finds accidents; who may write can forge it."""
+
+    SHA256 = "sha256"
+    BLAKE3 = "blake3"
+    XXH128 = "xxh128"
+
+    @property
+    def label(self) -> str:
+        """As it is written in a sentence."""
+        return "SHA-256" if self is DigestKind.SHA256 else self.value.upper()
+
+
 @dataclass(frozen=True, slots=True)
 class ImageLayer:
     """One image of a disk's backing chain, top first; what tells it from another image.
@@ -85,7 +98,8 @@ class DiskPoint:
 
     ``size`` is the virtual size at that instant; ``file_size`` and ``adler32`` describe the
     stream file; ``data_bytes`` and ``zero_bytes`` are guest bytes that it holds as data and as
-    explicit zeroes. ``reason`` says why a disk was read in full within an increment.
+    explicit zeroes. ``reason`` says why a disk was read in full within an increment, ``digest`` how
+    the index proves the blocks.
     """
 
     target: str
@@ -105,6 +119,7 @@ class DiskPoint:
     serial: str = ""
     layers: tuple[ImageLayer, ...] = ()
     bitmap: str = ""
+    digest: DigestKind = DigestKind.SHA256
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ _nbdbackupctl_options() {
     backup)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet -l --level -o --output --qmp -i --include -x
-        --exclude --raw -z --compress --no-compress -t --type --extents --freeze -F
+        --exclude --raw -z --compress --no-compress --digest -t --type --extents --freeze -F
         --freeze-mountpoint --scratch-dir --scratch-reserve -S --start-paused --pause
         --checkpoint-dir --threshold --strict --limit-rate -w --workers --wait --timeout'
         ;;
@@ -233,6 +233,9 @@ _nbdbackupctl_kind() {
         ;;
     backup:-l | *:--level)
         echo 'wordsauto full inc diff copy'
+        ;;
+    *:--digest)
+        echo 'wordssha256 blake3 xxh128'
         ;;
     *:-t | *:--type)
         echo 'wordsstream raw'

@@ -107,7 +107,7 @@ def test_options_exist() -> None:
         for option in setting.options
         for flag in option.flags
     }
-    assert len(flags) == 27
+    assert len(flags) == 28
     assert flags <= known
 
 

@@ -13,6 +13,7 @@ from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.format.writer import RawWriter, StreamWriter
 from nbdbackupd.model.chain import (
     Consistency,
+    DigestKind,
     DiskMode,
     DiskPoint,
     Layout,
@@ -49,6 +50,7 @@ class SetBuilder:
     block: int = 64 << 10
     domain: str = "vm1"
     raw: bool = False
+    digest: DigestKind = DigestKind.SHA256
     image_info: bytes = b""
     disks: dict[str, bytearray] = field(default_factory=dict)
     points: list[RestorePoint] = field(default_factory=list)
@@ -147,9 +149,9 @@ class SetBuilder:
         path, index = self.path / name, self.path / layout.index(name)
         writer: StreamWriter | RawWriter
         if self.raw:
-            writer = RawWriter(path, index, disk_size=meta.virtual_size)
+            writer = RawWriter(path, index, disk_size=meta.virtual_size, digest=self.digest)
         else:
-            writer = StreamWriter(path, index, meta=meta, level=self.level)
+            writer = StreamWriter(path, index, meta=meta, level=self.level, digest=self.digest)
         for change in changes:
             for offset, data in cut(change, self.block):
                 if isinstance(data, int):
@@ -171,7 +173,7 @@ class SetBuilder:
                 disk=meta.disk_name,
             ),
             data_bytes=written.data_bytes, zero_bytes=written.zero_bytes,
-            compressed=self.level is not None,
+            compressed=self.level is not None, digest=self.digest,
             layout=Layout.RAW if self.raw else Layout.STREAM,
         )  # fmt: skip
 

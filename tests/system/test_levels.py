@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import blake3
 import pytest
 
 from tests.lab.daemon import DaemonLab
@@ -255,6 +256,22 @@ def test_compression(here: Scene) -> None:
     unpacked = here.save("--no-compress")
     assert not unpacked.disk("vda")["compressed"]
     assert plain.disk("vda")["stored_bytes"] > 3 * MIB
+    here.prove_all()
+
+
+def test_digests(here: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind in one chain of a running guest, plain and compressed; without one, SHA-256."""
+    # Debian 12 has no BLAKE3 for its own Python
+    libraries = Path(blake3.__file__).parents[1]
+    monkeypatch.setitem(here.ctl.environment, "PYTHONPATH", str(libraries))
+    here.ctl("backup", "shared", "-o", here.set, "--digest", "md5", code=USAGE)
+    kinds = ["sha256", "blake3", "xxh128", "blake3", "sha256"]
+    for number, kind in enumerate(kinds):
+        here.guest.write("vda", number * MIB, 2 * MIB, number + 3)
+        saved = here.save("--digest", kind, *(["-z"] if number % 2 else []))
+        assert saved.disk("vda")["digest"] == kind
+    here.guest.write("vda", MIB, MIB, 9)
+    assert here.save().disk("vda")["digest"] == "sha256"
     here.prove_all()
 
 

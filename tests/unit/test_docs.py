@@ -17,6 +17,8 @@ from nbdbackupd.repo.draft import Intent
 from scripts import gen_completion
 from tests.lib.pages import DESIGN, FORMAT, PAGES, TOP, section, tables
 
+CLOSED = (chain.DiskMode, chain.Consistency, chain.Layout, chain.DigestKind)
+
 # -- the format
 
 
@@ -42,7 +44,7 @@ def test_members_of_the_manifest(heading: str, kind: type) -> None:
     assert told.pop("version", "number") == "number"
     types = {each.name: str(getattr(each.type, "__name__", each.type)) for each in fields(kind)}
     assert sorted(told) == sorted(types)
-    closed = {each.__name__: each for each in (chain.DiskMode, chain.Consistency, chain.Layout)}
+    closed = {each.__name__: each for each in CLOSED}
     for name, type_ in types.items():
         said = told[name]
         if type_ in closed:
@@ -101,8 +103,8 @@ def test_limits_and_numbers() -> None:
     versions = {row[0]: row[1] for row in tables(FORMAT, "what")[0]}
     assert versions == {
         "stream": str(stream.VERSION),
-        "index": str(index.VERSION),
-        "manifest": f"{manifest.VERSION}, {manifest.MERGED_VERSION}",
+        "index": f"{index.VERSION}, {index.DIGEST_VERSION}",
+        "manifest": f"{manifest.VERSION}, {manifest.MERGED_VERSION}, {manifest.DIGEST_VERSION}",
     }
     maxima = {row[0]: int(row[1]) for row in tables(FORMAT, "name")[1]}
     assert list(maxima.values()) == [

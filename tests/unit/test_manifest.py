@@ -15,6 +15,7 @@ from nbdbackupd.errors import FormatError, IntegrityError, UnsupportedVersionErr
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import (
     Consistency,
+    DigestKind,
     DiskMode,
     DiskPoint,
     ImageLayer,
@@ -66,6 +67,7 @@ def disk_points(number: int) -> st.SearchStrategy[DiskPoint]:
         serial=texts,
         layers=st.lists(st.builds(ImageLayer, paths, words, numbers, numbers)).map(tuple),
         bitmap=texts,
+        digest=st.sampled_from(DigestKind),
     )
 
 
@@ -296,8 +298,8 @@ def test_two_disks_of_one_target_are_refused() -> None:
 
 
 def test_newer_version_is_told_apart() -> None:
-    with pytest.raises(UnsupportedVersionError, match="version 3"):
-        manifest.parse(change("version", 3))
+    with pytest.raises(UnsupportedVersionError, match="version 4"):
+        manifest.parse(change("version", 4))
     with pytest.raises(FormatError, match="version: missing"):
         manifest.parse(change("version", "1"))
 

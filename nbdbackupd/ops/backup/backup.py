@@ -22,6 +22,7 @@ from nbdbackupd.errors import (
     IntegrityError,
     RepositoryError,
 )
+from nbdbackupd.format import blocks
 from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint, effective_level
 from nbdbackupd.model.space import own_bytes
 from nbdbackupd.ops.backup import outcome, recording, room
@@ -70,6 +71,7 @@ def run(
             runlog.context(DOMAIN=request.domain, RUN=request.run_id, SET=request.directory)
         )
         stack.enter_context(ending.told())
+        blocks.require(request.settings.digest)
         domain = _find(request, connection)
         set_dir = stack.enter_context(begun(request, domain.name, domain.uuid, cancelled, ending))
         directory = rundir.domain_dir(request.runtime_dir, domain.uuid)

@@ -236,6 +236,7 @@ def _copy_disks(
         arena=tuning.arena(),
         patience=_patience(run, notes),
         level=settings.compression,
+        digest=settings.digest,
         layout=request.layout,
         by_nbdinfo=request.by_nbdinfo,
         progress=run.progress,
@@ -304,6 +305,7 @@ def _disk_point(
         serial=state.serial,
         layers=state.layers,
         bitmap=run.checkpoint if run.survey.plan(export.target).tracked else "",
+        digest=run.request.settings.digest,
     )
 
 

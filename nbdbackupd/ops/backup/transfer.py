@@ -10,7 +10,7 @@ from nbdbackupd import durable
 from nbdbackupd.errors import SourceError
 from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.format.writer import RawWriter, StreamWriter, Written
-from nbdbackupd.model.chain import Layout
+from nbdbackupd.model.chain import DigestKind, Layout
 from nbdbackupd.model.extents import Segment
 from nbdbackupd.nbdio import copy, nbdinfo
 from nbdbackupd.nbdio.arena import Arena
@@ -27,6 +27,7 @@ class Transfer:
     arena: Arena
     patience: Patience
     level: int | None
+    digest: DigestKind
     layout: Layout
     by_nbdinfo: bool
     progress: Callable[[str, int, int, int], None]
@@ -94,5 +95,5 @@ def _writer(
     transfer: Transfer, meta: StreamMeta, file: Path, index: Path
 ) -> StreamWriter | RawWriter:
     if transfer.layout is Layout.RAW:
-        return RawWriter(file, index, disk_size=meta.virtual_size)
-    return StreamWriter(file, index, meta=meta, level=transfer.level)
+        return RawWriter(file, index, disk_size=meta.virtual_size, digest=transfer.digest)
+    return StreamWriter(file, index, meta=meta, level=transfer.level, digest=transfer.digest)

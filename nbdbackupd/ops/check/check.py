@@ -77,6 +77,12 @@ def libraries(_: Patient, notes: Notes) -> None:
         notes.ok(f"lz4: {blocks.lz4_version()}")
     except ImportError as err:
         notes.warn(f"no compression: {err}", f"install {LZ4_PACKAGE}, or do without compression")
+    for kind in blocks.PACKAGES:
+        try:
+            blocks.require(kind)
+            notes.ok(f"digests of kind {kind} can be made")
+        except ConfigError as err:
+            notes.ok(f"only sets with digest: {kind} need it: {err}")
 
 
 def connection(patient: Patient, notes: Notes) -> None:

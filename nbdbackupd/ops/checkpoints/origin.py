@@ -21,7 +21,7 @@ from nbdbackupd.errors import NbdbackupError
 from nbdbackupd.format.blocks import digest
 from nbdbackupd.format.index import MAX_BLOCK, NO_DIGEST, Kind, Record
 from nbdbackupd.model import flatten
-from nbdbackupd.model.chain import BackupSet, DiskPoint, RestorePoint
+from nbdbackupd.model.chain import BackupSet, DigestKind, DiskPoint, RestorePoint
 from nbdbackupd.model.extents import Segment
 from nbdbackupd.model.flatten import Piece
 from nbdbackupd.nbdio.client import Endpoint, Patience
@@ -201,7 +201,7 @@ def _is_same(mine: Piece[Record], theirs: Piece[Record]) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _zero_digest(length: int) -> bytes:
-    return digest(bytes(length))
+    return digest(bytes(length), DigestKind.SHA256)
 
 
 def _data(piece: Piece[Record]) -> Record | None:

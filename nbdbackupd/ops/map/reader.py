@@ -189,6 +189,8 @@ class _Layer:
         self._file = plan.stream.open()
         self.compressed = plan.compressed
         self.index = Index(plan.index.open(), start=plan.index_start, size=plan.index_size)
+        # not every Python on a host has the library, and the server's may be another one
+        blocks.require(self.index.header.digest)
         self.size = self.index.header.disk_size
         self._proven = bytearray(len(self.index) + 7 >> 3)
         self._lock = threading.Lock()
@@ -279,8 +281,9 @@ class _Layer:
             self._proven[number >> 3] |= 1 << (number & 7)
 
     def _check(self, record: Record, block: bytes | memoryview) -> None:
-        if record.digest != NO_DIGEST and blocks.digest(block) != record.digest:
-            raise self._damage("block is damaged: its SHA-256 does not match", record)
+        kind = self.index.header.digest
+        if record.digest != NO_DIGEST and blocks.digest(block, kind) != record.digest:
+            raise self._damage(f"block is damaged: its {kind.label} does not match", record)
 
     def _damage(self, message: str, record: Record) -> IntegrityError:
         return IntegrityError(

@@ -143,7 +143,8 @@ class Source:
         record, layer = self._of(piece)
         view = self._view[: record.length]
         stored = layer.read(record, view, self._scratch)
-        if stored is None or layer.compressed != compressed or record.digest == NO_DIGEST:
+        is_same = (layer.compressed, layer.digest) == (compressed, self.layers[0].digest)
+        if stored is None or not is_same or record.digest == NO_DIGEST:
             return writer.prepare(record.offset, view)
         total = adler.adler32(stored)
         return Block(record.offset, record.length, stored, record.digest, total)
@@ -208,7 +209,7 @@ def write(tools: Tools, merge: DiskMerge, into: RestorePoint, file: Path, index:
     with ExitStack() as stack:
         stack.enter_context(durable.translate_os_errors("write", file))
         source = stack.enter_context(closing(Source(tools, merge)))
-        writer = StreamWriter(file, index, meta=meta, level=level)
+        writer = StreamWriter(file, index, meta=meta, level=level, digest=newest.digest)
         stack.callback(writer.close)
         forgotten = 0
         for run in source.runs():

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from nbdbackupd import durable
 from nbdbackupd.errors import IntegrityError, NbdbackupError
-from nbdbackupd.format.index import NO_DIGEST, Kind, Record
+from nbdbackupd.format.index import Kind, Record
 from nbdbackupd.model import flatten
 from nbdbackupd.model.flatten import Part, Piece
 from nbdbackupd.nbdio.throttle import Throttle
@@ -66,8 +66,8 @@ def delta(layer: Layer) -> Iterator[Item]:
 def difference(layers: Sequence[Layer], older: Sequence[Layer]) -> Iterator[Item]:
     """What of the disk ``layers`` is not known to be the same in ``older``; both newest first.
 
-    Two blocks of one digest at one place are the same, and so are zeroes. Beyond the end of the
-    older disk all is zero. Raises IntegrityError.
+    Two blocks of one digest at one place are the same, unless a guest can make other bytes of it,
+    and so are zeroes. Beyond the end of the older disk all is zero. Raises IntegrityError.
     """
     return _items(_changed(_covered(layers), _covered(older)), len(layers))
 
@@ -126,7 +126,7 @@ def _is_same(piece: Piece[Record], before: Piece[Record] | None) -> bool:
         other.offset,
         other.length,
         other.digest,
-    ) and one.digest != NO_DIGEST
+    ) and one.is_vouched
 
 
 def _data(piece: Piece[Record]) -> Record | None:

@@ -18,7 +18,7 @@ from nbdbackupd.files import File, open_regular, open_sized
 from nbdbackupd.format import adler, blocks, stream
 from nbdbackupd.format.index import MAX_BLOCK, NO_DIGEST, Index, Kind, Record
 from nbdbackupd.format.stream import StreamMeta, StreamReader, Window
-from nbdbackupd.model.chain import DiskPoint, Layout, RestorePoint, StoredFile
+from nbdbackupd.model.chain import DigestKind, DiskPoint, Layout, RestorePoint, StoredFile
 from nbdbackupd.ops.sets import frames
 from nbdbackupd.ops.sets.frames import FrameCache, max_stored
 
@@ -33,6 +33,9 @@ class Layer:
     ``size`` is the disk's at that point, ``whole`` whether every byte of it must be covered.
     ``where`` goes into errors. Reading is safe from several threads.
     """
+
+    digest = DigestKind.SHA256
+    """Of the records that have one."""
 
     def __init__(
         self, path: Path, *, size: int, compressed: bool, raw: bool, whole: bool, **where: object
@@ -102,9 +105,9 @@ class Layer:
             view[:] = self._decompress(stored, record, record.length)
         else:
             self.read_at(view, record.position)
-        if record.digest != NO_DIGEST and blocks.digest(view) != record.digest:
+        if record.digest != NO_DIGEST and blocks.digest(view, self.digest) != record.digest:
             raise IntegrityError(
-                "block is damaged: its SHA-256 does not match",
+                f"block is damaged: its {self.digest.label} does not match",
                 offset=record.position,
                 guest=record.offset,
                 **self.where,
@@ -143,11 +146,14 @@ class IndexedLayer(Layer):
     def __init__(self, path: Path, index: Path, *, whole: bool, **where: object) -> None:
         """Open both.
 
-        Raises IntegrityError, UnsupportedVersionError.
+        Raises IntegrityError, UnsupportedVersionError; ConfigError if the library is missing
+        that makes its digests.
         """
         self.index = Index(File(index, opener=lambda path: open_regular(path, **where)))
         try:
             header = self.index.header
+            self.digest = header.digest
+            blocks.require(self.digest)
             super().__init__(
                 path,
                 size=header.disk_size,
@@ -325,8 +331,8 @@ def open_proven(
         )
     layer = IndexedLayer(stream_path, index_path, whole=disk.mode == "full", **where)
     header = layer.index.header
-    wanted = (disk.size, disk.compressed, disk.layout is Layout.RAW)
-    if (header.disk_size, header.compressed, header.raw) != wanted:
+    wanted = (disk.size, disk.compressed, disk.layout is Layout.RAW, disk.digest)
+    if (header.disk_size, header.compressed, header.raw, header.digest) != wanted:
         layer.close()
         raise IntegrityError("index and manifest disagree", file=index_path, **where)
     return layer

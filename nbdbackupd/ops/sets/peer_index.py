@@ -24,6 +24,7 @@ from nbdbackupd.format.index import (
     Kind,
     Record,
 )
+from nbdbackupd.model.chain import DigestKind
 from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets.layers import IndexedLayer, Layer, ScannedLayer
 
@@ -78,7 +79,7 @@ def digested(layer: Layer, *, whole: bool, check: Callable[[], None]) -> Iterato
             continue
         block = view[: record.length]
         layer.read(record, block, scratch)
-        yield record._replace(digest=blocks.digest(block))
+        yield record._replace(digest=blocks.digest(block, DigestKind.SHA256))
 
 
 def covered(layer: Layer, *, whole: bool) -> Iterator[Record]:

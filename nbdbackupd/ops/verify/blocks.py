@@ -127,9 +127,10 @@ class Prover:
                 block = blocks.decompress(stored, record.length)
             except FormatError as err:
                 return err.message
-        if blocks.digest(block) != record.digest:
+        if blocks.digest(block, layer.digest) != record.digest:
             return (
-                f"block of guest bytes {record.offset}+{record.length} does not match its SHA-256"
+                f"block of guest bytes {record.offset}+{record.length} does not match "
+                f"its {layer.digest.label}"
             )
         return ""
 

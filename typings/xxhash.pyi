@@ -1,0 +1,3 @@
+from nbdbackupd.format.adler import Buffer
+
+def xxh3_128_digest(data: Buffer) -> bytes: ...
