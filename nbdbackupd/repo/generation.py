@@ -88,8 +88,9 @@ def manifests(folder: Path) -> list[Path]:
         if not os.path.lexists(folder):
             _refuse_loss(folder)
             return []
-        names = [each for each in os.listdir(folder) if each.endswith(layout.MANIFEST_SUFFIX)]
-    return [folder / each for each in sorted(names) if not each.startswith(".")]
+        names = sorted(each.name for each in os.scandir(folder))
+    suffix = layout.MANIFEST_SUFFIX
+    return [folder / each for each in names if each.endswith(suffix) and each[0] != "."]
 
 
 def _refuse_loss(folder: Path) -> None:
