@@ -10,7 +10,9 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import blake3
 import pytest
@@ -152,11 +154,17 @@ def test_a_short_digest_is_followed_by_zeroes(tmp_path: Path) -> None:
     number, _, _ = next(data_records(index))
     flip(index, HEADER.size + (number + 1) * RECORD.size - 1)
     assert problems(made.path)
-    stored = disk.index
-    object.__setattr__(stored, "sha256", hashlib.sha256(index.read_bytes()).hexdigest())
-    made.rewrite()
+    sha256 = hashlib.sha256(index.read_bytes()).hexdigest()
+    say_of_disk(made, index=replace(disk.index, sha256=sha256))
     (found,) = problems(made.path)
     assert "XXH128" in found
+
+
+def say_of_disk(made: SetBuilder, **changes: Any) -> None:
+    """Change what the first point says of its only disk."""
+    (disk,) = made.points[0].disks
+    made.points[0] = replace(made.points[0], disks=(replace(disk, **changes),))
+    made.rewrite()
 
 
 @pytest.mark.parametrize(
@@ -172,8 +180,7 @@ def test_headers_that_nobody_writes(tmp_path: Path, version: int, flags: int) ->
 
 def test_manifest_and_index_must_agree(tmp_path: Path) -> None:
     made = chain(tmp_path, [DigestKind.BLAKE3], [1])
-    object.__setattr__(made.points[0].disk("vda"), "digest", DigestKind.XXH128)
-    made.rewrite()
+    say_of_disk(made, digest=DigestKind.XXH128)
     assert any("does not fit the manifest" in each for each in problems(made.path))
     with pytest.raises(IntegrityError, match="disagree"):
         read_disk(made.path, made.points[0].id, "vda")

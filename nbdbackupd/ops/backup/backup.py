@@ -71,7 +71,6 @@ def run(
             runlog.context(DOMAIN=request.domain, RUN=request.run_id, SET=request.directory)
         )
         stack.enter_context(ending.told())
-        blocks.require(request.settings.digest)
         domain = _find(request, connection)
         set_dir = stack.enter_context(begun(request, domain.name, domain.uuid, cancelled, ending))
         directory = rundir.domain_dir(request.runtime_dir, domain.uuid)
@@ -100,8 +99,10 @@ def begun(
 ) -> Iterator[SetDirectory]:
     """The set that the run goes into, with its lock and the domain's, and the run's log open.
 
-    Raises BusyError if set or domain are locked, RepositoryError.
+    Raises BusyError if set or domain are locked, RepositoryError; ConfigError if the library of
+    the wanted digest is missing.
     """
+    blocks.require(request.settings.digest)
     with ExitStack() as stack:
         stack.enter_context(runlog.context(DOMAIN=name, UUID=uuid))
         directory = rundir.make_domain_dir(request.runtime_dir, uuid)
