@@ -55,6 +55,12 @@ def new_points(world: World, target: SetModel) -> list[dict[str, Any]]:
     return [each for each in world.ctl.points(target.path) if each["id"] not in target.references]
 
 
+def is_named(root: Path, name: str) -> bool:
+    """Whether a manifest of the set names that file."""
+    manifests = generation.directory(root).glob("*.json")
+    return any(f'"{name}"' in each.read_text() for each in manifests)
+
+
 def modes(point: Mapping[str, Any]) -> dict[str, str]:
     """How each disk was read."""
     return {disk["target"]: disk["mode"] for disk in point["disks"]}

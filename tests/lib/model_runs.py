@@ -231,6 +231,11 @@ def words(world: World, target: SetModel, level: str) -> tuple[str, ...]:
 def expected_codes(target: SetModel, level: str) -> set[int]:
     """How a run may end that nothing disturbs."""
     is_refused = (level == "full") == target.has_full and level in ("full", "inc", "diff")
+    # a run was killed between its renames, and nobody may remove what it has left
+    if "nodelete" in target.oddities and level in ("full", "auto"):
+        is_refused |= any(
+            not checks.is_named(target.path, each.name) for each in target.path.glob("*.full.data")
+        )
     return {REPOSITORY} if is_refused else set(DONE)
 
 
