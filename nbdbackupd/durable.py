@@ -8,6 +8,7 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import stat
 import struct
 import time
@@ -39,6 +40,8 @@ _NO_MODES: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EI
 
 _CAUTIOUS: Final = os.O_NOFOLLOW | os.O_NONBLOCK
 """A lock lies where others may write: no link is followed, and no pipe is waited for."""
+
+_DIRECTORY: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY
 
 RUN_USER: Final = "/run/user/"
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -87,36 +90,44 @@ def fsync_file(file: Path | int) -> None:
         os.close(fd)
 
 
-def fsync_directory(path: Path) -> None:
-    """Wait until the names in a directory are on the device.
+def fsync_directory(path: Path | int) -> None:
+    """Wait until the names in a directory, a path or a held one, are on the device.
 
     File systems that know no such thing (some FUSE and SMB mounts answer EINVAL) are let pass:
     there is nothing better to ask of them.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+    fd = path if isinstance(path, int) else os.open(path, _DIRECTORY)
     try:
         os.fsync(fd)
     except OSError as err:
         if err.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
-        os.close(fd)
+        if fd != path:
+            os.close(fd)
 
 
-def create_exclusive(path: Path, mode: int = 0o600) -> int:
+def create_exclusive(path: Path, mode: int = 0o600, *, at: int | None = None) -> int:
     """Create a file that must not exist and return its descriptor, open for reading and writing.
 
-    The mode holds whatever the umask is, as ``set_mode`` says. Raises FileExistsError.
+    The mode holds whatever the umask is, as ``set_mode`` says. ``at`` is its directory, held by
+    ``hold_directory``. Raises FileExistsError.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(_in(at, path), flags, mode, dir_fd=at)
     try:
         set_mode(path, mode, fd)
     except BaseException:
         os.close(fd)
         with suppress(OSError):
-            path.unlink()
+            os.unlink(_in(at, path), dir_fd=at)
         raise
     return fd
+
+
+def _in(at: int | None, path: Path) -> str:
+    """What a path is called from its directory, if that is held."""
+    return os.fspath(path) if at is None else path.name
 
 
 def set_mode(path: Path, mode: int, fd: int | None = None) -> None:
@@ -201,26 +212,27 @@ def rename(source: Path, target: Path) -> None:
     source.rename(target)
 
 
-def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
+def write_atomic(path: Path, data: bytes, mode: int = 0o600, *, at: int | None = None) -> None:
     """Replace or create a file: readers and a power cut see the old content or all of the new.
 
-    Durable on return. Raises OSError; the temporary file is removed then.
+    Durable on return. ``at`` is its directory, held by ``hold_directory``. Raises OSError; the
+    temporary file is removed then.
     """
     # A random name of fixed length: the final name may already be as long as names can be.
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.urandom(8).hex()}")
-    fd = create_exclusive(temporary, mode)
+    fd = create_exclusive(temporary, mode, at=at)
     try:
         try:
             write_all(fd, data)
             os.fsync(fd)
         finally:
             os.close(fd)
-        temporary.replace(path)
+        os.replace(_in(at, temporary), _in(at, path), src_dir_fd=at, dst_dir_fd=at)
     except BaseException:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            os.unlink(_in(at, temporary), dir_fd=at)
         raise
-    fsync_directory(path.parent)
+    fsync_directory(path.parent if at is None else at)
 
 
 def make_directory(path: Path, mode: int = 0o700) -> None:
@@ -238,11 +250,8 @@ def make_directory(path: Path, mode: int = 0o700) -> None:
     with suppress(FileExistsError):
         path.mkdir(mode)
         if stat.S_IMODE(path.stat().st_mode) != mode:
-            try:
+            with _without_modes():
                 path.chmod(mode)
-            except OSError as err:
-                if err.errno not in _NO_MODES:
-                    raise
         fsync_directory(path.parent)
     if not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(path))
@@ -291,9 +300,97 @@ def refuse_links(root: Path, *paths: Path) -> None:
             if part == root:
                 break
             if part.is_symlink():
-                raise RepositoryError(
-                    f"{part} is a symbolic link, and may lead anywhere: put a directory there"
-                )
+                raise _refused(part)
+
+
+def _refused(link: Path) -> RepositoryError:
+    return RepositoryError(
+        f"{link} is a symbolic link, and may lead anywhere: put a directory there"
+    )
+
+
+@contextmanager
+def hold_directory(root: Path, path: Path, *, make: bool = False) -> Iterator[int]:
+    """Hold ``path``, ``root`` or below it, open; gives its descriptor, for ``dir_fd`` and ``at``.
+
+    Whoever swaps a directory below ``root`` for a link meanwhile leads nothing elsewhere: what is
+    done with the descriptor happens in the directory that was found without following one.
+    ``root`` may be a link itself, and must exist. ``make`` creates what is missing below it,
+    durably, with mode 0700. An OSError of the block tells the path of what it names.
+
+    Raises RepositoryError for a link, OSError.
+    """
+    fd = os.open(root, _DIRECTORY)
+    try:
+        part = root
+        for name in path.relative_to(root).parts:
+            part /= name
+            inner = _enter(fd, part, make=make)
+            os.close(fd)
+            fd = inner
+        try:
+            yield fd
+        except OSError as err:
+            if isinstance(err.filename, str) and "/" not in err.filename:
+                err.filename = os.fspath(path / err.filename)
+            raise
+    finally:
+        os.close(fd)
+
+
+def _enter(outer: int, path: Path, *, make: bool) -> int:
+    """Open a directory that lies in an open one, and is no link."""
+    is_made = False
+    if make:
+        with suppress(FileExistsError):
+            os.mkdir(path.name, 0o700, dir_fd=outer)
+            is_made = True
+    try:
+        fd = os.open(path.name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=outer)
+    except OSError as err:
+        # that it is a link is told as ENOTDIR
+        with suppress(FileNotFoundError):
+            if stat.S_ISLNK(os.stat(path.name, dir_fd=outer, follow_symlinks=False).st_mode):
+                raise _refused(path) from err
+        err.filename = os.fspath(path)
+        raise
+    try:
+        if is_made:
+            if stat.S_IMODE(os.fstat(fd).st_mode) != 0o700:
+                with _without_modes():
+                    os.fchmod(fd, 0o700)
+            fsync_directory(outer)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+@contextmanager
+def _without_modes() -> Iterator[None]:
+    """Let pass that a file system has no modes of its own."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno not in _NO_MODES:
+            raise
+
+
+def remove_staged(path: Path, last: str) -> None:
+    """Remove a directory of unfinished work, the file ``last`` in it last. Raises OSError.
+
+    Raises RepositoryError if a link has its name.
+    """
+    with hold_directory(path.parent, path) as at:
+        with os.scandir(at) as found:
+            entries = sorted(found, key=lambda entry: entry.name == last)
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.name, dir_fd=at)
+            else:
+                with suppress(FileNotFoundError):
+                    os.unlink(entry.name, dir_fd=at)
+    path.rmdir()
 
 
 def make_private_directory(path: Path, top: Path) -> None:

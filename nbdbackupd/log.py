@@ -333,12 +333,11 @@ def run_log(path: Path) -> Iterator[None]:
     Raises NoSpaceError or RepositoryError if the file can't be made.
     """
     with durable.translate_os_errors("write the run's log", path):
-        durable.make_directory(path.parent)
-        durable.refuse_links(path.parent.parent, path.parent)
+        durable.make_directory(path.parent.parent, 0o711)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        stream = os.fdopen(
-            os.open(path, flags, 0o600), "a", encoding="utf-8", errors="backslashreplace"
-        )
+        with durable.hold_directory(path.parent.parent, path.parent, make=True) as at:
+            fd = os.open(path.name, flags, 0o600, dir_fd=at)
+        stream = os.fdopen(fd, "a", encoding="utf-8", errors="backslashreplace")
     handler = _FileHandler(stream)
     handler.setFormatter(_FileFormatter())
     logger = logging.getLogger(ROOT)

@@ -8,6 +8,7 @@ point, and programs that do not know them leave them alone.
 import json
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -59,17 +60,18 @@ def write(set_path: Path, test: BootTest, picture: bytes) -> Path:
     Raises RepositoryError or NoSpaceError.
     """
     path = set_path / layout.boot_test(test.point)
-    folder = path.parent
-    with durable.translate_os_errors("write", path):
-        durable.make_directory(folder)
-        durable.refuse_links(set_path, folder)
+    data = json.dumps({"version": VERSION, **test.to_json()}, indent=1).encode() + b"\n"
+    with (
+        durable.translate_os_errors("write", path),
+        durable.hold_directory(set_path, path.parent, make=True) as at,
+    ):
         for old in _pictures(path):
             if old.name != test.picture:
-                old.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):
+                    os.unlink(old.name, dir_fd=at)
         if test.picture:
-            durable.write_atomic(folder / test.picture, picture, mode=MODE)
-        data = json.dumps({"version": VERSION, **test.to_json()}, indent=1).encode() + b"\n"
-        durable.write_atomic(path, data, mode=MODE)
+            durable.write_atomic(path.with_name(test.picture), picture, MODE, at=at)
+        durable.write_atomic(path, data, MODE, at=at)
     return path
 
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -370,12 +369,7 @@ def remove(path: Path) -> None:
     """
     if not path.is_dir():
         return
-    for entry in sorted(path.iterdir(), key=lambda entry: entry.name == layout.INTENT):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink(missing_ok=True)
-    path.rmdir()
+    durable.remove_staged(path, layout.INTENT)
 
 
 def is_used_up(path: Path) -> bool:

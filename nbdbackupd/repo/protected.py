@@ -71,11 +71,12 @@ def write(set_path: Path, protection: Protection) -> None:
     path = set_path / layout.protection(protection.point)
     document = {"version": VERSION, **protection.to_json()}
     del document["damage"]
-    with durable.translate_os_errors("write", path):
-        durable.refuse_links(set_path, path.parent)
-        durable.make_directory(path.parent)
-        data = json.dumps(document, indent=1).encode() + b"\n"
-        durable.write_atomic(path, data, mode=MODE)
+    data = json.dumps(document, indent=1).encode() + b"\n"
+    with (
+        durable.translate_os_errors("write", path),
+        durable.hold_directory(set_path, path.parent, make=True) as at,
+    ):
+        durable.write_atomic(path, data, MODE, at=at)
 
 
 def remove(set_path: Path, point: str) -> bool:
@@ -85,12 +86,12 @@ def remove(set_path: Path, point: str) -> bool:
     """
     path = set_path / layout.protection(point)
     with durable.translate_os_errors("remove", path):
-        durable.refuse_links(set_path, path.parent)
         try:
-            path.unlink()
+            with durable.hold_directory(set_path, path.parent) as at:
+                os.unlink(path.name, dir_fd=at)
+                durable.fsync_directory(at)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        durable.fsync_directory(path.parent)
     return True
 
 

@@ -133,16 +133,18 @@ class Removal:
 
     def _write_manifests(self, points: Sequence[RestorePoint]) -> None:
         folder = self.path / layout.POINTS
-        folder.mkdir(mode=0o700)
-        for point in points:
-            path = folder / layout.manifest(point.sequence, point.id)
-            fd = durable.create_exclusive(path)
-            try:
-                durable.write_all(fd, manifest.pack(point))
-                durable.fsync_file(fd)
-            finally:
-                os.close(fd)
-        durable.fsync_directory(folder)
+        with durable.hold_directory(self._root, self.path) as at:
+            os.mkdir(folder.name, 0o700, dir_fd=at)
+        with durable.hold_directory(self._root, folder) as at:
+            for point in points:
+                path = folder / layout.manifest(point.sequence, point.id)
+                fd = durable.create_exclusive(path, at=at)
+                try:
+                    durable.write_all(fd, manifest.pack(point))
+                    durable.fsync_file(fd)
+                finally:
+                    os.close(fd)
+            durable.fsync_directory(at)
 
 
 def _move(source: Path, target: Path) -> None:
@@ -167,7 +169,8 @@ def begun(root: Path, intent: Intent, read_back: Callable[[Path], BackupSet]) ->
             raise RepositoryError(f"{root / name} exists and is of no restore point: move it away")
     with durable.translate_os_errors("remove points from", root):
         made.path.mkdir(mode=0o700)
-        durable.write_atomic(made.path / layout.INTENT, intent.pack(), mode=0o600)
+        with durable.hold_directory(root, made.path) as at:
+            durable.write_atomic(made.path / layout.INTENT, intent.pack(), at=at)
         durable.fsync_directory(root)
     try:
         yield made
@@ -192,20 +195,10 @@ def _take_back(root: Path, number: int, intent: Intent, kept: Collection[str] = 
     for name in intent.adds:
         # what still lies in the stage was never moved: the set's file of that name is another
         if name not in kept and not os.path.lexists(stage / name):
-            _unlink(root / name)
+            _unlink(root, root / name)
     shutil.rmtree(root / layout.points(number), ignore_errors=True)
     durable.fsync_directory(root)
-    _drop_stage(stage)
-
-
-def _drop_stage(stage: Path) -> None:
-    """Remove a stage, its intent last: a kill on the way loses no knowledge. Raises OSError."""
-    for entry in sorted(stage.iterdir(), key=lambda entry: entry.name == layout.INTENT):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink(missing_ok=True)
-    stage.rmdir()
+    durable.remove_staged(stage, layout.INTENT)
 
 
 def _intent(stage: Path) -> Intent:
@@ -271,11 +264,11 @@ def _finish(root: Path, now: int, number: int, intent: Intent, kept: Collection[
         # the one who switched may have died before it was durable
         durable.fsync_file(root / layout.GENERATION)
         durable.fsync_directory(root)
-    freed = sum(_unlink(root / name) for name in intent.removes if name not in kept)
+    freed = sum(_unlink(root, root / name) for name in intent.removes if name not in kept)
     for ident in intent.gone:
-        freed += _unlink(root / layout.run_log(ident))
+        freed += _unlink(root, root / layout.run_log(ident))
         for path in layout.notes(root, ident):
-            freed += _unlink(path)
+            freed += _unlink(root, path)
     for path in root.glob(f"{layout.POINTS}.*"):
         older = path.name.removeprefix(f"{layout.POINTS}.")
         if NUMBER.fullmatch(older) and int(older) < now and not path.is_symlink():
@@ -283,19 +276,23 @@ def _finish(root: Path, now: int, number: int, intent: Intent, kept: Collection[
     if now:
         # the directory itself stays: it tells a set
         for path in generation.manifests(root / layout.POINTS):
-            freed += _unlink(path)
+            freed += _unlink(root, path)
     for folder in (root, root / layout.CHECKPOINTS):
         if folder.is_dir():
             durable.fsync_directory(folder)
-    _drop_stage(root / f"{layout.REMOVAL_PREFIX}{number}")
+    durable.remove_staged(root / f"{layout.REMOVAL_PREFIX}{number}", layout.INTENT)
     return freed
 
 
-def _unlink(path: Path) -> int:
-    """Remove a file that may be gone already; the bytes that this frees. Raises OSError."""
+def _unlink(root: Path, path: Path) -> int:
+    """Remove a file that may be gone already; the bytes that this frees.
+
+    Raises OSError, RepositoryError for a link on the way.
+    """
     try:
-        status = path.lstat()
-        path.unlink()
+        with durable.hold_directory(root, path.parent) as at:
+            status = os.stat(path.name, dir_fd=at, follow_symlinks=False)
+            os.unlink(path.name, dir_fd=at)
     except (FileNotFoundError, NotADirectoryError):
         return 0
     return status.st_blocks * BLOCK if status.st_nlink == 1 else 0
@@ -309,10 +306,10 @@ def remove_empty(root: Path, domain: str) -> bool:
     for name in (layout.LOGS, layout.CHECKPOINTS, *layout.NOTES):
         if (root / name).is_dir() and not (root / name).is_symlink():
             shutil.rmtree(root / name)
-    _unlink(root / layout.checkpoint_list(domain))
-    _unlink(root / layout.READING)
+    _unlink(root, root / layout.checkpoint_list(domain))
+    _unlink(root, root / layout.READING)
     if (root / layout.SPARE).is_dir() and not (root / layout.SPARE).is_symlink():
-        _drop_stage(root / layout.SPARE)
+        durable.remove_staged(root / layout.SPARE, layout.INTENT)
     mine = {
         layout.GENERATION,
         layout.LOCK,
@@ -324,8 +321,8 @@ def remove_empty(root: Path, domain: str) -> bool:
     for number in (generation.current(root), 0):
         if (root / layout.points(number)).is_dir():
             (root / layout.points(number)).rmdir()
-    _unlink(root / layout.GENERATION)
-    _unlink(root / layout.LOCK)
+    _unlink(root, root / layout.GENERATION)
+    _unlink(root, root / layout.LOCK)
     # moved elsewhere, it may be behind a link
     real = root.resolve()
     real.rmdir()

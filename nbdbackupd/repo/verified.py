@@ -38,18 +38,20 @@ def write(set_path: Path, proof: Proof) -> None:
     Raises RepositoryError or NoSpaceError.
     """
     path = set_path / layout.verified(proof.point)
-    with durable.translate_os_errors("write", path):
-        durable.refuse_links(set_path, path.parent)
-        # not its parents: a repository that is not mounted any more must not seem to be there
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        note = versioned(
-            point=proof.point,
-            content=proof.content,
-            verified=proof.verified,
-            bytes=proof.size,
-            damage=[line[:MAX_LINE] for line in proof.damage[:MAX_DAMAGE]],
-        )
-        durable.write_atomic(path, json.dumps(note, indent=1).encode() + b"\n", mode=MODE)
+    note = versioned(
+        point=proof.point,
+        content=proof.content,
+        verified=proof.verified,
+        bytes=proof.size,
+        damage=[line[:MAX_LINE] for line in proof.damage[:MAX_DAMAGE]],
+    )
+    data = json.dumps(note, indent=1).encode() + b"\n"
+    # the set is not made: a repository that is not mounted any more must not seem to be there
+    with (
+        durable.translate_os_errors("write", path),
+        durable.hold_directory(set_path, path.parent, make=True) as at,
+    ):
+        durable.write_atomic(path, data, MODE, at=at)
 
 
 def read(set_path: Path, known: BackupSet) -> dict[str, Proof]:

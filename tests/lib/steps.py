@@ -19,6 +19,7 @@ STEPS: Final = {
     "os-fsync": "os:fsync",
     "os-pwritev": "os:pwritev",
     "os-rename": "os:rename",
+    "os-unlink": "os:unlink",
     # a backup
     "clock-read": "nbdbackupd.app.context:now",
     "backup-made": "nbdbackupd.ops.backup.backup:_run_locked",
