@@ -7,6 +7,7 @@ ranges are half open and in bytes.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 
@@ -52,26 +53,23 @@ class Piece(NamedTuple, Generic[R]):
 
 
 class _Cursor(Generic[R]):
-    """The place in one layer: the block at or after the merge's position, if any is left."""
+    """The place in one layer: a block that ends after the position it was last moved to."""
 
     def __init__(self, layer: Layer[R], limit: int) -> None:
         self._blocks = iter(layer.blocks)
         self._limit = limit
         self.block: R | None = None
         self.start = self.end = 0
-        self.advance(0)
 
-    def advance(self, position: int) -> None:
-        """Drop blocks that end at or before ``position``."""
+    def advance(self, position: int) -> bool:
+        """Drop blocks that end at or before ``position``; whether one is left."""
         while self.end <= position:
             self.block = next(self._blocks, None)
             if self.block is None or self.block.offset >= self._limit:
-                # Beyond everything: such a cursor is never chosen and never moves again.
-                self.block = None
-                self.start = self.end = 1 << 64
-                return
+                return False
             self.start = self.block.offset
             self.end = min(self.start + self.block.length, self._limit)
+        return True
 
 
 def limits(sizes: Sequence[int]) -> list[int]:
@@ -87,23 +85,38 @@ def pieces(layers: Sequence[Layer[R]], start: int = 0) -> Iterator[Piece[R]]:
 
     ``layers`` is newest first. A block that newer ones cover in part comes as several pieces.
     Only one block of each layer is held at a time; the blocks may begin with the first one that
-    ends after ``start``.
+    ends after ``start``. A block costs two steps of heaps, however many layers there are.
     """
     size = layers[0].size
     seen = limits([layer.size for layer in layers])
     cursors = [_Cursor(layer, limit) for layer, limit in zip(layers, seen, strict=True)]
+    ahead: list[tuple[int, int]] = []  # where the next block of a layer starts, and the layer
+    begun: list[int] = []  # layers whose blocks have; what ended is noticed when it is the newest
+    for number, cursor in enumerate(cursors):
+        if cursor.advance(start):
+            heappush(ahead, (cursor.start, number))
     position = start
     while position < size:
+        while ahead and ahead[0][0] <= position:
+            heappush(begun, heappop(ahead)[1])
         end = size
         chosen, block = -1, None
-        for number, cursor in enumerate(cursors):
-            if cursor.end <= position:
-                cursor.advance(position)
-            if cursor.start <= position:
-                end = min(end, cursor.end)
+        while begun:
+            number = begun[0]
+            cursor = cursors[number]
+            is_left = cursor.end > position or cursor.advance(position)
+            if is_left and cursor.start <= position:
+                end = cursor.end
                 chosen, block = number, cursor.block
                 break
-            end = min(end, cursor.start)
+            heappop(begun)
+            if is_left:
+                heappush(ahead, (cursor.start, number))
+        while ahead and ahead[0][0] < end:
+            if ahead[0][1] < chosen or chosen < 0:
+                end = ahead[0][0]
+                break
+            heappush(begun, heappop(ahead)[1])
         yield Piece(position, end - position, chosen, block)
         position = end
 
