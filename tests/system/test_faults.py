@@ -23,7 +23,7 @@ pytestmark = pytest.mark.system
 SMALL_MIB = 24
 
 DISKS = (DiskSpec(target="vda", size=32 * MIB), DiskSpec(target="vdb", size=16 * MIB))
-SLOW = "SLOW0.2@block-written#2"
+SLOW = "SLOW1.5@block-written#2"
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +100,8 @@ def free(path: Path) -> int:
 
 
 STEPS = [
-    "NOSPACE@os-pwritev#3",
-    "EIO@os-pwritev#9",
+    "NOSPACE@os-pwritev#1",
+    "EIO@os-pwritev#4",
     "EIO@os-fsync#1",
     "NOSPACE@os-fsync#7",
     "EIO@os-fsync#12",

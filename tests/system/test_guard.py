@@ -23,11 +23,11 @@ from tests.lib.witness import Witness, wait_for_job
 pytestmark = pytest.mark.system
 
 DISKS = (DiskSpec(target="vda", size=16 * MIB), DiskSpec(target="vdb", size=16 * MIB))
-SLOW = "SLOW0.2@block-written#2"
+SLOW = "SLOW1.5@block-written#2"
 SOON = 15.0
 """Seconds in which a dead run's job is gone, on a machine that has other things to do."""
 
-WRITE = "block-written#3"
+WRITE = "block-written#2"
 ENDS = {
     f"TERM+@{WRITE}": 128 + signal.SIGTERM,
     f"INT+@{WRITE}": 128 + signal.SIGINT,

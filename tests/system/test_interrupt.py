@@ -30,7 +30,7 @@ MOMENTS = [
     "TERM@job-begun#1",
     "INT+@job-begun#1",
     "HUP@metadata-collected#1",
-    "TERM+@block-written#3",
+    "TERM+@block-written#2",
     "INT@stream-finished#1",
     "HUP@job-aborted#1",
 ]

@@ -26,7 +26,7 @@ BEFORE_COMMIT = [
     "KILL+@job-begun#1",
     "KILL@metadata-collected#1",
     "KILL@blocks-copied#2",
-    "KILL+@block-written#3",
+    "KILL+@block-written#2",
     "KILL@stream-finished#2",
     "KILL@job-aborted#1",
     "KILL+@job-aborted#1",
