@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -88,7 +88,7 @@ def generate(
     """
     from nbdbackupd.config import analyze, files, inventory, schema, timers
 
-    configuration = files.read_all(config or schema.DIRECTORY, event_fault=cache(analyze.fault))
+    configuration = files.read_all(config or schema.DIRECTORY, event_fault=analyze.fault)
     problems = configuration.problems
     for problem in problems[:MAX_TOLD]:
         tell(str(problem))

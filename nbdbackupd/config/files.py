@@ -3,6 +3,7 @@
 One pass finds all that is wrong.
 """
 
+import contextlib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -324,6 +325,19 @@ def read_all(
         problems += sorted(set(reader.problems))
     problems += _together(files, problems)
     return Configuration(files=tuple(files), problems=tuple(sorted(problems)))
+
+
+def signature(directory: Path) -> frozenset[tuple[str | int, ...]]:
+    """What changes when one of the files does: names, inodes, sizes, modes and times of change."""
+    places = [directory / schema.MAIN]
+    with contextlib.suppress(OSError):
+        places += (directory / schema.DOMAINS).iterdir()
+    found: set[tuple[str | int, ...]] = set()
+    for each in places:
+        with contextlib.suppress(OSError):
+            of = each.stat()
+            found.add((str(each), of.st_ino, of.st_size, of.st_mode, of.st_ctime_ns))
+    return frozenset(found)
 
 
 def _is_there(path: Path, problems: list[Problem]) -> bool:

@@ -26,8 +26,8 @@ class Match:
 
     def fits_name(self, name: str, uuid: str) -> bool:
         """Whether the conditions but for the metadata hold."""
-        uuids = {each.lower() for each in self.names if is_uuid(each)}
-        if self.names and name not in self.names and uuid.lower() not in uuids:
+        is_named = not self.names or name in self.names
+        if not is_named and uuid.lower() not in (each.lower() for each in self.names):
             return False
         if self.globs and not any(fnmatchcase(name, each) for each in self.globs):
             return False

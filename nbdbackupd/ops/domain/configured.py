@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 def read(host: Host, *, event_fault: Callable[[str], str] | None = None) -> "Configuration":
     """Read all files of ``--config-dir`` or ``/etc/nbdbackup``; their problems are in the result.
 
+    Files that are as they were a moment ago are not read again: verbs ask for each domain.
     ``event_fault`` is as of ``files.read_all``. Raises ConfigError if the directory was given and
     is none.
     """
@@ -27,7 +29,16 @@ def read(host: Host, *, event_fault: Callable[[str], str] | None = None) -> "Con
     directory = (host.config_dir or schema.DIRECTORY).absolute()
     if host.config_dir is not None and not directory.is_dir():
         raise ConfigError(f"no configuration directory {directory}: give an existing one")
-    return files.read_all(directory, event_fault=event_fault)
+    if event_fault is not None:
+        return files.read_all(directory, event_fault=event_fault)
+    return _read(directory, files.signature(directory))
+
+
+@lru_cache(maxsize=1)
+def _read(directory: Path, _: object) -> "Configuration":
+    from nbdbackupd.config import files
+
+    return files.read_all(directory)
 
 
 def connected(configuration: "Configuration", host: Host) -> Host:
