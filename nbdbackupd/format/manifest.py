@@ -102,18 +102,27 @@ def parse(data: bytes, file: object = "") -> RestorePoint:
 
 
 class _Known:
-    """Points by the digests of their manifests: equal bytes are taken apart once a process."""
+    """Points by the digests of their manifests: equal bytes are taken apart once in a while.
+
+    What came last is kept, and what came before that is let go together, a half of all.
+    """
 
     def __init__(self) -> None:
-        self._points: dict[str, RestorePoint] = {}
-        self._left = MAX_KNOWN
-        self.get = self._points.get
+        self._new: dict[str, RestorePoint] = {}
+        self._old: dict[str, RestorePoint] = {}
+        self._left = MAX_KNOWN // 2
+
+    def get(self, digest: str) -> RestorePoint | None:
+        """The point, if it is kept."""
+        return self._new.get(digest) or self._old.get(digest)
 
     def add(self, point: RestorePoint, size: int) -> RestorePoint:
-        """Keep a point while there is room; returns it."""
-        if size <= self._left:
-            self._left -= size
-            self._points[point.digest] = point
+        """Keep a point whose manifest has that many bytes; returns it."""
+        self._left -= size
+        if self._left < 0:
+            self._old, self._new = self._new, {}
+            self._left = MAX_KNOWN // 2 - size
+        self._new[point.digest] = point
         return point
 
 
