@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Self
 
-from nbdbackupd.errors import IntegrityError
+from nbdbackupd.errors import ConfigError, IntegrityError
 
 MOST_OPEN: Final = 16384
 """What a process of ours asks for; more would be slow in programs that close all descriptors."""
-FEWEST: Final = 8
-"""Held open in any case; a thread uses one at a time."""
+FEWEST: Final = 64
+"""What a process of ours needs: with 40 a server of a map could not load its plugin."""
+CURE: Final = "raise the hard limit of open files (ulimit -Hn, LimitNOFILE= of a unit)"
 
 
 def open_untrusted(path: Path) -> int:
@@ -73,17 +74,32 @@ def allow_many() -> None:
     """Raise the soft limit of open files as far as the hard one lets us.
 
     The default soft limit is for programs that use select(2), which none of ours does. What we
-    start inherits it.
+    start inherits it. Raises ConfigError if even the hard one is too small.
     """
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_OPEN if most == resource.RLIM_INFINITY else min(most, MOST_OPEN)
+    if wanted < FEWEST:
+        raise ConfigError(f"only {most} files may be open at a time, {FEWEST} are needed: {CURE}")
     with contextlib.suppress(ValueError, OSError):
-        now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = MOST_OPEN if most == resource.RLIM_INFINITY else min(most, MOST_OPEN)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, wanted), most))
 
 
 def room() -> int:
-    """How many files may be held open at a time: half of the limit, the rest is for all else."""
-    return max(FEWEST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+    """How many files may be held open at a time: a quarter of the limit, the rest is for others.
+
+    A map passes on half as many, and holds two descriptors for each of its servers.
+    """
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
+
+
+def cure(err: BaseException) -> str:
+    """What helps if an error came of too many open files; else empty."""
+    found: BaseException | None = err
+    while found is not None:
+        if isinstance(found, OSError) and found.errno == errno.EMFILE:
+            return CURE
+        found = found.__cause__
+    return ""
 
 
 class _Descriptor:

@@ -96,7 +96,6 @@ def _global_options() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; argparse's own exits pass through."""
     streams.reserve()
-    files.allow_many()
     # read when libvirt is imported; else its embedded driver fills stderr with notices
     os.environ.setdefault("LIBVIRT_DEBUG", "error")
     words = sys.argv[1:] if argv is None else argv
@@ -123,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: Arguments, context: Context) -> int:
     try:
+        files.allow_many()
         code: int = args.run(args, context)
     except NbdbackupError as err:
         return _report(context, err, err.exit_code)
@@ -145,7 +145,8 @@ def _run(args: Arguments, context: Context) -> int:
 
 def _report(context: Context, err: BaseException, code: int) -> int:
     """One line on stderr, and the same as JSON on stdout if JSON was asked for."""
-    text = one_line(err)
+    cure = f": {found}" if (found := files.cure(err)) else ""
+    text = one_line(err) + cure
     # what is tried again later is no error of this host
     priority = 4 if code == BusyError.exit_code else 3
     streams.complain(text, is_told=events.is_told(err), priority=priority)
@@ -157,7 +158,7 @@ def _report(context: Context, err: BaseException, code: int) -> int:
         document = versioned(
             error={
                 "kind": type(err).__name__,
-                "message": getattr(err, "message", text),
+                "message": getattr(err, "message", one_line(err)) + cure,
                 "exit_code": code,
                 "fields": fields,
             },
