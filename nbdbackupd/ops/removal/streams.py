@@ -59,7 +59,8 @@ class Source:
         """
         self._mode = merge.mode
         self._stack = ExitStack()
-        self._frames = FrameCache(FRAMES)
+        self._cut = FrameCache(FRAMES)
+        frames = FrameCache(FRAMES)
         self._scratch = memoryview(mmap.mmap(-1, layering.MAX_STORED))
         self._view = memoryview(mmap.mmap(-1, MAX_BLOCK))
         self.layers: list[Layer] = []
@@ -67,7 +68,7 @@ class Source:
             for point in merge.sources:
                 disk = point.disk(merge.target)
                 layer = layering.open_proven(tools.directory, point, disk, tools.cancelled)
-                layer.frames = self._frames
+                layer.frames = frames
                 self.layers.append(self._stack.enter_context(layer))
         except BaseException:
             self._stack.close()
@@ -157,8 +158,8 @@ class Source:
             layer.read(record, self._view[: record.length], self._scratch)
             return bytes(self._view[: record.length])
 
-        # a frame that several blocks share has the place of the first one in the same cache
-        found = self._frames.get((piece.layer, record.offset), load)
+        # not the frames' cache: a block's frame is got from that while the block is loaded
+        found = self._cut.get((piece.layer, record.offset), record.length, load)
         start = piece.offset - record.offset
         return memoryview(found)[start : start + piece.length]
 

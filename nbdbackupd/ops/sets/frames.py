@@ -30,28 +30,47 @@ def max_stored(length: int) -> int:
 
 
 class FrameCache:
-    """Decompressed frames, the last used ones, up to a number of bytes; shared by threads."""
+    """Decompressed frames, the last used ones, up to a number of bytes; shared by threads.
+
+    Each is loaded by one thread, without the lock. Those being loaded count, so that more than
+    ``capacity`` is only held for one frame that is larger.
+    """
 
     def __init__(self, capacity: int = CACHE_BYTES) -> None:
         self._capacity = capacity
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._frames: OrderedDict[Hashable, bytes] = OrderedDict()
+        self._loading: dict[Hashable, int] = {}
         self._bytes = 0
 
-    def get(self, key: Hashable, load: Callable[[], bytes]) -> bytes:
-        """The frame of that key, by ``load`` if it is not there."""
-        with self._lock:
-            found = self._frames.get(key)
-            if found is None:
-                found = load()
-                self._frames[key] = found
-                self._bytes += len(found)
-                while self._bytes > self._capacity and len(self._frames) > 1:
-                    _, dropped = self._frames.popitem(last=False)
-                    self._bytes -= len(dropped)
+    def get(self, key: Hashable, length: int, load: Callable[[], bytes]) -> bytes:
+        """The frame of that key, of ``length`` bytes; by ``load`` if need be. Raises as that."""
+        with self._changed:
+            while key not in self._frames:
+                loading = sum(self._loading.values())
+                fits = not loading or loading + length <= self._capacity
+                if key not in self._loading and fits:
+                    break
+                self._changed.wait()
             else:
                 self._frames.move_to_end(key)
-            return found
+                return self._frames[key]
+            self._loading[key] = length
+            while self._frames and self._bytes + loading + length > self._capacity:
+                _, dropped = self._frames.popitem(last=False)
+                self._bytes -= len(dropped)
+                del dropped  # or it would live as long as the next one is loaded
+        frame = None
+        try:
+            frame = load()
+            return frame
+        finally:
+            with self._changed:
+                del self._loading[key]
+                if frame is not None:
+                    self._frames[key] = frame
+                    self._bytes += len(frame)
+                self._changed.notify_all()
 
 
 def records(frame: Frame, read: Callable[[int, int], bytes]) -> Iterator[Record]:

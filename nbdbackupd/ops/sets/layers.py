@@ -97,7 +97,7 @@ class Layer:
         if record.whole:
             stored = None
             key = (id(self), record.position)
-            frame = self.frames.get(key, lambda: self._whole_frame(record))
+            frame = self.frames.get(key, record.whole, lambda: self._whole_frame(record))
             view[:] = memoryview(frame)[record.skip : record.skip + record.length]
         elif self.compressed:
             stored = scratch[: record.stored]
