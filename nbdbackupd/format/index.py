@@ -17,6 +17,7 @@ With bit 2, adjacent data records of one position share one lz4 frame, its paylo
 
 import bisect
 import struct
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -47,7 +48,8 @@ RECORD = struct.Struct("<QQQII32s")
 PLACE = struct.Struct("<QQQ")
 NO_DIGEST = bytes(32)
 SOME = 1 << 8
-"""Records that are read at a time: 16 KiB, for each file of a chain."""
+"""Records that are read at a time, a piece: 16 KiB, for each file of a chain."""
+UNKNOWN = (1 << 64) - 1
 
 
 class Kind(IntEnum):
@@ -119,6 +121,7 @@ class Index:
         self.path = self.file.path
         self._start = start + HEADER.size
         self._last: tuple[int, bytes] = (-1, b"")
+        self._firsts = array("Q")
         try:
             self.header = self._parse_header(start, self.file.size if size is None else size)
         except BaseException:
@@ -196,12 +199,29 @@ class Index:
         return found
 
     def find(self, offset: int) -> int:
-        """The number of the first record that ends after a guest offset; all records if none."""
-        after = bisect.bisect_right(range(len(self)), offset, key=lambda n: self.place(n)[0])
+        """The number of the first record that ends after a guest offset; all records if none.
+
+        Where each piece begins is kept, once it was read: 8 bytes for 256 records.
+        """
+        if not self._firsts:
+            self._firsts = array("Q", [UNKNOWN]) * -(-len(self) // SOME)
+        if not self._firsts:
+            return 0
+        piece = bisect.bisect_right(range(len(self._firsts)), offset, key=self._first) - 1
+        begin = max(piece, 0) * SOME
+        self._plain(begin)  # keeps the piece
+        inside = range(begin, min(begin + SOME, len(self)))
+        after = begin + bisect.bisect_right(inside, offset, key=lambda n: self.place(n)[0])
         if not after:
             return 0
         start, length, _ = self.place(after - 1)
         return after - 1 if start + length > offset else after
+
+    def _first(self, piece: int) -> int:
+        """Where the first record of a piece begins."""
+        if self._firsts[piece] == UNKNOWN:
+            self._firsts[piece] = self.place(piece * SOME)[0]
+        return self._firsts[piece]
 
     def record(self, number: int) -> Record:
         """Record ``number``, 0-based, unchecked."""
