@@ -178,8 +178,8 @@ def qcow2(
 class _Clusters:
     """Whole clusters, gathered from pieces of the disk that come in any order and any thread.
 
-    Each byte of the disk comes once, as data or as zero. QEMU can't write to a part of a cluster
-    that it has found not worth compressing (7.2, measured). Memory: the clusters begun.
+    Each byte of the disk comes once, as data or as zero. A compressed cluster is written once: a
+    part of it, later, would be a cluster of its own beside it. Memory: the clusters begun.
     """
 
     def __init__(self, cluster: int, size: int) -> None:
