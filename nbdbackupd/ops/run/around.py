@@ -12,7 +12,7 @@ from nbdbackupd import durable, proc, rundir
 from nbdbackupd.errors import BusyError, ProcessError
 
 log = logging.getLogger(__name__)
-SLOT_SECONDS: Final = 0.2
+LOOK_SECONDS: Final = 0.2
 POLL_SECONDS: Final = 0.05
 
 
@@ -64,7 +64,7 @@ def slot(
             if left <= 0:
                 raise BusyError(_busy(directory, count, wait_seconds))
             cancelled()
-            time.sleep(min(SLOT_SECONDS, left))
+            time.sleep(min(LOOK_SECONDS, left))
         yield number
 
 
