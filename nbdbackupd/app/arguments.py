@@ -164,6 +164,11 @@ def add_checkpoint_dir(place: argparse._ActionsContainer) -> None:
     add_option(place, each, each.options[0])
 
 
+def add_qmp(place: argparse._ActionsContainer) -> None:
+    """Add the option for a QEMU without libvirt."""
+    add_option(place, DomainSettings.qmp, DomainSettings.qmp.options[0])
+
+
 def given(args: Arguments) -> dict[str, Any]:
     """The values of settings that options give, by attribute; paths are absolute."""
     found: dict[str, Any] = {}

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from nbdbackupd.config import kinds, reading, schema
-from nbdbackupd.config.matching import Match
+from nbdbackupd.config.matching import MATCHERS, METADATA, Match
 from nbdbackupd.config.reading import MappingNode, Node, Problem, ScalarNode, SequenceNode
-from nbdbackupd.config.schema import BY_PATH, MATCH, MATCHERS, METADATA, SECTIONS
+from nbdbackupd.config.schema import BY_PATH, MATCH, SECTIONS
 from nbdbackupd.config.setting import Setting
 from nbdbackupd.errors import ConfigError
 
@@ -65,6 +65,12 @@ class Interpreter:
                 self._setting(BY_PATH[key], name, value)
             else:
                 self._unknown(key, name, "", [*SECTIONS, *_lone(), *([MATCH] * (not self.is_main))])
+        if match is None or not match.sole_name:
+            given = [path for path, each in self._values.items() if each.value is not None]
+            for path in filter(lambda path: BY_PATH[path].single, given):
+                self._complain(
+                    self._values.pop(path).line, path, "is for one machine; give match its name"
+                )
         return match, self._values
 
     def _section(self, section: str, node: Node) -> None:
@@ -405,6 +411,11 @@ def contradictions(files: Sequence[ConfigFile]) -> list[Problem]:
     if mount_point and not path.is_relative_to(mount_point):
         message = f"the repository {path} does not lie below {mount_point}; fix one of them"
         complain("repository.path", "repository.mount_point", message)
+    for name in ("on_shutdown", "standby", "start_paused"):
+        if get("qmp") and get(name):
+            complain(
+                "qmp", name, f"a QEMU without libvirt knows no {name}; set {name}: no in its file"
+            )
     if get("libvirt.password_file") and get("libvirt.password_credential"):
         message = "password_file and password_credential exclude one another; keep one of them"
         complain("libvirt.password_file", "libvirt.password_credential", message)

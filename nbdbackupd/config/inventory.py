@@ -49,3 +49,13 @@ def read(directory: Path = DEFINITIONS) -> dict[str, Defined]:
         except (OSError, UnicodeDecodeError, DomainError):
             continue
     return found
+
+
+def has_any(directory: Path = DEFINITIONS) -> bool:
+    """Whether libvirt has defined a domain, or who asks may not see that."""
+    try:
+        return any(path.suffix == ".xml" for path in directory.iterdir())
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True

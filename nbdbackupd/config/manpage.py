@@ -6,7 +6,8 @@ from typing import Any, Final
 
 from nbdbackupd import __version__
 from nbdbackupd.config import sample, schema
-from nbdbackupd.config.schema import DIRECTORY, DOMAINS, LABELS_URI, MAIN, MATCHERS
+from nbdbackupd.config.matching import LABELS_URI, MATCHERS
+from nbdbackupd.config.schema import DIRECTORY, DOMAINS, MAIN
 from nbdbackupd.config.setting import Setting
 
 DATE: Final = "2026-11-30"

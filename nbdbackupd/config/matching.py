@@ -4,12 +4,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Final
 from xml.etree import ElementTree as ET
 
 from nbdbackupd import documents
-from nbdbackupd.config.schema import LABELS_URI
 from nbdbackupd.errors import DomainError
 from nbdbackupd.model.domain import is_uuid
+
+METADATA: Final = "metadata"
+LABELS_URI: Final = "urn:nbdbackup:1"
+MATCHERS: Final[Mapping[str, str]] = {
+    "name": "The domain's name or UUID, letter for letter.",
+    "glob": "A pattern for the whole name: * for any text, ? for one character, [ab] for one "
+    "of these.",
+    "regex": "A regular expression, in Python's syntax, for the whole name.",
+    METADATA: "Labels in the domain's XML, each with a pattern as for glob.",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +49,12 @@ class Match:
             label in labels and any(fnmatchcase(labels[label], each) for each in patterns)
             for label, patterns in self.metadata.items()
         )
+
+    @property
+    def sole_name(self) -> str:
+        """The name of the one domain that it can be for; empty if there may be others."""
+        is_sole = len(self.names) == 1 and not (self.globs or self.regexes or self.metadata)
+        return self.names[0] if is_sole and not self.names_uuid else ""
 
     @property
     def names_uuid(self) -> bool:

@@ -5,7 +5,8 @@ from typing import Any, Final
 
 from nbdbackupd.config import schema
 from nbdbackupd.config.kinds import spoken
-from nbdbackupd.config.schema import MATCHERS, SECTIONS
+from nbdbackupd.config.matching import MATCHERS
+from nbdbackupd.config.schema import SECTIONS
 from nbdbackupd.config.setting import Setting
 
 WIDTH: Final = 88
@@ -67,6 +68,8 @@ def _setting(setting: Setting[Any], indent: str) -> list[str]:
         lines += _comment(f"Values: {spoken(setting.kind.words)}", indent)
     if not setting.everywhere:
         lines += _comment("In this file only, not for single domains.", indent)
+    if setting.single:
+        lines += _comment("Only in a file whose match is the name of one machine.", indent)
     if setting.example:
         lines += _comment(f"Example: {setting.key}: {setting.example}", indent)
     return [*lines, f"{indent}#{setting.key}: {setting.kind.show(setting.default)}"]

@@ -14,6 +14,7 @@ from nbdbackupd import units
 from nbdbackupd.config import kinds
 from nbdbackupd.config.kinds import choice, count, listed, optional
 from nbdbackupd.config.setting import DEFAULT, GIVEN, GLOBAL, Option, Origin, Setting, names
+from nbdbackupd.errors import ConfigError
 from nbdbackupd.model.chain import DigestKind
 from nbdbackupd.model.policy import FreezePolicy, Rotate
 from nbdbackupd.model.retention import Pruning
@@ -22,23 +23,12 @@ DIRECTORY: Final = Path("/etc/nbdbackup")
 MAIN: Final = "nbdbackup.yaml"
 DOMAINS: Final = "domains.d"
 MATCH: Final = "match"
-METADATA: Final = "metadata"
-LABELS_URI: Final = "urn:nbdbackup:1"
 
 USE: Final = (
     "They are read by the verbs run, which timers start, status, notify, and backup without -o, by "
     "the generator of timers, and to find the sets of a domain by its name."
 )
 """What the generated pages must tell as long as it is so; empty when it is not."""
-
-MATCHERS: Final[Mapping[str, str]] = {
-    "name": "The domain's name or UUID, letter for letter.",
-    "glob": "A pattern for the whole name: * for any text, ? for one character, [ab] for one "
-    "of these.",
-    "regex": "A regular expression, in Python's syntax, for the whole name.",
-    METADATA: "Labels in the domain's XML, each with a pattern as for glob.",
-}
-
 
 SECTIONS: Final[Mapping[str, str]] = {
     "repository": "Where backup sets go, and how to notice that the place is not mounted.",
@@ -293,6 +283,23 @@ class DomainSettings:
         "checkpoint_directory is set, or unless the kernel shows that they can't be reached from "
         "elsewhere.",
     )
+    qmp = Setting(
+        "qmp",
+        optional(kinds.PATH, "none"),
+        None,
+        example="/run/vm7/qmp",
+        single=True,
+        help="The socket of a monitor (QMP) of a QEMU that runs without libvirt, which is then not "
+        "asked: the file's name is what the machine is called. The monitor must be its own, since "
+        "it serves one program at a time.",
+        option=Option(
+            "--qmp SOCKET",
+            "guest",
+            Path,
+            help="a running QEMU without libvirt: the path of its monitor's socket; DOMAIN is the "
+            "name that its sets have",
+        ),
+    )
     standby = Setting(
         "standby",
         kinds.BOOL,
@@ -537,6 +544,13 @@ class DomainSettings:
     def is_default(self, path: str) -> bool:
         """Whether nothing says anything of a setting."""
         return not self.origins[path].file
+
+    @property
+    def monitor(self) -> Path:
+        """That of a QEMU without libvirt. Raises ConfigError if none is set."""
+        if self.qmp is None:
+            raise ConfigError("no monitor of QEMU is set: give --qmp, or qmp in a file")
+        return self.qmp
 
     def get(self, path: str) -> Any:
         """The value of a setting by its path, such as ``level.rotate``."""

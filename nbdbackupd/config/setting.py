@@ -86,7 +86,8 @@ class Setting(Generic[T]):
 
     ``path`` is its name in the files; the attribute has the same with ``_`` for the dot.
     ``example`` is a value, as YAML, for a setting whose default is empty. ``everywhere``: may also
-    stand in a file for some domains; else in the main file only.
+    stand in a file for some domains; else in the main file only. ``single``: only in a file whose
+    match is one name.
     """
 
     path: str
@@ -97,6 +98,7 @@ class Setting(Generic[T]):
     example: str = ""
     option: Option | None = None
     everywhere: bool = True
+    single: bool = False
 
     @overload
     def __get__(self, holder: None, owner: type) -> "Setting[T]": ...

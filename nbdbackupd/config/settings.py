@@ -50,8 +50,11 @@ def global_settings(configuration: Configuration) -> DomainSettings:
 def needs_libvirt(name: str, configuration: Configuration) -> tuple[Path, ...]:
     """The files of which the name alone does not tell whether they are for a domain.
 
-    If a UUID stands in place of the name, these are all files for single domains.
+    If a UUID stands in place of the name, these are all files for single domains; none for a
+    machine that libvirt does not have.
     """
+    if name in standalone_names(configuration):
+        return ()
     return tuple(
         file.path
         for file in configuration.files
@@ -61,6 +64,15 @@ def needs_libvirt(name: str, configuration: Configuration) -> tuple[Path, ...]:
             or file.match.names_uuid
             or (file.match.metadata and file.match.fits_name(name, ""))
         )
+    )
+
+
+def standalone_names(configuration: Configuration) -> tuple[str, ...]:
+    """The machines that run without libvirt, as files name them."""
+    return tuple(
+        file.match.sole_name
+        for file in configuration.files
+        if file.match is not None and "qmp" in file.values and file.values["qmp"].value is not None
     )
 
 

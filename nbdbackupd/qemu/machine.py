@@ -215,7 +215,7 @@ class Machine:
                 self.execute("nbd-server-stop")
         endpoint.unlink(missing_ok=True)
         for each in self.jobs(head):
-            self._end_job(each)
+            self.end_job(each)
             done.append(f"job {each}")
         nodes = self.execute("query-named-block-nodes", flat=True)
         for node in nodes:
@@ -231,7 +231,8 @@ class Machine:
                 self.execute("remove-fd", fdset_id=each["fdset-id"])
         return tuple(done)
 
-    def _end_job(self, job: str) -> None:
+    def end_job(self, job: str) -> None:
+        """End a job. Raises ProcessError, SourceError if it goes on."""
         deadline = time.monotonic() + JOB_SECONDS
         with contextlib.suppress(ProcessError):  # it has ended by itself
             self.execute("job-cancel", id=job)

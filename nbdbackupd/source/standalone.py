@@ -159,8 +159,10 @@ def open_standalone(request: StandaloneRequest) -> Iterator[Snapshot]:
             raise problem
 
 
-def sweep(found: Machine, runtime_dir: Path) -> None:
+def sweep(found: Machine, runtime_dir: Path) -> tuple[tuple[str, ...], str]:
     """Remove what dead runs left in a QEMU, and let its guest go; its lock is held.
+
+    Returns what that was, and what became of the guest.
 
     Raises BusyError if a guard takes too long, ProcessError, SourceError.
     """
@@ -172,6 +174,7 @@ def sweep(found: Machine, runtime_dir: Path) -> None:
         events.emit(LOG, events.DEAD_RUN_SWEPT, reason="; ".join(done))
     if released:
         events.emit(LOG, events.GUEST_RELEASED, reason=released)
+    return done, released
 
 
 def clear_dead(charge: Charge) -> bool:

@@ -58,9 +58,9 @@ _nbdbackupctl_options() {
         ;;
     backup)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet -l --level -o --output --qmp -i --include -x
-        --exclude --raw -z --compress --no-compress --digest -t --type --extents --freeze -F
-        --freeze-mountpoint --scratch-dir --scratch-reserve -S --start-paused --pause
+        --runtime-dir -v --verbose -q --quiet -l --level -o --output -i --include -x --exclude
+        --raw -z --compress --no-compress --digest -t --type --extents --freeze -F
+        --freeze-mountpoint --scratch-dir --scratch-reserve --qmp -S --start-paused --pause
         --checkpoint-dir --threshold --strict --limit-rate -w --workers --wait --timeout'
         ;;
     run)
@@ -146,7 +146,7 @@ _nbdbackupctl_options() {
         ;;
     estimate)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet -o --output'
+        --runtime-dir -v --verbose -q --quiet -o --output --qmp'
         ;;
     check)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -156,11 +156,11 @@ _nbdbackupctl_options() {
     checkpoints)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet --all -o --output -n --dry-run --repair --drop
-        --release --started --checkpoint-dir --wait'
+        --release --started --checkpoint-dir --qmp --wait'
         ;;
     abort)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet --any'
+        --runtime-dir -v --verbose -q --quiet --any --qmp'
         ;;
     yield)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -211,8 +211,8 @@ _nbdbackupctl_positional() {
 # $1: the verb, $2: an option; what its value is, nothing if it takes none
 _nbdbackupctl_kind() {
     case "$1:$2" in
-    *:-c | *:--connect | *:--user | *:--qmp | *:-i | *:--include | *:-x | *:--exclude | \
-    backup:-z | backup:--compress | *:-F | *:--freeze-mountpoint | *:--scratch-reserve | \
+    *:-c | *:--connect | *:--user | *:-i | *:--include | *:-x | *:--exclude | backup:-z | \
+    backup:--compress | *:-F | *:--freeze-mountpoint | *:--scratch-reserve | *:--qmp | \
     *:--threshold | *:--limit-rate | *:-w | *:--workers | *:--wait | *:--timeout | log:-n | \
     *:--point | *:--until | *:--at | *:-d | *:--disk | *:--pool | *:--since | *:-j | *:--jobs \
     | *:--bandwidth-limit | *:--name | *:--socket | *:--tcp | *:--device | *:--cache | \

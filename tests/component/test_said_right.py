@@ -21,7 +21,7 @@ from nbdbackupd.ops.backup import backup
 from nbdbackupd.ops.backup.request import BackupReport
 from nbdbackupd.ops.domain.survey import Looked
 from nbdbackupd.ops.restore.request import RestoreReport
-from nbdbackupd.ops.run import runner
+from nbdbackupd.ops.run.request import RunReport
 from nbdbackupd.ops.sets import catalog, import_set, opened
 from nbdbackupd.ops.sets.import_set import ImportRequest
 from nbdbackupd.ops.verify import verify
@@ -82,7 +82,7 @@ def test_an_import_of_something_else_leaves_no_trace(tmp_path: Path, output: str
 
 def test_why_a_set_was_begun_is_said_once() -> None:
     why = "set 2026-11 can't be continued: it lacks files"
-    made = runner.RunReport(
+    made = RunReport(
         domain="vm1", uuid="u", result="saved", reason=why, set=Path("/b/2026-11.2"),
         problems=(why,), backup=BackupReport(point=points.full_point()),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nbdbackupd.config import calendar, files, kinds, reading, sample, schema
 from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.setting import Setting
-from nbdbackupd.config.settings import settings_for
+from nbdbackupd.config.settings import needs_libvirt, settings_for, standalone_names
 from nbdbackupd.errors import ConfigError
 from nbdbackupd.units import parse_duration, parse_size
 from tests.lib.calendars import BAD_EVENTS, GOOD_EVENTS
@@ -258,6 +258,33 @@ def test_no_text_breaks_the_reader(text: str, is_main: bool) -> None:
         assert len(str(problem).splitlines()) == 1
 
 
+# -- machines without libvirt
+
+
+def test_a_monitor_belongs_to_one_name(tmp_path: Path) -> None:
+    text = "qmp: /run/x/qmp\n"
+    assert problems(tmp_path, text) == [
+        "nbdbackup.yaml:1: qmp: is for one machine; give match its name"
+    ]
+    for match in (
+        "{name: [a, b]}",
+        "{glob: a}",
+        "{name: a, glob: '*'}",
+        "{name: 6f6a3e2c-8d2b-4a3c-9b1e-7f0a1c2d3e4f}",
+    ):
+        (said,) = problems(tmp_path, x=f"match: {match}\n{text}")
+        assert said.startswith("domains.d/x.yaml:2: qmp: is for one machine")
+    (said,) = problems(tmp_path, "on_shutdown: yes\n", x=f"match: {{name: a}}\n{text}")
+    assert "a QEMU without libvirt knows no on_shutdown; set on_shutdown: no" in said
+    body = f"match: {{name: a}}\n{text}on_shutdown: no\n"
+    found = read(tmp_path, "on_shutdown: yes\n", x=body, y="match: {metadata: {a: b}}\nqmp: none\n")
+    assert standalone_names(found.require_sound()) == ("a",)
+    # what only libvirt could tell does not matter
+    assert needs_libvirt("a", found) == ()
+    assert len(needs_libvirt("b", found)) == 1
+    assert settings_for("a", "", {}, found).monitor == Path("/run/x/qmp")
+
+
 # -- kinds
 
 
@@ -268,7 +295,10 @@ def test_every_value_survives_being_shown(setting: Setting[Any], tmp_path: Path)
         body = f"{setting.section}:\n  {setting.key}" if setting.section else setting.key
         if setting.path == "repository.mount_point":
             body = body.replace(":", ":\n  path: /backup/x", 1)
-        found = read(tmp_path, f"{body}: {text}\n").require_sound()
+        found = read(tmp_path, f"{body}: {text}\n")
+        if setting.single:
+            found = read(tmp_path, x=f"match: {{name: x}}\n{body}: {text}\n")
+        found.require_sound()
         got = settings_for("x", "", {}, found)
         assert setting.kind.show(got.get(setting.path)) == text
         assert (got.get(setting.path) == setting.default) == (text == shown[0])

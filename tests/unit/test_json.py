@@ -18,7 +18,7 @@ ROOT: Final = TOP / "nbdbackupd"
 REPORTS: Final = {
     "error": [("app/ctl.py", "_report")],
     "backup": [("ops/backup/request.py", "to_json")],
-    "run": [("ops/run/runner.py", "to_json")],
+    "run": [("ops/run/request.py", "to_json")],
     "list": [
         ("ops/sets/catalog.py", "to_json"),
         ("ops/sets/catalog.py", "describe"),

@@ -2,7 +2,7 @@
 
 import os
 
-from nbdbackupd.app.arguments import Arguments
+from nbdbackupd.app.arguments import Arguments, add_qmp
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import DomainNotFoundError
@@ -23,6 +23,7 @@ def register(verbs: Registry) -> None:
     parser = verbs.add("abort", DESCRIPTION)
     parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
     parser.add_argument("--any", action="store_true", help="also a job that is not ours")
+    add_qmp(parser)
     parser.set_defaults(run=run)
 
 
@@ -34,21 +35,23 @@ def run(args: Arguments, context: Context) -> int:
     if ends:
         metrics.unseen(ends[-1], configured.read(context.host), context.host)
     quiet = getattr(args, "quiet", False)
-    with context.connection() as connection:
-        try:
-            report = abort.run(
-                abort.AbortRequest(
-                    domain=args.domain,
-                    runtime_dir=context.host.runtime_dir,
-                    scratch_dir=context.host.scratch_dir,
-                    any=args.any,
-                ),
-                connection,
-            )
-        except DomainNotFoundError:
-            if not quiet:
-                raise
-            report = abort.AbortReport(domain=args.domain)
+    request = abort.AbortRequest(
+        domain=args.domain,
+        runtime_dir=context.host.runtime_dir,
+        scratch_dir=context.host.scratch_dir,
+        any=args.any,
+    )
+    monitor = configured.monitor_of(args.domain, getattr(args, "qmp", None), context.host)
+    try:
+        if monitor is not None:
+            report = abort.run_of_qemu(request, monitor)
+        else:
+            with context.connection() as connection:
+                report = abort.run(request, connection)
+    except DomainNotFoundError:
+        if not quiet:
+            raise
+        report = abort.AbortReport(domain=args.domain)
     # it is in the log, too, so that a unit's journal would have it twice
     context.show(report.to_json(), "" if quiet else report.message)
     return 0

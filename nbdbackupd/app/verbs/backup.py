@@ -17,7 +17,7 @@ from nbdbackupd.model.chain import Layout, Level
 from nbdbackupd.model.policy import FreezePolicy
 from nbdbackupd.ops.backup import backup, prepare, standalone
 from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
-from nbdbackupd.ops.domain import configured, domains
+from nbdbackupd.ops.domain import configured, domains, qemu
 from nbdbackupd.ops.domain.images import ALONE
 from nbdbackupd.ops.status import record as run_record
 from nbdbackupd.systemd import notify
@@ -54,13 +54,6 @@ def register(verbs: Registry) -> None:
         metavar="DIR",
         type=directory,
         help="directory of the set (default: as the configuration says)",
-    )
-    parser.add_argument(
-        "--qmp",
-        metavar="SOCKET",
-        type=directory,
-        help="save a running QEMU without libvirt: the path of its monitor's socket; DOMAIN is the "
-        "name that it gets. Needs -o",
     )
     disks = parser.add_argument_group("disks")
     add_settings(disks, "disks")
@@ -122,11 +115,16 @@ def _backup(
     moved: Callable[[str, int, int, int], None],
     cancelled: Callable[[], None],
 ) -> tuple[BackupRequest, BackupReport]:
-    if args.qmp is not None:
-        return _standalone(args, context, moved, cancelled)
-    configuration = None
-    if args.output is None:
-        configuration = configured.read(context.host)
+    configuration = configured.read(context.host) if args.output is None else None
+    if "qmp" in args and configuration is not None:
+        raise UsageError("--qmp needs a set: give its directory with -o")
+    found = schema.defaults() if "qmp" in args else None
+    if configuration is not None:
+        found = configured.standalone(args.domain, configuration)
+    if found is not None:
+        settings = with_options(args, found)
+        return _standalone(args, context, settings, progress=moved, cancelled=cancelled)
+    if configuration is not None:
         context = replace(context, host=configured.connected(configuration, context.host))
     with context.connection() as connection:
         request = _request(args, context, connection, configuration)
@@ -136,26 +134,32 @@ def _backup(
 def _standalone(
     args: Arguments,
     context: Context,
-    moved: Callable[[str, int, int, int], None],
+    settings: DomainSettings,
+    *,
+    progress: Callable[[str, int, int, int], None],
     cancelled: Callable[[], None],
 ) -> tuple[BackupRequest, BackupReport]:
     """Raises UsageError for what a QEMU without libvirt can't do."""
-    if args.output is None:
-        raise UsageError("--qmp needs a set: give its directory with -o")
-    settings = with_options(args, schema.defaults())
     if settings.start_paused:
-        raise UsageError("--qmp and --start-paused exclude one another: its QEMU runs")
+        raise UsageError("a QEMU without libvirt and --start-paused exclude one another: it runs")
+    level, host = Level(args.level), context.host
+    directory, sharing = args.output, ALONE
+    if directory is None:
+        with qemu.connect(settings.monitor, args.domain) as found:
+            uuid = found.uuid
+        directory = prepare.plan(args.domain, uuid, settings, host.now(), level).set
+        sharing = configured.sharing(settings)
     request = prepare.request(
         args.domain,
-        args.output,
-        context.host,
+        directory,
+        host,
         settings,
-        ALONE,
-        level=Level(args.level),
+        sharing,
+        level=level,
         layout=Layout(args.type),
         by_nbdinfo=args.extents == "nbdinfo",
     )
-    report = standalone.run(request, args.qmp, progress=moved, cancelled=cancelled)
+    report = standalone.run(request, progress=progress, cancelled=cancelled)
     return request, report
 
 
@@ -171,7 +175,8 @@ def _request(
     else:
         domain = domains.find(connection, args.domain, host.runtime_dir)
         settings = configured.settings_of_domain(domain, configuration)
-        name, directory = domain.uuid, prepare.plan(domain, settings, host.now(), level).set
+        planned = prepare.plan(domain.name, domain.uuid, settings, host.now(), level)
+        name, directory = domain.uuid, planned.set
     is_told = configuration is None or host.is_state_given
     return prepare.request(
         name,

@@ -107,7 +107,9 @@ def _request(
             "sharing": configured.sharing_of(args.domain, context.host),
         }
         if args.output is None:
-            facts["directory"], findings = check.next_run(domain, settings, context.host)
+            facts["directory"], findings = check.next_run(
+                domain.name, domain.uuid, settings, context.host
+            )
             if args.scratch_dir is None and not settings.is_default("scratch.directory"):
                 facts["scratch_dir"] = settings.scratch_directory
             facts["scratch_reserve"] = settings.scratch_reserve

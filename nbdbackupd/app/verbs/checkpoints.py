@@ -1,7 +1,9 @@
 """``nbdbackupctl checkpoints``."""
 
+import contextlib
+
 from nbdbackupd.app import signals
-from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, directory, seconds
+from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, add_qmp, directory, seconds
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import WARNED, DomainNotFoundError, NbdbackupError, UsageError
@@ -11,6 +13,7 @@ from nbdbackupd.model.reconcile import LEFT_ALONE, WHY, Action, Entry, KnownChai
 from nbdbackupd.ops.checkpoints import checkpoints
 from nbdbackupd.ops.checkpoints.checkpoints import CheckpointsReport, CheckpointsRequest
 from nbdbackupd.ops.domain import configured
+from nbdbackupd.ops.domain.images import ALONE
 from nbdbackupd.plain import versioned
 
 DESCRIPTION = """\
@@ -58,6 +61,7 @@ def register(verbs: Registry) -> None:
         "hour; that it is gone again is no error",
     )  # fmt: skip
     add_checkpoint_dir(parser)
+    add_qmp(parser)
     parser.add_argument(
         "--wait", metavar="SECONDS", type=seconds, default=0.0,
         help="wait so long for the lock of the domain (default: 0, exit 75 at once)",
@@ -72,12 +76,22 @@ def run(args: Arguments, context: Context) -> int:
     """
     if bool(args.domain) == args.all or (args.all and not args.release):
         raise UsageError("give a DOMAIN, or --all with --release")
+    if args.all and "qmp" in args:
+        raise UsageError("--qmp and --all exclude one another: it is one machine")
     if args.all:
         return _release_all(args, context)
 
     request = _request(args, context, args.domain)
+    monitor = configured.monitor_of(args.domain, getattr(args, "qmp", None), context.host)
+    if monitor is not None:
+        report = checkpoints.run_of_qemu(request, monitor)
+        return _show(report, request, context)
     with signals.listen() as cancel, context.connection() as connection:
         report = checkpoints.run(request, connection, cancelled=cancel.check)
+    return _show(report, request, context)
+
+
+def _show(report: CheckpointsReport, request: CheckpointsRequest, context: Context) -> int:
     is_logged = report.changed and bool(report.steps)
     context.show(report.to_json(), render(report, dropping=request.removes), is_logged=is_logged)
     return WARNED if report.problems else 0
@@ -107,13 +121,11 @@ def _release_all(args: Arguments, context: Context) -> int:
 
 
 def _request(args: Arguments, context: Context, domain: str) -> CheckpointsRequest:
-    try:
-        state_dir = configured.state_directory(domain, context.host).absolute()
-    except DomainNotFoundError:
-        if not args.started:
-            raise
-        # whether there is one matters no more
-        state_dir = context.host.state_dir
+    state_dir = context.host.state_dir
+    if "qmp" not in args:
+        # that it is gone matters no more to one that was started
+        with contextlib.suppress(*([DomainNotFoundError] if args.started else ())):
+            state_dir = configured.state_directory(domain, context.host).absolute()
     now = context.host.now()
     return checkpoints.CheckpointsRequest(
         domain=domain,
@@ -128,7 +140,7 @@ def _request(args: Arguments, context: Context, domain: str) -> CheckpointsReque
         dry_run=args.dry_run,
         wait_seconds=args.wait,
         started=args.started,
-        sharing=configured.sharing_of(domain, context.host),
+        sharing=ALONE if "qmp" in args else configured.sharing_of(domain, context.host),
     )
 
 
@@ -153,6 +165,7 @@ def render(report: CheckpointsReport, *, dropping: bool = False) -> str:
         lines += [
             "",
             f"checkpoints and bitmaps of other programs, left alone: {report.plan.foreign}",
+            *(f"  {each}" for each in report.others),
         ]
     if not report.plan.entries and not report.chains:
         lines.append("no checkpoints of ours")

@@ -16,6 +16,7 @@ from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.reading import Problem
 from nbdbackupd.config.remarks import Known
 from nbdbackupd.config.schema import BY_PATH, DomainSettings
+from nbdbackupd.config.settings import standalone_names
 from nbdbackupd.errors import WARNED, ConfigError, DomainNotFoundError, NbdbackupError, UsageError
 from nbdbackupd.model import throwaway
 from nbdbackupd.model.domain import parse_domain
@@ -89,7 +90,11 @@ def _check(configuration: Configuration, context: Context) -> int:
 
 def _remarks(configuration: Configuration, context: Context) -> tuple[Problem, ...]:
     """What is sound and still can't work, as far as libvirt, or else its files, tell."""
-    found = config_remarks.remarks(configuration, _domains(configuration, context), analyze.is_over)
+    domains = _domains(configuration, context)
+    if domains is not None:
+        names = standalone_names(configuration)
+        domains += [Known(name=name, uuid="", labels={}) for name in names]
+    found = config_remarks.remarks(configuration, domains, analyze.is_over)
     directory = context.host.config_dir or schema.DIRECTORY
     try:
         fault = notification.template_fault(directory)

@@ -1,7 +1,7 @@
 """``nbdbackupctl estimate``."""
 
 from nbdbackupd.app import signals
-from nbdbackupd.app.arguments import Arguments, directory
+from nbdbackupd.app.arguments import Arguments, add_qmp, directory
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.model.host import new_run_id
@@ -19,6 +19,7 @@ def register(verbs: Registry) -> None:
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=directory, required=True, help="directory of the set"
     )
+    add_qmp(parser)
     parser.set_defaults(run=run)
 
 
@@ -31,8 +32,12 @@ def run(args: Arguments, context: Context) -> int:
         run_id=new_run_id(context.host.now()),
         sharing=configured.sharing_of(args.domain, context.host),
     )
-    with signals.listen() as cancel, context.connection() as connection:
-        report = estimate.run(request, connection, cancelled=cancel.check)
+    monitor = configured.monitor_of(args.domain, getattr(args, "qmp", None), context.host)
+    if monitor is not None:
+        report = estimate.run_of_qemu(request, monitor)
+    else:
+        with signals.listen() as cancel, context.connection() as connection:
+            report = estimate.run(request, connection, cancelled=cancel.check)
     lines = []
     for disk in report.disks:
         why = f"  whole: {disk.reason}" if disk.reason else ""

@@ -9,7 +9,7 @@ from nbdbackupd.app.arguments import Arguments, seconds
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry, backup
 from nbdbackupd.ops.run import runner
-from nbdbackupd.ops.run.runner import RunReport
+from nbdbackupd.ops.run.request import Observer, RunReport, RunRequest
 from nbdbackupd.ops.status import record as run_record
 from nbdbackupd.systemd import notify
 
@@ -48,7 +48,7 @@ def register(verbs: Registry) -> None:
 
 def run(args: Arguments, context: Context) -> int:
     """Carry the verb out; 3 with warnings."""
-    request = runner.RunRequest(
+    request = RunRequest(
         domain=args.domain,
         shutdown=args.shutdown,
         dry_run=args.dry_run,
@@ -76,7 +76,7 @@ def run(args: Arguments, context: Context) -> int:
             cancel.try_again()
             runlog.begin_anew()
 
-        observer = runner.Observer(
+        observer = Observer(
             progress=moved, cancelled=cancelled, doing=beat.status, alive=beat.alive, anew=anew
         )
         report = runner.run(request, context.host, observer, record)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from nbdbackupd import log as runlog
 from nbdbackupd.errors import BusyError
 from nbdbackupd.ops.checkpoints.checkpoints import OWNER as CHECKPOINTS
 from nbdbackupd.ops.domain import domains
+from nbdbackupd.ops.domain import qemu as qemus
 from nbdbackupd.plain import versioned
-from nbdbackupd.source import paused_start, sweep
+from nbdbackupd.source import paused_start, standalone, sweep
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.connection import Connection
 
@@ -108,4 +110,30 @@ def run(request: AbortRequest, connection: Connection) -> AbortReport:
         left=left,
         files=tuple(os.fspath(file) for file in swept.files),
         guest="; ".join(text for text in (swept.guest, swept.held, ended_guest) if text),
+    )
+
+
+def run_of_qemu(request: AbortRequest, path: Path) -> AbortReport:
+    """The same in a QEMU without libvirt, whose monitor is ``path``.
+
+    Raises BusyError while a run of ours lives, or another program holds the monitor.
+    """
+    with qemus.connect(path, request.domain) as qemu, ExitStack() as stack:
+        stack.enter_context(runlog.context(DOMAIN=qemu.name, UUID=qemu.uuid))
+        directory = rundir.make_domain_dir(request.runtime_dir, qemu.uuid)
+        owner = f"abort of {qemu.name}"
+        stack.enter_context(durable.Lock(directory / rundir.LOCK, owner=owner))
+        own = rundir.socket_dir(request.runtime_dir, qemu.uuid)
+        swept, guest = standalone.sweep(qemu.machine, own)
+        others = [f"job {each}" for each in qemu.machine.jobs("")]
+        if request.any:
+            for each in qemu.machine.jobs(""):
+                qemu.machine.end_job(each)
+        elif others:
+            log.info("left alone: %s", ", ".join(others))
+    return AbortReport(
+        domain=qemu.name,
+        ended=(*swept, *(others if request.any else ())),
+        left="" if request.any else ", ".join(others),
+        guest=guest,
     )

@@ -1,6 +1,6 @@
 """``estimate``: what the next increment into a set would save, disk by disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +9,11 @@ from typing import Any
 from nbdbackupd import durable, rundir
 from nbdbackupd.errors import CheckpointError, RepositoryError
 from nbdbackupd.model.chain import Level, RestorePoint
+from nbdbackupd.model.domain import Domain as DomainModel
 from nbdbackupd.model.selection import BY_REQUEST
+from nbdbackupd.ops.backup import standalone
 from nbdbackupd.ops.backup.sources import changed_bytes
+from nbdbackupd.ops.domain import qemu as qemus
 from nbdbackupd.ops.domain.images import ALONE, Sharing, images_of
 from nbdbackupd.ops.domain.survey import DiskFilter, Survey, survey_domain
 from nbdbackupd.plain import versioned
@@ -92,9 +95,7 @@ def run(
     """
     domain = Domain.find(connection, request.domain)
     set_dir = SetDirectory.open(request.directory)
-    head = set_dir.load().head
-    if head is not None and head.uuid != domain.uuid:
-        raise RepositoryError(f"the set belongs to domain {head.domain}, not to {domain.name}")
+    head = _head(set_dir, domain.name, domain.uuid)
     with ExitStack() as stack:
         lease = None
         if not domain.is_active():
@@ -104,12 +105,33 @@ def run(
             lease = stack.enter_context(
                 images_of(domain, request.runtime_dir, request.run_id, cancelled, request.sharing)
             )
-        survey = survey_domain(domain, _wish(domain, head), Level.INC, head)
+        survey = survey_domain(domain, _wish(domain.definition(), head), Level.INC, head)
         measuring = _Measuring(
             request=request, domain=domain, set_dir=set_dir, lease=lease, cancelled=cancelled
         )
         disks = _disks(measuring, head, survey)
     return EstimateReport(domain=domain.name, base=head.id if head is not None else "", disks=disks)
+
+
+def run_of_qemu(request: EstimateRequest, path: Path) -> EstimateReport:
+    """The same for a QEMU without libvirt, whose monitor is ``path``.
+
+    Raises BusyError if another program, or a run, holds the monitor, RepositoryError.
+    """
+    with qemus.connect(path, request.domain) as qemu:
+        head = _head(SetDirectory.open(request.directory), qemu.name, qemu.uuid)
+        looked = qemus.look(qemu)
+        wanted = _wish(looked.definition, head)
+        found = standalone.survey(qemu, looked, wanted, Level.INC, head)
+        disks = _told(found, head, standalone.changed(qemu, found, head))
+    return EstimateReport(domain=qemu.name, base=head.id if head is not None else "", disks=disks)
+
+
+def _head(set_dir: SetDirectory, name: str, uuid: str) -> RestorePoint | None:
+    head = set_dir.load().head
+    if head is not None and head.uuid != uuid:
+        raise RepositoryError(f"the set belongs to domain {head.domain}, not to {name}")
+    return head
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,11 +157,11 @@ class _Measuring:
         )
 
 
-def _wish(domain: Domain, head: RestorePoint | None) -> DiskFilter:
+def _wish(definition: DomainModel, head: RestorePoint | None) -> DiskFilter:
     """Take the same disks as the last point did, and new ones."""
     if head is None:
         return DiskFilter()
-    known = {disk.target for disk in domain.definition().disks}
+    known = {disk.target for disk in definition.disks}
     return DiskFilter(
         exclude=tuple(
             skip.target
@@ -160,6 +182,13 @@ def _disks(
             sizes = measuring.changes(head, survey)
         except CheckpointError as err:
             lost = err.message
+    return _told(survey, head, sizes, lost)
+
+
+def _told(
+    survey: Survey, head: RestorePoint | None, sizes: Mapping[str, int], lost: str = ""
+) -> tuple[DiskEstimate, ...]:
+    """``sizes`` are the bytes that changed, by disk; ``lost`` is why they are not known."""
     found = []
     for plan in survey.plans:
         if plan.delta and plan.target in sizes:

@@ -14,7 +14,6 @@ from nbdbackupd.ops.backup.request import BackupRequest
 from nbdbackupd.ops.domain import mounted
 from nbdbackupd.ops.domain.images import Sharing
 from nbdbackupd.ops.sets import homes, sets
-from nbdbackupd.virt.domain import Domain
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,15 +35,17 @@ class PlannedRun:
         return (self.next.problem,) if self.next.problem else ()
 
 
-def plan(domain: Domain, settings: DomainSettings, now: datetime, wanted: Level) -> PlannedRun:
-    """Choose set and level by the settings; nothing is created.
+def plan(
+    name: str, uuid: str, settings: DomainSettings, now: datetime, wanted: Level
+) -> PlannedRun:
+    """Choose set and level for a domain by its settings; nothing is created.
 
     Raises RepositoryError if the repository is not mounted or can't be read, NoFullError for a
     level that needs a full that is not there.
     """
     mounted.check(settings)
-    directory = homes.home_of(settings.repository_path, domain.name, domain.uuid)
-    chosen = sets.next_run(directory, domain.uuid, level_policy(settings), now, wanted)
+    directory = homes.home_of(settings.repository_path, name, uuid)
+    chosen = sets.next_run(directory, uuid, level_policy(settings), now, wanted)
     return PlannedRun(settings=settings, directory=directory, next=chosen)
 
 

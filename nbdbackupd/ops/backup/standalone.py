@@ -6,50 +6,39 @@ bitmaps, of the same names, on the images below all filters; they are reconciled
 
 import json
 import logging
-import os
-import uuid as uuids
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Final
 
-from nbdbackupd import events, rundir
 from nbdbackupd import log as runlog
-from nbdbackupd.errors import NbdbackupError, NotSupportedError, UsageError
-from nbdbackupd.model import domain as domain_model
-from nbdbackupd.model.chain import ImageLayer, Level, RestorePoint, effective_level
-from nbdbackupd.model.plan import DiskState, lost_disks, plan_disks
-from nbdbackupd.model.reconcile import WHY, Action, Fate, KnownChain, View
+from nbdbackupd import rundir
+from nbdbackupd.errors import NbdbackupError, NotSupportedError
+from nbdbackupd.model.chain import BackupSet, Level, RestorePoint, effective_level
+from nbdbackupd.model.plan import lost_disks, plan_disks
+from nbdbackupd.model.reconcile import WHY, Fate
 from nbdbackupd.model.reconcile import reconcile as compare
 from nbdbackupd.model.selection import select_disks
 from nbdbackupd.ops.backup import backup, metadata, outcome, recording, room
 from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
 from nbdbackupd.ops.backup.run import BackupRun
-from nbdbackupd.ops.checkpoints import leftovers, reconcile
+from nbdbackupd.ops.checkpoints import bitmaps, leftovers, reconcile
+from nbdbackupd.ops.checkpoints.others import OtherChain, other_chains
 from nbdbackupd.ops.domain import endings
-from nbdbackupd.ops.domain.survey import Looked, Survey, image_layer
-from nbdbackupd.qemu import machine
-from nbdbackupd.qemu.machine import Drive, Machine
+from nbdbackupd.ops.domain import qemu as qemus
+from nbdbackupd.ops.domain.qemu import Qemu
+from nbdbackupd.ops.domain.survey import DiskFilter, Looked, Survey
 from nbdbackupd.repo import written
 from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.repo.state import StateDirectory
 from nbdbackupd.source import Snapshot, standalone
 
 log = logging.getLogger(__name__)
-NO_UUID: Final = str(uuids.UUID(int=0))
-NAMESPACE: Final = uuids.UUID("5a0b8d3e-6c5c-4d4f-9a0e-8b1f6f1c7a52")
-"""For a QEMU that was given no UUID: its set goes by the name that the user gives it."""
-
-FLASH: Final = "flash"
-PROXMOX: Final = "/etc/pve/qemu-server/{}.conf"
-MAX_FILE: Final = 1 << 20
 
 
 def run(
-    request: BackupRequest, path: Path, *, progress: backup.Progress, cancelled: backup.Cancelled
+    request: BackupRequest, *, progress: backup.Progress, cancelled: backup.Cancelled
 ) -> BackupReport:
-    """Save the disks of the QEMU whose monitor is ``path``; as ``backup.run``.
+    """Save the disks of the QEMU whose monitor is ``settings.qmp``; as ``backup.run``.
 
     Raises BusyError also if another program holds the monitor, DomainNotFoundError if none is
     there, ProcessError if QEMU does not answer.
@@ -60,16 +49,13 @@ def run(
             runlog.context(DOMAIN=request.domain, RUN=request.run_id, SET=request.directory)
         )
         stack.enter_context(ending.told())
-        found = stack.enter_context(machine.connect(path, request.domain))
-        uuid = found.uuid()
-        if uuid == NO_UUID:
-            uuid = str(uuids.uuid5(NAMESPACE, request.domain))
+        found = stack.enter_context(qemus.connect(request.settings.monitor, request.domain))
+        qemu = Standalone(machine=found.machine, name=found.name, uuid=found.uuid)
         set_dir = stack.enter_context(
-            backup.begun(request, request.domain, uuid, cancelled, ending)
+            backup.begun(request, qemu.name, qemu.uuid, cancelled, ending)
         )
-        dead = leftovers.dead_checkpoints(uuid, set_dir, request.runtime_dir)
-        standalone.sweep(found, rundir.socket_dir(request.runtime_dir, uuid))
-        qemu = Qemu(machine=found, name=request.domain, uuid=uuid)
+        dead = leftovers.dead_checkpoints(qemu.uuid, set_dir, request.runtime_dir)
+        standalone.sweep(qemu.machine, rundir.socket_dir(request.runtime_dir, qemu.uuid))
         report = _save(request, qemu, set_dir, dead, progress=progress, cancelled=cancelled)
         report = replace(report, seconds=ending.seconds)
         outcome.tell(log, report)
@@ -77,12 +63,8 @@ def run(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Qemu:
+class Standalone(Qemu):
     """A QEMU without libvirt, see ``run.Subject``."""
-
-    machine: Machine
-    name: str
-    uuid: str
 
     def open(
         self, run: BackupRun, on_trouble: Callable[[NbdbackupError], None]
@@ -128,42 +110,19 @@ class Qemu:
     def collect(self, run: BackupRun) -> metadata.Collected:
         """How QEMU was started, its firmware, and Proxmox's file of it."""
         warnings: list[str] = []
-        known = {"name": self.name, "uuid": self.uuid, "command_line": _command_line(self.machine)}
-        number = _argument(_command_line(self.machine), "-id")
-        if number.isdecimal() and (text := _read(Path(PROXMOX.format(number)))):
-            known["proxmox"] = text
-        data = json.dumps(known, indent=1).encode()
+        data = json.dumps(qemus.describe(self), indent=1).encode()
         items = [metadata.Item(role=metadata.MACHINE, data=data)]
         items += metadata.boot_files(run.survey.definition, warnings)
         return metadata.Collected(items=tuple(items), warnings=tuple(warnings), autostart=False)
 
     def drop_failed(self, run: BackupRun) -> bool:
         """QEMU may have ended, with its bitmap or without: then the next run sees to it."""
-        return self.remove(run.checkpoint, "the run that made it failed")
-
-    def drives(self) -> dict[str, Drive]:
-        """The drives by name. Raises ProcessError."""
-        return {each.name: each for each in self.machine.drives()}
-
-    def remove(self, name: str, why: str, targets: Collection[str] | None = None) -> bool:
-        """Remove a bitmap from these drives, or all; what fails costs a warning: False."""
-        count = 0
-        try:
-            for target, drive in self.drives().items():
-                if drive.bitmap(name) is not None and (targets is None or target in targets):
-                    self.machine.remove_bitmap(drive.node, name)
-                    count += 1
-        except NbdbackupError as err:
-            events.emit(log, events.CHECKPOINT_LEFT, checkpoint=name, reason=err.message)
-            return False
-        if count:
-            events.emit(log, events.CHECKPOINT_REMOVED, checkpoint=name, reason=why)
-        return True
+        return not self.remove(run.checkpoint, "the run that made it failed")
 
 
 def _save(
     request: BackupRequest,
-    qemu: Qemu,
+    qemu: Standalone,
     set_dir: SetDirectory,
     dead: frozenset[str],
     *,
@@ -174,139 +133,71 @@ def _save(
     state = StateDirectory(request.settings.checkpoint_directory)
     known = set_dir.load()
     backup.check_binding(qemu.name, qemu.uuid, known)
-    looked = _look(qemu)
+    looked = qemus.look(qemu)
     chains = reconcile.of_set(set_dir, known, state.records(qemu.uuid)).chains
-    if not _reconcile(qemu, looked, chains, dead) & dead:
+    plan = compare(bitmaps.view(looked), chains, dead)
+    done = bitmaps.apply(qemu, bitmaps.removals(plan.steps))
+    if not {each.step.name for each in done if each.problem} & dead:
         leftovers.finish(qemu.uuid, set_dir, request.runtime_dir)
     level = effective_level(request.level, known)
     parent = known.head if level in (Level.INC, Level.DIFF) else None
     if parent is not None:
         set_dir.check_present(known.points)
         backup.check_undamaged(set_dir, known, parent)
-    survey = _survey(request, qemu, looked, level, parent)
+    found = survey(qemu, looked, backup.disk_filter(request), level, parent)
     cancelled()
-    sizes = _changed(qemu, survey, parent)
+    beside = _others(request, qemu, bitmaps.names(looked) - dead, state, known)
+    sizes = changed(qemu, found, parent)
     threshold = request.settings.threshold
-    is_told = threshold is not None and parent is not None and len(sizes) == len(survey.plans)
+    is_told = threshold is not None and parent is not None and len(sizes) == len(found.plans)
     small = backup.below(threshold or 0, sum(sizes.values())) if is_told else ""
     if small:
         return BackupReport(point=None, skipped=small, is_current=True)
-    short = room.shortage(looked, survey, parent, set_dir.path, lambda _name: sizes)
+    short = room.shortage(looked, found, parent, set_dir.path, lambda _name: sizes)
+    if short and request.may_make_room:
+        return BackupReport(point=None, skipped=short, is_short=True)
     if short:
         log.warning("%s", short)
     point, seconds = recording.record(
         BackupRun(
-            request=request, set_dir=set_dir, survey=survey, level=level, subject=qemu,
+            request=request, set_dir=set_dir, survey=found, level=level, subject=qemu,
             known=known, parent=parent, progress=progress, cancelled=cancelled,
+            warnings=tuple(str(each) for each in beside if each.is_gone),
         )
     )  # fmt: skip
     written.note(state.directory, point)
     _advance(qemu, set_dir, point, parent, state)
-    return backup.report_of(known, point, seconds, looked, ())
+    return backup.report_of(known, point, seconds, looked, beside)
 
 
-def _look(qemu: Qemu) -> Looked:
-    """The drives as disks of a domain, with their images and bitmaps."""
-    drives = qemu.drives()
-    places = _Places(qemu.machine.pid)
-    layers = {
-        name: tuple(image_layer(places.absolute(path), form) for path, form in each.layers)
-        for name, each in drives.items()
-    }
-    disks = tuple(
-        domain_model.Disk(
-            target=name,
-            device=each.kind,
-            format=each.format,
-            source=layers[name][0].path if layers[name] else "",
-            # the bitmap of a disk that nobody writes to would always be clean
-            readonly=each.is_read_only,
-            layers=layers[name],
-        )
-        for name, each in drives.items()
-        if each.kind != FLASH
-    )
-    flash = {
-        each.is_read_only: layers[name][0].path
-        for name, each in drives.items()
-        if each.kind == FLASH and layers[name]
-    }
-    argv = _command_line(qemu.machine)
-    definition = domain_model.Domain(
-        name=qemu.name,
-        uuid=qemu.uuid,
-        disks=disks,
-        loader=flash.get(True, ""),
-        nvram=flash.get(False, ""),
-        kernel=places.absolute(_argument(argv, "-kernel")),
-        initrd=places.absolute(_argument(argv, "-initrd")),
-        has_iothreads=qemu.machine.has_iothreads(),
-    )
-    present = {disk.target: drives[disk.target] for disk in disks if disk.source}
-    return Looked(
-        definition=definition,
-        is_active=True,
-        infos={name: each.document for name, each in present.items()},
-        chains={name: (each.info,) for name, each in present.items() if each.info is not None},
-        states={name: _state(each, layers[name]) for name, each in present.items()},
-    )
-
-
-def _state(drive: Drive, layers: tuple[ImageLayer, ...]) -> DiskState:
-    bitmaps = {name: each.sound and each.recording for name, each in (drive.bitmaps or {}).items()}
-    return DiskState(size=drive.size, layers=layers, bitmaps={layers[0].path: bitmaps})
-
-
-class _Places:
-    """Where the files are that a QEMU was given by relative names.
-
-    A daemon has changed its directory since; the files that it holds open have kept their places.
-    """
-
-    def __init__(self, pid: int) -> None:
-        self._directory = _link(Path(f"/proc/{pid}/cwd"))
-        try:
-            self._held = {_link(each) for each in Path(f"/proc/{pid}/fd").iterdir()}
-        except OSError:
-            self._held = set()
-
-    def absolute(self, path: str) -> str:
-        """The path, if it can be told; what is none (``nbd://…``, ``json:…``) stays."""
-        if not path or path.startswith("/") or ":" in path.partition("/")[0]:
-            return path
-        held = [each for each in self._held if each.endswith(os.path.normpath(f"/{path}"))]
-        if len(held) == 1:
-            return held[0]
-        beside = os.path.normpath(f"{self._directory}/{path}")
-        return beside if self._directory and Path(beside).exists() else path
-
-
-def _reconcile(
+def _others(
+    request: BackupRequest,
     qemu: Qemu,
-    looked: Looked,
-    chains: tuple[KnownChain, ...],
-    dead: frozenset[str],
-) -> frozenset[str]:
-    """Remove bitmaps of this chain that no increment starts from; those that are left."""
-    view = View(is_active=True, checkpoints=frozenset(), disks=looked.states)
-    left = set()
-    for step in compare(view, chains, dead).steps:
-        # there is no libvirt that could be told of a base
-        if step.action is Action.REMOVE and not qemu.remove(step.name, step.why, step.targets):
-            left.add(step.name)
-    return frozenset(left)
+    names: Collection[str],
+    state: StateDirectory,
+    known: BackupSet,
+) -> tuple[OtherChain, ...]:
+    """As of a domain of libvirt: chains whose bitmaps the disks carry beside this one's."""
+    return other_chains(
+        qemu.name,
+        names,
+        state.records(qemu.uuid),
+        [point.chain for point in known.points],
+        carried=names,
+        retired=request.retired,
+    )
 
 
-def _survey(
-    request: BackupRequest, qemu: Qemu, looked: Looked, level: Level, parent: RestorePoint | None
+def survey(
+    qemu: Qemu, looked: Looked, wanted: DiskFilter, level: Level, parent: RestorePoint | None
 ) -> Survey:
-    wanted = backup.disk_filter(request)
+    """Which disks are saved, and how. Raises UsageError, DomainError."""
     selection = select_disks(
         looked.definition,
         looked.facts,
         level=level,
-        include=_targets(qemu, wanted.include),
-        exclude=_targets(qemu, wanted.exclude),
+        include=qemu.targets(wanted.include),
+        exclude=qemu.targets(wanted.exclude),
         raw=wanted.raw,
     )
     return Survey(
@@ -319,22 +210,7 @@ def _survey(
     )
 
 
-def _targets(qemu: Qemu, names: Iterable[str]) -> tuple[str, ...]:
-    """Disks by what the user calls them: the device, the drive or the node.
-
-    Raises UsageError for a name that two of them have.
-    """
-    drives = qemu.machine.drives()
-    found = []
-    for name in names:
-        targets = {each.name for each in drives if name in each.aliases}
-        if len(targets) > 1:
-            raise UsageError(f"{name} may be one of: {', '.join(sorted(targets))}; name the device")
-        found.append(next(iter(targets), name))
-    return tuple(found)
-
-
-def _changed(qemu: Qemu, survey: Survey, parent: RestorePoint | None) -> dict[str, int]:
+def changed(qemu: Qemu, survey: Survey, parent: RestorePoint | None) -> dict[str, int]:
     """Bytes that changed since the parent, for each disk whose changes are known."""
     drives = qemu.drives() if parent is not None else {}
     found = {}
@@ -346,7 +222,7 @@ def _changed(qemu: Qemu, survey: Survey, parent: RestorePoint | None) -> dict[st
 
 
 def _advance(
-    qemu: Qemu,
+    qemu: Standalone,
     set_dir: SetDirectory,
     point: RestorePoint,
     parent: RestorePoint | None,
@@ -358,29 +234,3 @@ def _advance(
     reconcile.remember(state, set_dir, point, "")
     if parent is not None and point.checkpoint and parent.checkpoint:
         qemu.remove(parent.checkpoint, WHY[Fate.SUPERSEDED])
-
-
-def _command_line(found: Machine) -> list[str]:
-    """QEMU's arguments, as far as this host shows its process."""
-    text = _read(Path(f"/proc/{found.pid}/cmdline"))
-    return text.split("\0")[:-1]
-
-
-def _argument(argv: list[str], option: str) -> str:
-    place = argv.index(option) + 1 if option in argv else len(argv)
-    return argv[place] if place < len(argv) else ""
-
-
-def _link(path: Path) -> str:
-    try:
-        return os.fspath(path.readlink())
-    except OSError:
-        return ""
-
-
-def _read(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_FILE).decode(errors="replace")
-    except OSError:
-        return ""

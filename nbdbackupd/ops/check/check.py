@@ -201,11 +201,11 @@ def settings_of(domain: Domain, host: Host) -> DomainSettings | Finding:
 
 
 def next_run(
-    domain: Domain, settings: DomainSettings, host: Host
+    name: str, uuid: str, settings: DomainSettings, host: Host
 ) -> tuple[Path | None, tuple[Finding, ...]]:
     """The set that the next run goes to, None if that can't be told, and all findings."""
     notes = Notes(Area.CONFIGURATION)
-    directory = _plan(domain, settings, host, notes)
+    directory = _plan(name, uuid, settings, host, notes)
     _programs(settings, notes)
     _telling(settings, notes)
     if settings.on_shutdown:
@@ -213,9 +213,9 @@ def next_run(
     return directory, notes.done()
 
 
-def _plan(domain: Domain, settings: DomainSettings, host: Host, notes: Notes) -> Path | None:
+def _plan(name: str, uuid: str, settings: DomainSettings, host: Host, notes: Notes) -> Path | None:
     try:
-        planned = prepare.plan(domain, settings, host.now(), Level.AUTO)
+        planned = prepare.plan(name, uuid, settings, host.now(), Level.AUTO)
     except NbdbackupError as err:
         if settings.commands_pre:
             notes.warn(err.message, "a program before the run (commands.pre) has to fix that")

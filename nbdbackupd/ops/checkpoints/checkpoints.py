@@ -1,5 +1,6 @@
 """``checkpoints``: show what there is of our checkpoints in a domain, and put it in order."""
 
+import functools
 import logging
 import os
 import time
@@ -20,11 +21,13 @@ from nbdbackupd.errors import (
 )
 from nbdbackupd.model.naming import point_of, tag_of, tag_of_chain
 from nbdbackupd.model.reconcile import WHY, Entry, KnownChain, Plan, drop, reconcile
-from nbdbackupd.ops.checkpoints import leftovers
+from nbdbackupd.ops.checkpoints import bitmaps, leftovers
 from nbdbackupd.ops.checkpoints import reconcile as reconciling
 from nbdbackupd.ops.checkpoints.reconcile import Done, Known
 from nbdbackupd.ops.domain import domains, locks
+from nbdbackupd.ops.domain import qemu as qemus
 from nbdbackupd.ops.domain.images import ALONE, Sharing, images_of, why_elsewhere
+from nbdbackupd.ops.domain.qemu import Qemu
 from nbdbackupd.ops.domain.survey import Looked, look
 from nbdbackupd.plain import versioned
 from nbdbackupd.repo.set_directory import SetDirectory
@@ -39,6 +42,7 @@ OWNER: Final = "checkpoints of "
 
 ARRIVAL_SECONDS: Final = 3600.0
 ARRIVAL_POLL_SECONDS: Final = 1.0
+Work = Callable[[Known, set[str]], tuple[Looked, Plan, tuple[Done, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +86,8 @@ class CheckpointsReport:
 
     ``missing`` says of chains, by id, why their sets could not be read. ``holder`` is a run that
     has the domain locked: what it has just made looks like what a dead run left. ``elsewhere`` says
-    why another host has the domain: then nothing is looked at.
+    why another host has the domain: then nothing is looked at. ``others`` are the bitmaps of other
+    programs, each behind its disk.
     """
 
     domain: str
@@ -95,6 +100,7 @@ class CheckpointsReport:
     changed: bool
     holder: str = ""
     elsewhere: str = ""
+    others: tuple[str, ...] = ()
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -123,6 +129,7 @@ class CheckpointsReport:
             ],
             checkpoints=[_entry_json(entry) for entry in self.plan.entries],
             foreign=self.plan.foreign,
+            foreign_bitmaps=list(self.others),
             changed=self.changed,
             steps=[_step_json(each) for each in self.steps],
         )
@@ -220,34 +227,55 @@ def _run(
     elsewhere = "" if request.changes else why_elsewhere(domain, request.sharing)
     if elsewhere:
         return replace(_nothing(request), uuid=domain.uuid, elsewhere=elsewhere)
-    lock = rundir.domain_dir(request.runtime_dir, domain.uuid) / rundir.LOCK
+    work = functools.partial(_reconcile, request, domain, cancelled)
+    return _work(request, domain.name, domain.uuid, work, cancelled)
+
+
+def run_of_qemu(
+    request: CheckpointsRequest, path: Path, *, cancelled: Callable[[], None] = lambda: None
+) -> CheckpointsReport:
+    """The same with the bitmaps of a QEMU without libvirt, whose monitor is ``path``.
+
+    Raises BusyError also if another program, or a run, holds the monitor, DomainNotFoundError.
+    """
+    with qemus.connect(path, request.domain) as qemu:
+        work = functools.partial(_reconcile_qemu, request, qemu)
+        return _work(request, qemu.name, qemu.uuid, work, cancelled)
+
+
+def _work(
+    request: CheckpointsRequest, name: str, uuid: str, work: Work, cancelled: Callable[[], None]
+) -> CheckpointsReport:
+    """Look, and carry out what is wished; what there is to be done is found out by ``work``."""
+    lock = rundir.domain_dir(request.runtime_dir, uuid) / rundir.LOCK
     with ExitStack() as stack:
-        stack.enter_context(runlog.context(DOMAIN=domain.name, UUID=domain.uuid))
+        stack.enter_context(runlog.context(DOMAIN=name, UUID=uuid))
         if request.changes:
-            rundir.make_domain_dir(request.runtime_dir, domain.uuid)
+            rundir.make_domain_dir(request.runtime_dir, uuid)
             wait = durable.Wait(seconds=request.wait_seconds, cancelled=cancelled, option="--wait")
             if request.started and f"({locks.BACKUP}" in (who := locks.holder(lock)):
                 log.info("nothing to be done, %s does it by itself", who)
                 return _nothing(request)
-            stack.enter_context(durable.Lock(lock, owner=f"{OWNER}{domain.name}", wait=wait))
-        sets = _Sets(domain, stack if request.changes else None)
-        known = sets.all(request.directory, StateDirectory(request.state_dir).records(domain.uuid))
-        noted = leftovers.dead_run(request.runtime_dir, domain.uuid)
+            stack.enter_context(durable.Lock(lock, owner=f"{OWNER}{name}", wait=wait))
+        sets = _Sets(name, uuid, stack if request.changes else None)
+        known = sets.all(request.directory, StateDirectory(request.state_dir).records(uuid))
+        noted = leftovers.dead_run(request.runtime_dir, uuid)
         dead = sets.dead | ({noted.checkpoint} if noted is not None else set())
-        looked, plan, done = _reconcile(request, domain, known, dead, cancelled)
+        looked, plan, done = work(known, dead)
         if request.drop:
-            _forget(request, domain, known, done)
+            _forget(request, name, uuid, known, done)
         if request.release and request.changes and done:
             gone = {each.step.name for each in done if not each.problem}
-            StateDirectory(request.state_dir).note_release(domain.uuid, gone, request.moment)
+            StateDirectory(request.state_dir).note_release(uuid, gone, request.moment)
     return CheckpointsReport(
-        domain=domain.name,
-        uuid=domain.uuid,
+        domain=name,
+        uuid=uuid,
         is_active=looked.is_active,
         chains=known.chains,
         missing=sets.missing,
         plan=plan,
         steps=done,
+        others=_others(looked),
         changed=request.changes,
         holder="" if request.changes else _holder(lock),
     )
@@ -256,9 +284,9 @@ def _run(
 def _reconcile(
     request: CheckpointsRequest,
     domain: Domain,
+    cancelled: Callable[[], None],
     known: Known,
     dead: set[str],
-    cancelled: Callable[[], None],
 ) -> tuple[Looked, Plan, tuple[Done, ...]]:
     """What there is, and what is to be done about it, or was."""
     with ExitStack() as stack:
@@ -280,8 +308,34 @@ def _reconcile(
     return looked, plan, done
 
 
+def _reconcile_qemu(
+    request: CheckpointsRequest, qemu: Qemu, known: Known, dead: set[str]
+) -> tuple[Looked, Plan, tuple[Done, ...]]:
+    """As ``_reconcile``, for a QEMU without libvirt."""
+    looked = qemus.look(qemu)
+    view = bitmaps.view(looked)
+    plan = reconcile(view, known.chains, dead)
+    tag = None if request.release else tag_of_chain(request.drop)
+    steps = bitmaps.removals(drop(view, tag) if request.removes else plan.steps)
+    if not request.changes:
+        return looked, plan, tuple(Done(step) for step in steps)
+    return looked, plan, bitmaps.apply(qemu, steps)
+
+
+def _others(looked: Looked) -> tuple[str, ...]:
+    """Bitmaps that are not ours, each with its disk."""
+    found = {
+        f"{target}: {name}"
+        for target, state in looked.states.items()
+        for names in state.bitmaps.values()
+        for name in names
+        if not tag_of(name)
+    }
+    return tuple(sorted(found))
+
+
 def _forget(
-    request: CheckpointsRequest, domain: Domain, known: Known, done: tuple[Done, ...]
+    request: CheckpointsRequest, name: str, uuid: str, known: Known, done: tuple[Done, ...]
 ) -> None:
     """Forget the records of a chain that was dropped, if nothing of it is left.
 
@@ -291,20 +345,21 @@ def _forget(
     chains = [chain.id for chain in known.chains if tag_of_chain(chain.id) == tag]
     if not done and not chains:
         raise CheckpointError(
-            f"domain {domain.name} has no checkpoint of chain {request.drop}; "
-            f"'nbdbackupctl checkpoints {domain.name}' shows those that it has",
-            domain=domain.name,
+            f"domain {name} has no checkpoint of chain {request.drop}; "
+            f"'nbdbackupctl checkpoints {name}' shows those that it has",
+            domain=name,
         )
     if request.changes and not any(each.problem for each in done):
         for chain in chains:
-            StateDirectory(request.state_dir).forget(domain.uuid, chain)
+            StateDirectory(request.state_dir).forget(uuid, chain)
 
 
 class _Sets:
     """Reads the sets of a domain; ``stack`` (None: nothing will be changed) keeps their locks."""
 
-    def __init__(self, domain: Domain, stack: ExitStack | None) -> None:
-        self._domain = domain
+    def __init__(self, name: str, uuid: str, stack: ExitStack | None) -> None:
+        self._name = name
+        self._uuid = uuid
         self._stack = stack
         self._read_sets: dict[str, Known] = {}
         self.missing: dict[str, str] = {}
@@ -350,13 +405,13 @@ class _Sets:
         if not set_dir.exists:
             raise RepositoryError(f"there is no set {path}")
         if self._stack is not None:
-            self._stack.enter_context(set_dir.lock(owner=f"{OWNER}{self._domain.name}"))
+            self._stack.enter_context(set_dir.lock(owner=f"{OWNER}{self._name}"))
         known = set_dir.load()
         for point in known.points:
-            if point.uuid != self._domain.uuid:
+            if point.uuid != self._uuid:
                 raise RepositoryError(f"set {path} belongs to domain {point.domain}, {point.uuid}")
         if self._stack is not None:
-            dead = [each for each in set_dir.dead_runs() if each.uuid == self._domain.uuid]
+            dead = [each for each in set_dir.dead_runs() if each.uuid == self._uuid]
             self.dead |= {each.checkpoint for each in dead if each.checkpoint}
         return reconciling.of_set(set_dir, known, records)
 

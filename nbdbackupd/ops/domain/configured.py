@@ -132,6 +132,29 @@ def state_directories(host: Host) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def monitor_of(name: str, given: Path | None, host: Host) -> Path | None:
+    """The monitor of a QEMU without libvirt: as an option says, or a file; None of a domain.
+
+    Raises ConfigError if the file is there and the configuration has a problem.
+    """
+    if given is not None:
+        return given.absolute()
+    found = standalone(name, read(host))
+    return found.qmp if found is not None else None
+
+
+def standalone(name: str, configuration: "Configuration") -> "DomainSettings | None":
+    """The settings of a machine that runs without libvirt as a file says; None of a domain.
+
+    Raises ConfigError.
+    """
+    from nbdbackupd.config.settings import settings_for, standalone_names
+
+    if name not in standalone_names(configuration):
+        return None
+    return settings_for(name, "", {}, configuration)
+
+
 def settings_of_domain(domain: "Domain", configuration: "Configuration") -> "DomainSettings":
     """The settings of a domain that libvirt knows. Raises ConfigError, DomainError."""
     from nbdbackupd.config.settings import settings_for

@@ -9,8 +9,8 @@ from pathlib import Path
 from nbdbackupd.errors import GaveWayError, NbdbackupError
 from nbdbackupd.model.naming import tag_of, tag_of_chain
 from nbdbackupd.ops.checkpoints import checkpoints
-from nbdbackupd.ops.checkpoints.checkpoints import CheckpointsRequest
-from nbdbackupd.ops.domain import domains
+from nbdbackupd.ops.checkpoints.checkpoints import CheckpointsReport, CheckpointsRequest
+from nbdbackupd.ops.domain import domains, qemu
 from nbdbackupd.ops.domain.images import ALONE, Sharing
 from nbdbackupd.ops.sets.sets import sets_of
 from nbdbackupd.repo.state import StateDirectory
@@ -46,11 +46,42 @@ def retire(
     newest set of a directory is ever continued. What can't be dropped is tried by the next run,
     also if the domain is just being started. Raises what ``cancelled`` raises.
     """
+
+    def tags() -> set[str]:
+        domain = domains.find(connection, request.uuid, request.runtime_dir)
+        return {tag_of(name) for name in virt_checkpoints.names(domain)}
+
+    def drop(order: CheckpointsRequest) -> CheckpointsReport:
+        return checkpoints.run(order, connection, cancelled=cancelled)
+
+    return _retire(request, request.uuid, tags, drop)
+
+
+def retire_of_qemu(request: RetireRequest, path: Path, name: str) -> tuple[str, ...]:
+    """The same with the bitmaps of a QEMU without libvirt, whose monitor is ``path``."""
+
+    def tags() -> set[str]:
+        with qemu.connect(path, name) as found:
+            drives = found.drives().values()
+            return {tag_of(each) for drive in drives for each in drive.bitmaps or {}}
+
+    def drop(order: CheckpointsRequest) -> CheckpointsReport:
+        return checkpoints.run_of_qemu(order, path)
+
+    return _retire(request, name, tags, drop)
+
+
+def _retire(
+    request: RetireRequest,
+    domain: str,
+    tags: Callable[[], set[str]],
+    drop: Callable[[CheckpointsRequest], CheckpointsReport],
+) -> tuple[str, ...]:
     problems: list[str] = []
     try:
-        for chain in _others(request, connection):
+        for chain in _others(request, tags):
             log.info("dropping the checkpoints of chain %s, whose set is complete", chain)
-            problems += _drop(request, chain, connection, cancelled)
+            problems += _drop(request, domain, chain, drop)
     except GaveWayError as err:
         log.info("checkpoints of older sets are left to the next run: %s", err)
     except NbdbackupError as err:
@@ -60,31 +91,27 @@ def retire(
 
 def _drop(
     request: RetireRequest,
+    domain: str,
     chain: str,
-    connection: Connection,
-    cancelled: Callable[[], None],
+    drop: Callable[[CheckpointsRequest], CheckpointsReport],
 ) -> tuple[str, ...]:
+    order = CheckpointsRequest(
+        domain=domain,
+        runtime_dir=request.runtime_dir,
+        state_dir=request.state_dir,
+        run_id=request.run_id,
+        drop=chain,
+        sharing=request.sharing,
+    )
     try:
-        report = checkpoints.run(
-            CheckpointsRequest(
-                domain=request.uuid,
-                runtime_dir=request.runtime_dir,
-                state_dir=request.state_dir,
-                run_id=request.run_id,
-                drop=chain,
-                sharing=request.sharing,
-            ),
-            connection,
-            cancelled=cancelled,
-        )
+        return drop(order).problems
     except GaveWayError:
         raise
     except NbdbackupError as err:
         return (f"checkpoints of chain {chain} are not dropped: {err.message}",)
-    return report.problems
 
 
-def _others(request: RetireRequest, connection: Connection) -> Iterator[str]:
+def _others(request: RetireRequest, tags: Callable[[], set[str]]) -> Iterator[str]:
     """The chains of the directory that have a record, or have left a checkpoint at libvirt."""
     home = os.path.realpath(request.directory)
     noted = {
@@ -94,8 +121,7 @@ def _others(request: RetireRequest, connection: Connection) -> Iterator[str]:
     }
     stored = set()
     if request.has_begun:
-        domain = domains.find(connection, request.uuid, request.runtime_dir)
-        left = {tag_of(name) for name in virt_checkpoints.names(domain)}
+        left = tags()
         stored = {
             point.chain
             for each in sets_of(request.directory)

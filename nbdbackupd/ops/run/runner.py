@@ -2,11 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any, Final
 
 from nbdbackupd import events, plain
@@ -15,7 +14,6 @@ from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.config.settings import global_settings, settings_for
 from nbdbackupd.errors import (
-    WARNED,
     BusyError,
     DomainNotFoundError,
     ElsewhereError,
@@ -30,18 +28,19 @@ from nbdbackupd.model.domain import is_uuid
 from nbdbackupd.model.host import Host
 from nbdbackupd.model.retention import Pruning
 from nbdbackupd.ops.backup import backup as backup_verb
-from nbdbackupd.ops.backup import outcome, prepare
+from nbdbackupd.ops.backup import outcome, prepare, standalone
 from nbdbackupd.ops.backup.prepare import PlannedRun
 from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
-from nbdbackupd.ops.domain import configured, domains, endings, images
+from nbdbackupd.ops.domain import configured, domains, endings, images, qemu
 from nbdbackupd.ops.notify import kept as kept_notification
 from nbdbackupd.ops.retention import prune, scope
 from nbdbackupd.ops.run import around, retire
 from nbdbackupd.ops.run.metrics import RunMetrics
+from nbdbackupd.ops.run.request import Observer, RunReport, RunRequest
+from nbdbackupd.ops.run.retire import RetireRequest
 from nbdbackupd.ops.sets import homes, sets
 from nbdbackupd.ops.status import gather
 from nbdbackupd.ops.status.record import RunRecord
-from nbdbackupd.plain import versioned
 from nbdbackupd.repo.state import StateDirectory
 from nbdbackupd.source import kept
 from nbdbackupd.virt.connection import Connection
@@ -76,76 +75,6 @@ NOTHING: Final = {
 }
 """Ends of which libvirt says that nothing was finished. After a crash, or an end that libvirt
 does not know, the bitmaps decide: a disk whose bitmap was not stored is read whole."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunRequest:
-    """Which domain; ``shutdown``: its guest has just ended; ``wait`` in seconds, None: defaults.
-
-    ``retry``: try again where others come first.
-    """
-
-    domain: str
-    shutdown: bool = False
-    retry: bool = False
-    dry_run: bool = False
-    wait: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Observer:
-    """Who looks on: ``cancelled`` raises to end the run, ``doing`` gets what is begun.
-
-    ``alive`` is called where a run waits that can't be ended any more, ``anew`` when it is tried
-    again.
-    """
-
-    progress: Callable[[str, int, int, int], None]
-    cancelled: Callable[[], None]
-    doing: Callable[[str], None]
-    alive: Callable[[], None]
-    anew: Callable[[], None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunReport:
-    """What became of a run; ``reason``: why this set and level, or why nothing was saved.
-
-    ``set`` is None if none was chosen, ``backup`` if none was tried. ``problems`` are those
-    beside the point: of programs, of checkpoints that were to be dropped.
-    """
-
-    domain: str
-    uuid: str
-    result: str
-    reason: str = ""
-    set: Path | None = None
-    level: str = ""
-    problems: tuple[str, ...] = ()
-    backup: BackupReport | None = field(default=None)
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """Those of the point, and the problems."""
-        return (*(self.backup.warnings if self.backup is not None else ()), *self.problems)
-
-    @property
-    def exit_code(self) -> int:
-        """The exit status of such a run."""
-        return WARNED if self.warnings or runlog.warned() else 0
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as a JSON document, schema version 1."""
-        return versioned(
-            domain=self.domain,
-            uuid=self.uuid,
-            result=self.result,
-            reason=self.reason,
-            set=str(self.set) if self.set is not None else "",
-            level=self.level,
-            problems=list(self.problems),
-            backup=self.backup.to_json() if self.backup is not None else None,
-        )
 
 
 def run(request: RunRequest, host: Host, observer: Observer, record: RunRecord) -> RunReport:
@@ -227,6 +156,9 @@ def _told(request: RunRequest, host: Host, observer: Observer) -> RunReport:
 
 def _find_and_run(request: RunRequest, host: Host, observer: Observer) -> RunReport:
     configuration = configured.read(host).require_sound()
+    standing = configured.standalone(request.domain, configuration)
+    if standing is not None:
+        return _run_standalone(request, host, observer, configuration, standing)
     host = configured.connected(configuration, host)
     with ExitStack() as stack:
         try:
@@ -240,21 +172,19 @@ def _find_and_run(request: RunRequest, host: Host, observer: Observer) -> RunRep
             return RunReport(domain=request.domain, uuid="", result="skipped", reason=gone)
         except NbdbackupError as err:
             # libvirt is away, so there is only the name, and what holds for all domains
-            if not (request.dry_run or is_uuid(request.domain)):
-                directory = global_settings(configuration).monitoring_metrics_directory
-                RunMetrics(directory, request.domain, host).failed(err)
+            _note_failure(request, host, configuration, err)
             raise
         settings = configured.settings_of_domain(domain, configuration)
-        if not request.dry_run:
-            kept_notification.keep(host.own_state_dir, domain.name, settings)
-            kept_notification.keep(host.own_state_dir, "", global_settings(configuration))
-        one = _Run(
+        _keep_notification(request, host, configuration, domain.name, settings)
+        one = _OfLibvirt(
             request=request,
             host=host,
             observer=observer,
+            name=domain.name,
+            uuid=domain.uuid,
+            settings=settings,
             connection=connection,
             domain=domain,
-            settings=settings,
         )
         why_not = one.why_not() if request.shutdown else ""
         if why_not:
@@ -267,6 +197,57 @@ def _find_and_run(request: RunRequest, host: Host, observer: Observer) -> RunRep
         report = one.recorded()
         _record_host(connection, configuration, settings, host.now())
         return report
+
+
+def _run_standalone(
+    request: RunRequest,
+    host: Host,
+    observer: Observer,
+    configuration: Configuration,
+    settings: DomainSettings,
+) -> RunReport:
+    """Save a QEMU without libvirt, which is not asked for anything."""
+    _keep_notification(request, host, configuration, request.domain, settings)
+    if request.shutdown:
+        why = "it runs without libvirt, which alone tells of an end"
+        return RunReport(domain=request.domain, uuid="", result="skipped", reason=why)
+    try:
+        # a monitor serves one program at a time: let go of it before a place is waited for
+        with qemu.connect(settings.monitor, request.domain) as found:
+            uuid = found.uuid
+    except NbdbackupError as err:
+        _note_failure(request, host, configuration, err)
+        raise
+    one = _OfQemu(
+        request=request,
+        host=host,
+        observer=observer,
+        name=request.domain,
+        uuid=uuid,
+        settings=settings,
+    )
+    return one.plan_only() if request.dry_run else one.recorded()
+
+
+def _keep_notification(
+    request: RunRequest,
+    host: Host,
+    configuration: Configuration,
+    name: str,
+    settings: DomainSettings,
+) -> None:
+    if not request.dry_run:
+        kept_notification.keep(host.own_state_dir, name, settings)
+        kept_notification.keep(host.own_state_dir, "", global_settings(configuration))
+
+
+def _note_failure(
+    request: RunRequest, host: Host, configuration: Configuration, err: NbdbackupError
+) -> None:
+    """Write the metrics of a run that found nobody."""
+    if not (request.dry_run or is_uuid(request.domain)):
+        directory = global_settings(configuration).monitoring_metrics_directory
+        RunMetrics(directory, request.domain, host).failed(err)
 
 
 def _report_gone(name: str, configuration: Configuration, err: DomainNotFoundError) -> RunReport:
@@ -295,66 +276,35 @@ def _record_host(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Run:
-    """One run of a domain that was found."""
+    """One run of a domain that was found; of which kind, its subclass knows."""
 
     request: RunRequest
     host: Host
     observer: Observer
-    connection: Connection
-    domain: Domain
+    name: str
+    uuid: str
     settings: DomainSettings
 
     def report(self, result: str, reason: str, **more: Any) -> RunReport:
-        return RunReport(
-            domain=self.domain.name, uuid=self.domain.uuid, result=result, reason=reason, **more
-        )
+        return RunReport(domain=self.name, uuid=self.uuid, result=result, reason=reason, **more)
 
     def why_not(self) -> str:
         """Why nothing is to be done after the guest's end; empty if it is. Raises DomainError."""
-        if not self.settings.on_shutdown:
-            return "on_shutdown is off in its configuration"
-        if self.settings.start_paused:
-            # its end would be the end of a guest, too, and start the next run
-            return "start_paused is on in its configuration: it is saved by schedule only"
-        if throwaway.is_marked(self.domain.xml()):
-            return "it is one of our own that is thrown away"
-        if self.domain.is_active():
-            return "it runs again"
-        return NOTHING.get(self.domain.ending(), "")
-
-    def left_to_others(self) -> RunReport | None:
-        """What to report if another host saves the domain; None if this one does.
-
-        Nothing is touched. Raises BusyError, RepositoryError, DomainError.
-        """
-        if self.domain.is_active():
-            return None
-        if self.settings.standby:
-            return self.report("skipped", "it is off here, and this host only stands by for it")
-        try:
-            found = images.prove(self.domain, configured.sharing(self.settings))
-        except ElsewhereError as err:
-            return self._elsewhere(err)
-        if found.saver is None:
-            return None
-        saver = found.saver
-        return self.report(
-            "skipped", f"host {saver.name} has saved what its end left, as point {saver.saved}"
-        )
+        return ""
 
     def _elsewhere(self, err: ElsewhereError) -> RunReport:
         """That another host has it is no failure; that none has ever saved it is worth a word."""
         shared = configured.sharing(self.settings).state_dir
         if shared is None:
             return self.report("skipped", err.message)
-        points = sorted(record.point for record in StateDirectory(shared).records(self.domain.uuid))
+        points = sorted(record.point for record in StateDirectory(shared).records(self.uuid))
         if points:
             return self.report("skipped", f"{err.message}; the newest point noted is {points[-1]}")
-        problem = f"no host has noted a point of domain {self.domain.name} in {shared}"
+        problem = f"no host has noted a point of domain {self.name} in {shared}"
         return self.report("skipped", err.message, problems=(problem,))
 
     def plan(self) -> PlannedRun:
-        return prepare.plan(self.domain, self.settings, self.host.now(), Level.AUTO)
+        return prepare.plan(self.name, self.uuid, self.settings, self.host.now(), Level.AUTO)
 
     def plan_only(self) -> RunReport:
         planned = self.plan()
@@ -363,9 +313,7 @@ class _Run:
 
     def recorded(self) -> RunReport:
         """Run, and write the metrics of it, good or bad."""
-        run_metrics = RunMetrics(
-            self.settings.monitoring_metrics_directory, self.domain.name, self.host
-        )
+        run_metrics = RunMetrics(self.settings.monitoring_metrics_directory, self.name, self.host)
         try:
             report = self.in_slot()
         except BaseException as err:
@@ -380,7 +328,7 @@ class _Run:
         with around.slot(
             self.host.runtime_dir,
             self.settings.limits_concurrent_runs,
-            owner=f"run of {self.domain.name}",
+            owner=f"run of {self.name}",
             wait_seconds=SLOT_SECONDS if self.request.wait is None else self.request.wait,
             cancelled=self.observer.cancelled,
         ):
@@ -388,14 +336,14 @@ class _Run:
             why_not = self.why_not() if self.request.shutdown else ""
             if why_not:
                 return self.report("skipped", why_not)
-            with around.shutdown_delayed(f"backup of {plain.line(self.domain.name)}"):
+            with around.shutdown_delayed(f"backup of {plain.line(self.name)}"):
                 return self.with_programs()
 
     def with_programs(self) -> RunReport:
         settings = self.settings
         about = {
-            "NBDBACKUP_DOMAIN": self.domain.name,
-            "NBDBACKUP_UUID": self.domain.uuid,
+            "NBDBACKUP_DOMAIN": self.name,
+            "NBDBACKUP_UUID": self.uuid,
             "NBDBACKUP_DIRECTORY": self.directory(),
         }
         try:
@@ -432,7 +380,7 @@ class _Run:
         """The directory of the domain's sets, or nothing while it can't be told."""
         repository = self.settings.repository_path
         try:
-            return str(homes.home_of(repository, self.domain.name, self.domain.uuid))
+            return str(homes.home_of(repository, self.name, self.uuid))
         except NbdbackupError as err:
             log.info("the domain's directory in %s is not known yet: %s", repository, err.message)
             return ""
@@ -473,12 +421,10 @@ class _Run:
         )
 
     def _save(self, order: BackupRequest) -> BackupReport:
-        return backup_verb.run(
-            order,
-            self.connection,
-            progress=self.observer.progress,
-            cancelled=self.observer.cancelled,
-        )
+        raise NotImplementedError
+
+    def _drop(self, dropped: RetireRequest) -> tuple[str, ...]:
+        raise NotImplementedError
 
     def _order(self, planned: PlannedRun) -> BackupRequest:
         """Level auto: should another run have begun the set meanwhile, this one goes on with it."""
@@ -493,7 +439,7 @@ class _Run:
         if self.request.wait is not None:
             settings = settings.given(limits_wait=self.request.wait)
         return prepare.request(
-            self.domain.uuid,
+            self.uuid,
             planned.set,
             self.host,
             settings,
@@ -506,11 +452,11 @@ class _Run:
     def _put_off(self) -> Ending:
         """How the guest ended, if that was before the host's last boot."""
         directory = self.host.own_state_dir / PENDING
-        return kept.put_off(directory / unitname.escape(self.domain.name))
+        return kept.put_off(directory / unitname.escape(self.name))
 
     def _retire(self, planned: PlannedRun, order: BackupRequest, chain: str) -> tuple[str, ...]:
-        dropped = retire.RetireRequest(
-            uuid=self.domain.uuid,
+        dropped = RetireRequest(
+            uuid=self.uuid,
             directory=planned.directory,
             chain=chain,
             runtime_dir=order.runtime_dir,
@@ -521,7 +467,7 @@ class _Run:
         )
         self.observer.doing("dropping checkpoints of older sets")
         try:
-            return retire.retire(dropped, self.connection, self.observer.cancelled)
+            return self._drop(dropped)
         except Interrupted:
             # the point is made, which is what counts; the next run does the rest
             log.info("told to end: checkpoints of older sets are left to the next run")
@@ -532,10 +478,8 @@ class _Run:
         self.observer.doing("removing what no rule of retention wants")
         try:
             found = sets.sets_of(planned.directory)
-            own = tuple(each for each in found if each.uuid in ("", self.domain.uuid))
-            order = scope.of_domain(
-                self.domain.name, planned.directory, own, self.settings, self.host
-            )
+            own = tuple(each for each in found if each.uuid in ("", self.uuid))
+            order = scope.of_domain(self.name, planned.directory, own, self.settings, self.host)
             return prune.prune(
                 order,
                 progress=lambda disk, done, size: self.observer.progress(disk, done, size, done),
@@ -546,6 +490,73 @@ class _Run:
             return ()
         except NbdbackupError as err:
             return (f"old points are not removed: {err.message}",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _OfLibvirt(_Run):
+    """A run of a domain of libvirt."""
+
+    connection: Connection
+    domain: Domain
+
+    def why_not(self) -> str:
+        """Why nothing is to be done after the guest's end; empty if it is. Raises DomainError."""
+        if not self.settings.on_shutdown:
+            return "on_shutdown is off in its configuration"
+        if self.settings.start_paused:
+            # its end would be the end of a guest, too, and start the next run
+            return "start_paused is on in its configuration: it is saved by schedule only"
+        if throwaway.is_marked(self.domain.xml()):
+            return "it is one of our own that is thrown away"
+        if self.domain.is_active():
+            return "it runs again"
+        return NOTHING.get(self.domain.ending(), "")
+
+    def left_to_others(self) -> RunReport | None:
+        """What to report if another host saves the domain; None if this one does.
+
+        Nothing is touched. Raises BusyError, RepositoryError, DomainError.
+        """
+        if self.domain.is_active():
+            return None
+        if self.settings.standby:
+            return self.report("skipped", "it is off here, and this host only stands by for it")
+        try:
+            found = images.prove(self.domain, configured.sharing(self.settings))
+        except ElsewhereError as err:
+            return self._elsewhere(err)
+        if found.saver is None:
+            return None
+        saver = found.saver
+        return self.report(
+            "skipped", f"host {saver.name} has saved what its end left, as point {saver.saved}"
+        )
+
+    def _save(self, order: BackupRequest) -> BackupReport:
+        return backup_verb.run(
+            order,
+            self.connection,
+            progress=self.observer.progress,
+            cancelled=self.observer.cancelled,
+        )
+
+    def _drop(self, dropped: RetireRequest) -> tuple[str, ...]:
+        return retire.retire(dropped, self.connection, self.observer.cancelled)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _OfQemu(_Run):
+    """A run of a QEMU without libvirt."""
+
+    def _save(self, order: BackupRequest) -> BackupReport:
+        return standalone.run(
+            replace(order, domain=self.name),
+            progress=self.observer.progress,
+            cancelled=self.observer.cancelled,
+        )
+
+    def _drop(self, dropped: RetireRequest) -> tuple[str, ...]:
+        return retire.retire_of_qemu(dropped, self.settings.monitor, self.name)
 
 
 def _about(report: RunReport) -> dict[str, str]:

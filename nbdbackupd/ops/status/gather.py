@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from nbdbackupd import rundir
+from nbdbackupd.config import inventory
 from nbdbackupd.config import timers as config_timers
 from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.schema import DomainSettings
-from nbdbackupd.config.settings import global_settings, needs_libvirt, settings_for
+from nbdbackupd.config.settings import (
+    global_settings,
+    needs_libvirt,
+    settings_for,
+    standalone_names,
+)
 from nbdbackupd.errors import (
     DomainError,
     DomainNotFoundError,
@@ -119,6 +125,8 @@ def gather(
     configuration = configured.read(host).require_sound()
     notes: list[str] = []
     domains, is_silent = _ask_libvirt(configuration, host, notes)
+    if domains is not None:
+        domains |= _standalone(configuration)
     known = _Known(
         configuration=configuration,
         domains=domains,
@@ -167,7 +175,7 @@ def record_host(
     Raises DomainError, RepositoryError, NoSpaceError.
     """
     units = ask_systemd([])
-    domains = _domains_of(connection, configuration)
+    domains = _domains_of(connection, configuration) | _standalone(configuration)
     covered = []
     for name, (uuid, settings) in domains.items():
         timer = _timer(units, name, uuid)
@@ -242,10 +250,29 @@ def _ask_libvirt(
             notes += _of_hook(hook, is_wanted=wanted)
             return found, hook.is_silent
     except ImportError:
-        notes.append("libvirt can't be asked: python3-libvirt is not installed")
+        why = "python3-libvirt is not installed"
     except DomainError as err:
-        notes.append(f"libvirt can't be asked: {err.message}")
+        why = err.message
+    if _does_without(configuration):
+        return {}, False
+    notes.append(f"libvirt can't be asked: {why}")
     return None, False
+
+
+def _does_without(configuration: Configuration) -> bool:
+    """Whether all that this host has are machines without libvirt, so that it need not be there."""
+    if not standalone_names(configuration):
+        return False
+    is_unnamed = global_settings(configuration).is_default("libvirt.uri")
+    return is_unnamed and not inventory.has_any()
+
+
+def _standalone(configuration: Configuration) -> dict[str, tuple[str, DomainSettings]]:
+    """The settings of each machine without libvirt, by name; its sets tell its UUID."""
+    return {
+        name: ("", settings_for(name, "", {}, configuration))
+        for name in standalone_names(configuration)
+    }
 
 
 def _of_hook(hook: "Hook", *, is_wanted: bool) -> list[str]:
@@ -400,6 +427,8 @@ def _look(name: str, known: _Known, host: Host, notes: list[str]) -> DomainStatu
     newest = found.newest
     seen = record.look(host, name, uuid)
     is_known = None if known.domains is None else name in known.domains
+    if settings.qmp is not None:
+        is_known = True
     is_covered = _is_covered(settings, timer, known.configuration)
     facts = Facts(
         newest=found.instant,
