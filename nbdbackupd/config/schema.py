@@ -169,7 +169,10 @@ class DomainSettings:
         "disks.raw",
         kinds.BOOL,
         False,
-        help="Save raw disks, too. Their changes can't be tracked: each point holds them whole.",
+        help=(
+            "Save raw disks, too. Their changes can't be tracked, so each point holds them whole; "
+            "but of a QEMU without libvirt they are, as long as its process lives."
+        ),
         option=Option(
             "--raw", "disks", value=True, help="save raw disks, too: in full at each point"
         ),

@@ -83,9 +83,12 @@ def select_disks(
     include: Collection[str] = (),
     exclude: Collection[str] = (),
     raw: bool = False,
+    is_tracked: bool = False,
     missing: Mapping[str, str] | None = None,
 ) -> Selection:
     """Apply the rule for disks; an empty ``include`` means all.
+
+    ``is_tracked``: changes of raw images are known as well, as long as the guest runs.
 
     ``missing`` says why the images of disks can't be read: they are left out, and the others are
     saved (L-7). Raises UsageError for a name that the domain does not have, is given in both
@@ -114,7 +117,7 @@ def select_disks(
             skipped.append(SkippedDisk(disk.target, harmless or reason))
             unsaved += skipped[-1:] if not harmless else []
         else:
-            chosen.append(_chosen(disk, images, level))
+            chosen.append(_chosen(disk, images, level, is_tracked=is_tracked))
     if not chosen:
         listed = "; ".join(f"{skip.target}: {skip.reason}" for skip in skipped) or "it has no disks"
         raise NotSupportedError(
@@ -174,10 +177,13 @@ def _no_way(disk: Disk, *, raw: bool) -> str:
     return ""
 
 
-def _chosen(disk: Disk, images: Mapping[str, ImageFacts], level: Level) -> ChosenDisk:
+def _chosen(
+    disk: Disk, images: Mapping[str, ImageFacts], level: Level, *, is_tracked: bool
+) -> ChosenDisk:
     """How the disk is saved; nothing is said of one that is to be copied whole anyway."""
     why, is_fault = why_whole(disk, images.get(disk.target, ImageFacts()))
-    if not why and disk.format == "qcow2":
+    is_volatile = is_tracked and disk.format == "raw" and not disk.readonly
+    if not why and (disk.format == "qcow2" or is_volatile):
         return ChosenDisk(disk.target, How.BITMAP)
     if level is Level.COPY:
         return ChosenDisk(disk.target, How.FULL_ONLY)

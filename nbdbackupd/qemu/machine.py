@@ -2,7 +2,7 @@
 
 Tried with QEMU 7.2; what it needs is there since 5.2. Everything that a run makes has a name that
 begins with ``nbdbackup-`` and the run's tag, so that whoever clears up after it finds all of it.
-A node's name has 31 bytes at most.
+A node's name has 31 bytes at most; its last part tells what it is (``Part``) and of which disk.
 """
 
 import contextlib
@@ -13,9 +13,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
+from nbdbackupd import documents
 from nbdbackupd.errors import BusyError, ProcessError, SourceError
 from nbdbackupd.qemu import storage_daemon
 from nbdbackupd.qemu.image import ImageInfo
@@ -35,7 +37,29 @@ PROTOCOLS: Final = frozenset({"file", "host_device"})
 """Drivers that a disk without a format of its own stands on."""
 
 DEVICE: Final = re.compile(r"/machine/peripheral/([^/]+)")
+PERIPHERAL: Final = "/machine/peripheral/"
 RAW: Final = "raw"
+THROTTLE: Final = "throttle"
+FILTER: Final = "copy-before-write"
+ACCESS: Final = "snapshot-access"
+OPTIONS: Final = frozenset({"on-cbw-error", "cbw-timeout"})
+CBW_SECONDS: Final = 20
+"""How long a write of the guest waits for its old block to be kept: less than the 30 s after which
+Linux gives a SCSI command up."""
+
+
+class Part(StrEnum):
+    """A node of ours, in the order in which they can be removed.
+
+    ``FILTER`` and ``THROTTLED`` are copy-before-write filters; above the latter is ``LIMIT``, which
+    stands for a throttle node that has its place above the image else.
+    """
+
+    ACCESS = "a"
+    LIMIT = "t"
+    FILTER = "c"
+    THROTTLED = "f"
+    SCRATCH = "s"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +71,9 @@ class Drive:
     the one below all filters, empty of a drive without medium. ``layers`` are the images, top
     first, as QEMU names them; ``info`` is that of the top, and ``document`` QEMU's JSON of it.
     ``error`` tells that the guest's last request failed.
+
+    ``device`` is the path of what has the drive, in QEMU's object tree, or empty; ``throttle`` the
+    group of a throttle node above the image. ``obstacle``: why no filter can be put between.
     """
 
     name: str
@@ -61,6 +88,9 @@ class Drive:
     document: str = ""
     bitmaps: Mapping[str, Bitmap] | None = None
     error: str = ""
+    device: str = ""
+    throttle: str = ""
+    obstacle: str = ""
 
     def bitmap(self, name: str) -> Bitmap | None:
         """The bitmap of that name, or None."""
@@ -70,6 +100,11 @@ class Drive:
 def tag(run_id: str) -> str:
     """What the names begin with of all that a run makes."""
     return PREFIX + hashlib.sha256(run_id.encode()).hexdigest()[:8]
+
+
+def node(head: str, part: Part, number: int) -> str:
+    """The name of a node of ours."""
+    return f"{head}-{part}{number}"
 
 
 class Machine:
@@ -123,6 +158,8 @@ class Machine:
         inserted = device.get("inserted")
         path = device.get("qdev", "")
         top = inserted["node-name"] if inserted else ""
+        while top.startswith(PREFIX):
+            top = below[top]["file"]
         found = DEVICE.match(path)
         own = found[1] if found else "" if path.startswith("/") else path
         names = [each for each in (own, device["device"], top) if each and not each.startswith("#")]
@@ -133,6 +170,7 @@ class Machine:
             return Drive(name=name, aliases=frozenset(names), kind="cdrom")
         chain = _chain(top, nodes, below)
         base = nodes[chain[0]]
+        throttle, obstacle = _above(device, top, chain[0], nodes, below)
         return Drive(
             name=name,
             aliases=frozenset((*names, chain[0])),
@@ -146,6 +184,9 @@ class Machine:
             document=json.dumps([{**base["image"], "format": _format(base)}]),
             bitmaps={each.name: each for each in storage_daemon.bitmaps_of(base)},
             error=_error(device),
+            device=_object(path),
+            throttle=throttle,
+            obstacle=obstacle,
         )
 
     def _kind(self, device: dict[str, Any], path: str) -> str:
@@ -157,6 +198,73 @@ class Machine:
         with contextlib.suppress(ProcessError):
             kind = str(self.execute("qom-get", path=path, property="type")) if path else ""
         return "floppy" if kind == "floppy" else "cdrom" if kind.endswith("-cd") else "disk"
+
+    def has_filters(self) -> bool:
+        """Whether QEMU says that it can keep old blocks without ever failing a write of the guest.
+
+        That is since 7.1. Raises ProcessError.
+        """
+        types = {each["name"]: each for each in self.execute("query-qmp-schema")}
+        try:
+            options = types[types["blockdev-add"]["arg-type"]]
+            drivers = {each["case"]: each["type"] for each in options["variants"]}
+            members = {each["name"] for each in types[drivers[FILTER]]["members"]}
+        except (KeyError, TypeError):
+            return False
+        return members >= OPTIONS and ACCESS in drivers
+
+    def plug(self, device: str, name: str) -> None:
+        """Have a device use another node; it waits for what is in flight. Raises ProcessError."""
+        self.execute("qom-set", path=device, property="drive", value=name)
+
+    def plugged(self) -> dict[str, str]:
+        """The node that each device uses, by the device's path."""
+        return {
+            _object(each["qdev"]): each["inserted"]["node-name"]
+            for each in self.execute("query-block")
+            if each.get("qdev") and each.get("inserted")
+        }
+
+    def put_filter(self, head: str, number: int, drive: Drive) -> None:
+        """Put a filter of ours below a drive's device, which keeps what is written over from now.
+
+        The filter is there, with its scratch image, and nothing is above it. A throttle node stays
+        above, by another one of the same group; what reads below it does not count. Raises
+        ProcessError.
+        """
+        part = Part.THROTTLED if drive.throttle else Part.FILTER
+        name = node(head, part, number)
+        self.plug(drive.device, name)
+        if drive.throttle:
+            # only now: anything above would keep the filter from having the image for itself
+            limit = node(head, Part.LIMIT, number)
+            self.execute(
+                "blockdev-add",
+                driver=THROTTLE,
+                node_name=limit,
+                throttle_group=drive.throttle,
+                file=name,
+                discard="unmap",
+            )
+            self.plug(drive.device, limit)
+
+    def _take_filters(self, head: str) -> tuple[str, ...]:
+        """Give each device back what it had before ``put_filter``; what that was."""
+        below = _edges(self.execute("x-debug-query-block-graph"))
+        done = []
+        for device, name in self.plugged().items():
+            if not name.startswith(head):
+                continue
+            filter_ = name
+            if _part(name) is Part.LIMIT:
+                filter_ = below[name]["file"]
+                self.plug(device, filter_)
+                self.execute("blockdev-del", node_name=name)
+            image = below[filter_]["file"]
+            is_throttled = _part(filter_) is Part.THROTTLED
+            self.plug(device, _throttle_above(image, below) if is_throttled else image)
+            done.append(f"filter {filter_}")
+        return tuple(done)
 
     def remove_bitmap(self, node: str, name: str) -> None:
         """Take a bitmap away, sound or not. Raises ProcessError."""
@@ -217,19 +325,27 @@ class Machine:
         for each in self.jobs(head):
             self.end_job(each)
             done.append(f"job {each}")
+        self._remove_nodes(head, Part.ACCESS)
+        done += self._take_filters(head)
         nodes = self.execute("query-named-block-nodes", flat=True)
-        for node in nodes:
-            for bitmap in node.get("dirty-bitmaps", []):
+        for found in nodes:
+            for bitmap in found.get("dirty-bitmaps", []):
                 if bitmap.get("name", "").startswith(head):
-                    self.remove_bitmap(node["node-name"], bitmap["name"])
-        for node in nodes:
-            if node["node-name"].startswith(head):
-                self.execute("blockdev-del", node_name=node["node-name"])
-                done.append(f"node {node['node-name']}")
+                    self.remove_bitmap(found["node-name"], bitmap["name"])
+        done += self._remove_nodes(head, *Part)
         for each in self.execute("query-fdsets"):
             if any(fd.get("opaque", "").startswith(head) for fd in each["fds"]):
                 self.execute("remove-fd", fdset_id=each["fdset-id"])
         return tuple(done)
+
+    def _remove_nodes(self, head: str, *parts: Part) -> list[str]:
+        """Remove nodes that nobody uses, the uppermost first."""
+        found = self.execute("query-named-block-nodes", flat=True)
+        own = [each["node-name"] for each in found if each["node-name"].startswith(head)]
+        own = [each for part in parts for each in own if _part(each) is part]
+        for each in own:
+            self.execute("blockdev-del", node_name=each)
+        return [f"node {each}" for each in own]
 
     def end_job(self, job: str) -> None:
         """End a job. Raises ProcessError, SourceError if it goes on."""
@@ -279,6 +395,47 @@ def _chain(
         found.append(name)
         name = below.get(name, {}).get("backing")
     return found
+
+
+def _above(
+    device: dict[str, Any],
+    top: str,
+    image: str,
+    nodes: Mapping[str, dict[str, Any]],
+    below: Mapping[str, Mapping[str, str]],
+) -> tuple[str, str]:
+    """The group of a throttle node above an image, and why no filter can be put between."""
+    if not device.get("qdev"):
+        return "", "QEMU names no device of it"
+    if top == image:
+        return "", ""
+    found = nodes[top]
+    # of a named drive (-drive) the node ends when its device lets go of it
+    if found["drv"] == THROTTLE and below[top]["file"] == image and not device["device"]:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            options = documents.parse_json(found["file"].removeprefix("json:").encode())
+            return str(options["throttle-group"]), ""
+    return "", f"a filter is above its image: {found['drv']}"
+
+
+def _throttle_above(image: str, below: Mapping[str, Mapping[str, str]]) -> str:
+    """The throttle node that is above an image and no device uses now; else the image."""
+    found = [
+        name
+        for name, children in below.items()
+        if children.get("file") == image and not name.startswith(PREFIX)
+    ]
+    return found[0] if len(found) == 1 else image
+
+
+def _object(path: str) -> str:
+    """Where a device is in QEMU's object tree, by its id or that place."""
+    return path if path.startswith("/") or not path else PERIPHERAL + path
+
+
+def _part(name: str) -> Part | None:
+    letter = name.rpartition("-")[2][:1]
+    return Part(letter) if letter in {*Part} else None
 
 
 def _format(node: dict[str, Any]) -> str:

@@ -181,6 +181,8 @@ def _watch_space(job: Watched, stop: threading.Event) -> None:
     while not space.is_low():
         if stop.wait(space.pause()):
             return
+    if stop.is_set():
+        return
     what = f"scratch directory {job.directory} is filling up, {space.free} bytes are left"
     cure = "give more space: scratch.directory, or 'backup --scratch-dir'"
     error = ScratchSpaceError(

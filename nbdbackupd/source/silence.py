@@ -11,8 +11,8 @@ A run says twice a second that it lives. Two things keep one from that:
   before. Neither does it let go of its end of the guard's socket.
 
 A run that is slow, or waits for its target in a thread of its own, is none of these: it reads its
-answers, and says that it lives. A stopped one is left alone, too, as long as QEMU answers and
-scratch space is left: somebody may have stopped it on purpose.
+answers, and says that it lives. A stopped one is left alone, too, as long as QEMU answers, scratch
+space is left and it has not halted its guest: somebody may have stopped it on purpose.
 """
 
 import logging
@@ -26,7 +26,9 @@ from typing import Final
 
 from nbdbackupd import events
 from nbdbackupd.errors import NbdbackupError
+from nbdbackupd.source import quiesce
 from nbdbackupd.source.guard import Charge
+from nbdbackupd.source.running import marker
 from nbdbackupd.source.scratch import Space
 from nbdbackupd.virt.connection import open_connection
 from nbdbackupd.virt.domain import Domain
@@ -86,7 +88,11 @@ class Silence:
         self._space = self._space or Space(Path(charge.scratch_dir), charge.scratch_reserve)
         if self._space.is_low():
             self._kill(seconds, f"{self._space.free} bytes of scratch space are left")
-        elif seconds > LONG_SECONDS and charge.is_reachable and not charge.monitor:
+        elif charge.monitor:
+            # of its own it holds a guest for milliseconds
+            if seconds > LONG_SECONDS and quiesce.is_held(marker(Path(charge.runtime_dir))):
+                self._kill(seconds, "its guest is halted")
+        elif seconds > LONG_SECONDS and charge.is_reachable:
             if self._probe is None or self._probe.is_old():
                 self._probe = _Probe(charge)
             elif self._probe.is_unanswered():

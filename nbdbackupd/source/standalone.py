@@ -1,9 +1,15 @@
-"""A running QEMU without libvirt as a source: fleecing jobs that we begin by its monitor.
+"""A running QEMU without libvirt as a source: what the guest overwrites goes to scratch images.
 
-What libvirt does for a pull-mode backup, done by ourselves, with one transaction for all disks:
-the new bitmap, a frozen copy of the base's, and a job that copies what the guest overwrites into a
-scratch image before it does so. Scratch images have no name, and QEMU's NBD server listens on a
-socket of ours: QEMU needs no right to any path, and no file is left, whatever ends the run.
+Two ways, which QEMU's description of itself and the disks decide between, for all disks alike:
+
+* By filters, where it can be: one below each disk's device, and a node that shows the disk as it
+  was when the filter came. Old blocks that can't be kept end the backup; the guest goes on.
+  First the new bitmaps, then the filters, then the copies of the base's: nothing is lost between.
+* By jobs, as libvirt does it: one transaction for all disks, with the new bitmap, a frozen copy of
+  the base's, and a job. Old blocks that can't be kept fail the guest's writes.
+
+Scratch images have no name, and QEMU's NBD server listens on a socket of ours: QEMU needs no right
+to any path, and no file is left, whatever ends the run.
 """
 
 import contextlib
@@ -11,7 +17,7 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +30,15 @@ from nbdbackupd.errors import (
     ConfigError,
     FreezeError,
     NbdbackupError,
+    NbdError,
     NotSupportedError,
     ProcessError,
+    ScratchSpaceError,
     SourceError,
 )
 from nbdbackupd.model.policy import FreezePolicy
 from nbdbackupd.qemu import image, machine
-from nbdbackupd.qemu.machine import Drive, Machine
+from nbdbackupd.qemu.machine import CBW_SECONDS, Drive, Machine, Part, node
 from nbdbackupd.source import Export, Snapshot, quiesce, running, scratch
 from nbdbackupd.source.guard import BEGUN, MOST_DISKS, Charge, Guard, guarded, turn, wait_for_guards
 from nbdbackupd.source.quiesce import Moment, Quiet
@@ -60,7 +68,8 @@ class StandaloneRequest:
 
     ``name`` and ``uuid`` are those of the point. An empty ``new_bitmap`` makes none.
     ``runtime_dir`` is that of the socket (``rundir.socket_dir``). For ``scratch_reserve`` and
-    ``on_trouble`` see ``running.RunningRequest``.
+    ``on_trouble`` see ``running.RunningRequest``. ``at_instant`` is called while the guest is
+    halted, which it is for that.
     """
 
     machine: Machine
@@ -75,6 +84,7 @@ class StandaloneRequest:
     base_bitmap: str = ""
     new_bitmap: str = ""
     freeze: FreezePolicy = FreezePolicy.AUTO
+    at_instant: Callable[[], None] | None = None
 
     @property
     def socket(self) -> Path:
@@ -119,9 +129,10 @@ def open_standalone(request: StandaloneRequest) -> Iterator[Snapshot]:
     A guard does that if we are killed. A disk whose bitmap is lost is read in full (``demoted``).
     The new bitmap is there when the body runs; removing it when the run fails is the caller's.
     Raises BusyError if QEMU's NBD server serves another, ConfigError, ScratchSpaceError,
-    FreezeError, DomainError, ProcessError; on leaving SourceError if a job did not live to its end.
+    FreezeError, DomainError, ProcessError; on leaving SourceError if what was read is no snapshot.
     """
     has_iothreads = _check(request)
+    scheme = _scheme(request)
     scratch.prepare(request.scratch_dir, request.scratch_reserve)
     with durable.translate_os_errors("use", request.runtime_dir):
         durable.make_directory(request.runtime_dir, rundir.CLOSED)
@@ -131,14 +142,14 @@ def open_standalone(request: StandaloneRequest) -> Iterator[Snapshot]:
         # before anything begins, so that no interruption can come between
         stack.push(_End(request, guard))
         request.machine.serve(request.socket, request.head)
-        for number, disk in enumerate(request.disks):
-            _prepare(request, number, disk, scratches[number])
+        scheme.prepare(scratches)
         deltas, demoted = _deltas(request)
-        moment = _begin(request, deltas)
+        moment = _begin(scheme, deltas)
         guard.note(BEGUN)
         for number, disk in enumerate(request.disks):
-            _export(request, number, disk, is_delta=disk.target in deltas)
-        stack.enter_context(scratch.watch(_watched(request, guard)))
+            scheme.export(number, disk, is_delta=disk.target in deltas)
+        stack.enter_context(scratch.watch(_watched(scheme, guard)))
+        stack.enter_context(scheme.explained())
         yield Snapshot(
             exports={
                 disk.target: Export(
@@ -155,7 +166,7 @@ def open_standalone(request: StandaloneRequest) -> Iterator[Snapshot]:
             demoted=demoted,
             warnings=tuple(moment.warnings),
         )
-        if problem := _problem(request):
+        if problem := _problem(scheme):
             raise problem
 
 
@@ -235,22 +246,6 @@ def _scratch(request: StandaloneRequest, disk: StandaloneDisk, stack: contextlib
         return stack.enter_context(image.nameless(request.scratch_dir, disk.drive.size))
 
 
-def _prepare(
-    request: StandaloneRequest, number: int, disk: StandaloneDisk, descriptor: int
-) -> None:
-    """Open a scratch image on top of the disk."""
-    found, head = request.machine, request.head
-    name = found.lend(descriptor, head)
-    file = {"driver": "file", "filename": name, "locking": "off"}
-    found.execute(
-        "blockdev-add",
-        driver="qcow2",
-        node_name=f"{head}-s{number}",
-        backing=disk.drive.node,
-        file=file,
-    )
-
-
 def _deltas(request: StandaloneRequest) -> tuple[frozenset[str], dict[str, str]]:
     """Disks whose changes can be read, and why others can't."""
     base = request.base_bitmap
@@ -263,111 +258,304 @@ def _deltas(request: StandaloneRequest) -> tuple[frozenset[str], dict[str, str]]
     return frozenset(wanted - demoted.keys()), demoted
 
 
-def _begin(request: StandaloneRequest, deltas: frozenset[str]) -> Moment:
-    """Begin all jobs at one instant."""
-    actions: list[dict[str, Any]] = []
-    for number, disk in enumerate(request.disks):
-        actions += _actions(request, number, disk, is_delta=disk.target in deltas)
-    moment = Moment()
-    with contextlib.ExitStack() as stack:
-        if request.freeze is FreezePolicy.PAUSE:
-            quiet = Quiet(marker=running.marker(request.runtime_dir), run_id=request.run_id)
-            stack.enter_context(quiesce.paused(Guest(request.machine), quiet, moment))
-        try:
+def _scheme(request: StandaloneRequest) -> "_Jobs":
+    """Filters, or jobs where these can't be."""
+    reasons = [
+        f"disk {each.target}: {each.drive.obstacle}"
+        for each in request.disks
+        if each.drive.obstacle
+    ]
+    if not reasons and not request.machine.has_filters():
+        reasons = ["this QEMU has no filter that spares the guest"]
+    if not reasons:
+        LOG.info("QEMU of %s: by filters, which never fail a write of the guest", request.name)
+        return _Filters(request)
+    LOG.info("QEMU of %s: by jobs, since filters can't be: %s", request.name, "; ".join(reasons))
+    return _Jobs(request)
+
+
+class _Jobs:
+    """Jobs that copy old blocks before the guest overwrites them; what is read is their scratch."""
+
+    exported = Part.SCRATCH
+
+    def __init__(self, request: StandaloneRequest) -> None:
+        self.request = request
+
+    def name(self, part: Part, number: int) -> str:
+        """The name of one of our nodes."""
+        return node(self.request.head, part, number)
+
+    def prepare(self, scratches: Sequence[int]) -> None:
+        """Open the scratch images: nothing is kept there yet."""
+        for number, disk in enumerate(self.request.disks):
+            self.open_scratch(number, scratches[number], backing=disk.drive.node)
+
+    def open_scratch(self, number: int, descriptor: int, **more: Any) -> None:
+        """Open the scratch image of one disk."""
+        name = self.request.machine.lend(descriptor, self.request.head)
+        self.request.machine.execute(
+            "blockdev-add",
+            driver="qcow2",
+            node_name=self.name(Part.SCRATCH, number),
+            file={"driver": "file", "filename": name, "locking": "off"},
+            **more,
+        )
+
+    @property
+    def may_pause(self) -> bool:
+        """Whether one instant of all disks needs the guest to be halted."""
+        return False
+
+    def track(self) -> None:
+        """What is done before the instant. Raises ProcessError."""
+
+    def begin(self, deltas: frozenset[str]) -> None:
+        """Begin at one instant; the guest may be halted. Raises ProcessError."""
+        actions: list[dict[str, Any]] = []
+        for number, disk in enumerate(self.request.disks):
+            actions += [*_added(self.request, disk), *_frozen(self.request, disk, deltas)]
+            # last, so that none begins too early
+            actions.append(
+                _action(
+                    "blockdev-backup",
+                    job_id=f"{self.request.head}-j{number}",
+                    device=disk.drive.node,
+                    target=self.name(Part.SCRATCH, number),
+                    sync="none",
+                )
+            )
+        self.request.machine.execute("transaction", actions=actions)
+
+    def finish(self, deltas: frozenset[str]) -> None:
+        """What is left to do when the guest runs again. Raises ProcessError."""
+
+    def export(self, number: int, disk: StandaloneDisk, *, is_delta: bool) -> None:
+        """Offer what the disk held at the instant. Raises ProcessError."""
+        bitmap = {"node": disk.drive.node, "name": self.request.changes}
+        more: dict[str, Any] = {"bitmaps": [bitmap]} if is_delta else {}
+        self.serve("e", number, self.exported, disk.target, **more)
+
+    def serve(self, kind: str, number: int, part: Part, name: str, **more: Any) -> None:
+        """Add an export of one of our nodes."""
+        self.request.machine.execute(
+            "block-export-add",
+            type="nbd",
+            id=f"{self.request.head}-{kind}{number}",
+            node_name=self.name(part, number),
+            name=name,
+            writable=False,
+            **more,
+        )
+
+    def problem(self) -> str:
+        """Why what was read is no snapshot, or nothing. Raises ProcessError."""
+        states = self.request.machine.jobs(self.request.head)
+        live = [state for state in states.values() if state not in OVER]
+        is_live = len(live) == len(self.request.disks)
+        return "" if is_live else "a backup job was ended before the copy was complete"
+
+    def seen_by_guest(self, space: scratch.Space) -> str:
+        """As ``scratch.seen_by_guest``, by QEMU's own word."""
+        found = self.request.machine
+        names = ", ".join(each.name for each in found.drives() if each.error)
+        if found.status() == "io-error":
+            found.execute("cont")
+            return f"the guest was held by an error of {names or 'a disk'} meanwhile, and goes on"
+        return f"the guest may have seen errors of {names}" if names else scratch.unseen(space)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Say what is behind an error of a read, as far as it is known."""
+        yield
+
+
+class _Filters(_Jobs):
+    """A filter below each device, and a node that shows the disk without what came after it."""
+
+    exported = Part.ACCESS
+
+    def prepare(self, scratches: Sequence[int]) -> None:
+        """Open the scratch images, and on each disk a filter, below which nothing goes yet."""
+        for number, disk in enumerate(self.request.disks):
+            self.open_scratch(number, scratches[number])
+            self.request.machine.execute(
+                "blockdev-add",
+                driver=machine.FILTER,
+                node_name=self.name(self._filter(disk), number),
+                file=disk.drive.node,
+                target=self.name(Part.SCRATCH, number),
+                on_cbw_error="break-snapshot",
+                cbw_timeout=CBW_SECONDS,
+                # or no discard of the guest gets through
+                discard="unmap",
+            )
+
+    @property
+    def may_pause(self) -> bool:
+        """Filters come one by one."""
+        return len(self.request.disks) > 1
+
+    def track(self) -> None:
+        """Add the new bitmaps: what is written from here on is in the next delta, if in none."""
+        request = self.request
+        actions = [each for disk in request.disks for each in _added(request, disk)]
+        if actions:
             request.machine.execute("transaction", actions=actions)
-        except ProcessError as err:
-            raise CheckpointError(f"the backup can't begin: {err.message}") from err
+
+    def begin(self, deltas: frozenset[str]) -> None:
+        """Each filter takes a millisecond."""
+        del deltas
+        for number, disk in enumerate(self.request.disks):
+            self.request.machine.put_filter(self.request.head, number, disk.drive)
+
+    def finish(self, deltas: frozenset[str]) -> None:
+        """What was written since is in these copies, too, and reads as it was: no harm."""
+        request = self.request
+        actions = [each for disk in request.disks for each in _frozen(request, disk, deltas)]
+        if actions:
+            request.machine.execute("transaction", actions=actions)
+        for number, disk in enumerate(request.disks):
+            # QEMU 7.2 aborts if a disk is resized whose bitmap is in use; of a node that has an
+            # export it refuses that, and what is above the filter would hide it
+            held = self._filter(disk)
+            self.serve("h", number, held, self.name(held, number))
+            request.machine.execute(
+                "blockdev-add",
+                driver=machine.ACCESS,
+                node_name=self.name(Part.ACCESS, number),
+                file=self.name(held, number),
+            )
+
+    def problem(self) -> str:
+        """A device that has something else below it now writes past our filter."""
+        plugged = self.request.machine.plugged()
+        found = [
+            disk.target
+            for disk in self.request.disks
+            # one that was unplugged writes no more
+            if not plugged.get(disk.drive.device, self.request.head).startswith(self.request.head)
+        ]
+        return f"what is below {', '.join(found)} was changed during the backup" if found else ""
+
+    def seen_by_guest(self, space: scratch.Space) -> str:
+        """Nothing, by the filters' nature."""
+        del space
+        return "no write of the guest failed for it"
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """A filter that could not keep an old block lets nothing be read any more."""
+        try:
+            yield
+        except NbdError as err:
+            directory = self.request.scratch_dir
+            free = scratch.free_bytes(directory)
+            if free < scratch.ENOUGH:
+                raise ScratchSpaceError(
+                    f"scratch directory {directory} is full: QEMU gave up the snapshot, and no "
+                    f"write of the guest failed for it; nothing was saved, give more space: "
+                    f"scratch.directory, or 'backup --scratch-dir'",
+                    free=free,
+                ) from err
+            err.message += (
+                f" (if it was QEMU that gave up the snapshot: {directory} has failed, or has not "
+                f"taken an old block within {CBW_SECONDS} s, and the guest's writes went on)"
+            )
+            raise
+
+    @staticmethod
+    def _filter(disk: StandaloneDisk) -> Part:
+        return Part.THROTTLED if disk.drive.throttle else Part.FILTER
+
+
+def _begin(scheme: _Jobs, deltas: frozenset[str]) -> Moment:
+    """Begin to keep what is overwritten, of all disks at one instant."""
+    request = scheme.request
+    moment = Moment()
+    is_wished = request.freeze is FreezePolicy.PAUSE
+    quiet = Quiet(marker=running.marker(request.runtime_dir), run_id=request.run_id)
+    try:
+        scheme.track()
+        with contextlib.ExitStack() as stack:
+            if is_wished or scheme.may_pause or request.at_instant is not None:
+                # for the instant alone it is as if the guest's power had failed
+                told = moment if is_wished else Moment()
+                stack.enter_context(quiesce.paused(Guest(request.machine), quiet, told))
+            scheme.begin(deltas)
+            if request.at_instant is not None:
+                request.at_instant()
+        scheme.finish(deltas)
+    except ProcessError as err:
+        raise CheckpointError(f"the backup can't begin: {err.message}") from err
     return moment
 
 
-def _actions(
-    request: StandaloneRequest, number: int, disk: StandaloneDisk, *, is_delta: bool
-) -> Iterator[dict[str, Any]]:
-    """What is done to a disk in the transaction; the job last, so that none begins too early."""
-    node, base = disk.drive.node, disk.drive.bitmap(request.base_bitmap)
+def _added(request: StandaloneRequest, disk: StandaloneDisk) -> Iterator[dict[str, Any]]:
+    """The new bitmap of a disk; QEMU keeps that of a raw one as long as its process lives."""
     if request.new_bitmap and disk.tracked:
-        yield _action("block-dirty-bitmap-add", node=node, name=request.new_bitmap, persistent=True)
-    if is_delta and base is not None:
         yield _action(
             "block-dirty-bitmap-add",
-            node=node,
+            node=disk.drive.node,
+            name=request.new_bitmap,
+            persistent=disk.drive.format != machine.RAW,
+        )
+
+
+def _frozen(
+    request: StandaloneRequest, disk: StandaloneDisk, deltas: frozenset[str]
+) -> Iterator[dict[str, Any]]:
+    """A copy of the base's bitmap that records nothing."""
+    base = disk.drive.bitmap(request.base_bitmap)
+    if disk.target in deltas and base is not None:
+        yield _action(
+            "block-dirty-bitmap-add",
+            node=disk.drive.node,
             name=request.changes,
             disabled=True,
             granularity=base.granularity,
         )
         yield _action(
-            "block-dirty-bitmap-merge", node=node, target=request.changes, bitmaps=[base.name]
+            "block-dirty-bitmap-merge",
+            node=disk.drive.node,
+            target=request.changes,
+            bitmaps=[base.name],
         )
-    yield _action(
-        "blockdev-backup",
-        job_id=f"{request.head}-j{number}",
-        device=node,
-        target=f"{request.head}-s{number}",
-        sync="none",
-    )
 
 
 def _action(kind: str, **data: Any) -> dict[str, Any]:
     return {"type": kind, "data": {name.replace("_", "-"): each for name, each in data.items()}}
 
 
-def _export(
-    request: StandaloneRequest, number: int, disk: StandaloneDisk, *, is_delta: bool
-) -> None:
-    more: dict[str, Any] = {"bitmaps": [request.changes]} if is_delta else {}
-    request.machine.execute(
-        "block-export-add",
-        type="nbd",
-        id=f"{request.head}-e{number}",
-        node_name=f"{request.head}-s{number}",
-        name=disk.target,
-        writable=False,
-        **more,
-    )
-
-
-def _watched(request: StandaloneRequest, guard: Guard) -> scratch.Watched:
+def _watched(scheme: _Jobs, guard: Guard) -> scratch.Watched:
+    request = scheme.request
     return scratch.Watched(
         directory=request.scratch_dir,
         reserve=request.scratch_reserve,
         on_trouble=request.on_trouble,
         end_job=lambda: _end(request, guard),
-        seen_by_guest=functools.partial(_seen_by_guest, request.machine),
-        watch_job=functools.partial(_watch_jobs, request),
+        seen_by_guest=scheme.seen_by_guest,
+        watch_job=functools.partial(_watch, scheme),
     )
 
 
-def _seen_by_guest(found: Machine, space: scratch.Space) -> str:
-    """As ``scratch.seen_by_guest``, by QEMU's own word."""
-    names = ", ".join(each.name for each in found.drives() if each.error)
-    if found.status() == "io-error":
-        found.execute("cont")
-        return f"the guest was held by an error of {names or 'a disk'} meanwhile, and goes on"
-    return f"the guest may have seen errors of {names}" if names else scratch.unseen(space)
-
-
-def _watch_jobs(request: StandaloneRequest, stop: threading.Event) -> None:
+def _watch(scheme: _Jobs, stop: threading.Event) -> None:
     while not stop.wait(JOB_POLL_SECONDS):
-        problem = _problem(request)
+        problem = _problem(scheme)
         if problem is not None and not stop.is_set():
-            request.on_trouble(problem)
+            scheme.request.on_trouble(problem)
             return
 
 
-def _problem(request: StandaloneRequest) -> SourceError | None:
-    """Why what was read is no snapshot, if so: a job that ended keeps nothing."""
-    what = f"QEMU of {request.name} ended during the backup"
+def _problem(scheme: _Jobs) -> SourceError | None:
+    """Why what was read is no snapshot, if so."""
+    what = f"QEMU of {scheme.request.name}"
     try:
-        states = request.machine.jobs(request.head)
+        found = scheme.problem()
     except ProcessError as err:
-        return SourceError(f"{what}, or does not answer; nothing was saved, run again: {err}")
-    live = [state for state in states.values() if state not in OVER]
-    if len(live) == len(request.disks):
-        return None
-    return SourceError(
-        f"QEMU of {request.name}: a backup job was ended before the copy was complete; nothing was "
-        f"saved, run again"
-    )
+        what = f"{what} ended during the backup, or does not answer"
+        return SourceError(f"{what}; nothing was saved, run again: {err}")
+    return SourceError(f"{what}: {found}; nothing was saved, run again") if found else None
 
 
 def _end(request: StandaloneRequest, guard: Guard) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 from tests.lab.process import ProcessHandle, wait_until
 from tests.lab.qmp import Monitor
 from tests.lib.ctl import Ctl
-from tests.lib.images import qemu_img
+from tests.lib.images import make, overlay, qemu_img
 
 MIB = 1 << 20
 SECONDS = 30.0
+UUID = "3c4f1a52-9a3e-4a40-9bb1-0a1d7a4b9c11"
+VARIABLES = 512 << 10
 
 
 class Process:
@@ -93,7 +95,8 @@ class Process:
         """What each disk holds now, by qemu-img."""
         found = {}
         for disk, (path, form) in self.images.items():
-            self.io(disk, "flush")
+            if disk in self.writers:
+                self.io(disk, "flush")
             raw = self.directory / "reference.raw"
             qemu_img("convert", "-U", "-f", form, "-O", "raw", path, raw)
             found[disk] = raw.read_bytes()
@@ -108,6 +111,16 @@ class Process:
             for node in nodes
             for each in node.get("dirty-bitmaps", [])
             if "name" in each
+        }
+
+    def tops(self) -> dict[str, str]:
+        """What each device has below it: the name of the node, by the device."""
+        return {
+            each.get("qdev", "").removeprefix("/machine/peripheral/").partition("/virtio")[0]: (
+                each["inserted"]["node-name"]
+            )
+            for each in self.monitor.execute("query-block")
+            if each.get("inserted")
         }
 
     def leftovers(self) -> list[str]:
@@ -127,6 +140,11 @@ class Process:
         return any(each["stats"]["rd_operations"] for each in found)
 
     @property
+    def guest_runs(self) -> bool:
+        """Whether the guest's processors run."""
+        return bool(self.monitor.execute("query-status")["running"])
+
+    @property
     def has_exports(self) -> bool:
         """Whether a run reads."""
         return bool(self.monitor.execute("query-block-exports"))
@@ -140,6 +158,92 @@ class Process:
         arguments = ["--qmp", os.fspath(self.socket), "vm7", "-o", os.fspath(into), "--json"]
         done = ctl("backup", *arguments, *options, code=code)
         return done.json if done.code in (0, 3) else done.stderr
+
+
+ABOVE = {
+    "throttle": ("driver=throttle,node-name=t1,throttle-group=g0,file=n1"),
+    # no filter of ours is put below such a one: a backup is made by jobs then
+    "copy-on-read": ("driver=copy-on-read,node-name=t1,file=n1"),
+}
+
+
+def modern(directory: Path, *more: str, above: str = "throttle") -> Process:
+    """-blockdev, a filter above one disk, an overlay, a raw disk; its guest was never started."""
+    one, three = make(directory / "one.qcow2", 8 * MIB), directory / "three.raw"
+    two = overlay(directory / "two.qcow2", make(directory / "below.qcow2", 8 * MIB))
+    qemu_img("create", "-q", "-f", "raw", three, str(8 * MIB))
+    arguments = [
+        *("-uuid", UUID, "-S", "-object", "throttle-group,id=g0,x-iops-total=100000"),
+        *("-blockdev", f"driver=qcow2,node-name=n1,file.driver=file,file.filename={one}"),
+        *("-blockdev", ABOVE[above]),
+        *("-device", "virtio-blk-pci,drive=t1,id=disk1"),
+        *("-blockdev", f"driver=qcow2,node-name=n2,file.driver=file,file.filename={two}"),
+        *("-device", "virtio-blk-pci,drive=n2,id=disk2"),
+        *("-blockdev", f"driver=raw,node-name=n3,file.driver=file,file.filename={three}"),
+        *("-device", "virtio-blk-pci,drive=n3,id=disk3"),
+        *more,
+    ]
+    images = {"disk1": (one, "qcow2"), "disk2": (two, "qcow2"), "disk3": (three, "raw")}
+    writers = {name: f"/machine/peripheral/{name}/virtio-backend" for name in images}
+    return Process(directory, arguments, images, writers)
+
+
+def proxmox(directory: Path) -> Process:
+    """Much of what people give QEMU, beside what qemu-server writes; relative names; it runs.
+
+    Of ``io0`` an iothread takes care, so that no ``qemu-io`` can write it (QEMU 7.2 aborts).
+    """
+    images = {}
+    for name, form in (
+        *(("scsi0", "qcow2"), ("virtio0", "raw"), ("virtio1", "qcow2"), ("sata0", "qcow2")),
+        *(("disk5", "qcow2"), ("disk6", "qcow2"), ("disk7", "raw"), ("io0", "qcow2")),
+    ):
+        path = directory / f"{name}.{form}"
+        if name == "disk6":
+            overlay(path, make(directory / "below.qcow2", 8 * MIB))
+        else:
+            make(path, 8 * MIB, format=form)
+        images[name] = (path, form)
+    (directory / "vars.fd").write_bytes(bytes(VARIABLES))
+    code = "/usr/share/seabios/bios-256k.bin"
+    arguments = [
+        *("-name", "vm7,debug-threads=on", "-smbios", f"type=1,uuid={UUID}"),
+        *("-chardev", f"socket,id=qmp2,path={directory / 'second'},server=on,wait=off"),
+        *("-mon", "chardev=qmp2,mode=control"),
+        *("-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={code}"),
+        *("-drive", "if=pflash,unit=1,format=raw,id=drive-efidisk0,file=vars.fd"),
+        *("-device", "virtio-scsi-pci,id=scsihw0", "-device", "ahci,id=ahci0"),
+        *("-object", "throttle-group,id=g0,x-iops-total=100000", "-object", "iothread,id=io1"),
+        "-drive",
+        "file=scsi0.qcow2,if=none,id=drive-scsi0,format=qcow2,cache=none,aio=threads,"
+        "throttling.iops-total=100000,throttling.group=drives",
+        *("-device", "scsi-hd,bus=scsihw0.0,scsi-id=0,drive=drive-scsi0,id=scsi0,bootindex=100"),
+        *("-drive", "if=none,id=drive-ide2,media=cdrom"),
+        *("-device", "ide-cd,bus=ide.1,unit=0,drive=drive-ide2,id=ide2"),
+        "-drive",
+        "file=virtio0.raw,if=none,id=drive-virtio0,format=raw,throttling.group=drives,"
+        "throttling.iops-total=100000,discard=on,detect-zeroes=unmap",
+        *("-device", "virtio-blk-pci,drive=drive-virtio0,id=virtio0"),
+        *("-drive", "file=virtio1.qcow2,if=virtio,id=virtio1,format=qcow2"),
+        *("-drive", "file=sata0.qcow2,if=none,id=drive-sata0,format=qcow2"),
+        *("-device", "ide-hd,bus=ahci0.0,drive=drive-sata0,id=sata0"),
+        *("-blockdev", "driver=qcow2,node-name=n5,file.driver=file,file.filename=disk5.qcow2"),
+        *("-blockdev", "driver=throttle,node-name=throttle-5,throttle-group=g0,file=n5"),
+        *("-device", "virtio-blk-pci,drive=throttle-5,id=disk5"),
+        *("-blockdev", "driver=qcow2,node-name=n6,file.driver=file,file.filename=disk6.qcow2"),
+        *("-device", "virtio-blk-pci,drive=n6,id=disk6"),
+        *("-blockdev", "driver=raw,node-name=n7,file.driver=file,file.filename=disk7.raw"),
+        *("-device", "scsi-hd,bus=scsihw0.0,scsi-id=7,drive=n7,id=disk7"),
+        *("-blockdev", "driver=qcow2,node-name=n8,file.driver=file,file.filename=io0.qcow2"),
+        *("-device", "virtio-blk-pci,drive=n8,id=io0,iothread=io1"),
+    ]
+    writers = {name: name for name in ("scsi0", "sata0", "disk7")}
+    for name in ("virtio0", "disk5", "disk6"):
+        writers[name] = f"/machine/peripheral/{name}/virtio-backend"
+    writers["virtio1"] = "/machine/peripheral-anon/device[0]/virtio-backend"
+    process = Process(directory, arguments, images, writers)
+    process.socket = directory / "second"
+    return process
 
 
 @contextmanager

@@ -46,6 +46,7 @@ STEPS: Final = {
     "chains-retired": "nbdbackupd.ops.run.retire:checkpoints.run",
     # a running domain
     "scratch-measured": "nbdbackupd.source.scratch:free_bytes",
+    "space-measured": "nbdbackupd.source.scratch:Space.is_low",
     "scratch-prepared": "nbdbackupd.source.scratch:prepare",
     "job-begun": "nbdbackupd.virt.jobs:begin",
     "job-aborted": "nbdbackupd.virt.jobs:abort",
@@ -57,6 +58,7 @@ STEPS: Final = {
     "instance-started": "nbdbackupd.virt.instance:start_paused",
     "instance-ended": "nbdbackupd.virt.instance:end",
     "jobs-begun": "nbdbackupd.source.standalone:_begin",
+    "filter-put": "nbdbackupd.qemu.machine:Machine.put_filter",
     # a domain that is off
     "lease-announced": "nbdbackupd.source.lease:Lease.announce",
     "daemon-serves": "nbdbackupd.qemu.storage_daemon:serve",

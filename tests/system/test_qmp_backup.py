@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 
 from nbdbackupd.ops.sets.opened import open_set
+from tests.lab.command import LabError
 from tests.lab.process import wait_until
 from tests.lib.contents import read_disk
-from tests.lib.images import make, overlay, qemu_img
+from tests.lib.images import make, qemu_img
 from tests.lib.rigged import RiggedCtl
-from tests.lib.standalone import MIB, Process, running
+from tests.lib.standalone import MIB, VARIABLES, Process, modern, proxmox, running
 
 pytestmark = pytest.mark.system
 SMALL_MIB = 36
-UUID = "3c4f1a52-9a3e-4a40-9bb1-0a1d7a4b9c11"
+WRITERS = int(os.environ.get("NBDBACKUP_WRITERS", "2"))
 
 
 @pytest.fixture
@@ -28,42 +29,6 @@ def ctl() -> Iterator[RiggedCtl]:
     # a socket's path must be short
     with tempfile.TemporaryDirectory(prefix="nbq-", dir="/tmp") as directory:
         yield RiggedCtl("test:///none", Path(directory))
-
-
-def modern(directory: Path, *more: str) -> Process:
-    """-blockdev, a throttle filter above one disk, an overlay, a raw disk."""
-    one, three = make(directory / "one.qcow2", 8 * MIB), directory / "three.raw"
-    two = overlay(directory / "two.qcow2", make(directory / "below.qcow2", 8 * MIB))
-    qemu_img("create", "-q", "-f", "raw", three, str(8 * MIB))
-    arguments = [
-        *("-uuid", UUID, "-S", "-object", "throttle-group,id=g0,x-iops-total=100000"),
-        *("-blockdev", f"driver=qcow2,node-name=n1,file.driver=file,file.filename={one}"),
-        *("-blockdev", "driver=throttle,node-name=t1,throttle-group=g0,file=n1"),
-        *("-device", "virtio-blk-pci,drive=t1,id=disk1"),
-        *("-blockdev", f"driver=qcow2,node-name=n2,file.driver=file,file.filename={two}"),
-        *("-device", "virtio-blk-pci,drive=n2,id=disk2"),
-        *("-blockdev", f"driver=raw,node-name=n3,file.driver=file,file.filename={three}"),
-        *("-device", "virtio-blk-pci,drive=n3,id=disk3"),
-        *more,
-    ]
-    images = {"disk1": (one, "qcow2"), "disk2": (two, "qcow2"), "disk3": (three, "raw")}
-    writers = {name: f"/machine/peripheral/{name}/virtio-backend" for name in images}
-    return Process(directory, arguments, images, writers)
-
-
-def proxmox(directory: Path) -> Process:
-    """-drive, as qemu-server writes it, relative names, and a guest that runs."""
-    make(directory / "disk.qcow2", 8 * MIB)
-    arguments = [
-        *("-name", "vm7,debug-threads=on", "-smbios", f"type=1,uuid={UUID}"),
-        *("-device", "virtio-scsi-pci,id=scsihw0"),
-        *("-drive", "file=disk.qcow2,if=none,id=drive-scsi0,format=qcow2,cache=none,aio=threads"),
-        *("-device", "scsi-hd,bus=scsihw0.0,scsi-id=0,drive=drive-scsi0,id=scsi0,bootindex=100"),
-        *("-drive", "if=none,id=drive-ide2,media=cdrom"),
-        *("-device", "ide-cd,bus=ide.1,unit=0,drive=drive-ide2,id=ide2"),
-    ]
-    images = {"scsi0": (directory / "disk.qcow2", "qcow2")}
-    return Process(directory, arguments, images, {"scsi0": "scsi0"})
 
 
 @pytest.fixture
@@ -86,7 +51,7 @@ def test_each_point_of_a_chain(qemu: Process, ctl: RiggedCtl, tmp_path: Path, se
         for disk, content in disks.items():
             assert read_disk(into, point, disk) == content, (point, disk)
     levels = [[disk["mode"] for disk in each["disks"]] for each in ctl.points(into)]
-    assert levels[1] == ["delta", "delta", "full"]
+    assert levels[1] == ["delta", "delta", "delta"]
     assert levels[3] == ["delta", "delta", "full"]
     assert len(qemu.bitmaps()) == 1
     ctl("verify", into)
@@ -99,31 +64,88 @@ def test_each_point_of_a_chain(qemu: Process, ctl: RiggedCtl, tmp_path: Path, se
 
 
 def test_as_proxmox_starts_it(ctl: RiggedCtl, tmp_path: Path, seed: int) -> None:
-    rng, into = random.Random(seed), tmp_path / "set"
+    """Eight disks at one instant, by filters: QEMU's are gone afterwards, whatever ends a run."""
+    rng, into, expected = random.Random(seed), tmp_path / "set", {}
     with running(proxmox(tmp_path)) as process:
+
+        def saved(*options: str, raw: str) -> None:
+            point = process.backup(ctl, into, "--raw", *options)["point"]
+            expected[point["id"]] = process.contents()
+            assert process.leftovers() == []
+            assert process.guest_runs
+            assert {each["target"] for each in point["disks"]} == {*process.images}
+            modes = {each["target"]: each["mode"] for each in point["disks"]}
+            assert [modes["virtio0"], modes["disk7"]] == [raw, raw]
+            full = {mode for name, mode in modes.items() if name not in ("virtio0", "disk7")}
+            assert full == {"full" if len(expected) == 1 else "delta"}
+
+        tops = process.tops()
+        assert process.tops()["disk5"] == "throttle-5"
         process.scribble(rng)
-        qemu = process.backup(ctl, into, "-i", "drive-scsi0", "--pause")
-        assert qemu["point"]["uuid"] == UUID
-        assert qemu["point"]["consistency"] == "paused"
-        assert process.monitor.execute("query-status")["running"]
+        saved("-x", "drive-ide2", "--pause", raw="full")
+        assert process.tops() == tops
+        process.scribble(rng)
+        # a guest that is halted for an instant, with filters below some of its disks
+        for end in ("SLAY@filter-put#6", "KILL@filter-put#6", "STOP@filter-put#6"):
+            with ctl.rigged(end):
+                process.backup(ctl, into, "--raw", code=-signal.SIGKILL)
+            if not end.startswith("SLAY"):
+                # its guard lets the guest go; for that it kills one that does not move
+                process.wait_clean()
+                assert process.guest_runs
+        process.scribble(rng)
+        saved(raw="delta")
+        assert process.tops() == tops
+        # while it is read: the guest's firmware writes, and somebody wants to resize a disk
+        process.scribble(rng)
+        before = process.contents()
+        with (
+            ctl.rigged("SLOW2@disk-copied#1"),
+            ctl.start("backup", "--qmp", process.socket, "vm7", "-o", into, "--raw") as run,
+        ):
+            wait_until(lambda: process.has_exports, "export", 60)
+            process.monitor.human(f'qemu-io drive-efidisk0 "write -P 7 0 {VARIABLES}"')
+            for name in ("drive-scsi0", "virtio1"):
+                with pytest.raises(LabError, match="Permission conflict"):
+                    process.monitor.execute("block_resize", {"device": name, "size": 16 * MIB})
+            process.scribble(rng)
+            _, said = run.communicate(timeout=60)
+        assert run.returncode == 0, said
+        assert process.tops() == tops
+        points = ctl.points(into)
+        expected[points[-1]["id"]] = before
+        newest = open_set(into).known.newest
+        (nvram,) = (each.name for each in newest.files if each.role == "nvram")
+        assert (into / nvram).read_bytes() == bytes(VARIABLES)
+        process.quit()
+        process.start()
+        saved(raw="full")
         # QEMU was given a relative name, and has left that directory
         (layer,) = open_set(into).known.newest.disk("scsi0").layers
-        assert layer.path == os.fspath(tmp_path / "disk.qcow2")
-        assert layer.inode == (tmp_path / "disk.qcow2").stat().st_ino
-        assert read_disk(into, qemu["point"]["id"], "scsi0") == process.contents()["scsi0"]
-        process.scribble(rng)
-        point = process.backup(ctl, into)["point"]
-        assert [each["mode"] for each in point["disks"]] == ["delta"]
-        assert read_disk(into, point["id"], "scsi0") == process.contents()["scsi0"]
+        assert layer.path == os.fspath(tmp_path / "scsi0.qcow2")
+        assert layer.inode == (tmp_path / "scsi0.qcow2").stat().st_ino
         said = ctl("backup", "--qmp", process.socket, "vm7", "-o", into, "-i", "sda", code=2).stderr
         assert "no disk sda, only: scsi0, ide2" in said
+    assert [each["consistency"] for each in points[:2]] == ["paused", "crash"]
+    (reason,) = {each["reason"] for each in ctl.points(into)[-1]["disks"] if each["mode"] == "full"}
+    assert reason.startswith("QEMU knows the changes of a raw image as long as its process lives")
+    for point, disks in expected.items():
+        for disk, content in disks.items():
+            assert read_disk(into, point, disk) == content, (point, disk)
 
 
-def test_a_writer_that_never_stops(
-    qemu: Process, ctl: RiggedCtl, tmp_path: Path, seed: int
-) -> None:
-    """What is written while bitmaps change hands is in the next increment, if in none before."""
-    into, stop = tmp_path / "set", threading.Event()
+@pytest.mark.parametrize("number", range(WRITERS))
+def test_a_writer_that_never_stops(ctl: RiggedCtl, tmp_path: Path, seed: int, number: int) -> None:
+    """What is written while bitmaps change hands is in the next increment, if in none before.
+
+    ``NBDBACKUP_WRITERS=20`` has so many of them, by filters and by jobs in turn.
+    """
+    with running(modern(tmp_path, above=["throttle", "copy-on-read"][number % 2])) as qemu:
+        write_through(qemu, ctl, tmp_path / "set", seed + number)
+
+
+def write_through(qemu: Process, ctl: RiggedCtl, into: Path, seed: int) -> None:
+    stop = threading.Event()
 
     def write() -> None:
         rng = random.Random(seed)
@@ -134,13 +156,13 @@ def test_a_writer_that_never_stops(
     thread.start()
     try:
         for level in ("full", "inc", "inc", "inc"):
-            qemu.backup(ctl, into, "-l", level, "-x", "n3")
+            qemu.backup(ctl, into, "-l", level, "--raw")
     finally:
         stop.set()
         thread.join()
-    last = qemu.backup(ctl, into, "-x", "disk3")["point"]
+    last = qemu.backup(ctl, into, "--raw")["point"]
     contents = qemu.contents()
-    for disk in ("disk1", "disk2"):
+    for disk in contents:
         assert read_disk(into, last["id"], disk) == contents[disk]
 
 
@@ -150,10 +172,17 @@ ENDS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("end", ENDS)
-def test_a_killed_run(qemu: Process, ctl: RiggedCtl, tmp_path: Path, end: str) -> None:
+@pytest.mark.parametrize(
+    ("above", "end"), [(["throttle", "copy-on-read"][n % 2], end) for n, end in enumerate(ENDS)]
+)
+def test_a_killed_run(ctl: RiggedCtl, tmp_path: Path, above: str, end: str) -> None:
     """Its guard ends what it left, without another run; the base stays what it was."""
-    rng, into = random.Random(3), tmp_path / "set"
+    with running(modern(tmp_path, above=above)) as qemu:
+        kill(qemu, ctl, tmp_path / "set", end)
+
+
+def kill(qemu: Process, ctl: RiggedCtl, into: Path, end: str) -> None:
+    rng = random.Random(3)
     qemu.scribble(rng)
     qemu.backup(ctl, into, "-x", "disk3")
     base = qemu.bitmaps()
@@ -267,26 +296,37 @@ def test_monitors_that_do_not_serve(qemu: Process, ctl: RiggedCtl, tmp_path: Pat
         qemu.handle.send(signal.SIGCONT)
 
 
-def test_scratch_that_fills_up(qemu: Process, ctl: RiggedCtl, tmp_path: Path, small: Path) -> None:
-    """The run ends before the guest sees anything of it."""
-    into = tmp_path / "set"
-    for disk in qemu.writers:
-        qemu.io(disk, f"write -P 1 0 {8 * MIB}")
+@pytest.mark.parametrize("way", ["jobs", "filters", "unwatched"])
+def test_scratch_that_fills_up(ctl: RiggedCtl, tmp_path: Path, small: Path, way: str) -> None:
+    """All that the guest writes lands, and the run says what has ended it."""
+    into, filler = tmp_path / "set", small / "filler"
     ctl.scratch = small / "scratch"
-    with (
-        ctl.rigged("SLOW8@disk-copied#1"),
-        ctl.start("backup", "--qmp", qemu.socket, "vm7", "-o", into, "--raw") as run,
-    ):
-        wait_until(lambda: qemu.has_exports, "export", 60)
-        for number in range(32):
-            for disk in qemu.writers:
-                qemu.io(disk, f"write -P 2 {number * MIB // 4} {MIB // 4}")
-        _, said = run.communicate(timeout=60)
-    assert run.returncode == 30, said
-    assert "is filling up" in said
-    assert "no disk of the guest shows an error" in said
-    assert qemu.leftovers() == []
-    assert qemu.bitmaps() == set()
+    faults = ["SLOW5@disk-copied#1"]
+    if way == "unwatched":
+        faults.append("SLOW8@space-measured#1")
+    with running(modern(tmp_path, above="copy-on-read" if way == "jobs" else "throttle")) as qemu:
+        for disk in qemu.writers:
+            qemu.io(disk, f"write -P 1 0 {8 * MIB}")
+        with (
+            ctl.rigged(*faults),
+            ctl.start("backup", "--qmp", qemu.socket, "vm7", "-o", into, "--raw") as run,
+        ):
+            wait_until(lambda: qemu.has_exports, "export", 60)
+            if way == "unwatched":
+                free = os.statvfs(small)
+                filler.write_bytes(bytes(free.f_bavail * free.f_frsize - 4 * MIB))
+            for number in range(32):
+                for disk in qemu.writers:
+                    qemu.io(disk, f"write -P 2 {number * MIB // 4} {MIB // 4}")
+            _, said = run.communicate(timeout=60)
+        assert run.returncode == 30, said
+        assert ("is full" if way == "unwatched" else "is filling up") in said
+        errors = "no disk of the guest shows an error" if way == "jobs" else "no write of the guest"
+        assert errors in said
+        assert qemu.leftovers() == []
+        assert qemu.bitmaps() == set()
+        assert {*qemu.contents().values()} == {b"\2" * 8 * MIB}
+    filler.unlink(missing_ok=True)
 
 
 def test_another_ones_nbd_server(qemu: Process, ctl: RiggedCtl, tmp_path: Path) -> None:

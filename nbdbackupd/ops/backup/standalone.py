@@ -7,14 +7,16 @@ bitmaps, of the same names, on the images below all filters; they are reconciled
 import json
 import logging
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
 
 from nbdbackupd import log as runlog
 from nbdbackupd import rundir
 from nbdbackupd.errors import NbdbackupError, NotSupportedError
 from nbdbackupd.model.chain import BackupSet, Level, RestorePoint, effective_level
-from nbdbackupd.model.plan import lost_disks, plan_disks
+from nbdbackupd.model.plan import DiskPlan, lost_disks, plan_disks
 from nbdbackupd.model.reconcile import WHY, Fate
 from nbdbackupd.model.reconcile import reconcile as compare
 from nbdbackupd.model.selection import select_disks
@@ -27,12 +29,20 @@ from nbdbackupd.ops.domain import endings
 from nbdbackupd.ops.domain import qemu as qemus
 from nbdbackupd.ops.domain.qemu import Qemu
 from nbdbackupd.ops.domain.survey import DiskFilter, Looked, Survey
+from nbdbackupd.qemu.machine import RAW
 from nbdbackupd.repo import written
 from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.repo.state import StateDirectory
 from nbdbackupd.source import Snapshot, standalone
 
 log = logging.getLogger(__name__)
+MAX_VARIABLES: Final = 64 << 20
+"""Bytes, far more than any firmware has; what is larger is read after the instant."""
+
+GONE: Final = (
+    "QEMU knows the changes of a raw image as long as its process lives, and has none since "
+    "restore point {}"
+)
 
 
 def run(
@@ -66,6 +76,9 @@ def run(
 class Standalone(Qemu):
     """A QEMU without libvirt, see ``run.Subject``."""
 
+    variables: list[metadata.Item] = field(default_factory=list)
+    """The firmware's, read at the instant of the point."""
+
     def open(
         self, run: BackupRun, on_trouble: Callable[[NbdbackupError], None]
     ) -> AbstractContextManager[Snapshot]:
@@ -77,6 +90,7 @@ class Standalone(Qemu):
                 f"might end by that; use '--extents own'"
             )
         drives = self.drives()
+        nvram = Path(run.survey.definition.nvram)
         return standalone.open_standalone(
             standalone.StandaloneRequest(
                 machine=self.machine,
@@ -99,8 +113,16 @@ class Standalone(Qemu):
                 base_bitmap=run.parent.checkpoint if run.parent is not None else "",
                 new_bitmap=run.checkpoint,
                 freeze=settings.freeze_policy,
+                at_instant=(lambda: self._read_variables(nvram)) if nvram.is_absolute() else None,
             )
         )
+
+    def _read_variables(self, path: Path) -> None:
+        """Keep the firmware's variables; what can't be read is told of by ``collect``."""
+        with suppress(OSError), path.open("rb") as file:
+            data = file.read(MAX_VARIABLES + 1)
+            if len(data) <= MAX_VARIABLES:
+                self.variables.append(metadata.Item(role="nvram", data=data, inner=path.name))
 
     def prove(self, run: BackupRun, parent: RestorePoint, snapshot: Snapshot) -> Snapshot:
         """A bitmap of a name of ours was made for one point and nothing else."""
@@ -112,7 +134,11 @@ class Standalone(Qemu):
         warnings: list[str] = []
         data = json.dumps(qemus.describe(self), indent=1).encode()
         items = [metadata.Item(role=metadata.MACHINE, data=data)]
-        items += metadata.boot_files(run.survey.definition, warnings)
+        found = run.survey.definition
+        items += self.variables
+        items += metadata.boot_files(
+            replace(found, nvram="") if self.variables else found, warnings
+        )
         return metadata.Collected(items=tuple(items), warnings=tuple(warnings), autostart=False)
 
     def drop_failed(self, run: BackupRun) -> bool:
@@ -199,15 +225,29 @@ def survey(
         include=qemu.targets(wanted.include),
         exclude=qemu.targets(wanted.exclude),
         raw=wanted.raw,
+        is_tracked=True,
     )
     return Survey(
         definition=looked.definition,
         selection=selection,
-        plans=plan_disks(selection, level, parent, looked.states),
+        plans=tuple(
+            _planned(plan, looked, parent)
+            for plan in plan_disks(selection, level, parent, looked.states)
+        ),
         states={each.target: looked.states[each.target] for each in selection.chosen},
         infos=looked.infos,
         lost=lost_disks(parent, selection),
     )
+
+
+def _planned(plan: DiskPlan, looked: Looked, parent: RestorePoint | None) -> DiskPlan:
+    """The plan; a raw disk that has lost its bitmap is read in full, as is to be expected."""
+    disk, state = looked.definition.disk(plan.target), looked.states[plan.target]
+    if not plan.delta or parent is None or disk.format != RAW:
+        return plan
+    if any(parent.checkpoint in each for each in state.bitmaps.values()):
+        return plan
+    return replace(plan, delta=False, reason=GONE.format(parent.id), is_expected=True)
 
 
 def changed(qemu: Qemu, survey: Survey, parent: RestorePoint | None) -> dict[str, int]:
