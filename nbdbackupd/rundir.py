@@ -45,6 +45,7 @@ GUARDS: Final = "guards"
 HELD: Final = "guest-held"
 STARTED_PAUSED: Final = "started-paused"
 OFFLINE_SOCKET: Final = "offline.sock"
+EXPORT_SOCKET: Final = "export.sock"
 """What lies in a domain's directory."""
 
 PROFILE: Final = "libvirt-"

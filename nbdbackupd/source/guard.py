@@ -218,6 +218,10 @@ class Guard:
         """Note that it has entered it."""
         self._advance(number, Stage.READY)
 
+    def refused(self, number: int) -> None:
+        """Note that it has not entered it, and is in its handshake as before."""
+        self._advance(number, Stage.CONNECTED)
+
     def settle(self) -> bool:
         """Leave no connection in its handshake and let none begin, so that the job may be ended.
 

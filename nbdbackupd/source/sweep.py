@@ -60,6 +60,7 @@ def _sweep(domain: Domain, runtime_dir: Path, scratch_dir: Path) -> Swept:
         guard.wait_for_guards(runtime_dir)
         jobs.abort(domain)
     files.add(runtime_dir / rundir.NBD_SOCKET)
+    files.add(rundir.beside(runtime_dir) / rundir.EXPORT_SOCKET)
     return Swept(
         job=str(job) if is_own else "",
         foreign=str(job) if job is not None and not is_own else "",

@@ -46,7 +46,7 @@ _nbdbackupctl_value() {
 }
 
 _nbdbackupctl_verbs() {
-    echo 'backup run restore map unmap boot mount unmount files list show verify prune protect unprotect merge remove import estimate check checkpoints abort yield config status timers notify log'
+    echo 'backup run restore map unmap boot mount unmount files list show verify prune protect unprotect merge remove import export estimate check checkpoints abort yield config status timers notify log'
 }
 
 # $1: the verb, empty before it
@@ -144,6 +144,11 @@ _nbdbackupctl_options() {
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet -o --output --link --sound'
         ;;
+    export)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet --socket --since -i --include -x --exclude --freeze
+        -F --freeze-mountpoint --scratch-dir --scratch-reserve --pause'
+        ;;
     estimate)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet -o --output --qmp'
@@ -188,8 +193,8 @@ _nbdbackupctl_options() {
 # $1: the verb, $2: how many arguments stand before this one
 _nbdbackupctl_positional() {
     case "$1:$2" in
-    backup:0 | run:0 | estimate:0 | check:0 | checkpoints:0 | abort:0 | yield:0 | config:1 | \
-    status:0 | timers:0 | log:0)
+    backup:0 | run:0 | export:0 | estimate:0 | check:0 | checkpoints:0 | abort:0 | yield:0 | \
+    config:1 | status:0 | timers:0 | log:0)
         echo 'domain'
         ;;
     restore:0 | map:0 | boot:0 | mount:0 | files:0 | list:0 | show:0 | verify:0 | prune:0 | \

@@ -24,7 +24,7 @@ WITH_STATE = (
     "restore",
     "verify",
 )
-WITH_SCRATCH = ("backup", "boot")
+WITH_SCRATCH = ("backup", "boot", "export")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +71,12 @@ class Ctl:
             "--runtime-dir",
             os.fspath(self.runtime),
         ]
-        extra = ["--scratch-dir", os.fspath(self.scratch)] if verb in WITH_SCRATCH else []
+        extra = []
+        if verb in WITH_SCRATCH and "--scratch-dir" not in arguments:
+            extra += ["--scratch-dir", os.fspath(self.scratch)]
         if verb in WITH_STATE and "--checkpoint-dir" not in arguments:
             extra += ["--checkpoint-dir", os.fspath(self.state)]
-        if verb == "backup" and "--scratch-reserve" not in arguments:
+        if verb in ("backup", "export") and "--scratch-reserve" not in arguments:
             extra += ["--scratch-reserve", "16M"]
         return [*head, verb, *(os.fspath(each) for each in arguments), *extra]
 

@@ -72,6 +72,7 @@ REPORTS: Final = {
         ("ops/boot/record.py", "describe"),
         ("app/verbs/boot.py", "_stop"),
     ],
+    "export": [("ops/backup/export.py", "to_json")],
     "estimate": [("ops/backup/estimate.py", "to_json")],
     "check": [("ops/check/check.py", "to_json"), ("model/finding.py", "to_json")],
     "checkpoints": [

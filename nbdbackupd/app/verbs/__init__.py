@@ -30,6 +30,7 @@ ALL: Final = {
     "merge": ("removal", "make one full of the oldest points"),
     "remove": ("removal", "remove points on which nothing hangs"),
     "import": ("import_", "make a set of virtnbdbackup one of ours"),
+    "export": ("export", "offer a running domain's disks to other readers"),
     "estimate": ("estimate", "tell what an increment would save"),
     "check": ("check", "tell whether a backup will work"),
     "checkpoints": ("checkpoints", "show checkpoints and bitmaps, put them in order"),

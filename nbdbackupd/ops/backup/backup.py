@@ -16,7 +16,6 @@ from typing import Final
 from nbdbackupd import durable, events, rundir
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import (
-    BusyError,
     CheckpointError,
     DomainError,
     IntegrityError,
@@ -40,7 +39,7 @@ from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.repo.state import Record, StateDirectory
 from nbdbackupd.source.lease import Lease
 from nbdbackupd.source.paused_start import started_paused
-from nbdbackupd.virt import checkpoints, jobs
+from nbdbackupd.virt import checkpoints
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
 
@@ -120,12 +119,7 @@ def begun(
 
 def _find(request: BackupRequest, connection: Connection) -> Domain:
     """The domain, unless a migration is under way, or it is to be started and may run elsewhere."""
-    domain = domains.find(connection, request.domain, request.runtime_dir)
-    if jobs.is_migrating(domain):
-        raise BusyError(
-            f"domain {domain.name} is being migrated: try again when that has ended",
-            domain=domain.name,
-        )
+    domain = domains.find_at_rest(connection, request.domain, request.runtime_dir)
     if request.settings.start_paused and not domain.is_active():
         prove_start(domain, request.sharing)
     return domain

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Final
 
 from nbdbackupd import log
-from nbdbackupd.errors import ConfigError, DomainNotFoundError, NbdbackupError
+from nbdbackupd.errors import BusyError, ConfigError, DomainNotFoundError, NbdbackupError
 from nbdbackupd.model.host import Host
 from nbdbackupd.repo.runs import boot_id
 from nbdbackupd.source import kept
-from nbdbackupd.virt import connection, instance
+from nbdbackupd.virt import connection, instance, jobs
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain, EndedDomain, Ending
 
@@ -69,6 +69,17 @@ def find(libvirt: Connection, name: str, runtime_dir: Path) -> Domain:
             raise DomainNotFoundError(f"{err.message}; {why_not}", **fields) from err
         ending = known.end.ending if known.end is not None else Ending.UNKNOWN
         return EndedDomain(libvirt, known.name, known.uuid, kept=known.xml, ending=ending)
+
+
+def find_at_rest(libvirt: Connection, name: str, runtime_dir: Path) -> Domain:
+    """The same for who is about to begin something. Raises BusyError if it is being migrated."""
+    domain = find(libvirt, name, runtime_dir)
+    if jobs.is_migrating(domain):
+        raise BusyError(
+            f"domain {domain.name} is being migrated: try again when that has ended",
+            domain=domain.name,
+        )
+    return domain
 
 
 def _settled(domain: Domain) -> Domain:
