@@ -46,6 +46,7 @@ OWNERS: Final = {
     "lz4": "format",
     "blake3": "format",
     "xxhash": "format",
+    "zstandard": "format",
     "subprocess": "proc",
     "multiprocessing": "nobody",
     "pty": "nobody",

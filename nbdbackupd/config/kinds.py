@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 from nbdbackupd.config import calendar
+from nbdbackupd.model.chain import Codec, Compression
 from nbdbackupd.units import LEAST_RATE, parse_duration, parse_size
 
 TRUE: Final = frozenset({"true", "yes", "on"})
@@ -28,6 +29,10 @@ SPECIAL: Final = frozenset({"y", "n", ".inf", ".nan"})
 """Others that some readers of YAML take for something else than a text."""
 
 MAX_TEXT: Final = 4096
+
+LEVELS: Final[dict[str, int]] = {Codec.LZ4: 2, Codec.ZSTD: 1}
+MOST_LEVELS: Final[dict[str, int]] = {Codec.LZ4: 16, Codec.ZSTD: 19}
+"""What a codec stands for without a level, and the highest one."""
 
 
 T = TypeVar("T")
@@ -204,6 +209,21 @@ def choice(*words: Word) -> Kind[Word]:
     return Kind(name=spoken(words), parse=parse, render=quoted, words=words)
 
 
+def _compression(text: str) -> Compression:
+    codec, is_told, level = text.partition(":")
+    if re.fullmatch(r"-?\d+", text, re.ASCII):
+        codec, is_told, level = Codec.LZ4, ":", text  # as it was when there was no other
+    if codec not in MOST_LEVELS:
+        raise ValueError(f"not a compression: {text!r}; use lz4, zstd, or one with a level: zstd:3")
+    parsed = count(1, MOST_LEVELS[codec]).parse(level) if is_told else LEVELS[codec]
+    return Compression(Codec(codec), parsed)
+
+
+COMPRESSION: Final[Kind[Compression]] = Kind(
+    name="lz4, zstd, one of them with a level, or a level of lz4", parse=_compression, render=str
+)
+
+
 def optional(kind: Kind[T], word: str) -> Kind[T | None]:
     """The same, or a word that stands for None."""
 
@@ -233,19 +253,17 @@ def listed(kind: Kind[T]) -> Kind[tuple[T, ...]]:
 
 def threads(text: str) -> int:
     """A number from 1 to 64, as options have it."""
-    return _up_to(64, text, f"not a number from 1 to 64: {text!r}")
-
-
-def lz4_level(text: str) -> int:
-    """An lz4 level as options have it; the domain after a bare ``-z`` ends up here, too."""
-    hint = "(if that is the domain, give it before -z)"
-    return _up_to(16, text, f"not a level from 1 to 16: {text!r} {hint}")
-
-
-def _up_to(most: int, text: str, fault: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= most:
-        raise ValueError(fault)
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 64:
+        raise ValueError(f"not a number from 1 to 64: {text!r}")
     return int(text)
+
+
+def compress(text: str) -> Compression:
+    """A compression as options have it; the domain after a bare ``-z`` ends up here, too."""
+    try:
+        return _compression(text)
+    except ValueError as err:
+        raise ValueError(f"{err} (if that is the domain, give it before -z)") from err
 
 
 def spoken(words: tuple[str, ...]) -> str:

@@ -16,6 +16,7 @@ from nbdbackupd.config.files import ConfigFile, Configuration
 from nbdbackupd.config.matching import Match
 from nbdbackupd.config.reading import Problem
 from nbdbackupd.config.schema import MATCH
+from nbdbackupd.model.chain import Compression, DigestKind
 from nbdbackupd.model.domain import is_uuid
 
 DISKS: Final = ("disks.include", "disks.exclude")
@@ -35,17 +36,21 @@ class Known:
 
 
 def remarks(
-    configuration: Configuration, domains: Sequence[Known] | None, is_over: Callable[[str], bool]
+    configuration: Configuration,
+    domains: Sequence[Known] | None,
+    is_over: Callable[[str], bool],
+    lack: Callable[[DigestKind, Compression | None], str],
 ) -> tuple[Problem, ...]:
     """All that is odd, each once, in the order of files and lines.
 
     ``domains`` are those of this host, None if nobody tells; ``is_over`` tells whether a calendar
-    event never comes again.
+    event never comes again, ``lack`` which library is missing for a digest or a compression.
     """
     found: list[Problem] = []
     for file in configuration.files:
         found += _of_places(file)
         found += _of_events(file, is_over)
+        found += _of_libraries(file, lack)
         if domains is None:
             continue
         chosen: Sequence[Known] = domains
@@ -81,6 +86,16 @@ def _of_events(file: ConfigFile, is_over: Callable[[str], bool]) -> Iterator[Pro
     for event in _value(file, path) or ():
         if is_over(event):
             yield _problem(file, path, f"{event!r} is over and never comes again; give another one")
+
+
+def _of_libraries(
+    file: ConfigFile, lack: Callable[[DigestKind, Compression | None], str]
+) -> Iterator[Problem]:
+    wanted = (
+        ("digest", lack(_value(file, "digest") or DigestKind.SHA256, None)),
+        ("compression", lack(DigestKind.SHA256, _value(file, "compression"))),
+    )
+    yield from (_problem(file, path, said) for path, said in wanted if said)
 
 
 def _of_match(file: ConfigFile, match: Match, domains: Sequence[Known]) -> Iterator[Problem]:

@@ -58,7 +58,7 @@ repository:
   path: /backup/web
 schedule:
   calendar: ['Mon..Fri 22:30', 'Sat 06:00']
-compression: 2
+compression: lz4
 """
 
 

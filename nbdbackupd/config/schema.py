@@ -179,17 +179,19 @@ class DomainSettings:
     )
     compression = Setting(
         "compression",
-        optional(count(1, 16), "none"),
+        optional(kinds.COMPRESSION, "none"),
         None,
-        example="2",
-        help="Level of lz4 compression. 1 and 2 are fast; 3 and above take much more time and "
-        "save a little more space.",
+        example="zstd:1",
+        help="How blocks are compressed. zstd stores less than lz4 in less time; it needs "
+        "python3-zstandard, and virtnbdrestore can't read it. A level may follow, lz4:1 to lz4:16 "
+        "(without one: 2), zstd:1 to zstd:19 (1); a number is a level of lz4.",
         option=Option(
-            "-z, --compress [LEVEL]",
+            "-z, --compress [CODEC]",
             "disks",
-            kinds.lz4_level,
-            value=2,
-            help="compress with lz4, level 1 to 16 (without one: 2; then give DOMAIN before it)",
+            kinds.compress,
+            value=kinds.compress("lz4"),
+            help="compress with lz4, or with zstd, which virtnbdrestore can't read; or at a level: "
+            "lz4:9, zstd:3 (without CODEC: lz4:2; then give DOMAIN before it)",
             other=Option("--no-compress", "disks", help="store blocks as they are (default)"),
         ),
     )

@@ -2,10 +2,10 @@
 
 Layout, little endian:
 
-* header, 32 bytes: magic ``NBDXIDX1``, u32 version (1, or 2 with other digests than SHA-256), u32
-  flags (bit 0: blocks are lz4 frames, bit 1: raw image instead of a stream, bit 2: frames of the
-  stream hold several blocks, as in imported sets, bits 8 to 15: kind of the digests, 0 SHA-256,
-  1 BLAKE3, 2 XXH128), u64 disk size, u64 record count;
+* header, 32 bytes: magic ``NBDXIDX1``, u32 version (1, or 2 with zstd or other digests than
+  SHA-256), u32 flags (bit 0: blocks are lz4 frames, bit 1: raw image instead of a stream, bit 2:
+  frames of the stream hold several blocks, as in imported sets, bit 3: blocks are zstd frames, bits
+  8 to 15: kind of the digests, 0 SHA-256, 1 BLAKE3, 2 XXH128), u64 disk size, u64 record count;
 * records, 64 bytes each: u64 guest offset, u64 length, u64 position of the payload in the
   stream file, u32 stored length, u32 kind (0 data, 1 zero), 32 bytes digest of the guest bytes,
   a shorter one followed by zero bytes (nothing else for kind zero, whose position and stored
@@ -26,16 +26,21 @@ from typing import NamedTuple, Self
 
 from nbdbackupd.errors import IntegrityError, UnsupportedVersionError
 from nbdbackupd.files import File
-from nbdbackupd.model.chain import DigestKind
+from nbdbackupd.model.chain import Codec, DigestKind
 
 MAGIC = b"NBDXIDX1"
 VERSION = 1
-DIGEST_VERSION = 2
-"""Of an index whose digests are no SHA-256."""
+NEWER_VERSION = 2
+"""Of an index with blocks in zstd, or digests that are no SHA-256."""
 
 FLAG_LZ4 = 1
 FLAG_RAW = 2
 FLAG_FRAMES = 4
+FLAG_ZSTD = 8
+CODECS = {Codec.NONE: 0, Codec.LZ4: FLAG_LZ4, Codec.ZSTD: FLAG_ZSTD}
+OLD_FLAGS = FLAG_LZ4 | FLAG_RAW | FLAG_FRAMES
+"""All that version 1 has."""
+
 DIGEST_BIT = 8
 DIGESTS = (DigestKind.SHA256, DigestKind.BLAKE3, DigestKind.XXH128)
 """Kinds by their number in the flags."""
@@ -93,16 +98,16 @@ class IndexHeader:
 
     disk_size: int
     count: int
-    compressed: bool
+    codec: Codec
     raw: bool
     frames: bool = False
     digest: DigestKind = DigestKind.SHA256
 
     def pack(self) -> bytes:
         """The 32 bytes of the header."""
-        flags = FLAG_LZ4 * self.compressed + FLAG_RAW * self.raw + FLAG_FRAMES * self.frames
+        flags = CODECS[self.codec] + FLAG_RAW * self.raw + FLAG_FRAMES * self.frames
         flags |= DIGESTS.index(self.digest) << DIGEST_BIT
-        version = VERSION if self.digest is DigestKind.SHA256 else DIGEST_VERSION
+        version = NEWER_VERSION if flags & ~OLD_FLAGS else VERSION
         return HEADER.pack(MAGIC, version, flags, self.disk_size, self.count)
 
 
@@ -136,9 +141,10 @@ class Index:
         if magic != MAGIC:
             raise IntegrityError("not an index file", file=self.path, offset=0)
         kind = flags >> DIGEST_BIT
-        is_known = kind == 0 if version == VERSION else version == DIGEST_VERSION and kind > 0
-        known = FLAG_LZ4 | FLAG_RAW | FLAG_FRAMES | kind << DIGEST_BIT
-        if not is_known or kind >= len(DIGESTS) or flags & ~known:
+        codecs = [each for each, bits in CODECS.items() if bits == flags & (FLAG_LZ4 | FLAG_ZSTD)]
+        wanted = NEWER_VERSION if flags & ~OLD_FLAGS else VERSION
+        known = OLD_FLAGS | FLAG_ZSTD | kind << DIGEST_BIT
+        if version != wanted or kind >= len(DIGESTS) or flags & ~known or not codecs:
             raise UnsupportedVersionError(
                 "index was written by a newer program", file=self.path, version=version
             )
@@ -149,7 +155,7 @@ class Index:
         return IndexHeader(
             disk_size,
             count,
-            bool(flags & FLAG_LZ4),
+            codecs[0],
             bool(flags & FLAG_RAW),
             bool(flags & FLAG_FRAMES),
             DIGESTS[kind],
@@ -228,7 +234,7 @@ class Index:
         return self._in_frame(number, self._plain(number))
 
     def _in_frame(self, number: int, record: Record) -> Record:
-        if not self.header.frames or not self.header.compressed or record.kind != Kind.DATA:
+        if not self.header.frames or self.header.codec is Codec.NONE or record.kind != Kind.DATA:
             return record
         first = self._sharing(number, -1)
         last = self._sharing(number, 1)

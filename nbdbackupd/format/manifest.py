@@ -1,6 +1,6 @@
 """The manifest: one restore point as a JSON file, version 1, or 2 if others were merged into it.
 
-Version 3 is of points with other digests of blocks than SHA-256.
+Version 3 is of points with other digests of blocks than SHA-256, version 4 of those with zstd.
 
 The bytes are canonical: keys sorted, indented by one, ASCII with JSON escapes, a final line feed.
 The member ``digest`` is the SHA-256 (hex) of the same document without that member, in the same
@@ -23,6 +23,7 @@ from typing import Any, Final, TypeVar
 from nbdbackupd import documents, plain
 from nbdbackupd.errors import FormatError, IntegrityError, UnsupportedVersionError
 from nbdbackupd.model.chain import (
+    Codec,
     Consistency,
     DigestKind,
     DiskMode,
@@ -41,6 +42,9 @@ MERGED_VERSION: Final = 2
 
 DIGEST_VERSION: Final = 3
 """Of a point with a disk whose index has other digests than SHA-256: each disk has ``digest``."""
+
+CODEC_VERSION: Final = 4
+"""Of a point with a disk in zstd: each disk has ``digest``, and ``codec`` for ``compressed``."""
 
 MAX_SIZE: Final = 16 << 20
 """A manifest of more bytes is refused unread."""
@@ -132,6 +136,11 @@ _known: Final = _Known()
 def _document(point: RestorePoint) -> dict[str, Any]:
     document: dict[str, Any] = _plain(point)
     del document["digest"]
+    if any(disk.codec is Codec.ZSTD for disk in point.disks):
+        document["version"] = CODEC_VERSION
+        return document
+    for disk in document["disks"]:
+        disk["compressed"] = Codec(disk.pop("codec")) is Codec.LZ4
     if any(disk.digest is not DigestKind.SHA256 for disk in point.disks):
         document["version"] = DIGEST_VERSION
         return document
@@ -197,9 +206,9 @@ def _load(data: bytes) -> dict[str, Any]:
     version = document.get("version")
     if type(version) is not int or version < 1:
         raise FormatError("version: missing or no positive number")
-    if version > DIGEST_VERSION:
+    if version > CODEC_VERSION:
         raise UnsupportedVersionError(
-            f"manifest has version {_short(version)}, this program reads {DIGEST_VERSION}: "
+            f"manifest has version {_short(version)}, this program reads {CODEC_VERSION}: "
             f"use a newer program"
         )
     # Other bytes of the same meaning (a key that comes twice, spaces) are damage, too.
@@ -338,7 +347,6 @@ def _short(value: object) -> str:
 
 def _parse_point(node: _Node, digest: str) -> RestorePoint:
     version = node.number("version")
-    build = _parse_digested if version == DIGEST_VERSION else _parse_disk
     node.digest("digest")
     point = RestorePoint(
         id=node.name("id"),
@@ -348,7 +356,7 @@ def _parse_point(node: _Node, digest: str) -> RestorePoint:
         created=_time(node, "created"),
         domain=node.name("domain"),
         uuid=node.name("uuid"),
-        disks=node.each("disks", build),
+        disks=node.each("disks", lambda disk: _parse_disk(disk, version)),
         consistency=node.choice("consistency", Consistency),
         parent=node.name("parent", empty=True),
         parent_digest=node.digest("parent_digest", empty=True),
@@ -367,6 +375,8 @@ def _parse_point(node: _Node, digest: str) -> RestorePoint:
         raise node.wrong("merged", "empty")
     if version == DIGEST_VERSION and all(each.digest is DigestKind.SHA256 for each in point.disks):
         raise node.wrong("version", "3 is of points with other digests than SHA-256")
+    if version == CODEC_VERSION and all(each.codec is not Codec.ZSTD for each in point.disks):
+        raise node.wrong("version", "4 is of points with zstd")
     targets = [disk.target for disk in point.disks]
     if len(set(targets)) != len(targets):
         raise node.wrong("disks", "one target comes twice")
@@ -404,12 +414,17 @@ def _time(node: _Node, key: str) -> str:
     return value
 
 
-def _parse_digested(node: _Node) -> DiskPoint:
-    kind = node.choice("digest", DigestKind)
-    return replace(_parse_disk(node), digest=kind)
+def _codec(node: _Node, version: int) -> Codec:
+    if version >= CODEC_VERSION:
+        return node.choice("codec", Codec)
+    return Codec.LZ4 if node.get("compressed", bool) else Codec.NONE
 
 
-def _parse_disk(node: _Node) -> DiskPoint:
+def _digest_kind(node: _Node, version: int) -> DigestKind:
+    return node.choice("digest", DigestKind) if version >= DIGEST_VERSION else DigestKind.SHA256
+
+
+def _parse_disk(node: _Node, version: int) -> DiskPoint:
     disk = DiskPoint(
         target=node.name("target"),
         mode=node.choice("mode", DiskMode),
@@ -422,12 +437,13 @@ def _parse_disk(node: _Node) -> DiskPoint:
         index=_parse_file(node.node("index")),
         data_bytes=node.number("data_bytes"),
         zero_bytes=node.number("zero_bytes"),
-        compressed=node.get("compressed", bool),
+        codec=_codec(node, version),
         layout=node.choice("layout", Layout),
         reason=node.text("reason"),
         serial=node.text("serial"),
         layers=node.each("layers", _parse_layer),
         bitmap=node.text("bitmap"),
+        digest=_digest_kind(node, version),
     )
     node.done()
     if disk.data_bytes + disk.zero_bytes > disk.size:

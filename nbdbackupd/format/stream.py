@@ -3,7 +3,7 @@
 Frames are a kind of four letters, a start and a length as 16 hexadecimal digits each, and CR LF::
 
     meta START LENGTH CRLF <LENGTH bytes of JSON> CRLF
-    data START LENGTH CRLF <payload> CRLF        payload: LENGTH bytes, or one lz4 frame
+    data START LENGTH CRLF <payload> CRLF        payload: LENGTH bytes, or one frame
     zero START LENGTH CRLF
     stop 0 0 CRLF
     <JSON list of the payload sizes> CRLF comp 0 LENGTH CRLF       only in compressed streams
@@ -22,6 +22,7 @@ from nbdbackupd.errors import FormatError, IntegrityError, UnsupportedVersionErr
 from nbdbackupd.files import File, open_untrusted
 from nbdbackupd.format.sizes import Size, Sizes
 from nbdbackupd.format.sizes import parse as parse_sizes
+from nbdbackupd.model.chain import Codec, Compression
 
 VERSION: Final = 2
 TERMINATOR: Final = b"\r\n"
@@ -34,7 +35,7 @@ MAX_NAME: Final = 128
 MAX_META: Final = 1 << 20
 MAX_SIZES: Final = 1 << 32
 MAX_NUMBER: Final = (1 << 63) - 1
-MAX_LEVEL: Final = 1 << 16
+MAX_LEVELS: Final = {"lz4": 1 << 16, "zstd": 22}
 HEX_DIGITS: Final = frozenset(b"0123456789abcdef")
 
 
@@ -67,11 +68,16 @@ class StreamMeta:
     disk_name: str
     disk_format: str
     checkpoint: str
-    compressed: int
+    compression: Compression | None
     parent_checkpoint: str
     incremental: bool
     stream_version: int = VERSION
     extra: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def codec(self) -> Codec:
+        """How the payloads are packed."""
+        return self.compression.codec if self.compression is not None else Codec.NONE
 
     def to_json(self) -> dict[str, Any]:
         """The keys and values in the order in which virtnbdbackup writes them."""
@@ -82,8 +88,8 @@ class StreamMeta:
             "diskName": self.disk_name,
             "diskFormat": self.disk_format,
             "checkpointName": self.checkpoint,
-            "compressed": self.compressed or False,
-            "compressionMethod": "lz4",
+            "compressed": self.compression is not None and self.compression.level,
+            "compressionMethod": "zstd" if self.codec is Codec.ZSTD else "lz4",
             "parentCheckpoint": self.parent_checkpoint,
             "incremental": self.incremental,
             "streamVersion": self.stream_version,
@@ -140,9 +146,6 @@ def parse_meta(payload: bytes) -> StreamMeta:
         document = {"diskFormat": "", **document}
         if document.get("parentCheckpoint") in (False, None):
             document["parentCheckpoint"] = ""
-    compressed = document.get("compressed", 0)
-    if not isinstance(compressed, int):
-        raise FormatError("meta frame: 'compressed' is neither a number nor false")
     known = StreamMeta(
         virtual_size=_typed(document, "virtualSize", int),
         data_size=_typed(document, "dataSize", int),
@@ -150,7 +153,7 @@ def parse_meta(payload: bytes) -> StreamMeta:
         disk_name=_typed(document, "diskName", str),
         disk_format=_typed(document, "diskFormat", str),
         checkpoint=_typed(document, "checkpointName", str, ""),
-        compressed=int(compressed),
+        compression=_compression(document),
         parent_checkpoint=_typed(document, "parentCheckpoint", str, ""),
         incremental=_typed(document, "incremental", bool, default=False),
         stream_version=version,
@@ -161,9 +164,22 @@ def parse_meta(payload: bytes) -> StreamMeta:
     words = (known.disk_name, known.disk_format, known.checkpoint, known.parent_checkpoint)
     if any(map(plain.CONTROL.search, words)):
         raise FormatError("meta frame: a name holds control characters")
-    if not 0 <= known.compressed <= MAX_LEVEL:
-        raise FormatError("meta frame: 'compressed' is out of range")
     return known
+
+
+def _compression(document: dict[str, Any]) -> Compression | None:
+    level = document.get("compressed", 0)
+    if not isinstance(level, int):
+        raise FormatError("meta frame: 'compressed' is neither a number nor false")
+    if not level:
+        return None
+    # version 1 names no method
+    most = MAX_LEVELS.get(_typed(document, "compressionMethod", str, "lz4"))
+    if most is None:
+        raise UnsupportedVersionError("stream is compressed in a way that is not known")
+    if not 0 < level <= most:
+        raise FormatError("meta frame: 'compressed' is out of range")
+    return Compression(Codec(document.get("compressionMethod", "lz4")), int(level))
 
 
 def _point(said: object) -> tuple[tuple[str, str], ...]:
@@ -208,7 +224,7 @@ class StreamReader:
                 )
             self.meta = parse_meta(self.read(start + HEADER_LENGTH, length))
             self._first = self._after(start + HEADER_LENGTH, length)
-            self.sizes = self._load_sizes() if self.meta.compressed and not head else None
+            self.sizes = self._load_sizes() if self.meta.compression and not head else None
         except BaseException as err:
             self._file.close()
             if isinstance(err, FormatError):

@@ -3,7 +3,7 @@
 Three steps for each block, so that the costly ones run in parallel and the file is still written
 strictly in guest order, without a second look at any byte:
 
-* ``prepare`` (any thread): zero test, digest, lz4, Adler-32 of the payload;
+* ``prepare`` (any thread): zero test, digest, compression, Adler-32 of the payload;
 * ``place`` (one thread at a time, in guest order): position in the file, index record, running sum;
 * ``write`` (any thread): one positioned write.
 """
@@ -31,7 +31,7 @@ from nbdbackupd.format.stream import (
     StreamMeta,
     pack_header,
 )
-from nbdbackupd.model.chain import DigestKind
+from nbdbackupd.model.chain import Codec, Compression, DigestKind
 
 META_ROOM: Final = 1024
 """The meta frame's payload is padded to a multiple of this, so that it can be written last."""
@@ -77,9 +77,15 @@ class _BlockWriter:
     """What both layouts share: preparing blocks, the index, dropping the page cache."""
 
     def __init__(
-        self, path: Path, index: Path, *, disk_size: int, level: int | None, digest: DigestKind
+        self,
+        path: Path,
+        index: Path,
+        *,
+        disk_size: int,
+        compression: Compression | None,
+        digest: DigestKind,
     ) -> None:
-        self._level = level
+        self._compression = compression
         self._digest = digest
         self._disk_size = disk_size
         self._count = 0
@@ -108,8 +114,8 @@ class _BlockWriter:
         if view[:64] == PROBE[:length] and bytes(view) == bytes(length):
             return Block(offset, length)
         payload: adler.Buffer = view
-        if self._level is not None:
-            payload = blocks.compress(view, self._level)
+        if self._compression is not None:
+            payload = blocks.compress(view, self._compression)
         return Block(offset, length, payload, blocks.digest(view, self._digest), self._sum(payload))
 
     def _sum(self, payload: adler.Buffer) -> int:
@@ -132,9 +138,8 @@ class _BlockWriter:
         self._count += 1
 
     def _finish_index(self, *, raw: bool) -> int:
-        header = IndexHeader(
-            self._disk_size, self._count, self._level is not None, raw, digest=self._digest
-        )
+        codec = self._compression.codec if self._compression is not None else Codec.NONE
+        header = IndexHeader(self._disk_size, self._count, codec, raw, digest=self._digest)
         self._records.seek(0)
         self._records.write(header.pack())
         self._records.flush()
@@ -165,15 +170,16 @@ class StreamWriter(_BlockWriter):
         index: Path,
         *,
         meta: StreamMeta,
-        level: int | None = None,
         digest: DigestKind = DigestKind.SHA256,
     ) -> None:
         """Create both files, which must not exist.
 
-        ``level`` is the lz4 level, or None for plain blocks. ``meta.data_size`` may be 0 here:
-        the meta frame is written at the end, with the number of data bytes that were stored.
+        ``meta.data_size`` may be 0 here: the meta frame is written at the end, with the number of
+        data bytes that were stored; and it says how they are compressed.
         """
-        super().__init__(path, index, disk_size=meta.virtual_size, level=level, digest=digest)
+        super().__init__(
+            path, index, disk_size=meta.virtual_size, compression=meta.compression, digest=digest
+        )
         self._meta = meta
         size = len(self._meta_json(1 << 62))
         self._meta_room = -(-size // META_ROOM) * META_ROOM
@@ -200,7 +206,7 @@ class StreamWriter(_BlockWriter):
         self._adler = adler.combine(self._adler, block.adler32, len(payload))
         self._adler = adler.adler32(TERMINATOR, self._adler)
         self._end += len(payload) + len(TERMINATOR)
-        if self._level is not None:
+        if self._compression is not None:
             self._sizes.append(len(payload))
         self._note(block)
 
@@ -243,7 +249,7 @@ class StreamWriter(_BlockWriter):
     def finish(self) -> Written:
         """Write trailer, meta and index header, and fsync both files."""
         tail = self._take_pending() + pack_header(STOP, 0, 0)
-        if self._level is not None:
+        if self._compression is not None:
             sizes = json.dumps(self._sizes.tolist()).encode()
             tail += sizes + TERMINATOR + pack_header(COMP, 0, len(sizes))
         _write_all(self._fd, [tail], self._end)
@@ -273,7 +279,7 @@ class RawWriter(_BlockWriter):
         digest: DigestKind = DigestKind.SHA256,
     ) -> None:
         """Create both files, which must not exist; the image gets its full size at once."""
-        super().__init__(path, index, disk_size=disk_size, level=None, digest=digest)
+        super().__init__(path, index, disk_size=disk_size, compression=None, digest=digest)
         try:
             os.ftruncate(self._fd, disk_size)
         except BaseException:

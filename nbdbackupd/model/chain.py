@@ -62,6 +62,25 @@ class DigestKind(StrEnum):
         return "SHA-256" if self is DigestKind.SHA256 else self.value.upper()
 
 
+class Codec(StrEnum):
+    """How a stream's blocks are packed; virtnbdrestore reads LZ4 and none."""
+
+    NONE = "none"
+    LZ4 = "lz4"
+    ZSTD = "zstd"
+
+
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """A codec and its level: ``lz4:2``."""
+
+    codec: Codec
+    level: int
+
+    def __str__(self) -> str:
+        return f"{self.codec}:{self.level}"
+
+
 @dataclass(frozen=True, slots=True)
 class ImageLayer:
     """One image of a disk's backing chain, top first; what tells it from another image.
@@ -113,7 +132,7 @@ class DiskPoint:
     index: StoredFile
     data_bytes: int
     zero_bytes: int
-    compressed: bool = False
+    codec: Codec = Codec.NONE
     layout: Layout = Layout.STREAM
     reason: str = ""
     serial: str = ""

@@ -21,6 +21,7 @@ from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.config.setting import Setting
 from nbdbackupd.errors import ConfigError, DomainError, RepositoryError, UsageError
+from nbdbackupd.model.chain import Codec, Compression
 from nbdbackupd.model.host import DEFAULT_URI
 from nbdbackupd.model.policy import FreezePolicy, LevelPolicy, Rotate
 from nbdbackupd.ops.backup import prepare
@@ -151,7 +152,7 @@ limits: {workers: 3, wait: 5m, timeout: 10, bandwidth: 64K}
         "disks.include": ("vda", "vdb"),
         "disks.exclude": ("vdc",),
         "disks.raw": True,
-        "compression": 7,
+        "compression": Compression(Codec.LZ4, 7),
         "freeze.policy": FreezePolicy.REQUIRE,
         "freeze.mountpoints": (Path("/"), Path("/var")),
         "scratch.directory": Path("/s"),
@@ -195,7 +196,8 @@ def test_options_win_over_settings(tmp_path: Path) -> None:
 
     assert merged() == found
     assert merged("--no-compress").compression is None
-    assert merged("-z").compression == 2
+    assert merged("-z").compression == Compression(Codec.LZ4, 2)
+    assert merged("-z", "zstd").compression == Compression(Codec.ZSTD, 1)
     assert merged("--threshold", "0").threshold == 0
     chosen = merged("-i", "vda")
     assert (chosen.disks_include, chosen.disks_exclude) == (("vda",), ())
@@ -312,7 +314,7 @@ def test_the_later_file_wins_setting_by_setting(tmp_path: Path) -> None:
         "disks.raw": "nbdbackup.yaml:5",
     }
     assert str(got.origins["strict"]) == "default"
-    assert settings.global_settings(found).compression == 1
+    assert settings.global_settings(found).compression == Compression(Codec.LZ4, 1)
 
 
 def test_files_that_contradict_one_another_for_a_domain(tmp_path: Path) -> None:
@@ -411,7 +413,8 @@ def test_check_of_sound_files(tmp_path: Path) -> None:
 
 
 def test_show(tmp_path: Path) -> None:
-    folder = write(tmp_path / "a", "strict: yes\n", b="match: {name: b}\nlimits:\n  wait: 2h\n")
+    main = "strict: yes\ncompression: 9\n"
+    folder = write(tmp_path / "a", main, b="match: {name: b}\nlimits:\n  wait: 2h\n")
     done = ctl("show", "b", "--config-dir", folder)
     rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()[1:]}
     assert set(rows) == set(schema.BY_PATH)
@@ -428,6 +431,7 @@ def test_show(tmp_path: Path) -> None:
         "line": 3,
     }
     assert by_path["scratch.reserve"]["value"] == 512 << 20
+    assert by_path["compression"]["value"] == by_path["compression"]["text"] == "lz4:9"
     assert (document["version"], document["domain"], document["uuid"]) == (1, "b", "")
 
 

@@ -184,7 +184,7 @@ def peer_stream(size: int = 64 * KIB) -> bytes:
 
     meta = stream.StreamMeta(
         virtual_size=size, data_size=size, date="2026-01-31T12:00:00", disk_name="vda",
-        disk_format="raw", checkpoint="", compressed=0, parent_checkpoint="", incremental=False,
+        disk_format="raw", checkpoint="", compression=None, parent_checkpoint="", incremental=False,
     )  # fmt: skip
     text = json.dumps(meta.to_json()).encode()
     frames = stream.pack_header(stream.META, 0, len(text)) + text + b"\r\n"

@@ -23,7 +23,7 @@ from nbdbackupd.errors import (
 )
 from nbdbackupd.format.index import HEADER, MAGIC, NO_DIGEST, RECORD
 from nbdbackupd.format.stream import StreamMeta
-from nbdbackupd.model.chain import DiskMode, DiskPoint, Level
+from nbdbackupd.model.chain import Codec, DiskMode, DiskPoint, Level
 from nbdbackupd.model.choice import Choice
 from nbdbackupd.ops.map import map as maps
 from nbdbackupd.ops.map import mapped
@@ -59,14 +59,15 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def built(path: Path, kind: str, seed: int = 5, of: type[SetBuilder] = SetBuilder) -> SetBuilder:
     """A chain with all that can happen to a disk; the newest point is a differential."""
     rng = random.Random(seed)
-    options: dict[str, Any] = {
+    kinds: dict[str, dict[str, Any]] = {
         "plain": {},
         "lz4": {"level": 2},
+        "zstd": {"level": 1, "codec": Codec.ZSTD},
         "blocks": {"block": MIB, "level": 1},
         "plain-blocks": {"block": MIB},
-    }[kind]
+    }
     size = 6 * MIB + 512
-    made = of(path, **options)
+    made = of(path, **kinds[kind])
     made.disks = {"vda": sets.random_disk(rng, size), "vdb": sets.random_disk(rng, MIB)}
     made.full()
     for number in range(8):
@@ -159,7 +160,7 @@ def test_random_reads_equal_a_restore(kind: str, tmp_path: Path, runtime: Path) 
 
 
 def test_each_point_is_exact(tmp_path: Path, runtime: Path) -> None:
-    made = built(tmp_path / "set", "lz4", 6)
+    made = built(tmp_path / "set", "zstd", 6)
     for point, images in zip(made.points, made.images, strict=True):
         request = MapRequest(runtime_dir=runtime, source=made.path, choice=Choice(point=point.id))
         with maps.serve(request, cancelled=idle) as disks:
@@ -176,8 +177,9 @@ def test_raw_images(tmp_path: Path, runtime: Path) -> None:
         assert read(disks[0]) == made.images[0]["sda"]
 
 
-def test_a_sequence_of_streams_without_indexes(tmp_path: Path, runtime: Path) -> None:
-    made = built(tmp_path / "set", "lz4", 7)
+@pytest.mark.parametrize("kind", ["lz4", "zstd"])
+def test_a_sequence_of_streams_without_indexes(kind: str, tmp_path: Path, runtime: Path) -> None:
+    made = built(tmp_path / "set", kind, 7)
     files = [point.disk("vda").file for point in made.points[-3:-1]]
     full = [point.disk("vda").file for point in made.points[:-1]]
     for name in full:

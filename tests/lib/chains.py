@@ -42,7 +42,7 @@ def write_disk(draft: Draft, target: str, level: Level, content: bytes) -> DiskP
         disk_name=target,
         disk_format="qcow2",
         checkpoint=intent.checkpoint,
-        compressed=0,
+        compression=None,
         parent_checkpoint="",
         incremental=level is not Level.FULL,
     )

@@ -12,6 +12,8 @@ from nbdbackupd.format import manifest
 from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.format.writer import RawWriter, StreamWriter
 from nbdbackupd.model.chain import (
+    Codec,
+    Compression,
     Consistency,
     DigestKind,
     DiskMode,
@@ -47,6 +49,7 @@ class SetBuilder:
     path: Path
     format: str = "qcow2"
     level: int | None = None
+    codec: Codec = Codec.LZ4
     block: int = 64 << 10
     domain: str = "vm1"
     raw: bool = False
@@ -55,6 +58,10 @@ class SetBuilder:
     disks: dict[str, bytearray] = field(default_factory=dict)
     points: list[RestorePoint] = field(default_factory=list)
     images: list[dict[str, bytes]] = field(default_factory=list)
+
+    @property
+    def compression(self) -> Compression | None:
+        return None if self.level is None else Compression(self.codec, self.level)
 
     def full(self, level: Level = Level.FULL) -> RestorePoint:
         """A point that holds the disks as they are."""
@@ -96,7 +103,7 @@ class SetBuilder:
             meta = StreamMeta(
                 virtual_size=len(self.disks[target]), data_size=0, date="2026-01-31T12:00:00Z",
                 disk_name=target, disk_format=self.format, checkpoint=checkpoint,
-                compressed=self.level or 0, parent_checkpoint=parent.checkpoint if parent else "",
+                compression=self.compression, parent_checkpoint=parent.checkpoint if parent else "",
                 incremental=this_mode is DiskMode.DELTA,
             )  # fmt: skip
             disks.append(self._disk(name, meta, each, this_mode))
@@ -151,7 +158,7 @@ class SetBuilder:
         if self.raw:
             writer = RawWriter(path, index, disk_size=meta.virtual_size, digest=self.digest)
         else:
-            writer = StreamWriter(path, index, meta=meta, level=self.level, digest=self.digest)
+            writer = StreamWriter(path, index, meta=meta, digest=self.digest)
         for change in changes:
             for offset, data in cut(change, self.block):
                 if isinstance(data, int):
@@ -173,7 +180,7 @@ class SetBuilder:
                 disk=meta.disk_name,
             ),
             data_bytes=written.data_bytes, zero_bytes=written.zero_bytes,
-            compressed=self.level is not None, digest=self.digest,
+            codec=Codec.NONE if self.raw else meta.codec, digest=self.digest,
             layout=Layout.RAW if self.raw else Layout.STREAM,
         )  # fmt: skip
 

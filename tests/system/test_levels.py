@@ -243,7 +243,7 @@ def indexes(here: Scene, saved: Saved) -> dict[str, bytes]:
 
 
 def test_compression(here: Scene) -> None:
-    for level in ("0", "17", "-1"):
+    for level in ("0", "17", "-1", "zstd:20", "zip"):
         here.ctl("backup", "shared", "-o", here.set, f"-z{level}", code=USAGE)
     plain = here.save()
     here.guest.write("vda", 0, 2 * MIB, 3)
@@ -260,16 +260,18 @@ def test_compression(here: Scene) -> None:
 
 
 def test_digests(here: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each kind in one chain of a running guest, plain and compressed; without one, SHA-256."""
+    """Each kind and each codec in one chain of a running guest; without one, SHA-256."""
     # Debian 12 has no BLAKE3 for its own Python
     libraries = Path(blake3.__file__).parents[1]
     monkeypatch.setitem(here.ctl.environment, "PYTHONPATH", str(libraries))
     here.ctl("backup", "shared", "-o", here.set, "--digest", "md5", code=USAGE)
     kinds = ["sha256", "blake3", "xxh128", "blake3", "sha256"]
-    for number, kind in enumerate(kinds):
+    codecs = ["none", "zstd", "lz4", "zstd:19", "zstd:3"]
+    for number, (kind, codec) in enumerate(zip(kinds, codecs, strict=True)):
         here.guest.write("vda", number * MIB, 2 * MIB, number + 3)
-        saved = here.save("--digest", kind, *(["-z"] if number % 2 else []))
-        assert saved.disk("vda")["digest"] == kind
+        saved = here.save("--digest", kind, *(["-z", codec] if number else []))
+        disk = saved.disk("vda")
+        assert (disk["digest"], disk["codec"]) == (kind, codec.partition(":")[0])
     here.guest.write("vda", MIB, MIB, 9)
     assert here.save().disk("vda")["digest"] == "sha256"
     here.prove_all()

@@ -15,6 +15,7 @@ from nbdbackupd.config.files import Configuration
 from nbdbackupd.config.setting import Setting
 from nbdbackupd.config.settings import needs_libvirt, settings_for, standalone_names
 from nbdbackupd.errors import ConfigError
+from nbdbackupd.model.chain import Codec, Compression
 from nbdbackupd.units import parse_duration, parse_size
 from tests.lib.calendars import BAD_EVENTS, GOOD_EVENTS
 
@@ -409,5 +410,5 @@ def test_sample_is_sound_and_says_the_defaults(tmp_path: Path) -> None:
 
 def test_example_of_the_sample_is_sound(tmp_path: Path) -> None:
     found = read(tmp_path, "", web=sample.EXAMPLE_FILE).require_sound()
-    assert settings_for("web-1", "", {}, found).compression == 2
+    assert settings_for("web-1", "", {}, found).compression == Compression(Codec.LZ4, 2)
     assert settings_for("mail", "", {}, found).compression is None

@@ -17,7 +17,7 @@ from nbdbackupd.repo.draft import Intent
 from scripts import gen_completion
 from tests.lib.pages import DESIGN, FORMAT, PAGES, TOP, section, tables
 
-CLOSED = (chain.DiskMode, chain.Consistency, chain.Layout, chain.DigestKind)
+CLOSED = (chain.DiskMode, chain.Consistency, chain.Layout, chain.Codec, chain.DigestKind)
 
 # -- the format
 
@@ -42,6 +42,7 @@ def members(heading: str) -> dict[str, str]:
 def test_members_of_the_manifest(heading: str, kind: type) -> None:
     told = members(heading)
     assert told.pop("version", "number") == "number"
+    assert told.pop("compressed", "bool") == "bool"
     types = {each.name: str(getattr(each.type, "__name__", each.type)) for each in fields(kind)}
     assert sorted(told) == sorted(types)
     closed = {each.__name__: each for each in CLOSED}
@@ -103,8 +104,8 @@ def test_limits_and_numbers() -> None:
     versions = {row[0]: row[1] for row in tables(FORMAT, "what")[0]}
     assert versions == {
         "stream": str(stream.VERSION),
-        "index": f"{index.VERSION}, {index.DIGEST_VERSION}",
-        "manifest": f"{manifest.VERSION}, {manifest.MERGED_VERSION}, {manifest.DIGEST_VERSION}",
+        "index": f"{index.VERSION}, {index.NEWER_VERSION}",
+        "manifest": ", ".join(map(str, range(manifest.VERSION, manifest.CODEC_VERSION + 1))),
     }
     maxima = {row[0]: int(row[1]) for row in tables(FORMAT, "name")[1]}
     assert list(maxima.values()) == [
@@ -187,7 +188,7 @@ def example_meta() -> stream.StreamMeta:
         disk_name="vda",
         disk_format="qcow2",
         checkpoint="nbdbackup.1a2b3c4d.20260131T235959-1a2b3c4d",
-        compressed=0,
+        compression=None,
         parent_checkpoint="",
         incremental=False,
         extra=(("point", "20260131T235959-1a2b3c4d"), ("program", "nbdbackupd 0.1.0")),

@@ -27,6 +27,7 @@ from nbdbackupd.errors import FormatError, NbdbackupError
 from nbdbackupd.format import blocks, index, manifest, stream
 from nbdbackupd.format.index import HEADER, RECORD, Index
 from nbdbackupd.format.stream import StreamReader
+from nbdbackupd.model.chain import Codec, Compression
 from nbdbackupd.ops.sets import import_files, opened, sequence
 from nbdbackupd.ops.sets.layers import MAX_STORED, IndexedLayer, Layer, ScannedLayer
 from nbdbackupd.repo.draft import Intent
@@ -134,8 +135,12 @@ ODD_METAS = st.builds(
     lambda payload: stream.pack_header(stream.META, 0, len(payload)) + payload + b"\r\n",
     st.one_of(DEEP, st.binary(max_size=80)),
 )
-LZ4 = [blocks.compress(bytes(size), 1) for size in (512, 4096, 1 << 20, 3 << 20, 65 << 20)]
-PAYLOADS = st.one_of(st.sampled_from(LZ4), st.binary(max_size=200), st.just(bytes(4096)))
+PACKED = [
+    blocks.compress(bytes(size), Compression(codec, 1))
+    for codec in (Codec.LZ4, Codec.ZSTD)
+    for size in (512, 4096, 1 << 20, 3 << 20, 65 << 20)
+]
+PAYLOADS = st.one_of(st.sampled_from(PACKED), st.binary(max_size=200), st.just(bytes(4096)))
 WORDS = NUMBERS.map(lambda number: number % (1 << 64))
 
 
@@ -143,7 +148,8 @@ WORDS = NUMBERS.map(lambda number: number % (1 << 64))
 def streams(draw: st.DrawFn) -> bytes:
     """A stream of frames that fit together more or less."""
     compressed = draw(st.booleans())
-    changes: dict[str, Any] = {"compressed": 1} if compressed else {}
+    method = draw(st.sampled_from(["lz4", "zstd"]))
+    changes: dict[str, Any] = {"compressed": 1, "compressionMethod": method} if compressed else {}
     size = draw(st.sampled_from([1 << 20, 4 << 20, 70 << 20, (1 << 63) - 1]))
     changes["virtualSize"] = size
     found = [draw(st.one_of(st.just(meta_frame(changes)), METAS, ODD_METAS))]
@@ -154,7 +160,7 @@ def streams(draw: st.DrawFn) -> bytes:
         kind = draw(st.sampled_from([stream.DATA, stream.DATA, stream.ZERO, stream.STOP]))
         payload = draw(PAYLOADS)
         natural = len(payload)
-        if compressed and payload in LZ4:
+        if compressed and payload in PACKED[:5]:
             natural = blocks.content_size(payload[:15])
         length = draw(st.one_of(st.just(natural), st.just(natural), WORDS))
         found.append(stream.pack_header(kind, start % (1 << 64), length % (1 << 64)))

@@ -7,6 +7,7 @@ import pytest
 
 from nbdbackupd.files import File
 from nbdbackupd.format.index import NO_DIGEST, RECORD, SOME, Index, IndexHeader, Kind
+from nbdbackupd.model.chain import Codec
 
 
 def made(path: Path, count: int) -> list[tuple[int, int]]:
@@ -18,7 +19,7 @@ def made(path: Path, count: int) -> list[tuple[int, int]]:
         end = start + rng.randint(1, 4096)
         ranges.append((start, end))
     with path.open("wb") as file:
-        file.write(IndexHeader(end + 4096, count, compressed=False, raw=False).pack())
+        file.write(IndexHeader(end + 4096, count, codec=Codec.NONE, raw=False).pack())
         for start, end in ranges:
             file.write(RECORD.pack(start, end - start, 0, 0, Kind.ZERO, NO_DIGEST))
     return ranges

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from nbdbackupd.format.index import HEADER, NO_DIGEST, RECORD, Index, IndexHeader, Kind
+from nbdbackupd.model.chain import Codec
 
 MIB = 1 << 20
 COUNT = 500_000
@@ -17,7 +18,7 @@ def resident() -> int:
 def test_iteration_lets_go_of_what_it_read(tmp_path: Path) -> None:
     path = tmp_path / "x.index"
     with path.open("wb") as file:
-        file.write(IndexHeader(COUNT * 1024, COUNT, compressed=False, raw=False).pack())
+        file.write(IndexHeader(COUNT * 1024, COUNT, codec=Codec.NONE, raw=False).pack())
         for number in range(COUNT):
             file.write(RECORD.pack(number * 1024, 512, 0, 0, Kind.ZERO, NO_DIGEST))
     assert path.stat().st_size == HEADER.size + COUNT * RECORD.size

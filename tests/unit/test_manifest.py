@@ -14,6 +14,7 @@ from nbdbackupd import plain
 from nbdbackupd.errors import FormatError, IntegrityError, UnsupportedVersionError
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import (
+    Codec,
     Consistency,
     DigestKind,
     DiskMode,
@@ -61,7 +62,7 @@ def disk_points(number: int) -> st.SearchStrategy[DiskPoint]:
         index=stored_files(number),
         data_bytes=st.integers(0, 1 << 61),
         zero_bytes=st.integers(0, 1 << 61),
-        compressed=st.booleans(),
+        codec=st.sampled_from(Codec),
         layout=st.sampled_from(Layout),
         reason=texts,
         serial=texts,
@@ -300,8 +301,8 @@ def test_two_disks_of_one_target_are_refused() -> None:
 
 
 def test_newer_version_is_told_apart() -> None:
-    with pytest.raises(UnsupportedVersionError, match="version 4"):
-        manifest.parse(change("version", 4))
+    with pytest.raises(UnsupportedVersionError, match="version 5"):
+        manifest.parse(change("version", 5))
     with pytest.raises(FormatError, match="version: missing"):
         manifest.parse(change("version", "1"))
 

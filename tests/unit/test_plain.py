@@ -136,7 +136,7 @@ def test_names_that_people_have_are_read() -> None:
 def test_a_stream_of_a_peer_with_control_characters_is_refused(member: str) -> None:
     meta = stream.StreamMeta(
         virtual_size=1, data_size=1, date="d", disk_name="vda", disk_format="raw",
-        checkpoint="c", compressed=0, parent_checkpoint="", incremental=False,
+        checkpoint="c", compression=None, parent_checkpoint="", incremental=False,
     )  # fmt: skip
     document = meta.to_json() | {member: "a\x1b[2J"}
     with pytest.raises(FormatError, match="control characters"):

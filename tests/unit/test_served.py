@@ -15,6 +15,7 @@ import pytest
 from nbdbackupd.errors import IntegrityError
 from nbdbackupd.format import blocks
 from nbdbackupd.format.index import MAX_BLOCK, RECORD, IndexHeader
+from nbdbackupd.model.chain import Codec, Compression
 from nbdbackupd.ops.map.reader import ServedDisk, ServedFile, ServedLayer, ServedPlan
 
 MIB = 1 << 20
@@ -45,7 +46,7 @@ def plan(
         stream=ServedFile(path="stream", fd=opened(tmp_path / "stream", payload, files)),
         index=ServedFile(path="index", fd=opened(tmp_path / "index", index, files)),
         index_start=0, index_size=len(index),
-        compressed=header.compressed, raw=header.raw, is_made=False,
+        codec=header.codec, raw=header.raw, is_made=False,
         longest=MAX_BLOCK, stored=1 << 27,
     )  # fmt: skip
     return ServedPlan(target="vda", whole=True, layers=(layer,), cache_bytes=4 * MIB, prove=False)
@@ -60,13 +61,13 @@ def read(disk: ServedDisk, offset: int, length: int) -> bytes:
 def shared(tmp_path: Path, files: list[int], flaw: int = -1) -> tuple[ServedPlan, bytes]:
     """Three blocks in one lz4 frame, as in imported sets; the digest of one may be wrong."""
     data = random.Random(1).randbytes(1 << 16) * 40 + b"end"
-    frame = blocks.compress(data, 1)
+    frame = blocks.compress(data, Compression(Codec.LZ4, 1))
     records = []
     for number, start in enumerate(range(0, len(data), MAX_BLOCK)):
         part = data[start : start + MAX_BLOCK]
         digest = hashlib.sha256(part + b"!" * (number == flaw)).digest()
         records.append((start, len(part), 100, len(frame), 0, digest))
-    header = IndexHeader(len(data), len(records), compressed=True, raw=False, frames=True)
+    header = IndexHeader(len(data), len(records), codec=Codec.LZ4, raw=False, frames=True)
     return plan(tmp_path, files, bytes(100) + frame, header, records), data
 
 
@@ -108,7 +109,7 @@ def test_a_damaged_block_of_a_shared_frame(tmp_path: Path, files: list[int]) -> 
 def test_what_an_index_can_not_say(
     record: tuple[int, int, int, int, int], tmp_path: Path, files: list[int]
 ) -> None:
-    header = IndexHeader(4096, 1, compressed=False, raw=False)
+    header = IndexHeader(4096, 1, codec=Codec.NONE, raw=False)
     disk = ServedDisk(
         plan(tmp_path, files, bytes(5000), header, [(*record, bytes(32))]), pytest.fail
     )
@@ -117,7 +118,7 @@ def test_what_an_index_can_not_say(
 
 
 def test_records_that_overlap(tmp_path: Path, files: list[int]) -> None:
-    header = IndexHeader(8192, 2, compressed=False, raw=False)
+    header = IndexHeader(8192, 2, codec=Codec.NONE, raw=False)
     records = [(0, 4096, 0, 4096, 0, bytes(32)), (4095, 4097, 0, 4097, 0, bytes(32))]
     disk = ServedDisk(plan(tmp_path, files, bytes(9000), header, records), pytest.fail)
     with pytest.raises(IntegrityError):
@@ -125,7 +126,7 @@ def test_records_that_overlap(tmp_path: Path, files: list[int]) -> None:
 
 
 def test_a_file_that_was_cut(tmp_path: Path, files: list[int]) -> None:
-    header = IndexHeader(4096, 1, compressed=False, raw=False)
+    header = IndexHeader(4096, 1, codec=Codec.NONE, raw=False)
     records = [(0, 4096, 0, 4096, 0, bytes(32))]
     told: list[str] = []
     disk = ServedDisk(plan(tmp_path, files, bytes(4096), header, records), told.append)
@@ -143,10 +144,10 @@ def test_a_block_is_unpacked_by_one_thread(
     loads: list[int] = []
     real = blocks.decompress
 
-    def slow(stored: bytes, length: int) -> bytes:
+    def slow(stored: bytes, length: int, codec: Codec) -> bytes:
         loads.append(threading.get_ident())
         time.sleep(0.1)
-        return real(stored, length)
+        return real(stored, length, codec)
 
     monkeypatch.setattr(blocks, "decompress", slow)
     disk = ServedDisk(given, pytest.fail)
@@ -160,12 +161,12 @@ def test_the_cache_keeps_to_its_limit(tmp_path: Path, files: list[int]) -> None:
     parts = [random.Random(n).randbytes(MIB) for n in range(10)]
     payload, records = bytearray(), []
     for number, part in enumerate(parts):
-        frame = blocks.compress(part, 1)
+        frame = blocks.compress(part, Compression(Codec.LZ4, 1))
         records.append(
             (number * MIB, MIB, len(payload), len(frame), 0, hashlib.sha256(part).digest())
         )
         payload += frame
-    header = IndexHeader(10 * MIB, 10, compressed=True, raw=False)
+    header = IndexHeader(10 * MIB, 10, codec=Codec.LZ4, raw=False)
     given = plan(tmp_path, files, bytes(payload), header, records)
     for limit, most in ((4 * MIB, 4), (0, 1)):
         disk = ServedDisk(replace(given, cache_bytes=limit), pytest.fail)

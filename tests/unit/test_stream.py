@@ -15,14 +15,16 @@ from nbdbackupd.format import adler, blocks, stream
 from nbdbackupd.format.index import Index, Kind
 from nbdbackupd.format.stream import StreamMeta, StreamReader
 from nbdbackupd.format.writer import RawWriter, StreamWriter
+from nbdbackupd.model.chain import Codec, Compression
 
 SIZE = 3 << 20
 
 
-def make_meta(size: int = SIZE, *, compressed: int = 0) -> StreamMeta:
+def make_meta(size: int = SIZE, *, level: int = 0) -> StreamMeta:
+    packed = Compression(Codec.LZ4, level) if level else None
     return StreamMeta(
         virtual_size=size, data_size=0, date="2026-01-31T00:00:00Z", disk_name="vda",
-        disk_format="qcow2", checkpoint="cp.1", compressed=compressed,
+        disk_format="qcow2", checkpoint="cp.1", compression=packed,
         parent_checkpoint="", incremental=False, extra=(("point", "p1"),),
     )  # fmt: skip
 
@@ -31,9 +33,7 @@ def write(directory: Path, level: int | None, seed: int = 1) -> bytes:
     """Write a stream of random blocks with its writes in random order; return the disk."""
     rng = random.Random(seed)
     disk = bytearray(SIZE)
-    writer = StreamWriter(
-        directory / "s", directory / "i", meta=make_meta(compressed=level or 0), level=level
-    )
+    writer = StreamWriter(directory / "s", directory / "i", meta=make_meta(level=level or 0))
     placed, offset = [], 0
     while offset < SIZE:
         length = min(SIZE - offset, rng.choice([512, 4096, 65536, 262144]))
@@ -83,7 +83,7 @@ def test_frames_and_index_describe_the_disk(tmp_path: Path, level: int | None) -
             assert (frame.position, frame.stored) == (record.position, record.stored)
             payload = raw[record.position : record.position + record.stored]
             if level is not None:
-                payload = blocks.decompress(payload, record.length)
+                payload = blocks.decompress(payload, record.length, Codec.LZ4)
             assert payload == guest
             assert hashlib.sha256(guest).digest() == record.digest
 
@@ -104,7 +104,7 @@ def test_neighbouring_zeroes_are_one_frame(tmp_path: Path) -> None:
 
 
 def test_an_empty_stream_is_well_formed(tmp_path: Path) -> None:
-    writer = StreamWriter(tmp_path / "s", tmp_path / "i", meta=make_meta(compressed=2), level=2)
+    writer = StreamWriter(tmp_path / "s", tmp_path / "i", meta=make_meta(level=2))
     writer.finish()
     writer.close()
     with StreamReader(tmp_path / "s") as reader, Index(tmp_path / "i") as index:

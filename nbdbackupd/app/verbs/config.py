@@ -18,7 +18,9 @@ from nbdbackupd.config.remarks import Known
 from nbdbackupd.config.schema import BY_PATH, DomainSettings
 from nbdbackupd.config.settings import standalone_names
 from nbdbackupd.errors import WARNED, ConfigError, DomainNotFoundError, NbdbackupError, UsageError
+from nbdbackupd.format import blocks
 from nbdbackupd.model import throwaway
+from nbdbackupd.model.chain import Compression
 from nbdbackupd.model.domain import parse_domain
 from nbdbackupd.ops.domain import configured
 from nbdbackupd.ops.notify import notification
@@ -94,7 +96,7 @@ def _remarks(configuration: Configuration, context: Context) -> tuple[Problem, .
     if domains is not None:
         names = standalone_names(configuration)
         domains += [Known(name=name, uuid="", labels={}) for name in names]
-    found = config_remarks.remarks(configuration, domains, analyze.is_over)
+    found = config_remarks.remarks(configuration, domains, analyze.is_over, blocks.lack)
     directory = context.host.config_dir or schema.DIRECTORY
     try:
         fault = notification.template_fault(directory)
@@ -143,7 +145,7 @@ def _document(settings: DomainSettings, name: str, uuid: str) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, tuple):
             return [plain(each) for each in value]
-        return str(value) if isinstance(value, Path) else value
+        return str(value) if isinstance(value, Path | Compression) else value
 
     return versioned(
         domain=name,

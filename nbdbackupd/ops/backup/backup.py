@@ -22,7 +22,14 @@ from nbdbackupd.errors import (
     RepositoryError,
 )
 from nbdbackupd.format import blocks
-from nbdbackupd.model.chain import BackupSet, Consistency, Level, RestorePoint, effective_level
+from nbdbackupd.model.chain import (
+    BackupSet,
+    Codec,
+    Consistency,
+    Level,
+    RestorePoint,
+    effective_level,
+)
 from nbdbackupd.model.space import own_bytes
 from nbdbackupd.ops.backup import outcome, recording, room
 from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
@@ -98,10 +105,11 @@ def begun(
 ) -> Iterator[SetDirectory]:
     """The set that the run goes into, with its lock and the domain's, and the run's log open.
 
-    Raises BusyError if set or domain are locked, RepositoryError; ConfigError if the library of
-    the wanted digest is missing.
+    Raises BusyError if set or domain are locked, RepositoryError; ConfigError if a library is
+    missing that the wanted digest or compression needs.
     """
-    blocks.require(request.settings.digest)
+    wanted = request.settings.compression
+    blocks.require(request.settings.digest, wanted.codec if wanted else Codec.NONE)
     with ExitStack() as stack:
         stack.enter_context(runlog.context(DOMAIN=name, UUID=uuid))
         directory = rundir.make_domain_dir(request.runtime_dir, uuid)

@@ -15,7 +15,7 @@ from nbdbackupd import durable, events
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import DomainError, GaveWayError, NbdbackupError
 from nbdbackupd.format.stream import StreamMeta
-from nbdbackupd.model.chain import DiskMode, DiskPoint, Level, RestorePoint, StoredFile
+from nbdbackupd.model.chain import Codec, DiskMode, DiskPoint, Level, RestorePoint, StoredFile
 from nbdbackupd.model.plan import DiskState
 from nbdbackupd.nbdio import copy
 from nbdbackupd.nbdio.client import Patience
@@ -235,7 +235,6 @@ def _copy_disks(
         tuning=tuning,
         arena=tuning.arena(),
         patience=_patience(run, notes),
-        level=settings.compression,
         digest=settings.digest,
         layout=request.layout,
         by_nbdinfo=request.by_nbdinfo,
@@ -269,7 +268,7 @@ def _meta(run: BackupRun, export: Export) -> StreamMeta:
         disk_name=export.target,
         disk_format=definition.format,
         checkpoint=run.checkpoint,
-        compressed=run.request.settings.compression or 0,
+        compression=run.request.settings.compression,
         parent_checkpoint=run.parent.checkpoint if run.parent is not None else "",
         incremental=bool(export.bitmap),
         extra=(("point", run.point_id), ("program", run.request.program)),
@@ -281,7 +280,7 @@ def _disk_point(
 ) -> DiskPoint:
     definition = run.survey.definition.disk(export.target)
     state = run.survey.states.get(export.target, DiskState(size=export.size))
-    written = copied.written
+    compression, written = run.request.settings.compression, copied.written
     name = index.name.removesuffix(layout.INDEX_SUFFIX)
     with durable.translate_os_errors("read", index), index.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -299,7 +298,7 @@ def _disk_point(
         ),
         data_bytes=written.data_bytes,
         zero_bytes=written.zero_bytes,
-        compressed=run.request.settings.compression is not None,
+        codec=Codec.NONE if compression is None else compression.codec,
         layout=run.request.layout,
         reason=reason,
         serial=state.serial,

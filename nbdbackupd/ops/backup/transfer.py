@@ -21,12 +21,11 @@ from nbdbackupd.source import Export
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Transfer:
-    """What is the same for all disks of a run. ``level`` is the lz4 level or None."""
+    """What is the same for all disks of a run.."""
 
     tuning: copy.Tuning
     arena: Arena
     patience: Patience
-    level: int | None
     digest: DigestKind
     layout: Layout
     by_nbdinfo: bool
@@ -96,4 +95,4 @@ def _writer(
 ) -> StreamWriter | RawWriter:
     if transfer.layout is Layout.RAW:
         return RawWriter(file, index, disk_size=meta.virtual_size, digest=transfer.digest)
-    return StreamWriter(file, index, meta=meta, level=transfer.level, digest=transfer.digest)
+    return StreamWriter(file, index, meta=meta, digest=transfer.digest)

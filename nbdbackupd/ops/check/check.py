@@ -15,7 +15,7 @@ from nbdbackupd import proc
 from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.errors import ConfigError, NbdbackupError, ProcessError
 from nbdbackupd.format import blocks
-from nbdbackupd.model.chain import Level
+from nbdbackupd.model.chain import Codec, Compression, DigestKind, Level
 from nbdbackupd.model.finding import Area, Finding, Notes, Severity, worst
 from nbdbackupd.model.host import Host
 from nbdbackupd.ops.backup import prepare
@@ -41,7 +41,6 @@ NEEDED = (
     "qemu-storage-daemon",
 )
 OPTIONAL = {"nbdinfo": "only --extents nbdinfo needs it"}
-LZ4_PACKAGE = "python3-lz4"
 
 
 def programs(_: Patient, notes: Notes) -> None:
@@ -73,16 +72,18 @@ def libraries(_: Patient, notes: Notes) -> None:
     except ImportError as err:
         notes.fail(f"the Python library of libnbd can't be used: {err}", "install python3-libnbd")
 
-    try:
-        notes.ok(f"lz4: {blocks.lz4_version()}")
-    except ImportError as err:
-        notes.warn(f"no compression: {err}", f"install {LZ4_PACKAGE}, or do without compression")
-    for kind in blocks.PACKAGES:
-        try:
-            blocks.require(kind)
+    for kind in DigestKind:
+        missing = blocks.lack(kind, None)
+        if missing:
+            notes.ok(f"only sets with digest: {kind} need it: {missing}")
+        else:
             notes.ok(f"digests of kind {kind} can be made")
-        except ConfigError as err:
-            notes.ok(f"only sets with digest: {kind} need it: {err}")
+    for wanted in (Compression(Codec.LZ4, 1), Compression(Codec.ZSTD, 1)):
+        missing = blocks.lack(DigestKind.SHA256, wanted)
+        if missing:
+            notes.ok(f"only sets with compression: {wanted.codec} need it: {missing}")
+        else:
+            notes.ok(f"blocks can be compressed with {wanted.codec}")
 
 
 def connection(patient: Patient, notes: Notes) -> None:
@@ -206,6 +207,9 @@ def next_run(
     """The set that the next run goes to, None if that can't be told, and all findings."""
     notes = Notes(Area.CONFIGURATION)
     directory = _plan(name, uuid, settings, host, notes)
+    missing = blocks.lack(settings.digest, settings.compression)
+    if missing:
+        notes.fail(f"no run begins: {missing}")
     _programs(settings, notes)
     _telling(settings, notes)
     if settings.on_shutdown:

@@ -207,7 +207,7 @@ def _served(layer: Layer, hands: _Hands, cancelled: Callable[[], None]) -> Serve
         index=index,
         index_start=start,
         index_size=size,
-        compressed=layer.compressed,
+        codec=layer.codec,
         raw=layer.raw,
         is_made=not isinstance(layer, IndexedLayer),
         longest=longest,
@@ -223,7 +223,7 @@ def _make_index(fd: int, layer: Layer, cancelled: Callable[[], None]) -> tuple[i
     """
     longest = stored = count = 0
     start = os.lseek(fd, 0, os.SEEK_END)
-    parts = bytearray(IndexHeader(layer.size, 0, layer.compressed, layer.raw).pack())
+    parts = bytearray(IndexHeader(layer.size, 0, layer.codec, layer.raw).pack())
     for record in layer.records():
         parts += RECORD.pack(*record[:5], PART.pack(record.skip, record.whole))
         longest = max(longest, record.length)
@@ -234,5 +234,5 @@ def _make_index(fd: int, layer: Layer, cancelled: Callable[[], None]) -> tuple[i
             durable.write_all(fd, bytes(parts))
             parts.clear()
     durable.write_all(fd, bytes(parts))
-    os.pwrite(fd, IndexHeader(layer.size, count, layer.compressed, layer.raw).pack(), start)
+    os.pwrite(fd, IndexHeader(layer.size, count, layer.codec, layer.raw).pack(), start)
     return start, HEADER.size + count * RECORD.size, longest, stored

@@ -20,6 +20,7 @@ from nbdbackupd.errors import IntegrityError
 from nbdbackupd.files import File, HeldFile
 from nbdbackupd.format import blocks
 from nbdbackupd.format.index import NO_DIGEST, Index, Kind, Record
+from nbdbackupd.model.chain import Codec
 from nbdbackupd.model.view import ZERO, BlockPlace, View
 
 ZEROES: Final = memoryview(bytes(1 << 20))
@@ -70,7 +71,7 @@ class ServedLayer:
     index: ServedFile
     index_start: int
     index_size: int
-    compressed: bool
+    codec: Codec
     raw: bool
     is_made: bool
     longest: int
@@ -80,7 +81,7 @@ class ServedLayer:
     def from_json(cls, document: dict[str, Any]) -> "ServedLayer":
         """As it was before it became JSON."""
         parts = {name: ServedFile.from_json(document[name]) for name in ("stream", "index")}
-        return cls(**{**document, **parts})
+        return cls(**{**document, **parts, "codec": Codec(document["codec"])})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,7 +161,7 @@ class ServedDisk:
             raise IntegrityError(self._damaged[key])
         files = self._layers[layer]
         try:
-            if files.compressed:
+            if files.codec is not Codec.NONE:
                 record = files.record(number)
                 # blocks that are parts of one frame share it
                 place = (layer, record.position)
@@ -187,10 +188,10 @@ class _Layer:
         self._plan = plan
         self._prove = prove
         self._file = plan.stream.open()
-        self.compressed = plan.compressed
+        self.codec = plan.codec
         self.index = Index(plan.index.open(), start=plan.index_start, size=plan.index_size)
         # not every Python on a host has the library, and the server's may be another one
-        blocks.require(self.index.header.digest)
+        blocks.require(self.index.header.digest, self.codec)
         self.size = self.index.header.disk_size
         self._proven = bytearray(len(self.index) + 7 >> 3)
         self._lock = threading.Lock()
@@ -226,7 +227,7 @@ class _Layer:
             return False
         if record.position + record.stored > self._file.size:
             return False
-        if self.compressed:
+        if self.codec is not Codec.NONE:
             fits = record.skip + record.length <= record.whole or not record.whole
             return fits and 0 < record.stored <= self._plan.stored
         if self._plan.raw and record.position != record.offset:
@@ -238,7 +239,7 @@ class _Layer:
         stored = bytearray(record.stored)
         self._read_at(memoryview(stored), record.position)
         try:
-            block = blocks.decompress(stored, record.whole or record.length)
+            block = blocks.decompress(stored, record.whole or record.length, self.codec)
         except IntegrityError as err:
             raise self._damage(err.message, record) from err
         if not record.whole:

@@ -126,7 +126,7 @@ class Source:
                 start = max(piece.offset, lowest)
                 yield Piece(start, piece.end - start, -1, None)
 
-    def blocks(self, run: Run, writer: StreamWriter, *, compressed: bool) -> Iterator[Block]:
+    def blocks(self, run: Run, writer: StreamWriter) -> Iterator[Block]:
         """The blocks of a run; each is to be written before the next is asked for."""
         if is_zero(run):
             yield writer.zero(run[0].offset, run[0].length)
@@ -138,13 +138,14 @@ class Source:
             yield writer.prepare(run[0].offset, memoryview(buffer))
         else:
             for piece in run:
-                yield self._whole(piece, writer, compressed=compressed)
+                yield self._whole(piece, writer)
 
-    def _whole(self, piece: Piece[Record], writer: StreamWriter, *, compressed: bool) -> Block:
+    def _whole(self, piece: Piece[Record], writer: StreamWriter) -> Block:
         record, layer = self._of(piece)
         view = self._view[: record.length]
         stored = layer.read(record, view, self._scratch)
-        is_same = (layer.compressed, layer.digest) == (compressed, self.layers[0].digest)
+        newest = self.layers[0]
+        is_same = (layer.codec, layer.digest) == (newest.codec, newest.digest)
         if stored is None or not is_same or record.digest == NO_DIGEST:
             return writer.prepare(record.offset, view)
         total = adler.adler32(stored)
@@ -206,11 +207,10 @@ def write(tools: Tools, merge: DiskMerge, into: RestorePoint, file: Path, index:
     """
     newest = merge.sources[0].disk(merge.target)
     meta = _meta(tools, merge, into)
-    level = meta.compressed if newest.compressed else None
     with ExitStack() as stack:
         stack.enter_context(durable.translate_os_errors("write", file))
         source = stack.enter_context(closing(Source(tools, merge)))
-        writer = StreamWriter(file, index, meta=meta, level=level, digest=newest.digest)
+        writer = StreamWriter(file, index, meta=meta, digest=newest.digest)
         stack.callback(writer.close)
         forgotten = 0
         for run in source.runs():
@@ -220,7 +220,7 @@ def write(tools: Tools, merge: DiskMerge, into: RestorePoint, file: Path, index:
                 forgotten = run[-1].end
             if tools.pace is not None and not is_zero(run):
                 tools.pace.wait(run[-1].end - run[0].offset, tools.cancelled)
-            for block in source.blocks(run, writer, compressed=level is not None):
+            for block in source.blocks(run, writer):
                 writer.place(block)
                 writer.write(block)
             tools.progress(merge.target, run[-1].end, source.size)
@@ -234,7 +234,7 @@ def _meta(tools: Tools, merge: DiskMerge, into: RestorePoint) -> StreamMeta:
     newest = merge.sources[0].disk(merge.target)
     path = tools.directory / newest.file
     found = stream.read_meta(path)
-    if bool(found.compressed) != newest.compressed:
+    if found.codec is not newest.codec:
         raise IntegrityError("stream and manifest disagree", file=path, disk=merge.target)
     return replace(
         found,

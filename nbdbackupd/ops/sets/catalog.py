@@ -10,7 +10,7 @@ from nbdbackupd import durable, plain
 from nbdbackupd.errors import RepositoryError
 from nbdbackupd.format import stream
 from nbdbackupd.format.stream import StreamMeta
-from nbdbackupd.model.chain import DigestKind, DiskPoint, Layout, RestorePoint
+from nbdbackupd.model.chain import Codec, DigestKind, DiskPoint, Layout, RestorePoint
 from nbdbackupd.model.choice import Choice
 from nbdbackupd.model.space import disk_bytes, own_bytes
 from nbdbackupd.ops.sets import opened
@@ -176,7 +176,8 @@ def _describe_disk(disk: DiskPoint) -> dict[str, Any]:
         "stored_bytes": disk_bytes(disk),
         "data_bytes": disk.data_bytes,
         "zero_bytes": disk.zero_bytes,
-        "compressed": disk.compressed,
+        "compressed": disk.codec is not Codec.NONE,
+        "codec": disk.codec.value,
         "digest": disk.digest.value,
         "layout": disk.layout.value,
         "reason": disk.reason,
@@ -253,7 +254,8 @@ def _disk_row(disk: DiskPoint, warnings: Sequence[str]) -> tuple[str, ...]:
     """One line of the table; a reason that a warning below tells is not told twice."""
     name = f"disk {disk.target} "
     is_told = any(each.startswith(name) and each.endswith(disk.reason) for each in warnings)
-    form = "lz4" if disk.compressed else ("raw" if disk.layout is Layout.RAW else "")
+    form = "raw" if disk.layout is Layout.RAW else ""
+    form = form if disk.codec is Codec.NONE else disk.codec.value
     kind = "" if disk.digest is DigestKind.SHA256 else disk.digest.value
     notes = [form, kind, f"({disk.reason})" if disk.reason and not is_told else ""]
     return (

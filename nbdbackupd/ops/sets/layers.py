@@ -18,13 +18,13 @@ from nbdbackupd.files import File, open_regular, open_sized
 from nbdbackupd.format import adler, blocks, stream
 from nbdbackupd.format.index import MAX_BLOCK, NO_DIGEST, Index, Kind, Record
 from nbdbackupd.format.stream import StreamMeta, StreamReader, Window
-from nbdbackupd.model.chain import DigestKind, DiskPoint, Layout, RestorePoint, StoredFile
+from nbdbackupd.model.chain import Codec, DigestKind, DiskPoint, Layout, RestorePoint, StoredFile
 from nbdbackupd.ops.sets import frames
 from nbdbackupd.ops.sets.frames import FrameCache, max_stored
 
 CHUNK: Final = 1 << 20
 MAX_STORED: Final = MAX_BLOCK + (64 << 10)
-"""An lz4 frame of incompressible data is larger than the data by some headers, no more."""
+"""A frame of incompressible data is larger than the data by some headers, no more."""
 
 
 class Layer:
@@ -38,7 +38,7 @@ class Layer:
     """Of the records that have one."""
 
     def __init__(
-        self, path: Path, *, size: int, compressed: bool, raw: bool, whole: bool, **where: object
+        self, path: Path, *, size: int, codec: Codec, raw: bool, whole: bool, **where: object
     ) -> None:
         """Open the file.
 
@@ -46,7 +46,7 @@ class Layer:
         """
         self.path = path
         self.size = size
-        self.compressed = compressed
+        self.codec = codec
         self.raw = raw
         self.whole = whole
         self.where = {"file": path, **where}
@@ -75,7 +75,7 @@ class Layer:
         for record in records:
             if record.kind == Kind.DATA:
                 fits = record.position + record.stored <= self.file_size
-                if self.compressed:
+                if self.codec is not Codec.NONE:
                     most = max_stored(record.whole) if record.whole else MAX_STORED
                     fits = fits and 0 < record.stored <= most
                 else:
@@ -99,7 +99,7 @@ class Layer:
             key = (id(self), record.position)
             frame = self.frames.get(key, record.whole, lambda: self._whole_frame(record))
             view[:] = memoryview(frame)[record.skip : record.skip + record.length]
-        elif self.compressed:
+        elif self.codec is not Codec.NONE:
             stored = scratch[: record.stored]
             self.read_at(stored, record.position)
             view[:] = self._decompress(stored, record, record.length)
@@ -121,7 +121,7 @@ class Layer:
 
     def _decompress(self, stored: memoryview, record: Record, length: int) -> bytes:
         try:
-            return blocks.decompress(stored, length)
+            return blocks.decompress(stored, length, self.codec)
         except IntegrityError as err:
             raise IntegrityError(
                 err.message, offset=record.position, guest=record.offset, **self.where
@@ -146,18 +146,18 @@ class IndexedLayer(Layer):
     def __init__(self, path: Path, index: Path, *, whole: bool, **where: object) -> None:
         """Open both.
 
-        Raises IntegrityError, UnsupportedVersionError; ConfigError if the library is missing
-        that makes its digests.
+        Raises IntegrityError, UnsupportedVersionError; ConfigError if a library is missing that
+        makes its digests or unpacks its blocks.
         """
         self.index = Index(File(index, opener=lambda path: open_regular(path, **where)))
         try:
             header = self.index.header
             self.digest = header.digest
-            blocks.require(self.digest)
+            blocks.require(self.digest, header.codec)
             super().__init__(
                 path,
                 size=header.disk_size,
-                compressed=header.compressed,
+                codec=header.codec,
                 raw=header.raw,
                 whole=whole,
                 **where,
@@ -180,11 +180,13 @@ class ScannedLayer(Layer):
     """A stream without an index: its frames are walked again for each pass over the records."""
 
     def __init__(self, path: Path, meta: StreamMeta, window: Window | None = None) -> None:
-        """Open it; ``meta`` was read from it. ``window``: it is that part of the file."""
+        """Open it; ``meta`` was read from it. ``window``: it is that part of the file.
+
+        Raises ConfigError if the library is missing that unpacks its blocks.
+        """
         self._window = window
-        super().__init__(
-            path, size=meta.virtual_size, compressed=bool(meta.compressed), raw=False, whole=False
-        )
+        blocks.require(self.digest, meta.codec)
+        super().__init__(path, size=meta.virtual_size, codec=meta.codec, raw=False, whole=False)
 
     def records(self) -> Iterator[Record]:
         """Records made of the frames, without digests; long plain frames come in pieces."""
@@ -195,7 +197,7 @@ class ScannedLayer(Layer):
             for frame in reader.frames():
                 if frame.kind == stream.ZERO:
                     yield Record(frame.start, frame.length, 0, 0, Kind.ZERO, NO_DIGEST)
-                elif frame.kind == stream.DATA and self.compressed:
+                elif frame.kind == stream.DATA and self.codec is not Codec.NONE:
                     try:
                         yield from frames.records(frame, reader.read)
                     except IntegrityError as err:
@@ -218,7 +220,7 @@ class RawLayer(Layer):
 
     def __init__(self, path: Path, **where: object) -> None:
         """Open it; the disk is as large as the file."""
-        super().__init__(path, size=0, compressed=False, raw=True, whole=True, **where)
+        super().__init__(path, size=0, codec=Codec.NONE, raw=True, whole=True, **where)
         self.size = self.file_size
 
     def records(self) -> Iterator[Record]:
@@ -331,8 +333,8 @@ def open_proven(
         )
     layer = IndexedLayer(stream_path, index_path, whole=disk.mode == "full", **where)
     header = layer.index.header
-    wanted = (disk.size, disk.compressed, disk.layout is Layout.RAW, disk.digest)
-    if (header.disk_size, header.compressed, header.raw, header.digest) != wanted:
+    wanted = (disk.size, disk.codec, disk.layout is Layout.RAW, disk.digest)
+    if (header.disk_size, header.codec, header.raw, header.digest) != wanted:
         layer.close()
         raise IntegrityError("index and manifest disagree", file=index_path, **where)
     return layer

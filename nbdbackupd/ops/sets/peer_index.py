@@ -57,9 +57,7 @@ def write(path: Path, layer: Layer, *, whole: bool, check: Callable[[], None]) -
             else:
                 zero += record.length
         file.seek(0)
-        file.write(
-            IndexHeader(layer.size, count, layer.compressed, layer.raw, not layer.raw).pack()
-        )
+        file.write(IndexHeader(layer.size, count, layer.codec, layer.raw, not layer.raw).pack())
         file.flush()
         os.fsync(file.fileno())
     return Indexed(data, zero)
@@ -96,7 +94,7 @@ def covered(layer: Layer, *, whole: bool) -> Iterator[Record]:
 
 def fits(indexed: IndexedLayer, scanned: ScannedLayer, check: Callable[[], None]) -> bool:
     """Whether an index tells of each block what the stream's frames say; no block is read."""
-    if (indexed.size, indexed.compressed) != (scanned.size, scanned.compressed):
+    if (indexed.size, indexed.codec) != (scanned.size, scanned.codec):
         return False
     told = indexed.records()
     try:

@@ -153,7 +153,7 @@ def _fits(layer: IndexedLayer, meta: StreamMeta, check: Callable[[], None]) -> b
         with StreamReader(layer.path) as reader:
             if reader.meta.virtual_size != layer.size:
                 return False
-            if bool(reader.meta.compressed) != layer.compressed or layer.raw:
+            if reader.meta.codec is not layer.codec or layer.raw:
                 return False
             frames = (frame for frame in reader.frames() if frame.kind != stream.STOP)
             for frame, record in itertools.zip_longest(frames, layer.records()):

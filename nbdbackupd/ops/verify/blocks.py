@@ -20,6 +20,7 @@ from nbdbackupd.errors import FormatError, IntegrityError
 from nbdbackupd.format import adler, blocks, stream
 from nbdbackupd.format.index import Kind, Record
 from nbdbackupd.format.stream import HEADER_LENGTH, TERMINATOR, pack_header
+from nbdbackupd.model.chain import Codec
 from nbdbackupd.ops.sets import layers
 from nbdbackupd.ops.sets.layers import IndexedLayer
 
@@ -122,9 +123,9 @@ class Prover:
 
     def _payload_problem(self, layer: IndexedLayer, record: Record, stored: memoryview) -> str:
         block: adler.Buffer = stored
-        if layer.compressed:
+        if layer.codec is not Codec.NONE:
             try:
-                block = blocks.decompress(stored, record.length)
+                block = blocks.decompress(stored, record.length, layer.codec)
             except FormatError as err:
                 return err.message
         if blocks.digest(block, layer.digest) != record.digest:
@@ -173,7 +174,7 @@ def stream_runs(layer: IndexedLayer, first: int) -> Iterator[Run]:
 def _trailer(layer: IndexedLayer) -> Iterator[bytes]:
     """The bytes after the last block, in parts of bounded size."""
     yield pack_header(stream.STOP, 0, 0)
-    if not layer.compressed:
+    if layer.codec is Codec.NONE:
         return
     length = 0
     opening = "["

@@ -131,8 +131,8 @@ class DiskCheck:
     def _check_records(self, layer: IndexedLayer) -> None:
         """The index against the manifest: size, flags, sums, coverage."""
         disk, header, name = self.disk, layer.index.header, self.disk.index.name
-        said = (header.disk_size, header.compressed, header.raw, header.digest)
-        if said != (disk.size, disk.compressed, disk.layout is Layout.RAW, disk.digest):
+        said = (header.disk_size, header.codec, header.raw, header.digest)
+        if said != (disk.size, disk.codec, disk.layout is Layout.RAW, disk.digest):
             self._problem("header of the index does not fit the manifest", name, 0)
         end = data = zero = 0
         for record in layer.records():

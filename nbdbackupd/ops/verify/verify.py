@@ -30,7 +30,7 @@ from nbdbackupd.errors import (
 from nbdbackupd.files import open_regular
 from nbdbackupd.format import manifest
 from nbdbackupd.format.index import Kind
-from nbdbackupd.model.chain import BackupSet, DiskPoint, RestorePoint, StoredFile
+from nbdbackupd.model.chain import BackupSet, Codec, DiskPoint, RestorePoint, StoredFile
 from nbdbackupd.model.choice import Choice
 from nbdbackupd.model.proof import Proof, content_of
 from nbdbackupd.ops.sets import layers, opened, originals
@@ -399,7 +399,7 @@ class PeerCheck:
             layer = stack.enter_context(
                 opened.open_peer(storage, point, disk, self.cancelled, deep=False)
             )
-            if layer.compressed:
+            if layer.codec is not Codec.NONE:
                 self._decompress(layer, disk)
             self.progress(disk.target, disk.file_size, disk.file_size)
 

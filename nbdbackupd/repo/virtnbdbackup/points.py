@@ -16,6 +16,7 @@ from nbdbackupd.format import manifest
 from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model.chain import (
     BackupSet,
+    Codec,
     Consistency,
     DiskMode,
     DiskPoint,
@@ -132,7 +133,7 @@ def _disk(file: PeerFile, config: Domain | None) -> DiskPoint:
         index=NO_INDEX,
         data_bytes=min(meta.data_size, size) if meta else size,
         zero_bytes=0,
-        compressed=bool(meta and meta.compressed),
+        codec=meta.codec if meta else Codec.NONE,
         layout=Layout.STREAM if meta else Layout.RAW,
         serial=known[0].serial if known else "",
         layers=_layers(known[0].layers) if known else (),

@@ -1,0 +1,26 @@
+from typing import Final
+
+from nbdbackupd.format.adler import Buffer
+
+CONTENTSIZE_UNKNOWN: Final[int]
+
+class ZstdError(Exception): ...
+
+class FrameParameters:
+    content_size: int
+    window_size: int
+    dict_id: int
+    has_checksum: bool
+
+class ZstdCompressor:
+    def __init__(
+        self, level: int = ..., *, write_checksum: bool = ..., write_content_size: bool = ...
+    ) -> None: ...
+    def compress(self, data: Buffer) -> bytes: ...
+
+class ZstdDecompressor:
+    def __init__(self, *, max_window_size: int = ...) -> None: ...
+    def decompress(self, data: Buffer) -> bytes: ...
+
+def get_frame_parameters(data: Buffer) -> FrameParameters: ...
+def frame_header_size(data: Buffer) -> int: ...
