@@ -438,7 +438,7 @@ def _parse_disk(node: _Node, version: int) -> DiskPoint:
         data_bytes=node.number("data_bytes"),
         zero_bytes=node.number("zero_bytes"),
         codec=_codec(node, version),
-        layout=node.choice("layout", Layout),
+        layout=node.choice("layout", Layout, Layout.QCOW2),
         reason=node.text("reason"),
         serial=node.text("serial"),
         layers=node.each("layers", _parse_layer),

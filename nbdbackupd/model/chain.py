@@ -43,10 +43,14 @@ class Consistency(StrEnum):
 
 
 class Layout(StrEnum):
-    """How a disk's blocks lie in its file: framed stream, or raw image (guest offset = place)."""
+    """How a disk's blocks lie in its file: framed stream, or raw image (guest offset = place).
+
+    ``QCOW2``: as clusters of an image. Only other programs write such sets.
+    """
 
     STREAM = "stream"
     RAW = "raw"
+    QCOW2 = "qcow2"
 
 
 class DigestKind(StrEnum):
@@ -295,6 +299,15 @@ class BackupSet:
         for disk in point.disks:
             found |= {each.id: each for each in self.path(point, disk.target)}
         return tuple(found.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForeignSet:
+    """What another program left: the sound points, a line for each that is not sound, and hints."""
+
+    known: BackupSet
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def _check_link(point: RestorePoint, by_id: dict[str, RestorePoint]) -> None:

@@ -5,9 +5,12 @@ so that two chains of one domain can be told apart, and a name is used for one p
 a bitmap of a point's name was made for that point and nothing else.
 """
 
+import uuid
 from typing import Final
 
 PREFIX: Final = "nbdbackup"
+NAMESPACE: Final = uuid.UUID("5a0b8d3e-6c5c-4d4f-9a0e-8b1f6f1c7a52")
+"""For a QEMU that was given no UUID: its set goes by the name that the user gives it."""
 
 
 def tag_of_chain(chain: str) -> str:
@@ -31,6 +34,11 @@ def tag_of(name: str) -> str:
 def point_of(name: str) -> str:
     """The id of the point that a checkpoint was made for; empty if the name is not ours."""
     return name.split(".", 2)[2] if tag_of(name) else ""
+
+
+def uuid_of(name: str) -> str:
+    """The UUID under which a QEMU is saved that was given none."""
+    return str(uuid.uuid5(NAMESPACE, name))
 
 
 def is_foreign(checkpoint: str) -> bool:

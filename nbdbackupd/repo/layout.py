@@ -101,7 +101,7 @@ def stream(
     An increment needs ``checkpoint``, a differential and a copy need ``point_id``; a merge gives
     its number. Raises FormatError without it.
     """
-    suffix = "raw" if layout is Layout.RAW else "data"
+    suffix = "data" if layout is Layout.STREAM else layout.value
     suffix = f"{generation}.{suffix}" if generation else suffix
     disk = escape(target, MAX_TARGET)
     match level:

@@ -142,7 +142,7 @@ _nbdbackupctl_options() {
         ;;
     import)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet -o --output --link --sound'
+        --runtime-dir -v --verbose -q --quiet -o --output --link --sound --name --uuid'
         ;;
     export)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -222,8 +222,8 @@ _nbdbackupctl_kind() {
     *:--point | *:--until | *:--at | *:-d | *:--disk | *:--pool | *:--since | *:-j | *:--jobs \
     | *:--bandwidth-limit | *:--name | *:--socket | *:--tcp | *:--device | *:--cache | \
     *:--memory | *:-p | *:--partition | *:--older-than | *:--limit | *:--boot-wait | \
-    *:--boot-timeout | *:--boot-memory | *:--boot-name | *:--note | *:--drop | *:--reason | \
-    *:--warning | *:--critical | *:--lines | *:--run)
+    *:--boot-timeout | *:--boot-memory | *:--boot-name | *:--note | *:--uuid | *:--drop | \
+    *:--reason | *:--warning | *:--critical | *:--lines | *:--run)
         echo 'other'
         ;;
     *:--password-file | *:--sequence | *:--tls-psk | files:-f | *:--file)

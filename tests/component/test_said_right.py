@@ -72,7 +72,9 @@ def test_an_import_of_something_else_leaves_no_trace(tmp_path: Path, output: str
     source.mkdir()
     (source / "passwd").touch()
     request = ImportRequest(source=source, output=new, run_id="r")
-    with pytest.raises(RepositoryError, match="etc holds no backup that virtnbdbackup wrote"):
+    with pytest.raises(
+        RepositoryError, match="etc holds no backup that virtnbdbackup or qmpbackup wrote"
+    ):
         import_set.run(request, progress=lambda *_: None, cancelled=lambda: None)
     assert [each.name for each in tmp_path.iterdir()] == ["etc"]
     assert [each.name for each in source.iterdir()] == ["passwd"]

@@ -77,7 +77,7 @@ def test_order_comes_from_the_links(tmp_path: Path) -> None:
     assert points["diff.100"].parent == f"inc.{CP}3"
     assert points["copy"].parent == ""
     assert points["copy"].checkpoint == points["diff.99"].checkpoint == ""
-    assert found.peer
+    assert found.written_by == "virtnbdbackup"
 
 
 @pytest.mark.parametrize("missing", [f"sda.inc.{CP}2.data", "sda.full.data"])

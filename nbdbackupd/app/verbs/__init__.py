@@ -29,7 +29,7 @@ ALL: Final = {
     "unprotect": ("protect", "leave a point to the rules again"),
     "merge": ("removal", "make one full of the oldest points"),
     "remove": ("removal", "remove points on which nothing hangs"),
-    "import": ("import_", "make a set of virtnbdbackup one of ours"),
+    "import": ("import_", "make a set of virtnbdbackup or qmpbackup one of ours"),
     "export": ("export", "offer a running domain's disks to other readers"),
     "estimate": ("estimate", "tell what an increment would save"),
     "check": ("check", "tell whether a backup will work"),

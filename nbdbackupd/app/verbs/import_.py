@@ -1,6 +1,8 @@
 """``nbdbackupctl import``."""
 
+import argparse
 from pathlib import Path
+from uuid import UUID
 
 from nbdbackupd import plain
 from nbdbackupd.app import signals
@@ -14,7 +16,8 @@ from nbdbackupd.ops.sets import import_set
 DESCRIPTION = """\
 Make a set that virtnbdbackup wrote one of ours: each block gets a SHA-256, each restore point a
 manifest, so that it is verified, mapped and continued as ours are. The streams stay as they are.
-Without -o this happens where the set lies. If it ends early the set is what it was.
+Without -o this happens where the set lies. A set of qmpbackup is written anew, into -o, and needs
+--name. If it ends early the set is what it was.
 """
 
 
@@ -25,7 +28,7 @@ def register(verbs: Registry) -> None:
         "source",
         metavar="SET",
         type=Path,
-        help="directory that virtnbdbackup wrote, or the zip archive that it wrote to stdout",
+        help="directory that virtnbdbackup or qmpbackup wrote, or the former's zip archive",
     )
     parser.add_argument(
         "-o",
@@ -44,7 +47,26 @@ def register(verbs: Registry) -> None:
         action="store_true",
         help="with -o: leave out what is damaged, or hangs on what is missing",
     )
+    parser.add_argument(
+        "--name",
+        metavar="NAME",
+        default="",
+        help="of a set of qmpbackup: the name that 'backup --qmp' will be given",
+    )
+    parser.add_argument(
+        "--uuid",
+        metavar="UUID",
+        type=_uuid,
+        help="of a set of qmpbackup: the UUID that QEMU was given (default: none)",
+    )
     parser.set_defaults(run=run)
+
+
+def _uuid(text: str) -> str:
+    try:
+        return str(UUID(text))
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(f"{text!r} is no UUID") from err
 
 
 def run(args: Arguments, context: Context) -> int:
@@ -55,6 +77,8 @@ def run(args: Arguments, context: Context) -> int:
         output=args.output.absolute() if args.output else None,
         link=args.link,
         sound=args.sound,
+        name=args.name,
+        uuid=args.uuid or "",
     )
     with signals.listen() as cancel, context.progress() as progress:
 

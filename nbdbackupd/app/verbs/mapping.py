@@ -190,9 +190,14 @@ def _show(up: Serving, context: Context, *, is_detached: bool) -> None:
     print(end="", flush=True)
 
 
+def _point(point: str, domain: str) -> str:
+    whose = f" of {domain}" if domain else ""
+    return f"point {point}{whose}" if point else ""
+
+
 def render(mapping: Mapping, *, is_detached: bool) -> str:
     """What is served, and what to do with it, for people."""
-    of = f"point {mapping.point} of {mapping.domain}" if mapping.point else mapping.source
+    of = _point(mapping.point, mapping.domain) or mapping.source
     lines = [f"map {mapping.id}: {of}, as of {local_time(mapping.created)}"]
     for disk in mapping.disks:
         device = f"  {disk.device}" if disk.device else ""
@@ -216,7 +221,7 @@ def _list(context: Context) -> int:
     document = versioned(maps=[each.to_json() for each in found])
     lines = []
     for each in found:
-        of = f"point {each.point} of {each.domain}" if each.point else ""
+        of = _point(each.point, each.domain)
         lines.append(f"{each.id}  {each.purpose}  {each.source}  {of}")
         lines += [f"  {disk.target:<6} {disk.uri}" for disk in each.disks]
     context.show(document, "\n".join(lines) or "nothing is mapped")

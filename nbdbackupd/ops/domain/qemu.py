@@ -15,6 +15,7 @@ from nbdbackupd import documents, events
 from nbdbackupd.errors import NbdbackupError, UsageError
 from nbdbackupd.model import domain as domain_model
 from nbdbackupd.model.chain import ImageLayer
+from nbdbackupd.model.naming import uuid_of
 from nbdbackupd.model.plan import DiskState
 from nbdbackupd.ops.domain.survey import Looked, image_layer
 from nbdbackupd.qemu import machine
@@ -22,9 +23,6 @@ from nbdbackupd.qemu.machine import Drive, Machine
 
 log = logging.getLogger(__name__)
 NO_UUID: Final = str(uuids.UUID(int=0))
-NAMESPACE: Final = uuids.UUID("5a0b8d3e-6c5c-4d4f-9a0e-8b1f6f1c7a52")
-"""For a QEMU that was given no UUID: its set goes by the name that the user gives it."""
-
 FLASH: Final = "flash"
 PROXMOX: Final = "/etc/pve/qemu-server/{}.conf"
 MAX_FILE: Final = 1 << 20
@@ -96,7 +94,7 @@ def connect(path: Path, name: str) -> Iterator[Qemu]:
     with machine.connect(path, name) as found:
         uuid = found.uuid()
         if uuid == NO_UUID:
-            uuid = str(uuids.uuid5(NAMESPACE, name))
+            uuid = uuid_of(name)
         yield Qemu(machine=found, name=name, uuid=uuid)
 
 

@@ -210,6 +210,7 @@ def _served(layer: Layer, hands: _Hands, cancelled: Callable[[], None]) -> Serve
         codec=layer.codec,
         raw=layer.raw,
         is_made=not isinstance(layer, IndexedLayer),
+        deflated=layer.deflated,
         longest=longest,
         stored=stored,
     )

@@ -18,7 +18,7 @@ from typing import Any, Final
 from nbdbackupd import files
 from nbdbackupd.errors import IntegrityError
 from nbdbackupd.files import File, HeldFile
-from nbdbackupd.format import blocks
+from nbdbackupd.format import blocks, qcow2
 from nbdbackupd.format.index import NO_DIGEST, Index, Kind, Record
 from nbdbackupd.model.chain import Codec
 from nbdbackupd.model.view import ZERO, BlockPlace, View
@@ -64,7 +64,8 @@ class ServedLayer:
     """One file of the disk's path, and its index, which is a part of ``index``.
 
     ``longest`` bounds a block, in guest bytes, and ``stored`` in the file. ``is_made``: the index
-    was made for the server and has ``PART`` in place of digests.
+    was made for the server and has ``PART`` in place of digests. ``deflated``: blocks that are
+    parts of a frame are of a qcow2 image's compressed clusters, the others plain.
     """
 
     stream: ServedFile
@@ -76,6 +77,7 @@ class ServedLayer:
     is_made: bool
     longest: int
     stored: int
+    deflated: bool = False
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> "ServedLayer":
@@ -161,7 +163,7 @@ class ServedDisk:
             raise IntegrityError(self._damaged[key])
         files = self._layers[layer]
         try:
-            if files.codec is not Codec.NONE:
+            if files.is_packed:
                 record = files.record(number)
                 # blocks that are parts of one frame share it
                 place = (layer, record.position)
@@ -189,6 +191,7 @@ class _Layer:
         self._prove = prove
         self._file = plan.stream.open()
         self.codec = plan.codec
+        self.is_packed = plan.codec is not Codec.NONE or plan.deflated
         self.index = Index(plan.index.open(), start=plan.index_start, size=plan.index_size)
         # not every Python on a host has the library, and the server's may be another one
         blocks.require(self.index.header.digest, self.codec)
@@ -227,7 +230,7 @@ class _Layer:
             return False
         if record.position + record.stored > self._file.size:
             return False
-        if self.codec is not Codec.NONE:
+        if record.whole if self._plan.deflated else self.is_packed:
             fits = record.skip + record.length <= record.whole or not record.whole
             return fits and 0 < record.stored <= self._plan.stored
         if self._plan.raw and record.position != record.offset:
@@ -239,6 +242,8 @@ class _Layer:
         stored = bytearray(record.stored)
         self._read_at(memoryview(stored), record.position)
         try:
+            if self._plan.deflated:
+                return qcow2.inflate(stored, record.whole) if record.whole else bytes(stored)
             block = blocks.decompress(stored, record.whole or record.length, self.codec)
         except IntegrityError as err:
             raise self._damage(err.message, record) from err

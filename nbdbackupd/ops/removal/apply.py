@@ -25,9 +25,8 @@ from nbdbackupd.nbdio.throttle import Throttle
 from nbdbackupd.ops.removal import streams
 from nbdbackupd.ops.removal.streams import Tools
 from nbdbackupd.plain import versioned
-from nbdbackupd.repo import generation, layout, removing, written
+from nbdbackupd.repo import foreign, generation, layout, removing, written
 from nbdbackupd.repo.set_directory import SetDirectory, all_names
-from nbdbackupd.repo.virtnbdbackup import peer
 from nbdbackupd.repo.written import Verdict
 from nbdbackupd.units import human_size
 
@@ -92,10 +91,10 @@ def opened(
     no such set, BusyError, FormatError and ChainBrokenError for a damaged set.
     """
     set_dir = SetDirectory.open(path)
-    storage = peer.storage_of(path) if set_dir.exists else None
-    if storage is not None and peer.is_peer(storage):
+    found = foreign.find(path) if set_dir.exists else None
+    if found is not None:
         raise RepositoryError(
-            f"{path} is a set of virtnbdbackup, of which nothing is removed: "
+            f"{path} is a set of {found.program}, of which nothing is removed: "
             f"'nbdbackupctl import' makes it one of ours"
         )
     known = set_dir.load()

@@ -81,9 +81,9 @@ def _held(request: ProtectRequest) -> Iterator[RestorePoint]:
 def _point(request: ProtectRequest) -> RestorePoint:
     given, point = opened.open_point(request.path, request.choice)
     given.close()
-    if given.peer:
+    if given.written_by:
         raise RepositoryError(
-            f"virtnbdbackup wrote {request.path}, and nothing is ever removed from it; "
+            f"{given.written_by} wrote {request.path}, and nothing is ever removed from it; "
             f"'nbdbackupctl import' makes it a set of ours"
         )
     return point

@@ -70,5 +70,5 @@ def _newest(sets: tuple[DomainSet, ...], place: Path) -> DomainSet:
         raise IntegrityError(f"{place} holds no sound restore point: {problems[0]}")
     raise RepositoryError(
         f"{place} holds no restore points of ours; 'nbdbackupctl import' takes over those of "
-        f"virtnbdbackup"
+        f"virtnbdbackup and qmpbackup"
     )

@@ -25,7 +25,6 @@ from nbdbackupd.units import human_size, local_time
 
 log = logging.getLogger(__name__)
 GAP: Final = "  "
-PEER: Final = "virtnbdbackup"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +105,7 @@ def list_points(path: Path) -> ListReport:
         points=given.known.points,
         problems=given.problems,
         warnings=given.hints,
-        written_by=PEER if given.peer else "",
+        written_by=given.written_by,
         tests=boot_tests.read(path),
         protections=_protections(given),
     )
@@ -193,7 +192,7 @@ def _open(path: Path, *, sound: bool = False) -> opened.OpenedSet:
     """Open a set. Raises RepositoryError if the directory is one of something else (W-10)."""
     _check_is_set(path)
     given = opened.open_set(path, sound=sound)
-    if not given.known.points and not given.peer and not given.problems:
+    if not given.known.points and not given.written_by and not given.problems:
         with durable.translate_os_errors("read", path):
             names = {each.name for each in path.iterdir()}
         if names and not names & {layout.LOCK, layout.POINTS}:
@@ -211,7 +210,8 @@ def render_list(report: ListReport) -> str:
     total = human_size(sum(sizes.values()))
     count = len(report.points)
     points = "1 restore point" if count == 1 else f"{count} restore points"
-    head = f"{plain.line(str(report.path))}: {', '.join(names)}, {points}, {total} stored"
+    whose = f"{', '.join(names)}, " if any(names) else ""
+    head = f"{plain.line(str(report.path))}: {whose}{points}, {total} stored"
     head += f", written by {report.written_by}" if report.written_by else ""
     rows: list[tuple[str, ...]] = [
         ("#", "POINT", "LEVEL", "CREATED", "STATE", "STORED", "CHECKPOINT")
@@ -254,7 +254,7 @@ def _disk_row(disk: DiskPoint, warnings: Sequence[str]) -> tuple[str, ...]:
     """One line of the table; a reason that a warning below tells is not told twice."""
     name = f"disk {disk.target} "
     is_told = any(each.startswith(name) and each.endswith(disk.reason) for each in warnings)
-    form = "raw" if disk.layout is Layout.RAW else ""
+    form = "" if disk.layout is Layout.STREAM else disk.layout.value
     form = form if disk.codec is Codec.NONE else disk.codec.value
     kind = "" if disk.digest is DigestKind.SHA256 else disk.digest.value
     notes = [form, kind, f"({disk.reason})" if disk.reason and not is_told else ""]

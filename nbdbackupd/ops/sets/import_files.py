@@ -1,14 +1,21 @@
-"""Bringing the files of a peer's set to another directory: copied, linked, or out of an archive."""
+"""Bringing a foreign set to another directory: copied, linked, unpacked, or as streams of ours."""
 
+import mmap
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 from zipfile import ZIP_STORED
 
 from nbdbackupd import durable, files
 from nbdbackupd.errors import NoSpaceError, RepositoryError
+from nbdbackupd.format.index import MAX_BLOCK, Kind, Record
+from nbdbackupd.format.stream import StreamMeta
+from nbdbackupd.format.writer import StreamWriter, Written
+from nbdbackupd.ops.sets import layers as layering
+from nbdbackupd.ops.sets import peer_index
+from nbdbackupd.ops.sets.layers import Layer
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.importing import Stage
 from nbdbackupd.repo.virtnbdbackup.storage import Archive
@@ -102,6 +109,53 @@ def _unpack(opened: Archive, name: str, target: Path, check: Callable[[], None])
         os.ftruncate(writing, size)
     finally:
         os.close(writing)
+
+
+def write_stream(
+    layer: Layer, file: Path, index: Path, meta: StreamMeta, check: Callable[[], None]
+) -> Written:
+    """Write what a layer holds as a stream and its index, both new and durable afterwards.
+
+    A disk that was read in full is covered. Raises IntegrityError for damage, NoSpaceError,
+    RepositoryError.
+    """
+    view = memoryview(mmap.mmap(-1, MAX_BLOCK))
+    scratch = memoryview(mmap.mmap(-1, layering.MAX_STORED))
+    with durable.translate_os_errors("write", file):
+        writer = StreamWriter(file, index, meta=meta)
+        try:
+            for some in _together(peer_index.covered(layer, whole=not meta.incremental)):
+                check()
+                if some[0].kind == Kind.ZERO:
+                    block = writer.zero(some[0].offset, some[0].length)
+                else:
+                    start = some[0].offset
+                    for each in some:
+                        part = view[each.offset - start : each.end - start]
+                        layer.read(each, part, scratch)
+                    block = writer.prepare(start, view[: some[-1].end - start])
+                writer.place(block)
+                writer.write(block)
+            return writer.finish()
+        finally:
+            writer.close()
+
+
+def _together(records: Iterator[Record]) -> Iterator[list[Record]]:
+    """Blocks of data that follow one another within the same ``MAX_BLOCK``; others alone."""
+    held: list[Record] = []
+    for record in records:
+        follows = held and held[-1].end == record.offset and record.kind == Kind.DATA
+        if not (follows and held[0].offset // MAX_BLOCK == (record.end - 1) // MAX_BLOCK):
+            if held:
+                yield held
+            held = []
+        held.append(record)
+        if record.kind == Kind.ZERO:
+            yield held
+            held = []
+    if held:
+        yield held
 
 
 def check_link(source: Path, output: Path) -> None:

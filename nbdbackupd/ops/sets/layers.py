@@ -15,7 +15,7 @@ from typing import Final, Self
 
 from nbdbackupd.errors import IntegrityError
 from nbdbackupd.files import File, open_regular, open_sized
-from nbdbackupd.format import adler, blocks, stream
+from nbdbackupd.format import adler, blocks, qcow2, stream
 from nbdbackupd.format.index import MAX_BLOCK, NO_DIGEST, Index, Kind, Record
 from nbdbackupd.format.stream import StreamMeta, StreamReader, Window
 from nbdbackupd.model.chain import Codec, DigestKind, DiskPoint, Layout, RestorePoint, StoredFile
@@ -36,6 +36,9 @@ class Layer:
 
     digest = DigestKind.SHA256
     """Of the records that have one."""
+
+    deflated = False
+    """Whether some blocks are parts of compressed clusters of a qcow2 image."""
 
     def __init__(
         self, path: Path, *, size: int, codec: Codec, raw: bool, whole: bool, **where: object
@@ -75,7 +78,7 @@ class Layer:
         for record in records:
             if record.kind == Kind.DATA:
                 fits = record.position + record.stored <= self.file_size
-                if self.codec is not Codec.NONE:
+                if self.codec is not Codec.NONE or record.whole:
                     most = max_stored(record.whole) if record.whole else MAX_STORED
                     fits = fits and 0 < record.stored <= most
                 else:
@@ -243,6 +246,37 @@ class RawLayer(Layer):
             if err.errno != errno.ENXIO:  # no data behind
                 raise
             return self.size
+
+
+class Qcow2Layer(Layer):
+    """What a qcow2 image holds itself; a backing file that it names is never looked at."""
+
+    def __init__(self, path: Path, check: Callable[[], None], **where: object) -> None:
+        """Open it and walk its tables; ``check`` is called now and then and may raise.
+
+        Raises IntegrityError, FormatError.
+        """
+        super().__init__(path, size=0, codec=Codec.NONE, raw=False, whole=False, **where)
+        try:
+            self._header = qcow2.read_header(self.file)
+            self.size = self._header.size
+            for record in self.records():
+                check()
+                self.deflated = self.deflated or record.whole > 0
+        except BaseException:
+            self.close()
+            raise
+
+    def records(self) -> Iterator[Record]:
+        """Records of its clusters, without digests."""
+        return self._checked(qcow2.records(self.file, self._header))
+
+    def _decompress(self, stored: memoryview, record: Record, length: int) -> bytes:
+        try:
+            return qcow2.inflate(stored, length)
+        except IntegrityError as err:
+            err.fields |= {"offset": record.position, "guest": record.offset, **self.where}
+            raise
 
 
 def check_size(path: Path, size: int, **where: object) -> None:

@@ -17,11 +17,12 @@ from nbdbackupd.model.chain import BackupSet, DiskMode, DiskPoint, Layout, Resto
 from nbdbackupd.model.choice import Choice
 from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets.frames import FrameCache
-from nbdbackupd.ops.sets.layers import Layer, RawLayer, ScannedLayer
-from nbdbackupd.repo import layout, reading
+from nbdbackupd.ops.sets.layers import Layer, Qcow2Layer, RawLayer, ScannedLayer
+from nbdbackupd.repo import foreign, layout, reading
+from nbdbackupd.repo.foreign import Foreign
 from nbdbackupd.repo.reading import Held
 from nbdbackupd.repo.set_directory import SetDirectory, refuse_links
-from nbdbackupd.repo.virtnbdbackup import peer, points
+from nbdbackupd.repo.virtnbdbackup import peer
 from nbdbackupd.repo.virtnbdbackup.storage import Archive, Storage
 
 MAX_MEMBER: Final = 1 << 30
@@ -41,17 +42,17 @@ class OpenedSet:
     """A set whose points and links are proven; ``known`` holds them.
 
     ``problems`` tell what of the set is not sound, ``hints`` what else should be known, a line
-    each. ``peer``: virtnbdbackup wrote it, and no manifest of ours vouches for it; then digests
-    are empty. ``storage`` is where its streams are: of an archive, ``path`` is a directory with its
-    small files, which lives as long as this object or until ``close``. So does ``reading``, which
-    keeps the files of a set of ours from being removed.
+    each. ``written_by``: another program wrote it, and no manifest of ours vouches for it; then
+    digests are empty. ``storage`` is where its streams are: of an archive, ``path`` is a directory
+    with its small files, which lives as long as this object or until ``close``. So does
+    ``reading``, which keeps the files of a set of ours from being removed.
     """
 
     path: Path
     known: BackupSet
     problems: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
-    peer: bool = False
+    written_by: str = ""
     storage: Storage | None = None
     unpacked: Unpacked | None = None
     reading: Held | None = None
@@ -80,7 +81,7 @@ class OpenedSet:
         """What one disk of a point is made of, newest first; all but the blocks is proven.
 
         ``stack`` owns the open files, ``check`` is called now and then and may raise. ``deep``: of
-        a peer's set the checksums of whole files, too, as nothing else vouches for plain blocks.
+        a foreign set the checksums of whole files, too, as nothing else vouches for plain blocks.
         Raises RepositoryError if the point does not hold the disk, ChainBrokenError, FormatError,
         IntegrityError.
         """
@@ -89,7 +90,7 @@ class OpenedSet:
         for each in self.known.path(point, target):
             disk = each.disk(target)
             if self.storage is not None:
-                layer = open_peer(self.storage, each, disk, check, deep=deep)
+                layer = open_foreign(self.storage, each, disk, check, deep=deep)
             else:
                 layer = layering.open_proven(self.path, each, disk, check)
             layer.frames = cache
@@ -104,10 +105,10 @@ def open_set(path: Path, *, sound: bool = False, keep: bool = False) -> OpenedSe
     the newest at a time, can't be told then. Raises RepositoryError if the path is no directory
     or can't be read, FormatError, IntegrityError or ChainBrokenError for a damaged set.
     """
-    storage = peer.storage_of(path)
     refuse_links(path)
-    if storage is not None and peer.is_peer(storage):
-        return _open_peer_set(path, storage, sound=sound)
+    found = foreign.find(path)
+    if found is not None:
+        return _open_foreign_set(path, found, sound=sound)
     set_dir = SetDirectory.open(path)
     held = reading.hold(path) if keep and set_dir.exists else None
     if sound:
@@ -138,8 +139,8 @@ def open_point(path: Path, choice: Choice) -> tuple[OpenedSet, RestorePoint]:
     return given, choice.find(given.known)
 
 
-def _open_peer_set(path: Path, storage: Storage, *, sound: bool) -> OpenedSet:
-    found = points.build(peer.read_files(storage))
+def _open_foreign_set(path: Path, source: Foreign, *, sound: bool) -> OpenedSet:
+    found, storage = source.read(), source.storage
     if found.problems and not sound:
         more = len(found.problems) - 1
         rest = f" (and {more} more problem{'s' * (more > 1)})" if more else ""
@@ -158,7 +159,7 @@ def _open_peer_set(path: Path, storage: Storage, *, sound: bool) -> OpenedSet:
         known=found.known,
         problems=found.problems,
         hints=found.warnings,
-        peer=True,
+        written_by=source.program,
         storage=storage,
         unpacked=unpacked,
     )
@@ -176,7 +177,7 @@ def _take_out(storage: Storage, name: str, directory: Path) -> None:
         os.close(writing)
 
 
-def open_peer(
+def open_foreign(
     storage: Storage,
     point: RestorePoint,
     disk: DiskPoint,
@@ -184,7 +185,7 @@ def open_peer(
     *,
     deep: bool,
 ) -> Layer:
-    """The layer of one disk in a point of a peer's set, its frames walked once.
+    """The layer of one disk in a point of a foreign set, its frames or tables walked once.
 
     Raises IntegrityError, FormatError.
     """
@@ -196,6 +197,12 @@ def open_peer(
         check_sum(storage, disk, check, where)
     if disk.layout is Layout.RAW:
         return RawLayer(path, **where)
+    if disk.layout is Layout.QCOW2:
+        image = Qcow2Layer(path, check, **where)
+        if image.size != disk.size:
+            image.close()
+            raise IntegrityError("the image has changed since the set was read", **image.where)
+        return image
     meta = stream.read_meta(path, window)
     if (meta.disk_name, meta.virtual_size) != (disk.target, disk.size) or meta.incremental != (
         disk.mode is DiskMode.DELTA

@@ -16,9 +16,8 @@ from nbdbackupd.model.space import own_bytes
 from nbdbackupd.ops.verify import verify
 from nbdbackupd.ops.verify.findings import VerifyReport, VerifyRequest
 from nbdbackupd.plain import versioned
-from nbdbackupd.repo import verified
+from nbdbackupd.repo import foreign, verified
 from nbdbackupd.repo.set_directory import SetDirectory
-from nbdbackupd.repo.virtnbdbackup import peer
 from nbdbackupd.units import utc_time
 
 
@@ -148,10 +147,10 @@ def _read(path: Path) -> tuple[BackupSet, tuple[str, ...]]:
 
     Raises UsageError for a set that keeps no notes, RepositoryError if there is none.
     """
-    storage = peer.storage_of(path)
-    if storage is not None and peer.is_peer(storage):
+    found = foreign.find(path)
+    if found is not None:
         raise UsageError(
-            f"{path} is a set of virtnbdbackup, which keeps no notes: verify it without "
+            f"{path} is a set of {found.program}, which keeps no notes: verify it without "
             f"--older-than and --limit, or import it"
         )
     known, problems = SetDirectory.open(path).load_sound()

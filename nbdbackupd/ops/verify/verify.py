@@ -40,9 +40,8 @@ from nbdbackupd.ops.sets.opened import OpenedSet
 from nbdbackupd.ops.verify.blocks import Prover
 from nbdbackupd.ops.verify.disk import DiskCheck
 from nbdbackupd.ops.verify.findings import Findings, Problem, VerifyReport, VerifyRequest
-from nbdbackupd.repo import generation, layout, reading, removing, verified, written
+from nbdbackupd.repo import foreign, generation, layout, reading, removing, verified, written
 from nbdbackupd.repo.set_directory import refuse_links
-from nbdbackupd.repo.virtnbdbackup import peer
 from nbdbackupd.repo.virtnbdbackup.storage import Storage
 from nbdbackupd.units import utc_time
 
@@ -95,9 +94,8 @@ def run(
         raise UsageError("at least one worker is needed")
     refuse_links(request.path)
     with runlog.context(SET=request.path):
-        storage = peer.storage_of(request.path)
-        if storage is not None and peer.is_peer(storage):
-            report = _verify_peer(request, progress, cancelled)
+        if foreign.find(request.path) is not None:
+            report = _verify_foreign(request, progress, cancelled)
         else:
             with reading.held(request.path):
                 report = _verify(request, progress, cancelled)
@@ -214,10 +212,10 @@ def _useless(directory: Path, chosen: list[tuple[RestorePoint, frozenset[str]]])
     )
 
 
-def _verify_peer(
+def _verify_foreign(
     request: VerifyRequest, progress: Progress, cancelled: Callable[[], None]
 ) -> VerifyReport:
-    """A set that virtnbdbackup wrote, see ``PeerCheck``."""
+    """A set that another program wrote, see ``ForeignCheck``."""
     begun = time.monotonic()
     findings = Findings()
     source = opened.open_set(request.path, sound=True)
@@ -225,7 +223,7 @@ def _verify_peer(
         for message in source.problems:
             findings.add(Problem(message=message))
     chosen = _choose(source.known, request, findings) if source.known.points else []
-    check = PeerCheck(source=source, findings=findings, progress=progress, cancelled=cancelled)
+    check = ForeignCheck(source=source, findings=findings, progress=progress, cancelled=cancelled)
     files, size = check.run(chosen)
     return VerifyReport(
         points=len(chosen),
@@ -347,11 +345,12 @@ BLOCK: Final = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PeerCheck:
-    """Proves a set that virtnbdbackup wrote, by what it says of itself.
+class ForeignCheck:
+    """Proves a set that another program wrote, by what it says of itself.
 
-    The links of its points, the structure of each stream, the Adler-32 of each file that has one
-    beside it, and each compressed block by the checksums of its lz4 frame. No digest vouches for
+    The links of its points, the structure of each stream or image, the Adler-32 of each file that
+    has one beside it, and each compressed block by its lz4 frame's checksums, or that it can be
+    decompressed. No digest vouches for
     plain blocks without a checksum file: that is told as a warning, for it is no damage.
     ``progress`` gets disk, bytes done and in all of a file.
     """
@@ -397,9 +396,9 @@ class PeerCheck:
     def _prove_blocks(self, storage: Storage, point: RestorePoint, disk: DiskPoint) -> None:
         with ExitStack() as stack:
             layer = stack.enter_context(
-                opened.open_peer(storage, point, disk, self.cancelled, deep=False)
+                opened.open_foreign(storage, point, disk, self.cancelled, deep=False)
             )
-            if layer.codec is not Codec.NONE:
+            if layer.codec is not Codec.NONE or layer.deflated:
                 self._decompress(layer, disk)
             self.progress(disk.target, disk.file_size, disk.file_size)
 

@@ -18,7 +18,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 from nbdbackupd import documents, durable, plain
@@ -28,8 +27,8 @@ from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.model import jobxml
 from nbdbackupd.model.chain import Level
 from nbdbackupd.model.domain import Domain, parse_domain
-from nbdbackupd.repo import generation, layout
-from nbdbackupd.repo.virtnbdbackup.storage import Archive, Folder, Storage, is_archive
+from nbdbackupd.repo import layout
+from nbdbackupd.repo.virtnbdbackup.storage import Storage
 
 MAX_FILE: Final = 16 << 20
 """A small file (XML, JSON, checksum) of more bytes is refused unread."""
@@ -92,35 +91,9 @@ class PeerFiles:
     tracked: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
-def is_peer(storage: Storage) -> bool:
-    """Whether it holds streams named as virtnbdbackup names them, and no manifest or draft.
-
-    A draft: streams of ours that have got their names are no point before the manifest has, and
-    the next run removes them. Raises RepositoryError if it can't be read.
-    """
-    with durable.translate_os_errors("read", storage.path):
-        if storage.path.is_dir() and (
-            any(storage.path.glob(f"{layout.DRAFT_PREFIX}*"))
-            or (storage.path / layout.GENERATION).exists()
-            or generation.manifests(storage.path / layout.POINTS)
-        ):
-            return False
-    return bool(stream_names(storage))
-
-
 def stream_names(storage: Storage) -> list[str]:
     """The names that streams have, whatever the files hold. Raises RepositoryError."""
     return sorted(name for name in storage.sizes() if _parse_name(name) is not None)
-
-
-def storage_of(path: Path) -> Storage | None:
-    """What is at a path: a directory or an archive; None if it is neither.
-
-    Raises RepositoryError, FormatError, IntegrityError.
-    """
-    if path.is_dir():
-        return Folder(path)
-    return Archive(path) if is_archive(path) else None
 
 
 def read_files(storage: Storage) -> PeerFiles:

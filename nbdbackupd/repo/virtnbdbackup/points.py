@@ -7,7 +7,7 @@ empty, or the least that can be said.
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final
 
@@ -20,6 +20,7 @@ from nbdbackupd.model.chain import (
     Consistency,
     DiskMode,
     DiskPoint,
+    ForeignSet,
     ImageLayer,
     Layout,
     Level,
@@ -40,16 +41,7 @@ FIRMWARE: Final = ("loader", "nvram", "kernel", "initrd")
 """Files that each run writes under one name, that of the original: only the last is kept."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PeerSet:
-    """The sound points, a line for each that is not, and what the user should know."""
-
-    known: BackupSet
-    problems: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-
-def build(found: PeerFiles) -> PeerSet:
+def build(found: PeerFiles) -> ForeignSet:
     """Make points of the files and prove that they hang together."""
     problems = list(found.problems)
     points = []
@@ -66,7 +58,7 @@ def build(found: PeerFiles) -> PeerSet:
         problems += more or [err.message]
     for point in known.points:
         problems += _lost_disks(known, point)
-    return PeerSet(
+    return ForeignSet(
         known=known, problems=tuple(problems), warnings=(*found.warnings, *_warnings(found, known))
     )
 
