@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.lab.agent_guest import BOOT_VARIABLE, boot_files
 from tests.lab.host import Host
 from tests.lab.hostlab import HostLab
 from tests.lab.hostroot import BOOKWORM, TRIXIE, hypervisor
@@ -19,6 +20,7 @@ pytestmark = [
 ]
 
 SOURCE = "/src"
+BOOT = "/boot-files"
 # beside what every hypervisor has
 TOOLS = (
     *("python3-jinja2", "python3-lz4", "python3-pytest", "python3-pytest-timeout", "python3-yaml"),
@@ -50,7 +52,8 @@ def suite() -> str:
 def host(suite: str, request: pytest.FixtureRequest) -> Iterator[Host]:
     is_all = request.config.getoption("--other-release") == "all"
     with HostLab() as lab:
-        host = lab.host("lab-a", hypervisor(suite), readonly_binds={SOURCE: TOP})
+        binds = {SOURCE: TOP, BOOT: boot_files().kernel.parent}
+        host = lab.host("lab-a", hypervisor(suite), readonly_binds=binds)
         host.apt("update")
         host.apt("install", *TOOLS, *(ALL_TOOLS if is_all else ()))
         yield host
@@ -66,7 +69,8 @@ def test_file(host: Host, name: str, request: pytest.FixtureRequest) -> None:
         *(f"--iothreads={option}", matrix.path_of(name)),
     )
     shell = f'cd {SOURCE} && exec "$@"'
-    words = ("sh", "-c", shell, "sh", "env", "PYTHONDONTWRITEBYTECODE=1", "python3", *pytest_words)
+    variables = ("PYTHONDONTWRITEBYTECODE=1", f"{BOOT_VARIABLE}={BOOT}")
+    words = ("sh", "-c", shell, "sh", "env", *variables, "python3", *pytest_words)
     done = host.call(*words, timeout_seconds=1500)
     said = done.stdout.decode("utf-8", "replace")
     assert done.returncode == 0, said[-20_000:] + done.stderr.decode("utf-8", "replace")

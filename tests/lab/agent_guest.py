@@ -8,6 +8,7 @@ import base64
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -24,6 +25,7 @@ from tests.lab.guest import Guest, GuestOptions
 from tests.lab.process import POLL_SECONDS
 
 MAKER = Path(__file__).with_name("mkguest")
+BOOT_VARIABLE = "NBDBACKUP_LAB_BOOT"
 MAKE_TIMEOUT_SECONDS = 300.0
 BOOT_TIMEOUT_SECONDS = 90.0
 CALL_TIMEOUT_SECONDS = 60.0
@@ -132,7 +134,12 @@ def agent_guest(lab: Lab, name: str = "linux1", disks: Sequence[DiskSpec] = ()) 
 
 
 def boot_files() -> BootFiles:
-    """Return kernel and initramfs, made once per cache and version of ``mkguest``."""
+    """Return kernel and initramfs, made once per cache and version of ``mkguest``.
+
+    A host without a network is given those of the machine it runs on, by ``BOOT_VARIABLE``.
+    """
+    if given := os.environ.get(BOOT_VARIABLE):
+        return _boot_files(Path(given))
     version = hashlib.sha256(MAKER.read_bytes() + Path("/etc/os-release").read_bytes())
     made = cache_directory() / f"guest-{version.hexdigest()[:12]}"
     with (cache_directory() / "guest.lock").open("w") as lock:
@@ -145,7 +152,13 @@ def boot_files() -> BootFiles:
                 work.rename(made)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
-    return BootFiles(kernel=made / "vmlinuz", initrd=made / "initrd.gz", cmdline=CMDLINE)
+    return _boot_files(made)
+
+
+def _boot_files(directory: Path) -> BootFiles:
+    """Return the files of a directory that ``mkguest`` made."""
+    kernel, initrd = directory / "vmlinuz", directory / "initrd.gz"
+    return BootFiles(kernel=kernel, initrd=initrd, cmdline=CMDLINE)
 
 
 def make_ext4(path: Path, size: int = 64 * MIB) -> Path:

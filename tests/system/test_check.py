@@ -233,7 +233,7 @@ def test_directories_that_qemu_cannot_pass(here: Scene, tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     (closed / "scratch").mkdir(parents=True)
     for each in (tmp_path, *tmp_path.parents):
-        if each.is_relative_to("/tmp") and each != Path("/tmp"):
+        if each.stat().st_mode & 0o777 == 0o700:  # those that pytest has made
             each.chmod(0o711)
     closed.chmod(0o711)
     option = ("--scratch-dir", str(closed / "scratch"))
