@@ -1,10 +1,14 @@
 """Some threads that do one job together: the first error ends all of them and is raised."""
 
 import threading
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, TypeVar
 
 from nbdbackupd import log
+
+J = TypeVar("J")
+R = TypeVar("R")
 
 TICK_SECONDS: Final = 0.1
 """How often the starting thread looks at the cancel callback."""
@@ -57,8 +61,10 @@ class Threads:
     def _guarded(self, body: Callable[[], None]) -> None:
         try:
             body()
-        except _StoppedError:
-            pass
+        except _StoppedError as err:
+            # not ours: this is one of some threads that were stopped
+            if not self._stop.is_set():
+                self._fail(err)
         except BaseException as err:  # noqa: BLE001 - raised again by run()
             self._fail(err)
 
@@ -67,3 +73,31 @@ class Threads:
             if self._failure is None:
                 self._failure = err
         self._stop.set()
+
+
+def side_by_side(
+    jobs: Sequence[J],
+    count: int,
+    work: Callable[[J, Callable[[], None]], R],
+    cancelled: Callable[[], None],
+) -> list[R]:
+    """``work(job, check)`` for each job, begun in turn, ``count`` at a time; their results.
+
+    ``check`` is what the work has to call between its steps. Raises as ``Threads.run``.
+    """
+    if min(count, len(jobs)) <= 1:
+        return [work(job, cancelled) for job in jobs]
+    waiting = deque(enumerate(jobs))
+    done: dict[int, R] = {}
+    threads = Threads(cancelled)
+
+    def body() -> None:
+        while True:
+            try:
+                place, job = waiting.popleft()
+            except IndexError:
+                return
+            done[place] = work(job, threads.check)
+
+    threads.run({f"job-{number}": body for number in range(min(count, len(jobs)))})
+    return [done[place] for place in range(len(jobs))]

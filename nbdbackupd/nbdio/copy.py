@@ -18,9 +18,10 @@
 At the end all is accounted for: each byte of the plan was read or noted as zero, placed and
 written, the plan covers the disk, and the server still answers.
 
-The number of buffers bounds the memory. A batch gets its ticket when it already has its buffer,
-so the oldest ticket is always in flight and the order stage can't starve. The first error stops
-all threads and is raised by ``copy``; so is what the cancel callback raises.
+The number of buffers bounds the memory. Several copies may go on at a time: they share one arena,
+and with it the buffers and the number of threads that are at work. A batch gets its ticket when it
+already has its buffer, so the oldest ticket is always in flight and the order stage can't starve.
+The first error stops all threads and is raised by ``copy``; so is what the cancel callback raises.
 """
 
 import functools
@@ -200,13 +201,12 @@ class _Pipeline(Generic[B]):
         self._planned = 0
         self._placed = 0
         self._written = 0
-        self._free = deque(range(arena.count))
+        self._held = 0
         self._whole: deque[_Batch] = deque()
         # who waits for one of them, a free buffer, or a connection to drive
-        self._turn = threading.Condition(threading.Lock())
+        self._turn = threading.Condition(arena.lock)
         self._idle: deque[_Line] = deque()
         self._lines = 0
-        self._working = 0
         self._order_lock = threading.Lock()
         self._ready: dict[int, tuple[_Batch, list[B]]] = {}
         self._next = 0
@@ -218,7 +218,8 @@ class _Pipeline(Generic[B]):
         self._lines = len(lines)
         threads = self._tuning.workers + len(lines)
         bodies = {f"copy-{number}": self._work for number in range(threads)}
-        self._threads.run(bodies)
+        with self._arena.turn() as self._turn:
+            self._threads.run(bodies)
         self._prove()
 
     def _prove(self) -> None:
@@ -247,7 +248,7 @@ class _Pipeline(Generic[B]):
             while True:
                 self._threads.check()
                 if self._may_work():
-                    self._working += 1
+                    self._arena.working += 1
                     return self._whole.popleft()
                 # in turn, so that none is forgotten with the oldest ticket in flight
                 for _ in range(len(self._idle)):
@@ -261,11 +262,12 @@ class _Pipeline(Generic[B]):
 
     def _may_work(self) -> bool:
         """Whether there is a batch to work on, and a thread may do so."""
-        return bool(self._whole) and self._working < self._tuning.workers
+        return bool(self._whole) and self._arena.working < self._tuning.workers
 
     def _may_ask(self) -> bool:
         """Whether there is a buffer to read into, and not too much to work on."""
-        return bool(self._free) and len(self._whole) <= self._tuning.depth
+        is_free = bool(self._arena.free) and self._held < self._arena.share
+        return is_free and len(self._whole) <= self._tuning.depth
 
     # reading
 
@@ -291,15 +293,17 @@ class _Pipeline(Generic[B]):
         while line.reading < self._tuning.depth and self._may_ask():
             if self._exhausted or not self._may_read(wait=not line.reading):
                 return
-            try:
-                slot = self._free.pop()
-            except IndexError:
-                return
+            with self._turn:
+                if not self._may_ask():
+                    return
+                slot = self._arena.free.pop()
+                self._held += 1
             with self._plan_lock:
                 self._threads.check()
                 batch = self._gather(slot)
             if batch is None:
-                self._free.append(slot)
+                with self._turn:
+                    self._release([slot])
                 return
             if not batch.waiting:
                 self._whole.append(batch)
@@ -389,10 +393,17 @@ class _Pipeline(Generic[B]):
             sink.write(*(block for _, placed in due for block in placed))
         written = sum(segment.length for each, _ in due for segment in each.segments)
         with self._turn:
-            self._working -= 1
+            self._arena.working -= 1
             self._written += written
-            self._free.extend(each.slot for each, _ in due)
-            self._turn.notify(1 if self._lines else self._tuning.workers + self._tuning.connections)
+            self._release([each.slot for each, _ in due])
+            if not self._lines:
+                self._turn.notify_all()
+
+    def _release(self, slots: list[int]) -> None:
+        """Give buffers back; to be called with the arena's lock."""
+        self._held -= len(slots)
+        self._arena.free.extend(slots)
+        self._arena.wake()
 
     def _place(self, batch: _Batch, blocks: list[B]) -> list[tuple[_Batch, list[B]]]:
         """Note a prepared batch; place all that are now in unbroken order and return them."""

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,9 +18,11 @@ import pytest
 from nbdbackupd.errors import Interrupted, NbdError
 from nbdbackupd.model.extents import Segment
 from nbdbackupd.nbdio import copy, nbdinfo
+from nbdbackupd.nbdio.arena import Arena
 from nbdbackupd.nbdio.client import Connection, Endpoint, Patience
 from nbdbackupd.nbdio.extents import ExtentReader
 from nbdbackupd.nbdio.throttle import BURST_SECONDS, Throttle
+from nbdbackupd.threads import side_by_side
 from tests.lib.servers import is_listening
 
 pytestmark = pytest.mark.component
@@ -169,6 +171,43 @@ def test_random_disks_are_copied_exactly(tmp_path: Path, options: str) -> None:
     for offset, length, data in delta.blocks:
         after[offset : offset + length] = bytes(length) if data is None else data
     assert bytes(after) == reference(image, tmp_path)
+
+
+@pytest.mark.parametrize("arena", [TUNING.arena(), Arena(5, 64 << 10)])
+def test_several_disks_share_buffers_and_workers(tmp_path: Path, arena: Arena) -> None:
+    """Of different sizes, with one that is slow; with a buffer for each of them and one more."""
+    sizes = [1 * MIB, 9 * MIB + 512, 16 * MIB, 64 << 10]
+    bodies = [random.Random(size).randbytes(size) for size in sizes]
+    most = [0]
+
+    class Counted(Memory):
+        def prepare(self, offset: int, view: memoryview) -> tuple[int, int, bytes | None]:
+            most[0] = max(most[0], arena.working)
+            assert arena.share <= arena.count
+            return super().prepare(offset, view)
+
+    with ExitStack() as stack:
+        jobs = []
+        for number, body in enumerate(bodies):
+            place = tmp_path / str(number)
+            place.mkdir()
+            (place / "raw").write_bytes(body)
+            slow = [] if number else ["--filter=delay"]
+            argv = ["nbdkit", "-f", "-r", "-U", "{socket}", *slow, "file", f"{place}/raw"]
+            argv += [] if number else ["delay-read=5ms"]
+            jobs.append((stack.enter_context(serve(place, *argv))[0], Counted()))
+
+        def one(job: tuple[Path, Memory], check: Callable[[], None]) -> None:
+            copy.copy(
+                Endpoint(socket=job[0], export=""), job[1], tuning=TUNING, arena=arena,
+                patience=Patience(20, check), progress=lambda _: None,
+            )  # fmt: skip
+
+        side_by_side(jobs, len(jobs), one, lambda: None)
+    assert [sink.image(size) for (_, sink), size in zip(jobs, sizes, strict=True)] == bodies
+    assert 1 <= most[0] <= TUNING.workers
+    assert sorted(arena.free) == list(range(arena.count))
+    assert (arena.working, arena.share) == (0, arena.count)
 
 
 def test_small_extents_are_written_together(tmp_path: Path) -> None:

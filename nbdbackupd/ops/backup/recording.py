@@ -6,10 +6,12 @@ snapshot's context; a draft that was not published is removed, and so is its che
 
 import hashlib
 import logging
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
 from nbdbackupd import durable, events
 from nbdbackupd import log as runlog
@@ -30,9 +32,13 @@ from nbdbackupd.repo.draft import Draft, Intent
 from nbdbackupd.repo.set_directory import CHECKPOINT_XML
 from nbdbackupd.repo.state import StateDirectory
 from nbdbackupd.source import Export, Snapshot
+from nbdbackupd.threads import side_by_side
 from nbdbackupd.units import local_time
 
 log = logging.getLogger(__name__)
+
+MOST_AT_A_TIME: Final = 4
+"""Disks that are copied at a time; each has connections of its own."""
 
 
 @dataclass(slots=True)
@@ -227,36 +233,65 @@ def _copy_disks(
     reasons: Mapping[str, str],
     notes: _Notes,
 ) -> list[DiskPoint]:
-    """One disk after the other: the pipeline keeps all processors busy with one."""
-    request, settings = run.request, run.request.settings
-    tuning = copy.Tuning(workers=settings.limits_workers or copy.default_workers())
-    rate = settings.limits_bandwidth
-    transfer = Transfer(
-        tuning=tuning,
-        arena=tuning.arena(),
-        patience=_patience(run, notes),
-        digest=settings.digest,
-        layout=request.layout,
-        by_nbdinfo=request.by_nbdinfo,
-        progress=run.progress,
-        throttle=Throttle(rate) if rate is not None else None,
-    )
-    disks = []
-    for target, export in snapshot.exports.items():
+    """As many disks at a time as there are workers: their waits for the target overlap."""
+    exports = list(snapshot.exports.values())
+    tuning = copy.Tuning(workers=run.request.settings.limits_workers or copy.default_workers())
+    count = min(tuning.workers, MOST_AT_A_TIME)
+    transfer = _transfer(run, tuning, _patience(run, notes))
+    if min(count, len(exports)) > 1:
+        transfer = replace(transfer, progress=_Together(exports, run.progress).moved)
+
+    def copied(export: Export, check: Callable[[], None]) -> DiskPoint:
+        target = export.target
         log.info("disk %s: reading %s", target, "changes" if export.bitmap else "all of it")
         name = layout.stream(
             target,
             run.level,
             checkpoint=run.checkpoint or run.point_id,
             point_id=run.point_id,
-            layout=request.layout,
+            layout=run.request.layout,
         )
         paths = draft.create(name), draft.create(layout.index(name))
-        copied = copy_disk(transfer, export, _meta(run, export), *paths)
-        notes.seconds[target] = copied.seconds
-        reason = reasons.get(target, "")
-        disks.append(_disk_point(run, export, paths[1], copied, reason=reason))
-    return disks
+        mine = replace(transfer, patience=replace(transfer.patience, cancelled=check))
+        done = copy_disk(mine, export, _meta(run, export), *paths)
+        notes.seconds[target] = done.seconds
+        return _disk_point(run, export, paths[1], done, reason=reasons.get(target, ""))
+
+    return side_by_side(exports, count, copied, transfer.patience.cancelled)
+
+
+def _transfer(run: BackupRun, tuning: copy.Tuning, patience: Patience) -> Transfer:
+    request, settings = run.request, run.request.settings
+    rate = settings.limits_bandwidth
+    return Transfer(
+        tuning=tuning,
+        arena=tuning.arena(),
+        patience=patience,
+        digest=settings.digest,
+        layout=request.layout,
+        by_nbdinfo=request.by_nbdinfo,
+        progress=run.progress,
+        throttle=Throttle(rate) if rate is not None else None,
+    )
+
+
+class _Together:
+    """Tells of several disks as if they were one; for any thread."""
+
+    def __init__(self, exports: list[Export], tell: Callable[[str, int, int, int], None]) -> None:
+        self._label = f"{len(exports)} disks"
+        self._size = sum(export.size for export in exports)
+        self._tell = tell
+        self._lock = threading.Lock()
+        self._reached: dict[str, tuple[int, int]] = {}
+
+    def moved(self, disk: str, position: int, _size: int, data: int) -> None:
+        """As ``Transfer.progress``."""
+        with self._lock:
+            self._reached[disk] = (position, data)
+            reached = self._reached.values()
+            position, data = (sum(each) for each in zip(*reached, strict=True))
+            self._tell(self._label, position, self._size, data)
 
 
 def _meta(run: BackupRun, export: Export) -> StreamMeta:

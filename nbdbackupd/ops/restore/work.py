@@ -29,7 +29,7 @@ from nbdbackupd.ops.restore.sites import Site, Work
 from nbdbackupd.ops.sets import layers as layering
 from nbdbackupd.ops.sets.layers import Layer
 from nbdbackupd.qemu import image
-from nbdbackupd.threads import Threads
+from nbdbackupd.threads import Threads, side_by_side
 
 
 class Zero(NamedTuple):
@@ -149,23 +149,14 @@ def write_all(
     """
     for job in jobs:
         progress(job.target, 0, job.size * len(job.steps))
-    count = min(request.jobs, len(jobs))
-    if count <= 1:
-        return tuple(_Writer(job, request, pace, progress, cancelled).run() for job in jobs)
-    done: dict[str, RestoredDisk] = {}
+
+    def write(job: DiskJob, check: Callable[[], None]) -> RestoredDisk:
+        return _Writer(job, request, pace, progress, check).run()
+
     # the largest first: else it may be what all the others wait for at the end
-    waiting = sorted(jobs, key=lambda job: job.size)
-    threads = Threads(cancelled)
-
-    def work() -> None:
-        while waiting:
-            try:
-                job = waiting.pop()
-            except IndexError:
-                return
-            done[job.target] = _Writer(job, request, pace, progress, threads.check).run()
-
-    threads.run({f"disk-{number}": work for number in range(count)})
+    ordered = sorted(jobs, key=lambda job: -job.size) if request.jobs > 1 else jobs
+    written = side_by_side(ordered, request.jobs, write, cancelled)
+    done = {job.target: disk for job, disk in zip(ordered, written, strict=True)}
     return tuple(done[job.target] for job in jobs)
 
 
