@@ -22,7 +22,7 @@ from nbdbackupd.virt.domain import Domain
 
 # on top of the agent's own deadline, for the way through libvirt
 MARGIN_SECONDS: Final = 5.0
-COMMAND_FAILED: Final = 112  # VIR_ERR_AGENT_COMMAND_FAILED
+COMMAND_FAILED: Final = 113  # VIR_ERR_AGENT_COMMAND_FAILED; 112 is that of a timeout
 ANSWERS: Final = (libvirt.VIR_ERR_INTERNAL_ERROR, COMMAND_FAILED)
 """libvirt's codes of an error that the agent has answered with; the second since 11.2."""
 
