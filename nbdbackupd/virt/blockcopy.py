@@ -31,6 +31,18 @@ def begin(domain: Domain, target: str, path: str, form: str, *, bandwidth: int =
     )
 
 
+def limit(domain: Domain, target: str, bandwidth: int) -> None:
+    """Have a copy that goes on take ``bandwidth`` bytes per second, 0 for no limit.
+
+    Raises DomainError.
+    """
+    flag = libvirt.VIR_DOMAIN_BLOCK_JOB_SPEED_BANDWIDTH_BYTES
+    domain.call(
+        f"can't limit the copy of disk {target}",
+        lambda each: each.blockJobSetSpeed(target, bandwidth, flag),
+    )
+
+
 def disks(domain: Domain) -> dict[str, LiveDisk]:
     """What each disk stands on now, by target. Raises DomainError."""
     return {each.target: each for each in bootxml.live_disks(domain.xml())}

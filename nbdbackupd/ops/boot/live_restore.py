@@ -171,7 +171,7 @@ class _Work:
         )
 
     def _copy(self, domain: Domain, bandwidth: int) -> None:
-        """Begin a copy of each disk that has none."""
+        """Begin a copy of each disk that has none; the others get the limit of now."""
         if self._record.phase is Phase.RUNNING:
             self._note(phase=Phase.COPYING)
         live = blockcopy.disks(domain)
@@ -179,7 +179,10 @@ class _Work:
             found = live.get(disk.target)
             if found is None:
                 raise DomainError(f"disk {disk.target} was taken from {domain.name} meanwhile")
-            if disk.final in (found.path, found.mirror):
+            if disk.final == found.path:
+                continue
+            if disk.final == found.mirror:
+                _limit(domain, disk.target, bandwidth)
                 continue
             if found.mirror:
                 raise BusyError(f"disk {disk.target} of {domain.name} is copied by somebody else")
@@ -190,8 +193,10 @@ class _Work:
         """Wait until all copies are synchronous.
 
         Servers that were made anew are not known to QEMU at once: a copy that fails then is begun
-        once more.
+        once more. One that has caught up goes on without its limit: else a guest that writes as
+        fast never lets it end.
         """
+        unlimited = set[str]()
         left = {disk.target: disk for disk in self._record.disks}
         while True:
             self._cancelled()
@@ -206,6 +211,7 @@ class _Work:
                 elif found is not None and not found.mirror and time.monotonic() < self._patience:
                     time.sleep(RECONNECT_POLL_SECONDS)
                     self._copy(domain, bandwidth)
+                    unlimited.clear()
                 elif found is None or found.mirror != disk.final:
                     raise DomainError(
                         f"the copy of disk {target} to {disk.final} has failed; the guest runs on: "
@@ -218,6 +224,9 @@ class _Work:
                     now = blockcopy.done(domain, target)
                     if now is not None and now[1]:
                         progress(target, disk.size * now[0] // now[1], disk.size)
+                    if now is not None and now[0] == now[1] and target not in unlimited:
+                        _limit(domain, target, 0)
+                        unlimited.add(target)
             if not left:
                 return
             time.sleep(POLL_SECONDS)
@@ -274,6 +283,14 @@ class _Work:
             running=running,
             seconds=time.monotonic() - self._begun,
         )
+
+
+def _limit(domain: Domain, target: str, bandwidth: int) -> None:
+    try:
+        blockcopy.limit(domain, target, bandwidth)
+    except DomainError as err:
+        # it may have ended just now: the next look tells
+        log.debug("%s", err)
 
 
 def _empty(disk: BootDisk) -> None:
