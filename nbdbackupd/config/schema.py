@@ -366,18 +366,12 @@ class DomainSettings:
         optional(count(1, 64), "auto"),
         None,
         example="4",
-        help=(
-            "Threads that hash and compress; so many disks are copied at a time, too, up to 4. "
-            "auto: one for each processor, at most 8."
-        ),
+        help="Threads that hash and compress; disks at a time, up to 4. auto: one a processor.",
         option=Option(
             "-w, --workers N",
             "run",
             kinds.threads,
-            help=(
-                "threads that hash and compress, and disks that are copied at a time, up to 4 "
-                "(default: one for each processor, at most 8)"
-            ),
+            help="threads that hash and compress (default: one for each processor, at most 8)",
         ),
     )
     limits_concurrent_runs = Setting(
