@@ -11,6 +11,7 @@
     |  |- NotSupportedError      a disk, image or libvirt that can't do what was asked
     |  |- CheckpointError        a checkpoint or bitmap is missing or broken
     |  `- FreezeError            the guest's file systems could not be frozen
+    |     `- AgentAnswerError    its agent has said so
     |- SourceError 30            where the blocks come from
     |  |- NbdError
     |  |- ScratchSpaceError      scratch space too small or filling up
@@ -109,6 +110,17 @@ class CheckpointError(DomainError):
 
 class FreezeError(DomainError):
     """The guest's file systems could not be frozen and the request demanded it."""
+
+
+class AgentAnswerError(FreezeError):
+    """The agent has answered a thaw, with an error. ``is_thawed``: nothing is frozen all the same.
+
+    Other FreezeErrors mean that nobody has answered.
+    """
+
+    def __init__(self, message: str, *, is_thawed: bool, **fields: object) -> None:
+        super().__init__(message, **fields)
+        self.is_thawed = is_thawed
 
 
 class SourceError(NbdbackupError):

@@ -164,9 +164,15 @@ def add_checkpoint_dir(place: argparse._ActionsContainer) -> None:
     add_option(place, each, each.options[0])
 
 
-def add_qmp(place: argparse._ActionsContainer) -> None:
-    """Add the option for a QEMU without libvirt."""
-    add_option(place, DomainSettings.qmp, DomainSettings.qmp.options[0])
+def add_machine(place: argparse._ActionsContainer, *, has_agent: bool = False) -> None:
+    """Add the options for a QEMU without libvirt."""
+    for each in (DomainSettings.qmp, DomainSettings.agent)[: 1 + has_agent]:
+        add_option(place, each, each.options[0])
+
+
+def machine(args: Arguments) -> dict[str, Path]:
+    """What those options say."""
+    return {name: value for name, value in given(args).items() if name in ("qmp", "agent")}
 
 
 def given(args: Arguments) -> dict[str, Any]:

@@ -411,6 +411,8 @@ def contradictions(files: Sequence[ConfigFile]) -> list[Problem]:
     if mount_point and not path.is_relative_to(mount_point):
         message = f"the repository {path} does not lie below {mount_point}; fix one of them"
         complain("repository.path", "repository.mount_point", message)
+    if get("agent") and not get("qmp"):
+        complain("agent", "agent", "is for a QEMU without libvirt: add qmp, or remove it")
     for name in ("on_shutdown", "standby", "start_paused"):
         if get("qmp") and get(name):
             complain(

@@ -8,7 +8,7 @@ from nbdbackupd import __version__
 from nbdbackupd.config import sample, schema
 from nbdbackupd.config.matching import LABELS_URI, MATCHERS
 from nbdbackupd.config.schema import DIRECTORY, DOMAINS, MAIN
-from nbdbackupd.config.setting import Setting
+from nbdbackupd.config.setting import Setting, groups
 
 DATE: Final = "2026-11-30"
 
@@ -154,7 +154,7 @@ freeze:
 
 def _settings() -> list[str]:
     lines, lone = [], []
-    for section, settings in schema.groups():
+    for section, settings in groups(schema.BY_PATH.values()):
         described = [line for setting in settings for line in _setting(setting)]
         if section:
             lines += [f".SS {section}", *_text(schema.SECTIONS[section]), *described]

@@ -7,7 +7,7 @@ from nbdbackupd.config import schema
 from nbdbackupd.config.kinds import spoken
 from nbdbackupd.config.matching import MATCHERS
 from nbdbackupd.config.schema import SECTIONS
-from nbdbackupd.config.setting import Setting
+from nbdbackupd.config.setting import Setting, groups
 
 WIDTH: Final = 88
 TITLE: Final = f"Configuration of nbdbackupd: {schema.DIRECTORY}/{schema.MAIN}"
@@ -34,7 +34,7 @@ def render() -> str:
     """The file."""
     use = [*_comment(schema.USE), "#"] if schema.USE else []
     lines = [*_comment(TITLE), "#", *use, *_comment(HEAD), ""]
-    for section, settings in schema.groups():
+    for section, settings in groups(schema.BY_PATH.values()):
         if section:
             lines += [*_comment(SECTIONS[section]), f"{section}:"]
         for setting in settings:

@@ -305,6 +305,21 @@ class DomainSettings:
             "name that its sets have",
         ),
     )
+    agent = Setting(
+        "agent",
+        optional(kinds.PATH, "none"),
+        None,
+        example="/run/vm7/qga",
+        single=True,
+        help="The socket of the guest's agent of a QEMU that runs without libvirt, a -chardev for "
+        "the port org.qemu.guest_agent.0: with it freeze.policy holds as for a domain.",
+        option=Option(
+            "--agent SOCKET",
+            "guest",
+            Path,
+            help="with --qmp: the socket of the guest's agent, to freeze it by",
+        ),
+    )
     standby = Setting(
         "standby",
         kinds.BOOL,
@@ -583,17 +598,3 @@ def defaults() -> DomainSettings:
         values={path: setting.default for path, setting in BY_PATH.items()},
         origins=dict.fromkeys(BY_PATH, DEFAULT),
     )
-
-
-def groups() -> list[tuple[str, list[Setting[Any]]]]:
-    """The settings in order, those of a section together; a lone one has an empty section."""
-    found: list[tuple[str, list[Setting[Any]]]] = []
-    sections: dict[str, list[Setting[Any]]] = {}
-    for setting in BY_PATH.values():
-        if setting.section in sections:
-            sections[setting.section].append(setting)
-        else:
-            found.append((setting.section, [setting]))
-            if setting.section:
-                sections[setting.section] = found[-1][1]
-    return found

@@ -1,6 +1,6 @@
 """What an entry of the table of settings is, and what is made of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Final, Generic, Protocol, TypeVar, overload
 
@@ -147,4 +147,18 @@ def names(text: str) -> tuple[str, ...]:
     found = tuple(part.strip() for part in text.split(",") if part.strip())
     if not found:
         raise ValueError("expected names with commas between them")
+    return found
+
+
+def groups(table: Iterable[Setting[Any]]) -> list[tuple[str, list[Setting[Any]]]]:
+    """The settings in order, those of a section together; a lone one has an empty section."""
+    found: list[tuple[str, list[Setting[Any]]]] = []
+    sections: dict[str, list[Setting[Any]]] = {}
+    for setting in table:
+        if setting.section in sections:
+            sections[setting.section].append(setting)
+        else:
+            found.append((setting.section, [setting]))
+            if setting.section:
+                sections[setting.section] = found[-1][1]
     return found

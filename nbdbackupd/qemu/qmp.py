@@ -64,8 +64,8 @@ def _held(path: Path) -> BusyError:
     )
 
 
-class Monitor:
-    """A QMP session, for any thread; the socket stays its owner's."""
+class Line:
+    """A socket on which a JSON object a line goes each way; it stays its owner's."""
 
     def __init__(
         self,
@@ -75,74 +75,43 @@ class Monitor:
         timeout: float,
         cancelled: Callable[[], None] = lambda: None,
     ) -> None:
-        """Wait for the greeting and negotiate. ``program`` is named in messages.
-
-        ``timeout`` is in seconds, for this and for each command. Raises ProcessError if the
-        program says nothing, nonsense, or goes away; what ``cancelled`` raises.
-        """
         self._connection = connection
         self._program = program
         self._timeout = timeout
         self._cancelled = cancelled
         self._received = b""
-        self._lock = threading.Lock()
         connection.setblocking(False)
-        greeting = self._receive(time.monotonic() + timeout, "start")
-        if "QMP" not in greeting:
-            raise ProcessError(f"{program} does not speak QMP on its monitor")
-        self.execute("qmp_capabilities")
 
-    @property
-    def pid(self) -> int:
-        """The process that listens on the other end of a Unix socket, see unix(7)."""
-        size = struct.calcsize("3i")
-        found = self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-        return int(struct.unpack("3i", found)[0])
-
-    def execute(
-        self, command: str, arguments: Mapping[str, Any] | None = None, *, descriptor: int = -1
-    ) -> Any:
-        """Run a command and return what it returns; it may come with a descriptor.
-
-        Raises ProcessError with QEMU's description if it is refused, and as for the constructor.
-        """
+    def send(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None,
+        deadline: float,
+        *,
+        before: bytes = b"",
+        descriptor: int = -1,
+    ) -> None:
+        """Send a request, with a descriptor. Raises ProcessError."""
         document: dict[str, Any] = {"execute": command}
         if arguments:
             document["arguments"] = arguments
-        with self._lock:
-            reply = self._ask(json.dumps(document).encode() + b"\n", command, descriptor)
-        if "return" in reply:
-            return reply["return"]
-        error = reply.get("error")
-        if not isinstance(error, dict):
-            raise ProcessError(f"{self._program} gave no answer to {command}")
-        kind = str(error.get("class", GENERIC))
-        text = " ".join(str(error.get("desc", "")).split())
-        shown = text if kind == GENERIC else f"{kind}: {text}"
-        raise ProcessError(f"{self._program} refused {command}: {shown}")
-
-    def _ask(self, data: bytes, command: str, descriptor: int) -> dict[str, Any]:
-        deadline = time.monotonic() + self._timeout
-        self._send(data, deadline, command, descriptor)
-        reply = self._receive(deadline, command)
-        while "event" in reply:
-            reply = self._receive(deadline, command)
-        return reply
-
-    def _send(self, data: bytes, deadline: float, what: str, descriptor: int) -> None:
-        view = memoryview(data)
+        view = memoryview(before + json.dumps(document).encode() + b"\n")
         passed = [descriptor] if descriptor >= 0 else []
         while view:
-            self._wait(select.POLLOUT, deadline, what)
+            self._wait(select.POLLOUT, deadline, command)
             try:
                 view = view[socket.send_fds(self._connection, [view], passed) :]
                 passed = []
             except BlockingIOError:
                 continue
             except OSError as err:
-                raise self._gone(what) from err
+                raise self._gone(command) from err
 
-    def _receive(self, deadline: float, what: str) -> dict[str, Any]:
+    def receive(self, deadline: float, what: str) -> dict[str, Any]:
+        """The next object; what comes before a delimiter of the agent's is no part of it.
+
+        Raises ProcessError.
+        """
         while b"\n" not in self._received:
             self._wait(select.POLLIN, deadline, what)
             try:
@@ -158,7 +127,7 @@ class Monitor:
                 raise ProcessError(f"{self._program} answered {what} with too much")
         line, _, self._received = self._received.partition(b"\n")
         try:
-            document = documents.parse_json(line)
+            document = documents.parse_json(line.rpartition(b"\xff")[2])
         except ValueError as err:
             raise ProcessError(f"{self._program} answered {what} with nonsense") from err
         if not isinstance(document, dict):
@@ -180,3 +149,57 @@ class Monitor:
 
     def _gone(self, what: str) -> ProcessError:
         return ProcessError(f"{self._program} ended during {what}")
+
+
+class Monitor(Line):
+    """A QMP session, for any thread."""
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        program: str,
+        *,
+        timeout: float,
+        cancelled: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Wait for the greeting and negotiate. ``program`` is named in messages.
+
+        ``timeout`` is in seconds, for this and for each command. Raises ProcessError if the
+        program says nothing, nonsense, or goes away; what ``cancelled`` raises.
+        """
+        super().__init__(connection, program, timeout=timeout, cancelled=cancelled)
+        self._lock = threading.Lock()
+        greeting = self.receive(time.monotonic() + timeout, "start")
+        if "QMP" not in greeting:
+            raise ProcessError(f"{program} does not speak QMP on its monitor")
+        self.execute("qmp_capabilities")
+
+    @property
+    def pid(self) -> int:
+        """The process that listens on the other end of a Unix socket, see unix(7)."""
+        size = struct.calcsize("3i")
+        found = self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        return int(struct.unpack("3i", found)[0])
+
+    def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, *, descriptor: int = -1
+    ) -> Any:
+        """Run a command and return what it returns; it may come with a descriptor.
+
+        Raises ProcessError with QEMU's description if it is refused, and as for the constructor.
+        """
+        deadline = time.monotonic() + self._timeout
+        with self._lock:
+            self.send(command, arguments, deadline, descriptor=descriptor)
+            reply = self.receive(deadline, command)
+            while "event" in reply:
+                reply = self.receive(deadline, command)
+        if "return" in reply:
+            return reply["return"]
+        error = reply.get("error")
+        if not isinstance(error, dict):
+            raise ProcessError(f"{self._program} gave no answer to {command}")
+        kind = str(error.get("class", GENERIC))
+        text = " ".join(str(error.get("desc", "")).split())
+        shown = text if kind == GENERIC else f"{kind}: {text}"
+        raise ProcessError(f"{self._program} refused {command}: {shown}")

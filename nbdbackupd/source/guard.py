@@ -80,7 +80,7 @@ class Charge:
     ``pid`` is the run's process, our parent. ``scratch`` are its scratch files; by them its job is
     told from that of another run. The run itself keeps ``scratch_reserve`` bytes free beside them.
     ``is_reachable``: libvirt, or QEMU, can be asked by another process than the run. ``monitor``
-    is the path of QEMU's own where there is no libvirt.
+    is the path of QEMU's own where there is no libvirt, and ``agent`` that of its guest's agent.
     """
 
     uri: str
@@ -96,6 +96,7 @@ class Charge:
     scratch: tuple[str, ...]
     is_reachable: bool
     monitor: str = ""
+    agent: str = ""
 
     def pack(self) -> bytes:
         """The message."""

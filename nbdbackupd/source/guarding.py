@@ -22,6 +22,7 @@ from nbdbackupd import log as runlog
 from nbdbackupd.errors import DomainNotFoundError
 from nbdbackupd.source import quiesce, running, standalone
 from nbdbackupd.source.guard import BEGUN, DISCARD_SECONDS, THAW, Charge, Post, turn
+from nbdbackupd.source.qemu_guest import QemuGuest
 from nbdbackupd.source.silence import Silence
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.connection import open_connection
@@ -104,6 +105,8 @@ class Watch:
     def thaw(self) -> bool:
         """Thaw while the run lives, which has not seen its freeze answered; whether it is done."""
         try:
+            if self.charge.monitor:
+                return self._thaw(QemuGuest.charged(self.charge))
             with self._domain() as domain:
                 return self._thaw(domain)
         except Exception as err:  # noqa: BLE001 - as below
@@ -117,7 +120,12 @@ class Watch:
         """
         try:
             if self.charge.monitor:
-                return is_settled and standalone.clear_dead(self.charge)
+                with turn(Path(self.charge.runtime_dir)):
+                    guest = QemuGuest.charged(self.charge)
+                    self._is_thawed = self._is_thawed or self._thaw(guest)
+                    if is_settled and not self._is_job_gone:
+                        self._is_job_gone = standalone.clear_dead(self.charge)
+                return self._is_thawed and self._is_job_gone
             with self._domain() as domain, turn(Path(self.charge.runtime_dir)):
                 # first: a guest that is frozen hangs, and this is quick
                 self._is_thawed = self._is_thawed or self._thaw(domain)
@@ -144,7 +152,7 @@ class Watch:
         with open_connection(charge.uri, user=charge.user, password=charge.password) as connection:
             yield Domain.find(connection, charge.uuid)
 
-    def _thaw(self, domain: Domain) -> bool:
+    def _thaw(self, domain: Domain | QemuGuest) -> bool:
         marker = running.marker(Path(self.charge.runtime_dir))
         found = quiesce.settle(domain, marker, self.charge.run_id, seconds=ANSWER_SECONDS)
         self._refusals = self._refusals + 1 if found.is_answered else 0

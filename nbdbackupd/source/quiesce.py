@@ -12,14 +12,15 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
 
 from nbdbackupd import durable, events, files
 from nbdbackupd import log as runlog
-from nbdbackupd.errors import FreezeError, IntegrityError, NbdbackupError
+from nbdbackupd.errors import AgentAnswerError, FreezeError, IntegrityError, NbdbackupError
 from nbdbackupd.model.chain import Consistency
 from nbdbackupd.model.domain import Agent
 from nbdbackupd.model.freeze_memory import MAY_BE_FROZEN
@@ -36,11 +37,9 @@ EMBEDDED_SECONDS: Final = 2.0
 POLL_SECONDS: Final = 0.05
 FROZEN: Final = "frozen"
 PAUSED: Final = "paused"
-CURES: Final = {
-    Agent.ABSENT: "give the domain a channel org.qemu.guest_agent.0, its guest the agent",
-    Agent.DISCONNECTED: "start the agent in the guest",
-    Agent.CONNECTED: "resume the guest",
-}
+BOTH: Final = "both"
+"""Paused for a moment while it is frozen."""
+
 WITHOUT: Final = "or do without: freeze.policy 'never' ('backup --freeze never')"
 MAX_MARKER: Final = 256
 
@@ -56,6 +55,95 @@ class Pausable(Protocol):
 
     def resume(self) -> None:
         """Let it go on."""
+
+
+class Freezable(ABC):
+    """A guest that may have an agent.
+
+    ``cures`` are for each state of its agent, ``by_hand`` is how a person thaws it, or empty.
+    """
+
+    name: str
+    cures: ClassVar[Mapping[Agent, str]]
+    by_hand: ClassVar[str]
+
+    @abstractmethod
+    def state(self) -> GuestState:
+        """What QEMU does with it."""
+
+    @abstractmethod
+    def suspend(self) -> None:
+        """Halt it."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Let it go on."""
+
+    @abstractmethod
+    def is_active(self) -> bool:
+        """Whether there is somebody to thaw."""
+
+    @abstractmethod
+    def agent(self) -> Agent:
+        """Whether an agent is there."""
+
+    @abstractmethod
+    def freeze(self, mountpoints: Sequence[str], *, seconds: float) -> int:
+        """Freeze all file systems, or these; returns how many. Raises FreezeError."""
+
+    @abstractmethod
+    def thaw(self, *, seconds: float) -> int:
+        """Thaw all file systems; returns how many were frozen. Raises FreezeError."""
+
+
+class _OfLibvirt(Freezable):
+    """The guest of a domain."""
+
+    cures: ClassVar = {
+        Agent.ABSENT: "give the domain a channel org.qemu.guest_agent.0, its guest the agent",
+        Agent.DISCONNECTED: "start the agent in the guest",
+        Agent.CONNECTED: "resume the guest",
+    }
+    by_hand = ", and 'virsh domfsthaw' does it, too"
+
+    def __init__(self, domain: Domain) -> None:
+        self._domain = domain
+        self.name = domain.name
+
+    def state(self) -> GuestState:
+        return self._domain.state()
+
+    def suspend(self) -> None:
+        self._domain.suspend()
+
+    def resume(self) -> None:
+        self._domain.resume()
+
+    def is_active(self) -> bool:
+        return self._domain.is_active()
+
+    def agent(self) -> Agent:
+        """Look at the agent's channel; an embedded libvirt needs a moment to see that it is there.
+
+        Measured with libvirt 9.0: some 100 ms after the open.
+        """
+        agent = self._domain.definition().agent
+        seconds = EMBEDDED_SECONDS if self._domain.connection.is_embedded else 0.0
+        deadline = time.monotonic() + seconds
+        while agent is Agent.DISCONNECTED and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+            agent = self._domain.definition().agent
+        return agent
+
+    def freeze(self, mountpoints: Sequence[str], *, seconds: float) -> int:
+        return guest.freeze(self._domain, mountpoints, seconds=seconds)
+
+    def thaw(self, *, seconds: float) -> int:
+        return guest.thaw(self._domain, seconds=seconds)
+
+
+def _freezable(held: Domain | Freezable) -> Freezable:
+    return held if isinstance(held, Freezable) else _OfLibvirt(held)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,12 +182,12 @@ class Moment:
 
 
 @contextlib.contextmanager
-def quiet(domain: Domain, request: Quiet) -> Iterator[Moment]:
+def quiet(held: Domain | Freezable, request: Quiet) -> Iterator[Moment]:
     """Hold the guest still during the body, as far as wished and possible.
 
     Raises FreezeError if freezing is required and does not succeed; nothing is frozen then.
     """
-    moment = Moment()
+    moment, domain = Moment(), _freezable(held)
     with contextlib.ExitStack() as stack:
         if request.freeze is FreezePolicy.PAUSE:
             stack.enter_context(paused(domain, request, moment))
@@ -120,38 +208,28 @@ class Release:
     is_answered: bool = False
 
 
-def release(domain: Domain, marker: Path, *, seconds: float = ANSWER_SECONDS) -> Release:
+def release(guest: Domain | Freezable, marker: Path, *, seconds: float = ANSWER_SECONDS) -> Release:
     """Let a guest go that an earlier run has left frozen or paused.
 
     A guest whose agent does not answer is said so, too, and the marker stays: that must not hinder
     a backup, and its guard goes on. Raises DomainError if it can't be resumed.
     """
     held, _ = _held(marker)
-    done = ""
-    if held == FROZEN and domain.is_active():
+    domain, done = _freezable(guest), ""
+    if held in (PAUSED, BOTH):
+        done = _resumed(domain)
+    if held in (FROZEN, BOTH) and domain.is_active():
         answer = "the guest's agent, which an earlier run had asked to freeze, answers: "
         try:
-            done = answer + _thawed(guest.thaw(domain, seconds=seconds))
+            done = answer + _thawed(domain.thaw(seconds=seconds))
         except FreezeError as err:
-            is_answered = isinstance(err, guest.AgentAnswerError)
-            if not isinstance(err, guest.AgentAnswerError) or not err.is_thawed:
+            is_answered = isinstance(err, AgentAnswerError)
+            if not isinstance(err, AgentAnswerError) or not err.is_thawed:
                 text = f"an earlier run had frozen the guest, or tried to: {err.message}"
                 return Release(problem=text, is_answered=is_answered)
             done = f"{answer}nothing is frozen, but {err.message}"
-    elif held == PAUSED:
-        done = _resumed(domain)
     marker.unlink(missing_ok=True)
     return Release(done=done)
-
-
-def release_paused(guest: Pausable, marker: Path, run_id: str = "") -> str:
-    """Let a guest go that a dead run, or that run, has left paused; what was done, or nothing."""
-    held, owner = _held(marker)
-    if run_id not in ("", owner):
-        return ""
-    done = _resumed(guest) if held == PAUSED else ""
-    marker.unlink(missing_ok=True)
-    return done
 
 
 def _resumed(guest: Pausable) -> str:
@@ -167,7 +245,7 @@ def _thawed(count: int) -> str:
     return "1 file system was thawed" if count == 1 else f"{count} file systems were thawed"
 
 
-def settle(domain: Domain, marker: Path, run_id: str, *, seconds: float) -> Release:
+def settle(domain: Domain | Freezable, marker: Path, run_id: str, *, seconds: float) -> Release:
     """Let a guest go that the run has left frozen or paused.
 
     What another run holds is not touched. Raises DomainError.
@@ -221,23 +299,28 @@ def paused(domain: Pausable, request: Quiet, moment: Moment) -> Iterator[None]:
         # somebody else's pause: not ours to end
         yield
         return
-    _mark(request, PAUSED)
+    before = _held(request.marker)[0]
+    is_frozen = before in (FROZEN, BOTH)
+    _mark(request, BOTH if is_frozen else PAUSED)
     try:
         domain.suspend()
         yield
     finally:
         if domain.state() is GuestState.PAUSED:
             domain.resume()
-        request.marker.unlink(missing_ok=True)
+        if is_frozen:
+            _mark(request, FROZEN)
+        else:
+            request.marker.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _frozen(domain: Domain, request: Quiet, moment: Moment) -> Iterator[None]:
-    agent = _agent(domain)
+def _frozen(domain: Freezable, request: Quiet, moment: Moment) -> Iterator[None]:
+    agent = domain.agent()
     obstacle = _obstacle(domain, agent)
     if obstacle and request.freeze is FreezePolicy.AUTO:
         if agent is not Agent.ABSENT or request.was_frozen:
-            moment.warnings.append(f"not frozen: {obstacle}; {CURES[agent]}, {WITHOUT}")
+            moment.warnings.append(f"not frozen: {obstacle}; {domain.cures[agent]}, {WITHOUT}")
     elif not obstacle and request.freeze is not FreezePolicy.REQUIRE:
         obstacle = request.obstacle
         if is_held(request.marker):
@@ -248,7 +331,7 @@ def _frozen(domain: Domain, request: Quiet, moment: Moment) -> Iterator[None]:
     if obstacle:
         if request.freeze is FreezePolicy.REQUIRE:
             raise FreezeError(
-                f"domain {domain.name} can't be frozen: {obstacle}; {CURES[agent]}, or set "
+                f"domain {domain.name} can't be frozen: {obstacle}; {domain.cures[agent]}, or set "
                 f"freeze.policy to 'auto' ('backup --freeze auto')",
                 domain=domain.name,
             )
@@ -264,20 +347,7 @@ def _frozen(domain: Domain, request: Quiet, moment: Moment) -> Iterator[None]:
         request.on_freeze(moment.is_unanswered)
 
 
-def _agent(domain: Domain) -> Agent:
-    """Look at the agent's channel; an embedded libvirt needs a moment to see that it is there.
-
-    Measured with libvirt 9.0: some 100 ms after the open.
-    """
-    agent = domain.definition().agent
-    deadline = time.monotonic() + (EMBEDDED_SECONDS if domain.connection.is_embedded else 0.0)
-    while agent is Agent.DISCONNECTED and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
-        agent = domain.definition().agent
-    return agent
-
-
-def _obstacle(domain: Domain, agent: Agent) -> str:
+def _obstacle(domain: Freezable, agent: Agent) -> str:
     if agent is Agent.ABSENT:
         return "it has no guest agent channel"
     if agent is Agent.DISCONNECTED:
@@ -290,7 +360,7 @@ def _obstacle(domain: Domain, agent: Agent) -> str:
 class _Ice:
     """A freeze and its thaw, which happens once: at the end, or when the guest waited too long."""
 
-    def __init__(self, domain: Domain, request: Quiet, moment: Moment) -> None:
+    def __init__(self, domain: Freezable, request: Quiet, moment: Moment) -> None:
         self._domain = domain
         self._request = request
         self._moment = moment
@@ -306,8 +376,8 @@ class _Ice:
         self._is_attempted = True
         begun = time.monotonic()
         try:
-            self._count = guest.freeze(
-                self._domain, self._request.mountpoints, seconds=self._request.seconds
+            self._count = self._domain.freeze(
+                self._request.mountpoints, seconds=self._request.seconds
             )
             failure = "" if self._count else "no file system in the guest could be frozen"
         except FreezeError as err:
@@ -351,10 +421,10 @@ class _Ice:
         seconds = min(ANSWER_SECONDS, self._request.seconds) if is_late else self._request.seconds
         for _ in range(1 if is_late else THAW_ATTEMPTS):
             try:
-                thawed = guest.thaw(self._domain, seconds=seconds)
+                thawed = self._domain.thaw(seconds=seconds)
             except NbdbackupError as err:
                 problem = err.message
-                if isinstance(err, guest.AgentAnswerError) and err.is_thawed:
+                if isinstance(err, AgentAnswerError) and err.is_thawed:
                     self._request.marker.unlink(missing_ok=True)
                     self._warn(events.THAW_FORCED, f"nothing is frozen any more, but {problem}")
                     return
@@ -370,8 +440,8 @@ class _Ice:
         self._moment.is_unanswered = True
         self._warn(
             events.THAW_FAILED,
-            f"{MAY_BE_FROZEN}: {problem}; it is thawed as soon as its agent answers, and "
-            f"'virsh domfsthaw' does it, too",
+            f"{MAY_BE_FROZEN}: {problem}; it is thawed as soon as its agent answers"
+            f"{self._domain.by_hand}",
         )
         self._request.on_held()
 

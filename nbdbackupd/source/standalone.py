@@ -19,7 +19,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -28,7 +28,6 @@ from nbdbackupd import durable, events, rundir
 from nbdbackupd.errors import (
     CheckpointError,
     ConfigError,
-    FreezeError,
     NbdbackupError,
     NbdError,
     NotSupportedError,
@@ -40,16 +39,23 @@ from nbdbackupd.model.policy import FreezePolicy
 from nbdbackupd.qemu import image, machine
 from nbdbackupd.qemu.machine import CBW_SECONDS, Drive, Machine, Part, node
 from nbdbackupd.source import Export, Snapshot, quiesce, running, scratch
-from nbdbackupd.source.guard import BEGUN, MOST_DISKS, Charge, Guard, guarded, turn, wait_for_guards
+from nbdbackupd.source.guard import (
+    BEGUN,
+    MOST_DISKS,
+    THAW,
+    Charge,
+    Guard,
+    guarded,
+    turn,
+    wait_for_guards,
+)
+from nbdbackupd.source.qemu_guest import QemuGuest
 from nbdbackupd.source.quiesce import Moment, Quiet
-from nbdbackupd.virt.domain import GuestState
 
 LOG = logging.getLogger(__name__)
 JOB_POLL_SECONDS: Final = 0.5
 OVER: Final = frozenset({"concluded", "null", "aborting"})
 """States of a job that keeps nothing any more."""
-
-NO_AGENT: Final = "there is no agent's socket"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +74,8 @@ class StandaloneRequest:
 
     ``name`` and ``uuid`` are those of the point. An empty ``new_bitmap`` makes none.
     ``runtime_dir`` is that of the socket (``rundir.socket_dir``). For ``scratch_reserve`` and
-    ``on_trouble`` see ``running.RunningRequest``. ``at_instant`` is called while the guest is
+    ``on_trouble`` see ``running.RunningRequest``. ``quiet`` is how the guest is held, but
+    for ``on_held``, and ``agent`` its agent's socket. ``at_instant`` is called while the guest is
     halted, which it is for that.
     """
 
@@ -81,10 +88,16 @@ class StandaloneRequest:
     scratch_dir: Path
     scratch_reserve: int
     on_trouble: Callable[[NbdbackupError], None]
+    quiet: Quiet
     base_bitmap: str = ""
     new_bitmap: str = ""
-    freeze: FreezePolicy = FreezePolicy.AUTO
+    agent: Path | None = None
     at_instant: Callable[[], None] | None = None
+
+    @property
+    def guest(self) -> QemuGuest:
+        """What is held still."""
+        return QemuGuest.of(self.name, self.machine, self.agent)
 
     @property
     def socket(self) -> Path:
@@ -100,26 +113,6 @@ class StandaloneRequest:
     def changes(self) -> str:
         """The name of the frozen bitmaps."""
         return f"{self.head}-changes"
-
-
-class Guest:
-    """A guest that can be paused by its monitor."""
-
-    def __init__(self, found: Machine) -> None:
-        self._machine = found
-
-    def state(self) -> GuestState:
-        """What QEMU does with it."""
-        is_running = self._machine.status() == "running"
-        return GuestState.RUNNING if is_running else GuestState.PAUSED
-
-    def suspend(self) -> None:
-        """Halt it."""
-        self._machine.execute("stop")
-
-    def resume(self) -> None:
-        """Let it go on."""
-        self._machine.execute("cont")
 
 
 @contextmanager
@@ -144,7 +137,7 @@ def open_standalone(request: StandaloneRequest) -> Iterator[Snapshot]:
         request.machine.serve(request.socket, request.head)
         scheme.prepare(scratches)
         deltas, demoted = _deltas(request)
-        moment = _begin(scheme, deltas)
+        moment = _begin(scheme, deltas, guard)
         guard.note(BEGUN)
         for number, disk in enumerate(request.disks):
             scheme.export(number, disk, is_delta=disk.target in deltas)
@@ -170,7 +163,7 @@ def open_standalone(request: StandaloneRequest) -> Iterator[Snapshot]:
             raise problem
 
 
-def sweep(found: Machine, runtime_dir: Path) -> tuple[tuple[str, ...], str]:
+def sweep(guest: QemuGuest, found: Machine, runtime_dir: Path) -> tuple[tuple[str, ...], str]:
     """Remove what dead runs left in a QEMU, and let its guest go; its lock is held.
 
     Returns what that was, and what became of the guest.
@@ -178,29 +171,28 @@ def sweep(found: Machine, runtime_dir: Path) -> tuple[tuple[str, ...], str]:
     Raises BusyError if a guard takes too long, ProcessError, SourceError.
     """
     with turn(runtime_dir):
-        released = quiesce.release_paused(Guest(found), running.marker(runtime_dir))
+        released = quiesce.release(guest, running.marker(runtime_dir))
         wait_for_guards(runtime_dir)
         done = found.clear(machine.PREFIX, runtime_dir / rundir.NBD_SOCKET)
     if done:
         events.emit(LOG, events.DEAD_RUN_SWEPT, reason="; ".join(done))
-    if released:
-        events.emit(LOG, events.GUEST_RELEASED, reason=released)
-    return done, released
+    if released.done:
+        events.emit(LOG, events.GUEST_RELEASED, reason=released.done)
+    if released.problem:
+        LOG.info("%s", released.problem)
+    return done, released.done or released.problem
 
 
 def clear_dead(charge: Charge) -> bool:
-    """What a guard does after its run: the same for that run alone; True, since all is done.
+    """What a guard removes after its run; True, since all is done.
 
     Raises DomainNotFoundError if QEMU has ended, BusyError, ProcessError, SourceError.
     """
     directory = Path(charge.runtime_dir)
-    with machine.connect(Path(charge.monitor), charge.domain) as found, turn(directory):
-        released = quiesce.release_paused(Guest(found), running.marker(directory), charge.run_id)
+    with machine.connect(Path(charge.monitor), charge.domain) as found:
         done = found.clear(machine.tag(charge.run_id), directory / rundir.NBD_SOCKET)
     if done:
         events.emit(LOG, events.DEAD_RUN_SWEPT, reason="; ".join(done))
-    if released:
-        events.emit(LOG, events.GUEST_RELEASED, reason=released)
     return True
 
 
@@ -208,10 +200,6 @@ def _check(request: StandaloneRequest) -> bool:
     """Whether connections are QEMU's to close."""
     if fault := rundir.socket_fault(request.socket):
         raise ConfigError(f"{fault}: give a shorter --runtime-dir")
-    if request.freeze is FreezePolicy.REQUIRE:
-        raise FreezeError(
-            f"QEMU of {request.name} can't be frozen: {NO_AGENT}; use '--freeze auto' or --pause"
-        )
     has_any = request.machine.has_iothreads()
     if has_any and len(request.disks) > MOST_DISKS:
         raise NotSupportedError(
@@ -237,6 +225,7 @@ def _charge(request: StandaloneRequest) -> Charge:
         scratch=tuple(disk.target for disk in request.disks),
         is_reachable=True,
         monitor=os.fspath(request.machine.path.absolute()),
+        agent=os.fspath(request.agent) if request.agent is not None else "",
     )
 
 
@@ -469,19 +458,17 @@ class _Filters(_Jobs):
         return Part.THROTTLED if disk.drive.throttle else Part.FILTER
 
 
-def _begin(scheme: _Jobs, deltas: frozenset[str]) -> Moment:
+def _begin(scheme: _Jobs, deltas: frozenset[str], guard: Guard) -> Moment:
     """Begin to keep what is overwritten, of all disks at one instant."""
     request = scheme.request
-    moment = Moment()
-    is_wished = request.freeze is FreezePolicy.PAUSE
-    quiet = Quiet(marker=running.marker(request.runtime_dir), run_id=request.run_id)
+    quiet = replace(request.quiet, on_held=lambda: guard.note(THAW))
+    halts = quiet.freeze is not FreezePolicy.PAUSE
     try:
         scheme.track()
-        with contextlib.ExitStack() as stack:
-            if is_wished or scheme.may_pause or request.at_instant is not None:
+        with quiesce.quiet(request.guest, quiet) as moment, contextlib.ExitStack() as stack:
+            if halts and (scheme.may_pause or request.at_instant is not None):
                 # for the instant alone it is as if the guest's power had failed
-                told = moment if is_wished else Moment()
-                stack.enter_context(quiesce.paused(Guest(request.machine), quiet, told))
+                stack.enter_context(quiesce.paused(request.guest, quiet, Moment()))
             scheme.begin(deltas)
             if request.at_instant is not None:
                 request.at_instant()
@@ -584,10 +571,13 @@ class _End:
         marker = running.marker(self._request.runtime_dir)
         try:
             _end(self._request, self._guard)
-            quiesce.release_paused(Guest(self._request.machine), marker, self._request.run_id)
+            run_id = self._request.run_id
+            quiesce.settle(self._request.guest, marker, run_id, seconds=quiesce.ANSWER_SECONDS)
         except NbdbackupError as err:
             if error is None:
                 raise
             LOG.warning("%s", err)
             return
-        self._guard.is_settled = self._guard.kept.wait_closed(running.CLOSE_SECONDS)
+        is_held = quiesce.is_held(marker)
+        is_closed = self._guard.kept.wait_closed(running.CLOSE_SECONDS)
+        self._guard.is_settled = is_closed and not is_held

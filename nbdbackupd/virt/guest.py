@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 
 import libvirt
 
-from nbdbackupd.errors import FreezeError, NbdbackupError
+from nbdbackupd.errors import AgentAnswerError, FreezeError, NbdbackupError
 from nbdbackupd.virt.domain import Domain
 
 # on top of the agent's own deadline, for the way through libvirt
@@ -28,17 +28,6 @@ ANSWERS: Final = (libvirt.VIR_ERR_INTERNAL_ERROR, COMMAND_FAILED)
 
 INFO_PREFIXES: Final = ("os.", "hostname", "timezone.", "fs.")
 Result = TypeVar("Result")
-
-
-class AgentAnswerError(FreezeError):
-    """The agent has answered a thaw, with an error. ``is_thawed``: nothing is frozen all the same.
-
-    Other FreezeErrors mean that nobody has answered.
-    """
-
-    def __init__(self, message: str, *, is_thawed: bool, **fields: object) -> None:
-        super().__init__(message, **fields)
-        self.is_thawed = is_thawed
 
 
 def freeze(domain: Domain, mountpoints: Sequence[str], *, seconds: float) -> int:

@@ -60,8 +60,8 @@ _nbdbackupctl_options() {
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet -l --level -o --output -i --include -x --exclude
         --raw -z --compress --no-compress --digest -t --type --extents --freeze -F
-        --freeze-mountpoint --scratch-dir --scratch-reserve --qmp -S --start-paused --pause
-        --checkpoint-dir --threshold --strict --limit-rate -w --workers --wait --timeout'
+        --freeze-mountpoint --scratch-dir --scratch-reserve --qmp --agent -S --start-paused
+        --pause --checkpoint-dir --threshold --strict --limit-rate -w --workers --wait --timeout'
         ;;
     run)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -165,7 +165,7 @@ _nbdbackupctl_options() {
         ;;
     abort)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet --any --qmp'
+        --runtime-dir -v --verbose -q --quiet --any --qmp --agent'
         ;;
     yield)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -218,10 +218,10 @@ _nbdbackupctl_kind() {
     case "$1:$2" in
     *:-c | *:--connect | *:--user | *:-i | *:--include | *:-x | *:--exclude | backup:-z | \
     backup:--compress | *:-F | *:--freeze-mountpoint | *:--scratch-reserve | *:--qmp | \
-    *:--threshold | *:--limit-rate | *:-w | *:--workers | *:--wait | *:--timeout | log:-n | \
-    *:--point | *:--until | *:--at | *:-d | *:--disk | *:--pool | *:--since | *:-j | *:--jobs \
-    | *:--bandwidth-limit | *:--name | *:--socket | *:--tcp | *:--device | *:--cache | \
-    *:--memory | *:-p | *:--partition | *:--older-than | *:--limit | *:--boot-wait | \
+    *:--agent | *:--threshold | *:--limit-rate | *:-w | *:--workers | *:--wait | *:--timeout | \
+    log:-n | *:--point | *:--until | *:--at | *:-d | *:--disk | *:--pool | *:--since | *:-j | \
+    *:--jobs | *:--bandwidth-limit | *:--name | *:--socket | *:--tcp | *:--device | *:--cache \
+    | *:--memory | *:-p | *:--partition | *:--older-than | *:--limit | *:--boot-wait | \
     *:--boot-timeout | *:--boot-memory | *:--boot-name | *:--note | *:--uuid | *:--drop | \
     *:--reason | *:--warning | *:--critical | *:--lines | *:--run)
         echo 'other'

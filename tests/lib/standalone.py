@@ -1,9 +1,13 @@
 """QEMU without libvirt: a process with two monitors, one for the product and one for the test."""
 
+import contextlib
+import json
 import os
 import random
 import signal
+import socket
 import subprocess
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +15,7 @@ from typing import Any
 
 from tests.lab.process import ProcessHandle, wait_until
 from tests.lab.qmp import Monitor
+from tests.lab.virtio_agent import Agent
 from tests.lib.ctl import Ctl
 from tests.lib.images import make, overlay, qemu_img
 
@@ -254,3 +259,49 @@ def running(process: Process) -> Iterator[Process]:
         yield process
     finally:
         process.kill()
+
+
+class AgentSocket(threading.Thread):
+    """A guest's agent as QEMU shows it: one connection at a time, on which it says what it likes.
+
+    A real one is in tests/system/test_freeze.py; this one can be silent, lie and flood.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(name="agent", daemon=True)
+        self.agent = Agent()
+        self.flood = b""
+        self.lie: object = None
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.bind(os.fspath(path))
+        self._server.listen(1)
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._server.accept()
+                with connection, contextlib.suppress(OSError):
+                    self._serve(connection)
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection.makefile("rb") as requests:
+            # what an earlier client has not fetched
+            connection.sendall(b'{"return": 5}\nnoise\xff{"return": {}}\n')
+            for line in requests:
+                request = json.loads(line.lstrip(b"\xff"))
+                if self.agent.is_hung:
+                    continue
+                is_sync = request["execute"] == "guest-sync-delimited"
+                reply = self.agent.answer(request)
+                if not is_sync and self.lie is not None:
+                    reply = {"return": self.lie}
+                if not is_sync and self.flood:
+                    while True:
+                        connection.sendall(self.flood)
+                connection.sendall(b"\xff" * is_sync + json.dumps(reply).encode() + b"\n")
+
+    def close(self) -> None:
+        """Nobody is there any more."""
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()

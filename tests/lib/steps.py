@@ -57,6 +57,7 @@ STEPS: Final = {
     "connection-ready": "nbdbackupd.source.guard:Guard.ready",
     "instance-started": "nbdbackupd.virt.instance:start_paused",
     "instance-ended": "nbdbackupd.virt.instance:end",
+    "guest-frozen": "nbdbackupd.source.quiesce:_Ice.freeze",
     "jobs-begun": "nbdbackupd.source.standalone:_begin",
     "filter-put": "nbdbackupd.qemu.machine:Machine.put_filter",
     # a domain that is off
@@ -87,5 +88,6 @@ STEPS: Final = {
 
 FIELDS: Final = {
     "freeze-seconds": "nbdbackupd.source.running:RunningRequest.freeze_seconds",
+    "quiet-seconds": "nbdbackupd.source.quiesce:Quiet.seconds",
 }
 """Fields of dataclasses, whose default can be another one."""

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from nbdbackupd.rundir import HELD
+from tests.lab.process import wait_until
 from tests.lib.contents import read_disk
 from tests.lib.images import make
 from tests.lib.rigged import RiggedCtl
-from tests.lib.standalone import MIB, Process, running
+from tests.lib.standalone import MIB, AgentSocket, Process, running
 
 pytestmark = pytest.mark.system
 UUID = "3c4f1a52-9a3e-4a40-9bb1-0a1d7a4b9c12"
@@ -89,6 +91,13 @@ def test_a_machine_as_its_file_says(ctl: RiggedCtl, tmp_path: Path, seed: int) -
             assert read_disk(Path(into), point, "disk1") == content
             stored = (path.read_bytes() for path in Path(into).rglob("*") if path.is_file())
             assert not any(b"hushhush" in each for each in stored)
+        seen = ctl("check", "vm7", *config, "--json", code=None).json
+        assert (seen["domain"], seen["uuid"], seen["state"]) == ("vm7", UUID, "paused")
+        told = [each["text"] for each in seen["findings"] if each["severity"] != "fail"]
+        assert any("disk1" in each and "can be tracked" in each for each in told)
+        assert any("where the next increment into" in each for each in told)
+        assert any("'run' will save into" in each for each in told)
+        assert not [each for each in seen["findings"] if each["severity"] == "fail"]
         qemu.scribble(rng)
         level = ctl("backup", "vm7", *config, "--json").json["point"]["level"]
         assert level == "inc"
@@ -142,9 +151,60 @@ def test_verbs_by_the_monitor(ctl: RiggedCtl, tmp_path: Path, seed: int) -> None
         # the bitmap of the dead run
         fates = [each["state"] for each in ctl("checkpoints", *reach, "--json").json["checkpoints"]]
         assert sorted(fates) == ["base", "dead"]
+        said = ctl("check", *reach, "-o", into, code=3).stdout
+        assert "made by a run that died" in said
         ctl("checkpoints", *reach, "--repair")
         qemu.scribble(rng)
         point = qemu.backup(ctl, into)["point"]
         assert [each["mode"] for each in point["disks"]] == ["delta", "delta"]
         assert read_disk(into, point["id"], "disk1") == qemu.contents()["disk1"]
         assert "theirs" in qemu.bitmaps()
+
+
+def test_frozen_by_the_agents_socket(ctl: RiggedCtl, tmp_path: Path) -> None:
+    """By our policies, within our deadlines, and thawed on every way out."""
+    into, path = tmp_path / "set", tmp_path / "qga"
+    process = machine(tmp_path)
+    # a guest that runs: firmware, without a system
+    process.arguments.remove("-S")
+    with running(process) as qemu:
+
+        def save(*options: str, code: int = 0) -> Any:
+            found = qemu.backup(ctl, into, "--agent", os.fspath(path), *options, code=code)
+            return found["point"] if isinstance(found, dict) else found
+
+        def wait_thawed() -> None:
+            wait_until(lambda: not (agent.is_frozen or list(ctl.runtime.rglob(HELD))), "thaw", 60)
+
+        assert "no guest agent is connected" in save(code=3)["warnings"][0]
+        assert "no guest agent is connected" in save("--freeze", "require", code=20)
+        served = AgentSocket(path)
+        agent = served.agent
+        assert save("--freeze", "require")["consistency"] == "filesystem"
+        assert save("-F", "/mnt")["consistency"] == "filesystem"
+        assert agent.history == ["freeze", "thaw"] * 2
+        assert save("--freeze", "never")["consistency"] == "crash"
+        assert save("--pause")["consistency"] == "paused"
+        assert agent.history == ["freeze", "thaw"] * 2
+        for end in ("KILL@jobs-begun#1", "KILL+@guest-frozen#1", "KILL+@jobs-begun#1"):
+            with ctl.rigged(end):
+                save(code=-signal.SIGKILL)
+            wait_thawed()
+            qemu.wait_clean()
+        # one that is slow is thawed by the guard when it answers again
+        agent.freeze_seconds = 9
+        with ctl.rigged("DEFAULT2@quiet-seconds#1"):
+            point = save(code=3)
+        assert point["consistency"] == "crash"
+        assert "not frozen" in " ".join(point["warnings"])
+        agent.freeze_seconds = 0
+        wait_thawed()
+        assert "did not answer the freeze" in save(code=3)["warnings"][0]
+        lies: tuple[object, ...] = ("7", {"a": 1}, 0)
+        for served.lie in lies:
+            assert save("--freeze", "require", code=20)
+        served.lie = None
+        for served.flood in (b"x" * 65536, b'{"event": 1}\n' * 1000):
+            with ctl.rigged("DEFAULT2@quiet-seconds#1"):
+                assert save("--freeze", "require", code=20)
+        served.close()

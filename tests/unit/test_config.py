@@ -298,7 +298,8 @@ def test_every_value_survives_being_shown(setting: Setting[Any], tmp_path: Path)
             body = body.replace(":", ":\n  path: /backup/x", 1)
         found = read(tmp_path, f"{body}: {text}\n")
         if setting.single:
-            found = read(tmp_path, x=f"match: {{name: x}}\n{body}: {text}\n")
+            other = "qmp: /x\n" if setting.path == "agent" else ""
+            found = read(tmp_path, x=f"match: {{name: x}}\n{body}: {text}\n{other}")
         found.require_sound()
         got = settings_for("x", "", {}, found)
         assert setting.kind.show(got.get(setting.path)) == text

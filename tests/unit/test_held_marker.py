@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nbdbackupd import rundir
-from nbdbackupd.errors import DomainNotFoundError, FreezeError
+from nbdbackupd.errors import AgentAnswerError, DomainNotFoundError, FreezeError
 from nbdbackupd.source import guarding, quiesce
 from nbdbackupd.source.guarding import Watch
 from nbdbackupd.source.sweep import Swept
@@ -55,7 +55,7 @@ def test_it_is_read_within_bounds(tmp_path: Path) -> None:
 
 
 def running() -> Any:
-    return SimpleNamespace(is_active=lambda: True)
+    return SimpleNamespace(is_active=lambda: True, name="vm1")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_an_agent_that_refuses_is_asked_less_and_less(
     charge: Any = SimpleNamespace(domain="vm1", runtime_dir=str(socket_dir), run_id="r1")
     post: Any = None
     watch = Watch(post, charge)
-    answers.append(guest.AgentAnswerError("a hook has failed", is_thawed=False))
+    answers.append(AgentAnswerError("a hook has failed", is_thawed=False))
     pauses = []
     for _ in range(8):
         assert not watch._thaw(running())
@@ -121,7 +121,7 @@ def test_an_agent_that_refuses_is_asked_less_and_less(
     answers.append(FreezeError("no answer"))
     assert not watch._thaw(running())
     assert watch.thaw_pause == 1
-    answers.append(guest.AgentAnswerError("a hook has failed", is_thawed=True))
+    answers.append(AgentAnswerError("a hook has failed", is_thawed=True))
     with heard() as told:
         assert watch._thaw(running())
     assert told == ["guest-released"]

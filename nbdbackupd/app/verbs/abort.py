@@ -2,7 +2,7 @@
 
 import os
 
-from nbdbackupd.app.arguments import Arguments, add_qmp
+from nbdbackupd.app.arguments import Arguments, add_machine, machine
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import DomainNotFoundError
@@ -23,7 +23,7 @@ def register(verbs: Registry) -> None:
     parser = verbs.add("abort", DESCRIPTION)
     parser.add_argument("domain", metavar="DOMAIN", help="name or UUID of the domain")
     parser.add_argument("--any", action="store_true", help="also a job that is not ours")
-    add_qmp(parser)
+    add_machine(parser, has_agent=True)
     parser.set_defaults(run=run)
 
 
@@ -35,16 +35,17 @@ def run(args: Arguments, context: Context) -> int:
     if ends:
         metrics.unseen(ends[-1], configured.read(context.host), context.host)
     quiet = getattr(args, "quiet", False)
+    found = configured.machine_of(args.domain, context.host, machine(args))
     request = abort.AbortRequest(
         domain=args.domain,
         runtime_dir=context.host.runtime_dir,
         scratch_dir=context.host.scratch_dir,
         any=args.any,
+        agent=found.agent if found is not None else None,
     )
-    monitor = configured.monitor_of(args.domain, getattr(args, "qmp", None), context.host)
     try:
-        if monitor is not None:
-            report = abort.run_of_qemu(request, monitor)
+        if found is not None:
+            report = abort.run_of_qemu(request, found.monitor)
         else:
             with context.connection() as connection:
                 report = abort.run(request, connection)

@@ -200,6 +200,8 @@ def with_options(args: Arguments, settings: DomainSettings) -> DomainSettings:
         if args.level != "copy" or found.get("compression") is not None:
             raise UsageError("--type raw needs '-l copy' and goes without --compress")
         found["compression"] = None
+    if settings.qmp is None and "qmp" not in found and "agent" in found:
+        raise UsageError("--agent needs --qmp: libvirt speaks to the agents of its domains")
     policy, is_some = found.get("freeze_policy"), "freeze_mountpoints" in found
     before = settings.freeze_policy
     if args.pause:

@@ -3,7 +3,14 @@
 import contextlib
 
 from nbdbackupd.app import signals
-from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, add_qmp, directory, seconds
+from nbdbackupd.app.arguments import (
+    Arguments,
+    add_checkpoint_dir,
+    add_machine,
+    directory,
+    machine,
+    seconds,
+)
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.errors import WARNED, DomainNotFoundError, NbdbackupError, UsageError
@@ -61,7 +68,7 @@ def register(verbs: Registry) -> None:
         "hour; that it is gone again is no error",
     )  # fmt: skip
     add_checkpoint_dir(parser)
-    add_qmp(parser)
+    add_machine(parser)
     parser.add_argument(
         "--wait", metavar="SECONDS", type=seconds, default=0.0,
         help="wait so long for the lock of the domain (default: 0, exit 75 at once)",
@@ -82,9 +89,9 @@ def run(args: Arguments, context: Context) -> int:
         return _release_all(args, context)
 
     request = _request(args, context, args.domain)
-    monitor = configured.monitor_of(args.domain, getattr(args, "qmp", None), context.host)
-    if monitor is not None:
-        report = checkpoints.run_of_qemu(request, monitor)
+    found = configured.machine_of(args.domain, context.host, machine(args))
+    if found is not None:
+        report = checkpoints.run_of_qemu(request, found.monitor)
         return _show(report, request, context)
     with signals.listen() as cancel, context.connection() as connection:
         report = checkpoints.run(request, connection, cancelled=cancel.check)

@@ -1,7 +1,7 @@
 """``nbdbackupctl estimate``."""
 
 from nbdbackupd.app import signals
-from nbdbackupd.app.arguments import Arguments, add_qmp, directory
+from nbdbackupd.app.arguments import Arguments, add_machine, directory, machine
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.model.host import new_run_id
@@ -19,7 +19,7 @@ def register(verbs: Registry) -> None:
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=directory, required=True, help="directory of the set"
     )
-    add_qmp(parser)
+    add_machine(parser)
     parser.set_defaults(run=run)
 
 
@@ -32,9 +32,9 @@ def run(args: Arguments, context: Context) -> int:
         run_id=new_run_id(context.host.now()),
         sharing=configured.sharing_of(args.domain, context.host),
     )
-    monitor = configured.monitor_of(args.domain, getattr(args, "qmp", None), context.host)
-    if monitor is not None:
-        report = estimate.run_of_qemu(request, monitor)
+    found = configured.machine_of(args.domain, context.host, machine(args))
+    if found is not None:
+        report = estimate.run_of_qemu(request, found.monitor)
     else:
         with signals.listen() as cancel, context.connection() as connection:
             report = estimate.run(request, connection, cancelled=cancel.check)

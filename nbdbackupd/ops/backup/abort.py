@@ -15,6 +15,7 @@ from nbdbackupd.ops.domain import domains
 from nbdbackupd.ops.domain import qemu as qemus
 from nbdbackupd.plain import versioned
 from nbdbackupd.source import paused_start, standalone, sweep
+from nbdbackupd.source.qemu_guest import QemuGuest
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.connection import Connection
 
@@ -23,12 +24,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AbortRequest:
-    """Whose job to end; ``any``: also one that is not ours."""
+    """Whose job to end; ``any``: also one that is not ours.
+
+    ``agent`` is the socket of a guest's agent where there is no libvirt.
+    """
 
     domain: str
     runtime_dir: Path
     scratch_dir: Path
     any: bool = False
+    agent: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +129,8 @@ def run_of_qemu(request: AbortRequest, path: Path) -> AbortReport:
         owner = f"abort of {qemu.name}"
         stack.enter_context(durable.Lock(directory / rundir.LOCK, owner=owner))
         own = rundir.socket_dir(request.runtime_dir, qemu.uuid)
-        swept, guest = standalone.sweep(qemu.machine, own)
+        held = QemuGuest.of(qemu.name, qemu.machine, request.agent)
+        swept, guest = standalone.sweep(held, qemu.machine, own)
         others = [f"job {each}" for each in qemu.machine.jobs("")]
         if request.any:
             for each in qemu.machine.jobs(""):

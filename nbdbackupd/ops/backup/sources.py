@@ -20,6 +20,7 @@ from nbdbackupd.repo.state import StateDirectory
 from nbdbackupd.source import Snapshot, kept, offline, running
 from nbdbackupd.source.lease import Lease
 from nbdbackupd.source.offline import OfflineDisk, OfflineRequest
+from nbdbackupd.source.quiesce import Quiet
 from nbdbackupd.virt.domain import Domain, Ending
 
 log = logging.getLogger(__name__)
@@ -98,8 +99,8 @@ class LibvirtDomain:
                 domain=self.name,
             )
         request, settings = run.request, run.request.settings
-        memory = StateDirectory(settings.checkpoint_directory).freeze_memory(self.domain.uuid)
-        current = domains.instance_of(self.domain)
+        directory = rundir.socket_dir(request.runtime_dir, self.domain.uuid)
+        quiet = quiet_of(run, running.marker(directory), domains.instance_of(self.domain))
         return running.RunningRequest(
             domain=self.domain,
             disks=tuple(
@@ -107,24 +108,37 @@ class LibvirtDomain:
                 for plan in run.survey.plans
             ),
             run_id=request.run_id,
-            runtime_dir=rundir.socket_dir(request.runtime_dir, self.domain.uuid),
+            runtime_dir=directory,
             scratch_dir=settings.scratch_directory,
             scratch_reserve=settings.scratch_reserve,
             on_trouble=on_trouble,
             base_checkpoint=run.parent.checkpoint if run.parent is not None else "",
             base_xml=foreign.stored_xml(run.set_dir, run.parent),
             new_checkpoint=run.checkpoint,
-            freeze=settings.freeze_policy,
-            was_frozen=any(
-                point.consistency is Consistency.FILESYSTEM for point in run.known.points
-            ),
-            freeze_obstacle=memory.obstacle(request.now, current) if memory is not None else "",
-            on_freeze=lambda is_unanswered: _remember(
-                run, memory, is_unanswered=is_unanswered, current=current
-            ),
-            freeze_mountpoints=tuple(map(str, settings.freeze_mountpoints)),
+            freeze=quiet.freeze,
+            was_frozen=quiet.was_frozen,
+            freeze_obstacle=quiet.obstacle,
+            on_freeze=quiet.on_freeze,
+            freeze_mountpoints=quiet.mountpoints,
             at_rest=self.at_rest,
         )
+
+
+def quiet_of(run: BackupRun, marker: Path, current: str) -> Quiet:
+    """How the guest, which runs as instance ``current``, is to be held."""
+    request, settings = run.request, run.request.settings
+    memory = StateDirectory(settings.checkpoint_directory).freeze_memory(run.subject.uuid)
+    return Quiet(
+        marker=marker,
+        run_id=request.run_id,
+        freeze=settings.freeze_policy,
+        was_frozen=any(point.consistency is Consistency.FILESYSTEM for point in run.known.points),
+        obstacle=memory.obstacle(request.now, current) if memory is not None else "",
+        on_freeze=lambda is_unanswered: _remember(
+            run, memory, is_unanswered=is_unanswered, current=current
+        ),
+        mountpoints=tuple(map(str, settings.freeze_mountpoints)),
+    )
 
 
 def changed_bytes(

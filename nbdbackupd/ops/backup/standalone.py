@@ -23,6 +23,7 @@ from nbdbackupd.model.selection import select_disks
 from nbdbackupd.ops.backup import backup, metadata, outcome, recording, room
 from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
 from nbdbackupd.ops.backup.run import BackupRun
+from nbdbackupd.ops.backup.sources import quiet_of
 from nbdbackupd.ops.checkpoints import bitmaps, leftovers, reconcile
 from nbdbackupd.ops.checkpoints.others import OtherChain, other_chains
 from nbdbackupd.ops.domain import endings
@@ -31,9 +32,11 @@ from nbdbackupd.ops.domain.qemu import Qemu
 from nbdbackupd.ops.domain.survey import DiskFilter, Looked, Survey
 from nbdbackupd.qemu.machine import RAW
 from nbdbackupd.repo import written
+from nbdbackupd.repo.runs import boot_id
 from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.repo.state import StateDirectory
-from nbdbackupd.source import Snapshot, standalone
+from nbdbackupd.source import Snapshot, running, standalone
+from nbdbackupd.source.qemu_guest import QemuGuest
 
 log = logging.getLogger(__name__)
 MAX_VARIABLES: Final = 64 << 20
@@ -65,7 +68,8 @@ def run(
             backup.begun(request, qemu.name, qemu.uuid, cancelled, ending)
         )
         dead = leftovers.dead_checkpoints(qemu.uuid, set_dir, request.runtime_dir)
-        standalone.sweep(qemu.machine, rundir.socket_dir(request.runtime_dir, qemu.uuid))
+        guest = QemuGuest.of(qemu.name, qemu.machine, request.settings.agent)
+        standalone.sweep(guest, qemu.machine, rundir.socket_dir(request.runtime_dir, qemu.uuid))
         report = _save(request, qemu, set_dir, dead, progress=progress, cancelled=cancelled)
         report = replace(report, seconds=ending.seconds)
         outcome.tell(log, report)
@@ -90,6 +94,8 @@ class Standalone(Qemu):
                 f"might end by that; use '--extents own'"
             )
         drives = self.drives()
+        directory = rundir.socket_dir(run.request.runtime_dir, self.uuid)
+        instance = f"{boot_id()} qemu {self.machine.pid}"
         nvram = Path(run.survey.definition.nvram)
         return standalone.open_standalone(
             standalone.StandaloneRequest(
@@ -106,13 +112,14 @@ class Standalone(Qemu):
                     for plan in run.survey.plans
                 ),
                 run_id=run.request.run_id,
-                runtime_dir=rundir.socket_dir(run.request.runtime_dir, self.uuid),
+                runtime_dir=directory,
                 scratch_dir=settings.scratch_directory,
                 scratch_reserve=settings.scratch_reserve,
                 on_trouble=on_trouble,
                 base_bitmap=run.parent.checkpoint if run.parent is not None else "",
                 new_bitmap=run.checkpoint,
-                freeze=settings.freeze_policy,
+                quiet=quiet_of(run, running.marker(directory), instance),
+                agent=settings.agent,
                 at_instant=(lambda: self._read_variables(nvram)) if nvram.is_absolute() else None,
             )
         )

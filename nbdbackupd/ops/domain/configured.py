@@ -132,15 +132,18 @@ def state_directories(host: Host) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def monitor_of(name: str, given: Path | None, host: Host) -> Path | None:
-    """The monitor of a QEMU without libvirt: as an option says, or a file; None of a domain.
+def machine_of(name: str, host: Host, given: Mapping[str, Path]) -> "DomainSettings | None":
+    """How a QEMU without libvirt is reached, as options say or a file; None of a domain.
 
-    Raises ConfigError if the file is there and the configuration has a problem.
+    ``given`` are options: ``qmp``, ``agent``. Raises ConfigError if the file is there and the
+    configuration has a problem.
     """
-    if given is not None:
-        return given.absolute()
+    from nbdbackupd.config import schema
+
+    if "qmp" in given:
+        return schema.defaults().given(**given)
     found = standalone(name, read(host))
-    return found.qmp if found is not None else None
+    return found.given(**given) if found is not None else None
 
 
 def standalone(name: str, configuration: "Configuration") -> "DomainSettings | None":
