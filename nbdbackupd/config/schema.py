@@ -13,7 +13,7 @@ from typing import Any, Final
 from nbdbackupd import units
 from nbdbackupd.config import kinds
 from nbdbackupd.config.kinds import choice, count, listed, optional
-from nbdbackupd.config.setting import DEFAULT, GIVEN, GLOBAL, Option, Origin, Setting, names
+from nbdbackupd.config.setting import DEFAULT, GIVEN, GLOBAL, Option, Origin, Setting, names, paths
 from nbdbackupd.errors import ConfigError
 from nbdbackupd.model.chain import DigestKind
 from nbdbackupd.model.policy import FreezePolicy, Rotate
@@ -60,11 +60,6 @@ def _newest(period: str, unit: str) -> Setting[int]:
         help=f"Keep the newest point of each of so many {unit}, counting those that have one that "
         "no rule before this one has kept a point of.",
     )
-
-
-def _directories(text: str) -> tuple[Path, ...]:
-    """``/mnt,/var``; of a guest, so that no form of them is wrong."""
-    return tuple(map(Path, names(text)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,7 +226,7 @@ class DomainSettings:
         option=Option(
             "-F, --freeze-mountpoint DIRS",
             "guest",
-            _directories,
+            paths,
             help="freeze only these mount points of the guest (/mnt,/var)",
         ),
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import Any, Final, Generic, Protocol, TypeVar, overload
 
 from nbdbackupd.config.kinds import Kind
@@ -162,3 +163,8 @@ def groups(table: Iterable[Setting[Any]]) -> list[tuple[str, list[Setting[Any]]]
             if setting.section:
                 sections[setting.section] = found[-1][1]
     return found
+
+
+def paths(text: str) -> tuple[Path, ...]:
+    """``/mnt,/var``; of a guest, so that no form of them is wrong."""
+    return tuple(map(Path, names(text)))

@@ -156,7 +156,7 @@ _nbdbackupctl_options() {
     check)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet -o --output --scratch-dir --scratch-reserve
-        --checkpoint-dir'
+        --checkpoint-dir --qmp --agent'
         ;;
     checkpoints)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress

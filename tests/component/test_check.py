@@ -190,7 +190,9 @@ def patient(state: Path, policy: str, kind: Agent) -> Any:
     """A running guest, with what a check of its agent looks at."""
     return SimpleNamespace(
         request=SimpleNamespace(freeze_policy=policy, state_dir=state, now=NOW),
-        domain=SimpleNamespace(uuid="u", name="vm1"),
+        name="vm1",
+        uuid="u",
+        domain=SimpleNamespace(),
         looked=SimpleNamespace(is_active=True, definition=SimpleNamespace(agent=kind)),
         domain_holder=lambda: "",
     )

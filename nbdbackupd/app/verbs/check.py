@@ -11,7 +11,14 @@ from typing import Any, Final
 
 from nbdbackupd import plain
 from nbdbackupd.app import tables
-from nbdbackupd.app.arguments import Arguments, add_checkpoint_dir, directory, size
+from nbdbackupd.app.arguments import (
+    Arguments,
+    add_checkpoint_dir,
+    add_machine,
+    directory,
+    machine,
+    size,
+)
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.config.schema import DomainSettings
@@ -20,7 +27,7 @@ from nbdbackupd.model.finding import Finding
 from nbdbackupd.ops.check import check
 from nbdbackupd.ops.check.check import CheckReport
 from nbdbackupd.ops.check.request import CheckRequest
-from nbdbackupd.ops.domain import configured
+from nbdbackupd.ops.domain import configured, qemu
 from nbdbackupd.virt.domain import Domain
 
 DESCRIPTION = """\
@@ -56,6 +63,7 @@ def register(verbs: Registry) -> None:
         help="what is to stay free of it (default: 512M)",
     )
     add_checkpoint_dir(parser)
+    add_machine(parser, has_agent=True)
     parser.set_defaults(run=run)
 
 
@@ -63,10 +71,20 @@ def run(args: Arguments, context: Context) -> int:
     """Carry the verb out."""
     # what it warns of becomes a finding
     logging.getLogger(SURVEY_LOGGER).setLevel(logging.ERROR)
-    with _connected(args, context).connection() as connection:
-        domain = Domain.find(connection, args.domain)
-        request, findings = _request(args, context, domain)
-        report = check.run(request, connection)
+    found = None
+    if "qmp" in args or args.output is None:
+        found = configured.machine_of(args.domain, context.host, machine(args))
+    if found is not None:
+        with qemu.connect(found.monitor, args.domain) as reached:
+            settings = None if "qmp" in args else found
+            request, findings = _request(args, context, reached.name, reached.uuid, settings)
+            report = check.run_of_qemu(request, found, reached)
+    else:
+        with _connected(args, context).connection() as connection:
+            domain = Domain.find(connection, args.domain)
+            wanted = check.settings_of(domain, context.host)
+            request, findings = _request(args, context, domain.name, domain.uuid, wanted)
+            report = check.run(request, connection)
     report = replace(report, findings=(*findings, *report.findings))
     coloured = tables.wants_colour(sys.stdout, os.environ)
     context.show(report.to_json(), render(report, colour=coloured), painted=True)
@@ -86,7 +104,11 @@ def _connected(args: Arguments, context: Context) -> Context:
 
 
 def _request(
-    args: Arguments, context: Context, domain: Domain
+    args: Arguments,
+    context: Context,
+    name: str,
+    uuid: str,
+    settings: DomainSettings | Finding | None,
 ) -> tuple[CheckRequest, tuple[Finding, ...]]:
     """What is to be looked at: a set that was named, or what ``run`` will do."""
     facts: dict[str, Any] = {
@@ -97,19 +119,16 @@ def _request(
         "now": context.host.now(),
     }
     findings: tuple[Finding, ...] = ()
-    settings = check.settings_of(domain, context.host)
     if isinstance(settings, Finding):
         if args.output is None:
             findings = (settings,)
-    else:
+    elif settings is not None:
         facts |= {
             "state_dir": configured.state_directory(args.domain, context.host).absolute(),
             "sharing": configured.sharing_of(args.domain, context.host),
         }
         if args.output is None:
-            facts["directory"], findings = check.next_run(
-                domain.name, domain.uuid, settings, context.host
-            )
+            facts["directory"], findings = check.next_run(name, uuid, settings, context.host)
             if args.scratch_dir is None and not settings.is_default("scratch.directory"):
                 facts["scratch_dir"] = settings.scratch_directory
             facts["scratch_reserve"] = settings.scratch_reserve
@@ -119,7 +138,7 @@ def _request(
     if args.scratch_reserve is not None:
         facts["scratch_reserve"] = args.scratch_reserve
     runtime_dir = context.host.runtime_dir
-    return CheckRequest(domain=domain.uuid, runtime_dir=runtime_dir, **facts), findings
+    return CheckRequest(domain=uuid, runtime_dir=runtime_dir, **facts), findings
 
 
 def render(report: CheckReport, *, colour: bool) -> str:

@@ -6,14 +6,14 @@ looked at is a finding, too, and the others go on.
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from nbdbackupd import proc
 from nbdbackupd.config.schema import DomainSettings
-from nbdbackupd.errors import ConfigError, NbdbackupError, ProcessError
+from nbdbackupd.errors import CheckpointError, ConfigError, NbdbackupError, ProcessError
 from nbdbackupd.format import blocks
 from nbdbackupd.model.chain import Codec, Compression, DigestKind, Level
 from nbdbackupd.model.finding import Area, Finding, Notes, Severity, worst
@@ -21,16 +21,19 @@ from nbdbackupd.model.host import Host
 from nbdbackupd.ops.backup import prepare
 from nbdbackupd.ops.check import domain as check_domain
 from nbdbackupd.ops.check import runs, sets
-from nbdbackupd.ops.check.request import CheckRequest, Patient
+from nbdbackupd.ops.check.request import CheckRequest, OfLibvirt, OfQemu, Patient
 from nbdbackupd.ops.domain import configured
+from nbdbackupd.ops.domain import qemu as qemus
+from nbdbackupd.ops.domain.qemu import Qemu
 from nbdbackupd.ops.domain.survey import look
 from nbdbackupd.ops.notify import notification
 from nbdbackupd.plain import versioned
 from nbdbackupd.source import hooked
+from nbdbackupd.source.qemu_guest import QemuGuest
 from nbdbackupd.systemd import units
-from nbdbackupd.virt import features
+from nbdbackupd.virt import checkpoints, features
 from nbdbackupd.virt.connection import Connection
-from nbdbackupd.virt.domain import Domain
+from nbdbackupd.virt.domain import Domain, GuestState
 
 SECONDS = 20.0
 NEEDED = (
@@ -41,9 +44,11 @@ NEEDED = (
     "qemu-storage-daemon",
 )
 OPTIONAL = {"nbdinfo": "only --extents nbdinfo needs it"}
+P = TypeVar("P", bound=Patient)
+Areas = tuple[tuple[Area, tuple[Callable[[P, Notes], None], ...]], ...]
 
 
-def programs(_: Patient, notes: Notes) -> None:
+def programs(_: object, notes: Notes) -> None:
     """Whether each program can be run; its version is the first line that it prints."""
     for name in NEEDED:
         try:
@@ -63,7 +68,7 @@ def _version(name: str) -> str:
     return lines[0].removeprefix(name).strip().removeprefix("version").strip()
 
 
-def libraries(_: Patient, notes: Notes) -> None:
+def libraries(_: object, notes: Notes) -> None:
     """Whether the Python libraries can be imported. Without libvirt's nobody gets here."""
     try:
         from nbdbackupd.nbdio import client
@@ -86,7 +91,7 @@ def libraries(_: Patient, notes: Notes) -> None:
             notes.ok(f"blocks can be compressed with {wanted.codec}")
 
 
-def connection(patient: Patient, notes: Notes) -> None:
+def connection(patient: OfLibvirt, notes: Notes) -> None:
     """Versions, and whether libvirt is on this host at all."""
     opened = patient.domain.connection
     found = features.versions(opened)
@@ -140,20 +145,60 @@ def run(request: CheckRequest, connection: Connection) -> CheckReport:
     Raises DomainError or BusyError if libvirt can't be asked at all, DomainNotFoundError.
     """
     domain = Domain.find(connection, request.domain)
+
+    def changed(checkpoint: str) -> Mapping[str, int]:
+        try:
+            return checkpoints.sound_sizes(domain, checkpoint)
+        except CheckpointError:
+            # libvirt does not know it now; then all that is allocated is the bound
+            return {}
+
     state = domain.state()
-    patient = Patient(request=request, domain=domain, looked=look(domain))
+    patient = OfLibvirt(
+        request=request,
+        name=domain.name,
+        uuid=domain.uuid,
+        looked=look(domain),
+        changed=changed,
+        domain=domain,
+    )
+    return _report(patient, state, AREAS)
+
+
+def run_of_qemu(request: CheckRequest, machine: DomainSettings, found: Qemu) -> CheckReport:
+    """The same for a QEMU without libvirt, which ``machine`` tells how to reach."""
+
+    def changed(checkpoint: str) -> Mapping[str, int]:
+        drives = found.drives().items()
+        bitmaps = ((name, drive.bitmap(checkpoint)) for name, drive in drives)
+        return {name: each.dirty for name, each in bitmaps if each is not None and each.sound}
+
+    guest = QemuGuest.of(found.name, found.machine, machine.agent)
+    patient = OfQemu(
+        request=request,
+        name=found.name,
+        uuid=found.uuid,
+        looked=qemus.look(found),
+        changed=changed,
+        qemu=found,
+        guest=guest,
+    )
+    return _report(patient, guest.state(), QEMU_AREAS)
+
+
+def _report(patient: P, state: GuestState, areas: Areas[P]) -> CheckReport:
     findings: list[Finding] = []
-    for area, functions in AREAS:
+    for area, functions in areas:
         notes = Notes(area)
         for function in functions:
             _examine(function, patient, notes)
         findings += notes.done()
     return CheckReport(
-        domain=domain.name, uuid=domain.uuid, state=state.value, findings=tuple(findings)
+        domain=patient.name, uuid=patient.uuid, state=state.value, findings=tuple(findings)
     )
 
 
-def _examine(function: Callable[[Patient, Notes], None], patient: Patient, notes: Notes) -> None:
+def _examine(function: Callable[[P, Notes], None], patient: P, notes: Notes) -> None:
     try:
         function(patient, notes)
     except NbdbackupError as err:
@@ -163,7 +208,18 @@ def _examine(function: Callable[[Patient, Notes], None], patient: Patient, notes
         notes.fail(f"{place}{err.strerror or err}")
 
 
-AREAS: tuple[tuple[Area, tuple[Callable[[Patient, Notes], None], ...]], ...] = (
+QEMU_AREAS: Areas[OfQemu] = (
+    (Area.HOST, (programs, libraries)),
+    (Area.DISKS, (check_domain.disks,)),
+    (Area.CHECKPOINTS, (sets.bitmaps_of,)),
+    (Area.GUEST, (check_domain.agent_of,)),
+    (Area.SCRATCH, (check_domain.scratch_space,)),
+    (Area.TARGET, (sets.target,)),
+    (Area.RUNS, (runs.jobs_of, runs.locks, runs.leftovers)),
+)
+"""A QEMU without libvirt gets all files opened: it needs no access to any."""
+
+AREAS: Areas[OfLibvirt] = (
     (Area.HOST, (programs, libraries)),
     (Area.LIBVIRT, (connection, check_domain.features_of)),
     (Area.DISKS, (check_domain.disks,)),

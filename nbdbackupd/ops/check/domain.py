@@ -16,7 +16,7 @@ from nbdbackupd.model.finding import Notes
 from nbdbackupd.model.policy import FreezePolicy
 from nbdbackupd.model.selection import BY_REQUEST, ImageFacts, select_disks, why_whole
 from nbdbackupd.ops.check import sets
-from nbdbackupd.ops.check.request import Patient, existing
+from nbdbackupd.ops.check.request import OfLibvirt, OfQemu, Patient, existing
 from nbdbackupd.ops.domain import accounts, domains
 from nbdbackupd.ops.domain.survey import LOCAL_TYPES
 from nbdbackupd.qemu import image
@@ -24,13 +24,14 @@ from nbdbackupd.repo.state import StateDirectory
 from nbdbackupd.source import scratch
 from nbdbackupd.units import human_size
 from nbdbackupd.virt import features, guest
+from nbdbackupd.virt.domain import GuestState
 
 AGENT_SECONDS = 3.0
 QCOW2 = "qcow2"
 RAW = "raw"
 
 
-def features_of(patient: Patient, notes: Notes) -> None:
+def features_of(patient: OfLibvirt, notes: Notes) -> None:
     """Whether libvirt backs up this domain, and how well."""
     domain = patient.domain
     match features.has_backup(domain):
@@ -166,7 +167,7 @@ def _is_readable(layer: image.ImageInfo) -> bool:
         return False
 
 
-def agent(patient: Patient, notes: Notes) -> None:
+def agent(patient: OfLibvirt, notes: Notes) -> None:
     """Whether the guest can be frozen; a backup of one that can't is crash consistent, or fails."""
     policy = patient.request.freeze_policy
     kind = patient.looked.definition.agent
@@ -177,15 +178,35 @@ def agent(patient: Patient, notes: Notes) -> None:
         notes.ok(f"the guest is not frozen, as freeze.policy says: {policy}")
     elif kind is Agent.ABSENT:
         cure = f"add a channel {domain_model.AGENT_CHANNEL} to the domain; install qemu-guest-agent"
-        _unfrozen(patient, notes, "no channel for a guest agent", f"{cure} in the guest")
+        unfrozen(patient, notes, "no channel for a guest agent", f"{cure} in the guest")
     elif kind is Agent.DISCONNECTED:
         cure = "install qemu-guest-agent in the guest, and start it"
-        _unfrozen(patient, notes, "the guest agent is not connected", cure)
+        unfrozen(patient, notes, "the guest agent is not connected", cure)
     else:
         _ask(patient, notes)
 
 
-def _unfrozen(patient: Patient, notes: Notes, problem: str, cure: str) -> None:
+def agent_of(patient: OfQemu, notes: Notes) -> None:
+    """The same for a QEMU without libvirt."""
+    policy = patient.request.freeze_policy
+    if policy not in (FreezePolicy.AUTO, FreezePolicy.REQUIRE):
+        notes.ok(f"the guest is not frozen, as freeze.policy says: {policy}")
+        return
+    if patient.guest.state() is not GuestState.RUNNING:
+        notes.ok("the guest does not run, so its agent was not asked")
+        return
+    kind = patient.guest.agent()
+    problem = {
+        Agent.ABSENT: "no socket of a guest agent is named",
+        Agent.DISCONNECTED: "no guest agent answers on its socket",
+    }.get(kind, "")
+    if problem:
+        unfrozen(patient, notes, problem, patient.guest.cures[kind])
+    else:
+        notes.ok("the guest agent answers")
+
+
+def unfrozen(patient: Patient, notes: Notes, problem: str, cure: str) -> None:
     """A guest that can't be frozen: whether its runs fail at that, the policy decides."""
     if patient.request.freeze_policy == FreezePolicy.REQUIRE:
         notes.fail(
@@ -196,7 +217,7 @@ def _unfrozen(patient: Patient, notes: Notes, problem: str, cure: str) -> None:
         notes.warn(problem, f"{cure}; else its points are crash consistent")
 
 
-def _ask(patient: Patient, notes: Notes) -> None:
+def _ask(patient: OfLibvirt, notes: Notes) -> None:
     busy = patient.domain_holder()
     if busy:
         # our question would set the agent's timeout that this run relies on
@@ -206,16 +227,16 @@ def _ask(patient: Patient, notes: Notes) -> None:
         found = guest.guest_info(patient.domain, seconds=AGENT_SECONDS)
     except FreezeError as err:
         problem = f"the guest agent is connected and does not answer: {err.message}"
-        _unfrozen(patient, notes, problem, "restart qemu-guest-agent in the guest")
+        unfrozen(patient, notes, problem, "restart qemu-guest-agent in the guest")
     else:
         system = found.get("os.pretty-name") or found.get("os.name") or "unknown system"
         notes.ok(f"the guest agent answers: {system}")
     _remembered(patient, notes)
 
 
-def _remembered(patient: Patient, notes: Notes) -> None:
+def _remembered(patient: OfLibvirt, notes: Notes) -> None:
     """Whether runs leave the guest unfrozen for a while; 'require' asks its agent all the same."""
-    memory = StateDirectory(patient.request.state_dir).freeze_memory(patient.domain.uuid)
+    memory = StateDirectory(patient.request.state_dir).freeze_memory(patient.uuid)
     obstacle = ""
     if memory is not None:
         obstacle = memory.obstacle(patient.request.now, domains.instance_of(patient.domain))
@@ -266,7 +287,7 @@ def scratch_space(patient: Patient, notes: Notes) -> None:
     )
 
 
-def paths(patient: Patient, notes: Notes) -> None:
+def paths(patient: OfLibvirt, notes: Notes) -> None:
     """Every directory on the way to the scratch files and to the socket."""
     request = patient.request
     if fault := rundir.socket_fault(patient.socket_dir / rundir.NBD_SOCKET):
@@ -318,7 +339,7 @@ def _writable(path: Path, notes: Notes) -> None:
         notes.fail(f"this account can't write to {directory}", "run as root, or give another one")
 
 
-def confinement(patient: Patient, notes: Notes) -> None:
+def confinement(patient: OfLibvirt, notes: Notes) -> None:
     """What AppArmor or SELinux must let QEMU do: libvirt labels scratch files, not the socket."""
     found = features.confinement(patient.domain)
     if not found.host:

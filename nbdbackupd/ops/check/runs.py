@@ -2,8 +2,9 @@
 
 from nbdbackupd import rundir
 from nbdbackupd.model.finding import Notes
-from nbdbackupd.ops.check.request import Patient
+from nbdbackupd.ops.check.request import OfLibvirt, OfQemu, Patient
 from nbdbackupd.ops.domain import images
+from nbdbackupd.qemu import machine
 from nbdbackupd.repo import layout
 from nbdbackupd.source import kept, lease, reach, running, scratch
 from nbdbackupd.virt import jobs
@@ -11,9 +12,9 @@ from nbdbackupd.virt import jobs
 SHOWN = 5
 
 
-def job(patient: Patient, notes: Notes) -> None:
+def job(patient: OfLibvirt, notes: Notes) -> None:
     """A job at libvirt: that of a run that lives, that of a dead one, or somebody else's."""
-    name = patient.domain.name
+    name = patient.name
     if jobs.is_migrating(patient.domain):
         notes.warn("the domain is being migrated: a backup would be refused", "wait for its end")
         return
@@ -34,6 +35,19 @@ def job(patient: Patient, notes: Notes) -> None:
             f"a dead run left its job: {found}",
             f"the next backup ends it, or 'nbdbackupctl abort {name}'",
         )
+
+
+def jobs_of(patient: OfQemu, notes: Notes) -> None:
+    """Jobs in a QEMU without libvirt: none is that of a run that lives, which has the monitor."""
+    found = patient.qemu.machine.jobs("")
+    for each in found:
+        if each.startswith(machine.PREFIX):
+            cure = f"the next backup ends it, or 'nbdbackupctl abort {patient.name}'"
+            notes.warn(f"a dead run left its job {each}", cure)
+        else:
+            notes.ok(f"job {each} of another program runs")
+    if not found:
+        notes.ok("no job runs")
 
 
 def locks(patient: Patient, notes: Notes) -> None:
@@ -58,7 +72,7 @@ def locks(patient: Patient, notes: Notes) -> None:
         )
 
 
-def hosts(patient: Patient, notes: Notes) -> None:
+def hosts(patient: OfLibvirt, notes: Notes) -> None:
     """Where the domain is, and whether other hosts are told of what this one does with it."""
     elsewhere = patient.elsewhere
     if elsewhere:
@@ -74,7 +88,7 @@ def hosts(patient: Patient, notes: Notes) -> None:
         _alone(patient, notes)
 
 
-def _alone(patient: Patient, notes: Notes) -> None:
+def _alone(patient: OfLibvirt, notes: Notes) -> None:
     paths = {
         layer.filename: target
         for target, chain in patient.looked.chains.items()
@@ -93,7 +107,7 @@ def _alone(patient: Patient, notes: Notes) -> None:
         notes.ok("no other host reaches its images")
 
 
-def images_as_left(patient: Patient, notes: Notes) -> None:
+def images_as_left(patient: OfLibvirt, notes: Notes) -> None:
     """Whether images of a domain that is off are as its guest, or our last run, has left them."""
     if patient.looked.is_active:
         return
@@ -134,11 +148,11 @@ def _of_domain(patient: Patient, notes: Notes) -> list[str]:
         notes.fail(
             f"an earlier run held the guest, and nobody saw it let go ({marker}): it may be frozen "
             "or paused, or freeze late",
-            f"let it go with 'nbdbackupctl abort {patient.domain.name}'",
+            f"let it go with 'nbdbackupctl abort {patient.name}'",
         )
     files = [
         patient.own_dir / rundir.NOTE,
         patient.socket_dir / rundir.NBD_SOCKET,
-        *scratch.leftovers(patient.request.scratch_dir, patient.domain.uuid),
+        *scratch.leftovers(patient.request.scratch_dir, patient.uuid),
     ]
     return [str(path) for path in files if path.exists()]

@@ -1,26 +1,26 @@
 """The set that the next point goes to: is it sound, is there room, and where will it start from."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from nbdbackupd.errors import CheckpointError, NbdbackupError
+from nbdbackupd.errors import NbdbackupError
 from nbdbackupd.model.chain import BackupSet, RestorePoint
 from nbdbackupd.model.finding import Notes
 from nbdbackupd.model.naming import tag_of, tag_of_chain
 from nbdbackupd.model.reconcile import WHY, Action, Entry, Fate, KnownChain, Plan, reconcile
 from nbdbackupd.ops.backup import room
-from nbdbackupd.ops.check.request import Patient, existing
-from nbdbackupd.ops.checkpoints import leftovers, others
+from nbdbackupd.ops.check.request import OfLibvirt, OfQemu, Patient, existing
+from nbdbackupd.ops.checkpoints import bitmaps, leftovers, others
 from nbdbackupd.ops.checkpoints import reconcile as reconciling
 from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.repo.state import StateDirectory
 from nbdbackupd.units import human_size
-from nbdbackupd.virt import checkpoints as virt_checkpoints
 
 WILL = {Action.REDEFINE: "is to be made known to libvirt", Action.REMOVE: "is to be removed"}
 
 
-def checkpoints(patient: Patient, notes: Notes) -> None:
+def checkpoints(patient: OfLibvirt, notes: Notes) -> None:
     """Whether the next increment can start where the last point ended, for each disk."""
     busy = patient.domain_holder()
     if busy:
@@ -33,7 +33,7 @@ def checkpoints(patient: Patient, notes: Notes) -> None:
     chains = _chains(patient)
     if not chains:
         notes.ok("no chain of this domain is known here; '-o DIR' names a set to look at")
-    noted = leftovers.dead_run(patient.request.runtime_dir, patient.domain.uuid)
+    noted = leftovers.dead_run(patient.request.runtime_dir, patient.uuid)
     dead = {noted.checkpoint} if noted is not None and noted.checkpoint else set()
     found = reconciling.view(patient.domain, patient.looked, [each.base for each in chains])
     plan = reconcile(found, chains, dead)
@@ -41,14 +41,26 @@ def checkpoints(patient: Patient, notes: Notes) -> None:
     _count(patient, plan, notes)
 
 
-def _count(patient: Patient, plan: Plan, notes: Notes) -> None:
+def bitmaps_of(patient: OfQemu, notes: Notes) -> None:
+    """The same for a QEMU without libvirt, whose bitmaps are all that there is."""
+    chains = _chains(patient)
+    noted = leftovers.dead_run(patient.request.runtime_dir, patient.uuid)
+    dead = {noted.checkpoint} if noted is not None and noted.checkpoint else set()
+    plan = reconcile(bitmaps.view(patient.looked), chains, dead)
+    _tell(patient, replace(plan, steps=bitmaps.removals(plan.steps)), chains, notes)
+    names = {name for name in bitmaps.names(patient.looked) if tag_of(name)}
+    tags = {tag_of(name) for name in names}
+    notes.ok(f"its disks carry {len(names)} bitmap(s) of ours, of {len(tags)} chain(s)")
+
+
+def _count(patient: OfLibvirt, plan: Plan, notes: Notes) -> None:
     """How many chains the guest's writes pay for; those that nobody goes on with (L-1)."""
-    records = StateDirectory(patient.request.state_dir).records(patient.domain.uuid)
+    records = StateDirectory(patient.request.state_dir).records(patient.uuid)
     known = {entry.name for entry in plan.entries if entry.in_libvirt or entry.held}
     names = reconciling.carried(patient.domain, patient.looked)
     newest = head(patient)
     mine = [newest.chain] if newest is not None else []
-    found = others.other_chains(patient.domain.name, known | names, records, mine, carried=names)
+    found = others.other_chains(patient.name, known | names, records, mine, carried=names)
     chains = {tag_of(name) for name in names}
     _tell_snapshots(patient, notes, has_bitmaps=bool(names))
     if names:
@@ -60,20 +72,20 @@ def _count(patient: Patient, plan: Plan, notes: Notes) -> None:
             notes.ok(str(each))
 
 
-def _tell_snapshots(patient: Patient, notes: Notes, *, has_bitmaps: bool) -> None:
+def _tell_snapshots(patient: OfLibvirt, notes: Notes, *, has_bitmaps: bool) -> None:
     """QEMU's limit: it does not load a snapshot into a disk with an active bitmap (G-5)."""
     snapshots = patient.domain.snapshot_names() if has_bitmaps else ()
     if snapshots:
         notes.warn(
             f"to revert to a snapshot ({', '.join(snapshots[:3])}) while it runs would end the "
             f"guest: QEMU refuses that to disks whose changes are tracked",
-            f"before reverting: 'nbdbackupctl checkpoints {patient.domain.name} --release'",
+            f"before reverting: 'nbdbackupctl checkpoints {patient.name} --release'",
         )
 
 
 def _chains(patient: Patient) -> tuple[KnownChain, ...]:
     """The chain of the set that was named, and those of which the state directory tells."""
-    records = StateDirectory(patient.request.state_dir).records(patient.domain.uuid)
+    records = StateDirectory(patient.request.state_dir).records(patient.uuid)
     chains: tuple[KnownChain, ...] = ()
     if patient.request.directory is not None:
         set_dir, known = _load(patient.request.directory)
@@ -109,9 +121,7 @@ def _tell(patient: Patient, plan: Plan, chains: tuple[KnownChain, ...], notes: N
             _tell_base(entry, sets.get(entry.chain, ""), notes)
         elif entry.fate in (Fate.ELSEWHERE, Fate.UNSURE):
             notes.ok(f"{entry.name} is left alone: {WHY[entry.fate]}")
-    advice = (
-        f"the next backup does it, or 'nbdbackupctl checkpoints {patient.domain.name} --repair'"
-    )
+    advice = f"the next backup does it, or 'nbdbackupctl checkpoints {patient.name} --repair'"
     for step in plan.steps:
         notes.warn(f"{step.name} {WILL[step.action]}: {step.why}", advice)
     if plan.foreign:
@@ -146,7 +156,7 @@ def target(patient: Patient, notes: Notes) -> None:
     newest = known.head
     if newest is None:
         notes.ok("the set has no point yet: the next one is a full")
-    elif newest.uuid != patient.domain.uuid:
+    elif newest.uuid != patient.uuid:
         notes.fail(
             f"the set belongs to domain {newest.domain} (UUID {newest.uuid})", "give another set"
         )
@@ -197,9 +207,5 @@ def _expected(patient: Patient, last: RestorePoint | None) -> int | None:
     if last is not None and last.checkpoint:
         if not patient.looked.is_active:
             return None
-        try:
-            changed = virt_checkpoints.sound_sizes(patient.domain, last.checkpoint)
-        except CheckpointError:
-            # libvirt does not know it now; then all that is allocated is the bound
-            changed = {}
+        changed = dict(patient.changed(last.checkpoint))
     return room.most_bytes(patient.looked, patient.saved(last), changed)
