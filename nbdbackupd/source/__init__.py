@@ -14,7 +14,8 @@ class Export:
 
     ``bitmap`` names the export's dirty bitmap context (``qemu:dirty-bitmap:<bitmap>``), empty if
     the disk is to be read in full. ``size`` is the virtual size in bytes at that instant. With a
-    ``keeper`` connections are the server's to close.
+    ``keeper`` connections are the server's to close. ``proof`` names an export that fails once
+    this one is no snapshot any more: it is to be asked when all has been read.
     """
 
     target: str
@@ -23,6 +24,7 @@ class Export:
     size: int
     bitmap: str = ""
     keeper: Guard | None = None
+    proof: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

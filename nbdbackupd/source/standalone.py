@@ -2,9 +2,10 @@
 
 Two ways, which QEMU's description of itself and the disks decide between, for all disks alike:
 
-* By filters, where it can be: one below each disk's device, and a node that shows the disk as it
-  was when the filter came. Old blocks that can't be kept end the backup; the guest goes on.
-  First the new bitmaps, then the filters, then the copies of the base's: nothing is lost between.
+* By filters, where it can be, one below each disk's device: what is in a scratch image, on top of
+  the disk, is how that was when the filter came. Old blocks that can't be kept end the backup; the
+  guest goes on. First the new bitmaps, then the filters, then the copies of the base's: nothing is
+  lost between.
 * By jobs, as libvirt does it: one transaction for all disks, with the new bitmap, a frozen copy of
   the base's, and a job. Old blocks that can't be kept fail the guest's writes.
 
@@ -29,15 +30,13 @@ from nbdbackupd.errors import (
     CheckpointError,
     ConfigError,
     NbdbackupError,
-    NbdError,
     NotSupportedError,
     ProcessError,
-    ScratchSpaceError,
     SourceError,
 )
 from nbdbackupd.model.policy import FreezePolicy
 from nbdbackupd.qemu import image, machine
-from nbdbackupd.qemu.machine import CBW_SECONDS, Drive, Machine, Part, node
+from nbdbackupd.qemu.machine import Drive, Machine, Part, node
 from nbdbackupd.source import Export, Snapshot, quiesce, running, scratch
 from nbdbackupd.source.guard import (
     BEGUN,
@@ -56,6 +55,9 @@ LOG = logging.getLogger(__name__)
 JOB_POLL_SECONDS: Final = 0.5
 OVER: Final = frozenset({"concluded", "null", "aborting"})
 """States of a job that keeps nothing any more."""
+
+FILTERED_DISKS: Final = 20
+"""With five connections each, of which QEMU closes all at the end, see ``guard.MANY_DISKS``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +127,7 @@ def open_standalone(request: StandaloneRequest) -> Iterator[Snapshot]:
     FreezeError, DomainError, ProcessError; on leaving SourceError if what was read is no snapshot.
     """
     has_iothreads = _check(request)
-    scheme = _scheme(request)
+    scheme = _scheme(request, has_iothreads=has_iothreads)
     scratch.prepare(request.scratch_dir, request.scratch_reserve)
     with durable.translate_os_errors("use", request.runtime_dir):
         durable.make_directory(request.runtime_dir, rundir.CLOSED)
@@ -142,7 +144,6 @@ def open_standalone(request: StandaloneRequest) -> Iterator[Snapshot]:
         for number, disk in enumerate(request.disks):
             scheme.export(number, disk, is_delta=disk.target in deltas)
         stack.enter_context(scratch.watch(_watched(scheme, guard)))
-        stack.enter_context(scheme.explained())
         yield Snapshot(
             exports={
                 disk.target: Export(
@@ -152,8 +153,9 @@ def open_standalone(request: StandaloneRequest) -> Iterator[Snapshot]:
                     size=disk.drive.size,
                     bitmap=request.changes if disk.target in deltas else "",
                     keeper=guard,
+                    proof=scheme.proof(number),
                 )
-                for disk in request.disks
+                for number, disk in enumerate(request.disks)
             },
             consistency=moment.consistency,
             demoted=demoted,
@@ -247,13 +249,15 @@ def _deltas(request: StandaloneRequest) -> tuple[frozenset[str], dict[str, str]]
     return frozenset(wanted - demoted.keys()), demoted
 
 
-def _scheme(request: StandaloneRequest) -> "_Jobs":
+def _scheme(request: StandaloneRequest, *, has_iothreads: bool) -> "_Jobs":
     """Filters, or jobs where these can't be."""
     reasons = [
         f"disk {each.target}: {each.drive.obstacle}"
         for each in request.disks
         if each.drive.obstacle
     ]
+    if has_iothreads and len(request.disks) > FILTERED_DISKS:
+        reasons.append(f"it has iothreads, and more than {FILTERED_DISKS} disks")
     if not reasons and not request.machine.has_filters():
         reasons = ["this QEMU has no filter that spares the guest"]
     if not reasons:
@@ -265,8 +269,6 @@ def _scheme(request: StandaloneRequest) -> "_Jobs":
 
 class _Jobs:
     """Jobs that copy old blocks before the guest overwrites them; what is read is their scratch."""
-
-    exported = Part.SCRATCH
 
     def __init__(self, request: StandaloneRequest) -> None:
         self.request = request
@@ -323,7 +325,7 @@ class _Jobs:
         """Offer what the disk held at the instant. Raises ProcessError."""
         bitmap = {"node": disk.drive.node, "name": self.request.changes}
         more: dict[str, Any] = {"bitmaps": [bitmap]} if is_delta else {}
-        self.serve("e", number, self.exported, disk.target, **more)
+        self.serve("e", number, Part.SCRATCH, disk.target, **more)
 
     def serve(self, kind: str, number: int, part: Part, name: str, **more: Any) -> None:
         """Add an export of one of our nodes."""
@@ -336,6 +338,11 @@ class _Jobs:
             writable=False,
             **more,
         )
+
+    def proof(self, number: int) -> str:
+        """See ``Export``."""
+        del number
+        return ""
 
     def problem(self) -> str:
         """Why what was read is no snapshot, or nothing. Raises ProcessError."""
@@ -353,21 +360,18 @@ class _Jobs:
             return f"the guest was held by an error of {names or 'a disk'} meanwhile, and goes on"
         return f"the guest may have seen errors of {names}" if names else scratch.unseen(space)
 
-    @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Say what is behind an error of a read, as far as it is known."""
-        yield
-
 
 class _Filters(_Jobs):
-    """A filter below each device, and a node that shows the disk without what came after it."""
+    """A filter below each device; it fails no write of the guest, but gives the snapshot up.
 
-    exported = Part.ACCESS
+    That is seen by reading through it (snapshot-access), which is why that is not done for the
+    data: what lies in several blocks, the first of which was kept, QEMU 7.2 reads as it is now.
+    """
 
     def prepare(self, scratches: Sequence[int]) -> None:
         """Open the scratch images, and on each disk a filter, below which nothing goes yet."""
+        super().prepare(scratches)
         for number, disk in enumerate(self.request.disks):
-            self.open_scratch(number, scratches[number])
             self.request.machine.execute(
                 "blockdev-add",
                 driver=machine.FILTER,
@@ -375,7 +379,7 @@ class _Filters(_Jobs):
                 file=disk.drive.node,
                 target=self.name(Part.SCRATCH, number),
                 on_cbw_error="break-snapshot",
-                cbw_timeout=CBW_SECONDS,
+                cbw_timeout=machine.CBW_SECONDS,
                 # or no discard of the guest gets through
                 discard="unmap",
             )
@@ -415,6 +419,11 @@ class _Filters(_Jobs):
                 node_name=self.name(Part.ACCESS, number),
                 file=self.name(held, number),
             )
+            self.serve("p", number, Part.ACCESS, self.proof(number))
+
+    def proof(self, number: int) -> str:
+        """It lets nothing be read once the snapshot was given up."""
+        return self.name(Part.ACCESS, number)
 
     def problem(self) -> str:
         """A device that has something else below it now writes past our filter."""
@@ -431,27 +440,6 @@ class _Filters(_Jobs):
         """Nothing, by the filters' nature."""
         del space
         return "no write of the guest failed for it"
-
-    @contextmanager
-    def explained(self) -> Iterator[None]:
-        """A filter that could not keep an old block lets nothing be read any more."""
-        try:
-            yield
-        except NbdError as err:
-            directory = self.request.scratch_dir
-            free = scratch.free_bytes(directory)
-            if free < scratch.ENOUGH:
-                raise ScratchSpaceError(
-                    f"scratch directory {directory} is full: QEMU gave up the snapshot, and no "
-                    f"write of the guest failed for it; nothing was saved, give more space: "
-                    f"scratch.directory, or 'backup --scratch-dir'",
-                    free=free,
-                ) from err
-            err.message += (
-                f" (if it was QEMU that gave up the snapshot: {directory} has failed, or has not "
-                f"taken an old block within {CBW_SECONDS} s, and the guest's writes went on)"
-            )
-            raise
 
     @staticmethod
     def _filter(disk: StandaloneDisk) -> Part:

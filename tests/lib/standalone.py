@@ -151,8 +151,9 @@ class Process:
 
     @property
     def has_exports(self) -> bool:
-        """Whether a run reads."""
-        return bool(self.monitor.execute("query-block-exports"))
+        """Whether a run reads: what its last disk held is offered."""
+        found = {each["id"][-3:] for each in self.monitor.execute("query-block-exports")}
+        return f"-e{len(self.images) - 1}" in found
 
     def wait_clean(self) -> None:
         """Wait until nothing of a run is left."""
@@ -172,11 +173,13 @@ ABOVE = {
 }
 
 
-def modern(directory: Path, *more: str, above: str = "throttle") -> Process:
+def modern(directory: Path, *more: str, above: str = "throttle", is_new: bool = True) -> Process:
     """-blockdev, a filter above one disk, an overlay, a raw disk; its guest was never started."""
-    one, three = make(directory / "one.qcow2", 8 * MIB), directory / "three.raw"
-    two = overlay(directory / "two.qcow2", make(directory / "below.qcow2", 8 * MIB))
-    qemu_img("create", "-q", "-f", "raw", three, str(8 * MIB))
+    one, two, three = (directory / each for each in ("one.qcow2", "two.qcow2", "three.raw"))
+    if is_new:
+        make(one, 8 * MIB)
+        overlay(two, make(directory / "below.qcow2", 8 * MIB))
+        make(three, 8 * MIB, format="raw")
     arguments = [
         *("-uuid", UUID, "-S", "-object", "throttle-group,id=g0,x-iops-total=100000"),
         *("-blockdev", f"driver=qcow2,node-name=n1,file.driver=file,file.filename={one}"),

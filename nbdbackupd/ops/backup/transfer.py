@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbdbackupd import durable
-from nbdbackupd.errors import SourceError
+from nbdbackupd.errors import NbdError, SourceError
 from nbdbackupd.format.stream import StreamMeta
 from nbdbackupd.format.writer import RawWriter, StreamWriter, Written
 from nbdbackupd.model.chain import DigestKind, Layout
 from nbdbackupd.model.extents import Segment
-from nbdbackupd.nbdio import copy, nbdinfo
+from nbdbackupd.nbdio import copy, extents, nbdinfo
 from nbdbackupd.nbdio.arena import Arena
-from nbdbackupd.nbdio.client import Connection, Endpoint, Patience
+from nbdbackupd.nbdio.client import ALLOCATION, Connection, Endpoint, Patience
 from nbdbackupd.nbdio.throttle import Throttle
 from nbdbackupd.source import Export
 
@@ -85,9 +85,26 @@ def copy_disk(
             plan=nbdinfo.plan(endpoint, size) if transfer.by_nbdinfo else None,
             throttle=transfer.throttle,
         )
+        if export.proof:
+            _prove(export, transfer.patience)
         written = writer.finish()
     transfer.progress(export.target, size, size, data)
     return Copied(written, time.monotonic() - begun)
+
+
+def _prove(export: Export, patience: Patience) -> None:
+    """Raise NbdError if what was read is no snapshot, see ``Export``."""
+    endpoint = Endpoint(socket=export.socket, export=export.proof, keeper=export.keeper)
+    try:
+        with Connection(endpoint, contexts=(ALLOCATION,), patience=patience) as connection:
+            extents.prove_alive(connection)
+    except NbdError as err:
+        raise NbdError(
+            f"disk {export.target}: QEMU gave the snapshot up, so that no write of the guest "
+            f"fails: an old block could not be kept in the scratch directory, or not in time; "
+            f"nothing was saved, give a faster one: scratch.directory, or 'backup --scratch-dir' "
+            f"({err})"
+        ) from err
 
 
 def _writer(
