@@ -43,6 +43,6 @@ def iothreads_of(name: str, wanted: str) -> int:
 
 
 def path_of(name: str) -> str:
-    """The path of a system test file in the tree, with the test in it that is named after ``::``."""
+    """The path of a system test file in the tree, with the test that is named after ``::``."""
     subject, colons, test = name.partition("::")
     return f"tests/system/test_{subject}.py{colons}{test}"
