@@ -343,3 +343,52 @@ def test_the_hook_without_libvirt(appliance: Appliance) -> None:
     finally:
         host.run("systemctl", "start", *SOCKETS, "libvirtd.service")
         host.run("systemctl", "reset-failed", "nbdbackup*")
+
+
+def test_a_machine_that_libvirt_does_not_know(appliance: Appliance) -> None:
+    """Its timer, its unit and status, with no libvirt there at all; see ``qmp``."""
+    host, disk, image = appliance.host, "/machine/peripheral/disk1/virtio-backend", "/var/lib/q.img"
+    host.run("qemu-img", "create", "-q", "-f", "qcow2", image, "8M")
+    host.run(
+        *("systemd-run", "--quiet", "--unit=q7", "--property=RuntimeDirectory=q7"),
+        *("qemu-system-x86_64", "-machine", "pc,accel=tcg", "-m", "32", "-display", "none"),
+        *("-nodefaults", "-S", "-qmp", "unix:/run/q7/qmp,server=on,wait=off"),
+        *("-monitor", "unix:/run/q7/hmp,server=on,wait=off"),
+        *("-blockdev", f"driver=qcow2,node-name=n1,file.driver=file,file.filename={image}"),
+        *("-device", "virtio-blk-pci,drive=n1,id=disk1"),
+    )
+
+    def write(pattern: int) -> None:
+        talk = (
+            "import socket, sys, time; s = socket.socket(socket.AF_UNIX); s.connect('/run/q7/hmp');"
+            "s.sendall(sys.argv[1].encode() + b'\\n'); time.sleep(1); print(s.recv(65536))"
+        )
+        command = f'qemu-io -d {disk} "write -P {pattern} 0 1M"'
+        # what it did QEMU tells elsewhere
+        assert "rror" not in host.run("python3", "-c", talk, command)
+
+    there = ("test", "-S", "/run/q7/hmp")
+    wait_until(lambda: host.call(*there).returncode == 0, "monitor", 30)
+    host.run("systemctl", "stop", *SOCKETS, "libvirtd.service")
+    try:
+        write(3)
+        never, soon = ["*-01-01"], {"schedule__enable": True, "schedule__random_delay": "0s"}
+        appliance.configure("q7", qmp="/run/q7/qmp", schedule__calendar=["*:*:0/8"], **soon)
+        host.run("systemctl", "start", "nbdbackup-timers")
+        first = appliance.wait_points("q7", 1)[0]
+        assert (first["domain"], first["level"]) == ("q7", "full")
+        appliance.configure("q7", qmp="/run/q7/qmp", schedule__calendar=never, **soon)
+        host.run("systemctl", "start", "nbdbackup-timers")
+        wait_until(appliance.is_idle, "the units", 60)
+        write(4)
+        last = appliance.save("q7")
+        assert (last["level"], last["disks"][0]["mode"]) == ("inc", "delta")
+        (seen,) = appliance.json("status", "q7")["domains"]
+        assert (seen["health"], seen["protected"]) == ("ok", True)
+        restored = appliance.json("restore", "q7", "-o", "/var/lib/q7-restored")["disks"][0]
+        host.run("qemu-img", "compare", "-U", image, restored["path"])
+    finally:
+        host.run("systemctl", "start", *SOCKETS, "libvirtd.service")
+        host.run("systemctl", "stop", "q7.service", "nbdbackup@q7.timer")
+        host.run("rm", "-f", "/etc/nbdbackup/domains.d/q7.yaml")
+    assert appliance.failed() == []
