@@ -12,7 +12,7 @@ A run says twice a second that it lives. Two things keep one from that:
 
 A run that is slow, or waits for its target in a thread of its own, is none of these: it reads its
 answers, and says that it lives. A stopped one is left alone, too, as long as QEMU answers, scratch
-space is left and it has not halted its guest: somebody may have stopped it on purpose.
+space is left and it does not hold its guest: somebody may have stopped it on purpose.
 """
 
 import logging
@@ -91,7 +91,7 @@ class Silence:
         elif charge.monitor:
             # of its own it holds a guest for milliseconds
             if seconds > LONG_SECONDS and quiesce.is_held(marker(Path(charge.runtime_dir))):
-                self._kill(seconds, "its guest is halted")
+                self._kill(seconds, "its guest is held")
         elif seconds > LONG_SECONDS and charge.is_reachable:
             if self._probe is None or self._probe.is_old():
                 self._probe = _Probe(charge)
