@@ -18,6 +18,7 @@ from nbdbackupd.app.arguments import Arguments, Parser, add_settings
 from nbdbackupd.app.context import Context
 from nbdbackupd.config.setting import GLOBAL
 from nbdbackupd.errors import MEANINGS, WARNED, BusyError, Interrupted, NbdbackupError, one_line
+from nbdbackupd.format.proven import PROVEN
 from nbdbackupd.plain import versioned
 
 STATUSES = "\n".join(f"{status:>7} {meaning}" for status, meaning in MEANINGS.items())
@@ -123,7 +124,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: Arguments, context: Context) -> int:
     try:
         files.allow_many()
-        code: int = args.run(args, context)
+        PROVEN.keep_in(context.host.own_state_dir)
+        try:
+            code: int = args.run(args, context)
+        finally:
+            PROVEN.save()
     except NbdbackupError as err:
         return _report(context, err, err.exit_code)
     except Interrupted as stop:

@@ -15,13 +15,16 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final, TypeVar
+from weakref import WeakValueDictionary
 
 from nbdbackupd import documents, plain
 from nbdbackupd.errors import FormatError, IntegrityError, UnsupportedVersionError
+from nbdbackupd.format.proven import PROVEN
 from nbdbackupd.model.chain import (
     Codec,
     Consistency,
@@ -96,37 +99,73 @@ def parse(data: bytes, file: object = "") -> RestorePoint:
     """
     digest = hashlib.sha256(data).hexdigest()
     try:
-        return _known.get(digest) or _known.add(
-            _parse_point(_Node(_load(data), ""), digest), len(data)
-        )
+        return _known.get(digest) or _known.add(_take_apart(data, digest), len(data))
     except FormatError as err:
         if file:
             err.fields.setdefault("file", file)
         raise
 
 
+def _take_apart(data: bytes, digest: str) -> RestorePoint:
+    if PROVEN.holds(digest):
+        with suppress(ValueError, TypeError, KeyError):
+            return _rebuilt(documents.parse_json(data), digest)
+    point = _parse_point(_Node(_load(data), ""), digest)
+    PROVEN.add(digest)
+    return point
+
+
+def _rebuilt(document: dict[str, Any], digest: str) -> RestorePoint:
+    """The point of a manifest that was proven, of which nothing is looked at any more."""
+    del document["version"]
+    document["digest"] = digest
+    document["level"] = Level(document["level"])
+    document["consistency"] = Consistency(document["consistency"])
+    document["skipped"] = tuple(SkippedDisk(**each) for each in document["skipped"])
+    document["files"] = tuple(StoredFile(**each) for each in document["files"])
+    document["warnings"] = tuple(document["warnings"])
+    document["merged"] = tuple(document.get("merged", ()))
+    document["disks"] = tuple(map(_rebuilt_disk, document["disks"]))
+    return RestorePoint(**document)
+
+
+def _rebuilt_disk(disk: dict[str, Any]) -> DiskPoint:
+    disk["mode"] = DiskMode(disk["mode"])
+    disk["layout"] = Layout(disk["layout"])
+    disk["digest"] = DigestKind(disk.get("digest", DigestKind.SHA256))
+    # of an older version
+    plain_codec = Codec.LZ4 if disk.pop("compressed", False) else Codec.NONE
+    disk["codec"] = Codec(disk.get("codec", plain_codec))
+    disk["index"] = StoredFile(**disk["index"])
+    disk["layers"] = tuple(ImageLayer(**each) for each in disk["layers"])
+    return DiskPoint(**disk)
+
+
 class _Known:
     """Points by the digests of their manifests: equal bytes are taken apart once in a while.
 
-    What came last is kept, and what came before that is let go together, a half of all.
+    Those that somebody holds are there anyway. Of others what came last is kept, and what came
+    before that is let go together, a half of all.
     """
 
     def __init__(self) -> None:
-        self._new: dict[str, RestorePoint] = {}
-        self._old: dict[str, RestorePoint] = {}
+        self._alive: WeakValueDictionary[str, RestorePoint] = WeakValueDictionary()
+        self._new: list[RestorePoint] = []
+        self._old: list[RestorePoint] = []
         self._left = MAX_KNOWN // 2
 
     def get(self, digest: str) -> RestorePoint | None:
-        """The point, if it is kept."""
-        return self._new.get(digest) or self._old.get(digest)
+        """The point, if it is there."""
+        return self._alive.get(digest)
 
     def add(self, point: RestorePoint, size: int) -> RestorePoint:
         """Keep a point whose manifest has that many bytes; returns it."""
         self._left -= size
         if self._left < 0:
-            self._old, self._new = self._new, {}
+            self._old, self._new = self._new, []
             self._left = MAX_KNOWN // 2 - size
-        self._new[point.digest] = point
+        self._new.append(point)
+        self._alive[point.digest] = point
         return point
 
 

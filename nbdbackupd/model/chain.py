@@ -153,7 +153,7 @@ class SkippedDisk:
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, weakref_slot=True)
 class RestorePoint:
     """The result of one run: all of its disks at one instant.
 

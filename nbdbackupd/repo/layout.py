@@ -45,6 +45,8 @@ MAX_BASE: Final = 100
 _MARK: Final = 17  # "~" and the digits
 
 _KEPT: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._+=@,- ")
+_PLAIN: Final = re.compile(r"[A-Za-z0-9_+=@,][A-Za-z0-9._+=@,-]*", re.ASCII)
+"""What is its own name, as nearly all are."""
 _ESCAPE: Final = re.compile(rb"%([0-9A-F]{2})")
 
 
@@ -55,6 +57,8 @@ def escape(text: str, maximum: int) -> str:
     """
     if not text:
         raise FormatError("an empty name can't become the name of a file")
+    if len(text) <= maximum and _PLAIN.fullmatch(text):
+        return text
     raw = _bytes(text)
     last = len(raw) - 1
     parts = []
