@@ -26,14 +26,15 @@ FEWEST: Final = 64
 CURE: Final = "raise the hard limit of open files (ulimit -Hn, LimitNOFILE= of a unit)"
 
 
-def open_untrusted(path: Path) -> int:
+def open_untrusted(path: Path | str, *, at: int | None = None) -> int:
     """A descriptor of a regular file that somebody else may have put there, for reading.
 
-    A link in its place is not followed, a pipe is not waited for, nothing of a device is read: for
-    all of these it raises IntegrityError. Raises OSError.
+    With ``at`` it is a name in the directory that this is a descriptor of. A link in its place is
+    not followed, a pipe is not waited for, nothing of a device is read: for all of these it raises
+    IntegrityError. Raises OSError.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=at)
     except OSError as err:
         if err.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
             raise IntegrityError("not a regular file", file=path) from err
@@ -42,6 +43,19 @@ def open_untrusted(path: Path) -> int:
         os.close(fd)
         raise IntegrityError("not a regular file", file=path)
     return fd
+
+
+def read_own(path: Path, maximum: int) -> bytes:
+    """A file that only root or we can write, at most so many bytes of it.
+
+    Raises IntegrityError if others can, or as ``open_untrusted``, and OSError.
+    """
+    with os.fdopen(open_untrusted(path), "rb") as file:
+        found = os.fstat(file.fileno())
+        is_ours = found.st_uid in (0, os.geteuid())
+        if not is_ours or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise IntegrityError("others may write it", file=path)
+        return file.read(min(found.st_size, maximum))
 
 
 def open_regular(path: Path, **where: object) -> int:

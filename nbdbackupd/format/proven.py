@@ -10,14 +10,12 @@ it is a line for each digest.
 """
 
 import logging
-import os
-import stat
 from pathlib import Path
 from typing import Final
 
 from nbdbackupd import __version__, durable
 from nbdbackupd.errors import NbdbackupError
-from nbdbackupd.files import open_untrusted
+from nbdbackupd.files import read_own
 
 log = logging.getLogger(__name__)
 NAME: Final = "proven"
@@ -71,13 +69,7 @@ class Proven:
 def _read(path: Path) -> list[bytes]:
     """The digests in a file; none if it is of another version, or others may write it."""
     try:
-        with os.fdopen(open_untrusted(path), "rb") as file:
-            found = os.fstat(file.fileno())
-            if found.st_uid not in (0, os.geteuid()) or found.st_mode & (
-                stat.S_IWGRP | stat.S_IWOTH
-            ):
-                return []
-            head, *lines = file.read(2 * MAX_SIZE).split(b"\n")
+        head, *lines = read_own(path, 2 * MAX_SIZE).split(b"\n")
     except (NbdbackupError, OSError) as err:
         log.debug("which manifests are proven is not known: %s", err)
         return []

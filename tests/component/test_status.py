@@ -117,9 +117,10 @@ class Host:
         return code, self.capsys.readouterr().out
 
     def status(self, *words: str) -> dict[str, Any]:
-        """The domains of the report, by name."""
-        _, out = self.run("status", "--json", *words)
-        return {each["domain"]: each for each in json.loads(out)["domains"]}
+        """The domains of the report, by name; the same by what the first look has kept."""
+        first, again = (json.loads(self.run("status", "--json", *words)[1]) for _ in range(2))
+        assert (again["domains"], again["notes"]) == (first["domains"], first["notes"])
+        return {each["domain"]: each for each in first["domains"]}
 
 
 @pytest.fixture
@@ -132,7 +133,9 @@ def host(
     (programs / "systemctl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
     monkeypatch.setenv("TZ", "UTC")
-    monkeypatch.setenv("NBDBACKUP_STATE_DIR", str(tmp_path / "state"))
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+    monkeypatch.setenv("NBDBACKUP_STATE_DIR", str(state))
     monkeypatch.setattr(units, "BOOTED", tmp_path)
     monkeypatch.setattr(app_context, "now", lambda: NOW)
     return Host(tmp_path, capsys)

@@ -5,6 +5,7 @@ on another host that has the same repository, or for a domain that is made anew.
 that name has one beside it, with the beginning of its UUID.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -18,15 +19,20 @@ SHORT: Final = 8
 LOST: Final = "lost+found"
 
 
-def home_of(repository: Path, name: str, uuid: str) -> Path:
+def home_of(
+    repository: Path, name: str, uuid: str, owner_of: Callable[[Path], str] | None = None
+) -> Path:
     """The directory that a domain's runs go into; it may not exist yet.
+
+    ``owner_of`` tells whose a directory is, if not by its sets.
 
     Raises FormatError for an empty name, RepositoryError if a directory can't be read.
     """
     label = layout.escape(name, layout.MAX_DOMAIN)
     for each in (label, f"{label}{MARK}{uuid[:SHORT]}"):
         home = repository / each
-        if owner(sets_of(home)) in ("", uuid):
+        whose = owner_of(home) if owner_of is not None else owner(sets_of(home))
+        if whose in ("", uuid):
             return home
     return repository / f"{label}{MARK}{uuid}"
 

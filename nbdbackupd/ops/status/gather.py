@@ -37,13 +37,14 @@ from nbdbackupd.model.host import Host
 from nbdbackupd.model.unitname import RUNNER
 from nbdbackupd.ops.domain import configured, mounted
 from nbdbackupd.ops.notify import notification
-from nbdbackupd.ops.retention import history
-from nbdbackupd.ops.sets import homes, sets, sizes
+from nbdbackupd.ops.retention.history import Unwanted
+from nbdbackupd.ops.sets import homes, sizes
 from nbdbackupd.ops.sets.homes import MARK
 from nbdbackupd.ops.sets.sizes import FileSystem
 from nbdbackupd.ops.status import metrics, record
 from nbdbackupd.ops.status import status as report
 from nbdbackupd.ops.status.status import DomainStatus, StatusReport, Stored
+from nbdbackupd.ops.status.summaries import Summaries
 from nbdbackupd.repo import layout
 from nbdbackupd.repo.runs import Seen
 from nbdbackupd.systemd import units as systemd
@@ -77,6 +78,7 @@ class _Known:
     """
 
     configuration: Configuration
+    summaries: Summaries
     domains: dict[str, tuple[str, DomainSettings]] | None
     is_silent: bool
     units: Units
@@ -127,12 +129,14 @@ def gather(
     domains, is_silent = _ask_libvirt(configuration, host, notes)
     if domains is not None:
         domains |= _standalone(configuration)
+    summaries = Summaries(host.own_state_dir)
     known = _Known(
         configuration=configuration,
+        summaries=summaries,
         domains=domains,
         is_silent=is_silent,
         units=ask_systemd(notes),
-        folders=_folders(configuration, domains),
+        folders=_folders(configuration, domains, summaries),
         warning=warning,
         critical=critical,
     )
@@ -140,13 +144,15 @@ def gather(
     _require(names, every, known)
     moment = host.now()
     chosen = [name for name in every if name in names] if names else every
-    return StatusReport(
+    found = StatusReport(
         moment=moment,
         inventory=known.inventory(),
         domains=tuple(_look(name, known, host, notes) for name in chosen),
         file_systems=_room(configuration, notes),
         notes=tuple(dict.fromkeys(notes)),
     )
+    summaries.save(is_all=not names)
+    return found
 
 
 def _require(names: Iterable[str], every: Sequence[str], known: _Known) -> None:
@@ -392,26 +398,29 @@ def _room(configuration: Configuration, notes: list[str]) -> tuple[FileSystem, .
 
 
 def _folders(
-    configuration: Configuration, domains: dict[str, tuple[str, DomainSettings]] | None
+    configuration: Configuration,
+    domains: dict[str, tuple[str, DomainSettings]] | None,
+    summaries: Summaries,
 ) -> dict[str, tuple[Path, str]]:
     """The directories of domains: of those that libvirt knows by name, else by their own."""
     found: dict[str, tuple[Path, str]] = {}
     for name, (uuid, settings) in (domains or {}).items():
         with suppress(NbdbackupError):
-            home = homes.home_of(settings.repository_path, name, uuid)
+            home = homes.home_of(settings.repository_path, name, uuid, summaries.owner)
             if home.exists():
                 found[name] = home, uuid
+    taken = {home for home, _ in found.values()}
     for repository in _repositories(configuration):
         for name, folder in report.names_in(repository).items():
-            if folder in {home for home, _ in found.values()}:
+            if folder in taken:
                 continue
             uuid, known = "", (domains or {}).get(name, ("",))[0]
             if name in found or known:
                 with suppress(NbdbackupError):
-                    uuid = homes.owner(sets.sets_of(folder))
+                    uuid = summaries.owner(folder)
             is_other = uuid not in ("", known)
             shown = f"{name}{homes.MARK}{uuid[: homes.SHORT]}" if is_other else name
-            found.setdefault(shown, (folder, uuid))
+            taken.add(found.setdefault(shown, (folder, uuid))[0])
     return found
 
 
@@ -423,7 +432,7 @@ def _look(name: str, known: _Known, host: Host, notes: list[str]) -> DomainStatu
     if service is None:
         unit = unitname.unit(unitname.RUNNER, name, "service")
         service = known.units.services.get(unit)
-    found = _stored(name, settings, known)
+    found, wanted = _stored(name, settings, known, host)
     newest = found.newest
     seen = record.look(host, name, uuid)
     is_known = None if known.domains is None else name in known.domains
@@ -462,7 +471,7 @@ def _look(name: str, known: _Known, host: Host, notes: list[str]) -> DomainStatu
             )
             for run in seen.alive
         ),
-        unwanted=history.unwanted(found.sets, settings, host),
+        unwanted=wanted,
     )
 
 
@@ -496,7 +505,9 @@ def _settings(name: str, known: _Known, notes: list[str]) -> tuple[str, DomainSe
     return "", settings_for(name, "", {}, known.configuration)
 
 
-def _stored(name: str, settings: DomainSettings, known: _Known) -> Stored:
+def _stored(
+    name: str, settings: DomainSettings, known: _Known, host: Host
+) -> tuple[Stored, Unwanted]:
 
     # sets of a domain that files no longer send here are still where they are
     default = settings.repository_path / layout.escape(name, layout.MAX_DOMAIN)
@@ -506,5 +517,5 @@ def _stored(name: str, settings: DomainSettings, known: _Known) -> Stored:
     try:
         mounted.check(settings)
     except RepositoryError as err:
-        return report.Stored(directory=directory, problem=one_line(err))
-    return report.stored(directory, uuid, *more)
+        return report.Stored(directory=directory, problem=one_line(err)), Unwanted()
+    return known.summaries.look(directory, uuid, more, settings, host)

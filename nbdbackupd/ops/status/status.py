@@ -34,7 +34,8 @@ class Stored:
     """What the sets of a domain hold.
 
     ``set`` is the one with the newest point, ``size`` what that point has added to it, and
-    ``points`` the number of its points; ``all`` is about all ``sets``. ``problem`` says why they
+    ``points`` the number of its points; ``all`` is about all ``sets``, which are of domains with
+    these ``uuids`` (more than one: of an older version). ``problem`` says why they
     can't be read (``is_denied``: this account may not), ``damage`` what is damaged in one.
     ``test`` is the last boot test of one of its points.
     """
@@ -46,6 +47,7 @@ class Stored:
     points: int = 0
     all: Holdings = NOTHING
     sets: tuple[DomainSet, ...] = ()
+    uuids: tuple[str, ...] = ()
     problem: str = ""
     is_denied: bool = False
     damage: str = ""
@@ -194,6 +196,7 @@ def stored(directory: Path, uuid: str = "", *more: Path) -> Stored:
         points=len(found.known.points),
         all=held,
         sets=tuple(sets),
+        uuids=tuple(sorted({each.uuid for each in sets if each.uuid})),
         damage=damage,
         test=_last_test(found),
     )
