@@ -78,7 +78,12 @@ def switch(root: Path, number: int) -> None:
 
 
 def manifests(folder: Path) -> list[Path]:
-    """The manifests in a directory, in the order of their names; none if it is missing.
+    """The manifests in a directory, in the order of their names. Raises as ``names``."""
+    return [folder / each for each in names(folder)]
+
+
+def names(folder: Path) -> list[str]:
+    """The names of the manifests in a directory, in order; none if it is missing.
 
     Raises RepositoryError; IntegrityError if points have left the set and it holds files, but not
     that directory: it must not seem to be empty.
@@ -88,9 +93,9 @@ def manifests(folder: Path) -> list[Path]:
         if not os.path.lexists(folder):
             _refuse_loss(folder)
             return []
-        names = sorted(each.name for each in os.scandir(folder))
+        found = sorted(each.name for each in os.scandir(folder))
     suffix = layout.MANIFEST_SUFFIX
-    return [folder / each for each in names if each.endswith(suffix) and each[0] != "."]
+    return [each for each in found if each.endswith(suffix) and each[0] != "."]
 
 
 def _refuse_loss(folder: Path) -> None:

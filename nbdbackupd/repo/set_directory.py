@@ -48,12 +48,20 @@ class _Leftover:
     names: frozenset[str]
 
 
+_Identity = tuple[int, ...]
+
+
 class SetDirectory:
-    """One backup set: a directory that may not exist yet."""
+    """One backup set: a directory that may not exist yet.
+
+    While it is locked, a manifest is read once, unless it was changed since.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: durable.Lock | None = None
+        self._since = 0
+        self._read: dict[str, tuple[_Identity, RestorePoint]] = {}
 
     @classmethod
     def open(cls, path: Path) -> "SetDirectory":
@@ -116,11 +124,12 @@ class SetDirectory:
         lock = durable.Lock(self.file(layout.LOCK), owner=owner, wait=wait)
         with durable.translate_os_errors("lock", lock.path):
             lock.__enter__()
-        self._lock = lock
+        self._lock, self._since = lock, _changed(lock.path)
         try:
             yield
         finally:
-            self._lock = None
+            self._lock, self._since = None, 0
+            self._read.clear()
             lock.__exit__(None, None, None)
 
     def load(self) -> BackupSet:
@@ -133,7 +142,7 @@ class SetDirectory:
 
     def load_from(self, folder: Path) -> BackupSet:
         """As ``load``, by the manifests in that directory."""
-        points = [self._load_point(path) for path in generation.manifests(folder)]
+        points = [self._load_point(folder, name) for name in generation.names(folder)]
         try:
             return BackupSet.from_points(points)
         except ChainBrokenError as err:
@@ -154,9 +163,9 @@ class SetDirectory:
 
     def _load_sound(self, folder: Path) -> tuple[BackupSet, tuple[str, ...]]:
         found, problems = [], []
-        for path in generation.manifests(folder):
+        for name in generation.names(folder):
             try:
-                found.append(self._load_point(path))
+                found.append(self._load_point(folder, name))
             except FormatError as err:
                 problems.append(str(err))
         known, broken = BackupSet.from_sound(found)
@@ -215,14 +224,15 @@ class SetDirectory:
     def check_files(self, points: Iterable[RestorePoint], folder: Path) -> None:
         """As ``check_present``, by the manifests in that directory."""
         missing, damaged = [], []
+        root = os.fspath(self.path)
         for point in points:
-            path = folder / layout.manifest(point.sequence, point.id)
-            if _regular_size(path) is None:
-                missing.append(f"{folder.name}/{path.name}")
-            elif self._load_point(path).digest != point.digest:
-                damaged.append(f"{folder.name}/{path.name}")
+            name = layout.manifest(point.sequence, point.id)
+            if _regular_size(f"{folder}/{name}") is None:
+                missing.append(f"{folder.name}/{name}")
+            elif self._load_point(folder, name).digest != point.digest:
+                damaged.append(f"{folder.name}/{name}")
             for name, size in manifest.file_names(point).items():
-                found = _regular_size(self.file(name))
+                found = _regular_size(f"{root}/{name}")
                 if found is None:
                     missing.append(name)
                 elif found != size:
@@ -386,10 +396,24 @@ class SetDirectory:
         if self._lock is None or not self._lock.is_held:
             raise RuntimeError("the set is to be changed without its lock")
 
-    def _manifests(self) -> list[Path]:
-        return generation.stable(self.path, generation.manifests) if self.exists else []
+    def _manifests(self) -> list[str]:
+        return generation.stable(self.path, generation.names) if self.exists else []
 
-    def _load_point(self, path: Path) -> RestorePoint:
+    def _load_point(self, folder: Path, name: str) -> RestorePoint:
+        if not self._since:
+            return self._read_point(folder / name)
+        path = f"{folder}/{name}"
+        identity = _identity(path)
+        known = self._read.get(path)
+        if known is not None and known[0] == identity:
+            return known[1]
+        point = self._read_point(folder / name)
+        # only then is each later change of another tick of the clock
+        if identity and identity[-1] < self._since:
+            self._read[path] = identity, point
+        return point
+
+    def _read_point(self, path: Path) -> RestorePoint:
         point = manifest.parse(read_small(path, manifest.MAX_SIZE), path)
         if not layout.is_same(path.name, layout.manifest(point.sequence, point.id)):
             raise IntegrityError(
@@ -402,7 +426,7 @@ class SetDirectory:
         return self._read_leftovers()
 
     def _read_leftovers(self) -> list[_Leftover]:
-        committed = [path.name for path in self._manifests()]
+        committed = self._manifests()
         with durable.translate_os_errors("read", self.path):
             return [
                 _read_leftover(path, committed)
@@ -500,10 +524,25 @@ def _read_leftover(path: Path, committed: list[str]) -> _Leftover:
     return _Leftover(path, intent, done, names)
 
 
-def _regular_size(path: Path) -> int | None:
+def _identity(path: Path | str) -> _Identity:
+    """What another file of that name, or other bytes of the same one, differ in; empty for none."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _changed(path: Path) -> int:
+    """When a file was changed last, by the clock of its file system; 0 if that is not known."""
+    found = _identity(path)
+    return found[-1] if found else 0
+
+
+def _regular_size(path: Path | str) -> int | None:
     with durable.translate_os_errors("read", path):
         try:
-            status = path.lstat()
+            status = os.lstat(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
     return status.st_size if stat.S_ISREG(status.st_mode) else None

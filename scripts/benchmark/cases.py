@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from scripts.benchmark import data, maps
+from scripts.benchmark import data, growth, maps
 from scripts.benchmark.measure import (
     Sample,
     Series,
@@ -135,6 +135,7 @@ def version(setting: Setting) -> None:
 CASES = {
     **{case.__name__: case for case in (full, lz4, restore, empty, memory, disks, start, version)},
     "map": maps.measure,
+    "growth": growth.measure,
 }
 
 

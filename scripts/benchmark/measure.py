@@ -63,8 +63,12 @@ class Series:
         return f"{wall}  cpu {self.cpu_seconds:5.2f} s{server}"
 
 
-def timed(argv: Sequence[str | Path], environment: dict[str, str] | None = None) -> Sample:
-    """Run a program to its end and measure it; raises ``LabError`` when it fails."""
+def timed(
+    argv: Sequence[str | Path],
+    environment: dict[str, str] | None = None,
+    statuses: Sequence[int] = (0,),
+) -> Sample:
+    """Run a program to its end and measure it; raises ``LabError`` for other exit statuses."""
     with tempfile.TemporaryFile() as output:
         started = time.monotonic()
         process = subprocess.Popen(
@@ -84,7 +88,7 @@ def timed(argv: Sequence[str | Path], environment: dict[str, str] | None = None)
             alarm.cancel()
         seconds = time.monotonic() - started
         process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode != 0:
+        if process.returncode not in statuses:
             output.seek(0)
             said = output.read().decode("utf-8", "replace")[-4000:]
             raise LabError(f"{list(argv)}: exit status {process.returncode}: {said}")

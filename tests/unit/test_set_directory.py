@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,10 @@ from nbdbackupd.errors import (
 from nbdbackupd.format import manifest
 from nbdbackupd.model.chain import Level, RestorePoint, StoredFile
 from nbdbackupd.model.space import own_bytes
-from nbdbackupd.repo import layout
+from nbdbackupd.repo import layout, set_directory
 from nbdbackupd.repo.draft import Intent
 from nbdbackupd.repo.set_directory import SetDirectory
+from nbdbackupd.repo.virtnbdbackup.storage import read_small
 from tests.lib import chains, points
 
 
@@ -53,6 +55,44 @@ def test_chain_of_every_level(tmp_path: Path) -> None:
     names = [f"nbdbackup-{points.CHAIN}-{number}" for number in (1, 2, 3, 6)]
     assert json.loads((path / "vm1.cpt").read_text()) == names
     assert not list(path.glob(".draft-*"))
+
+
+def test_under_the_lock_a_manifest_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it was changed, though its size and its times tell nothing of that."""
+    made = chains.make_chain(tmp_path, 3)
+    read: list[Path] = []
+
+    def counted(path: Path, maximum: int) -> bytes:
+        read.append(path)
+        return read_small(path, maximum)
+
+    monkeypatch.setattr(set_directory, "read_small", counted)
+    repository = SetDirectory.open(tmp_path)
+    time.sleep(0.05)  # a tick of the kernel's clock has 10 ms at most
+    with repository.lock(owner="test"):
+        for _ in range(3):
+            repository.check_present(repository.load().points)
+        assert len(read) == len(made)
+        path = tmp_path / layout.POINTS / layout.manifest(2, "p2")
+        was, data = path.stat(), path.read_bytes()
+        with path.open("r+b") as file:
+            file.write(data.replace(b'"vm1"', b'"vm2"'))
+        os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+        assert path.stat().st_size == was.st_size
+        with pytest.raises(IntegrityError):
+            repository.load()
+        path.write_bytes(data)
+        for _ in range(2):
+            # it is younger than the lock: nothing tells its next change
+            read.clear()
+            assert list(repository.load().points) == made
+            assert read == [path]
+    read.clear()
+    repository.load()
+    repository.load()
+    assert len(read) == 2 * len(made)
 
 
 def test_files_of_a_point(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def dead_run(runtime_dir: Path, uuid: str) -> Intent | None:
         if not (set_path / layout.LOCK).exists():
             log.warning("the set of an earlier run, %s, is not there now", set_path)
             return None
-        names = [each.name for each in generation.stable(set_path, generation.manifests)]
+        names = generation.stable(set_path, generation.names)
     except (OSError, NbdbackupError) as err:
         # whether the point exists can't be seen: its checkpoint may be the base of a chain
         log.warning("the set of an earlier run can't be read: %s", err)

@@ -422,7 +422,7 @@ def _elsewhere(record: Record, chain: KnownChain) -> frozenset[str]:
     try:
         if not path.is_dir():
             raise NotADirectoryError(path)
-        names = [each.name for each in generation.stable(path, generation.manifests)]
+        names = generation.stable(path, generation.names)
     except (OSError, NbdbackupError):
         # away for now, or for good
         return frozenset({record.checkpoint})
