@@ -136,7 +136,7 @@ def _extents(setting: Setting, program: _Program) -> None:
             guest.stop()
             _write_each_other(image, number, program.directory / "nbd.sock")
             verbs["increment"].append(program.run("backup", guest.name, "-o", target))
-            verbs["verify"].append(program.run("verify", "-p", "latest", target))
+            verbs["verify"].append(program.run("verify", target))
         image.unlink()
     _table("extents", EXTENTS, verbs)
 
