@@ -26,6 +26,7 @@ OF_THE_HOST = {
     "/var/lib/nbdbackup/state/manifests",
     "/var/lib/nbdbackup/state/notification/%.json",
     "/var/lib/nbdbackup/state/runs/.lock",
+    "/var/lib/nbdbackup/state/summaries",
 }
 """Files that are for all domains, and stay."""
 
