@@ -9,7 +9,7 @@ Source of the format: QEMU, docs/interop/qcow2.txt.
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -194,15 +194,37 @@ def _pieces(file: File, header: Header) -> Iterator[Record]:
             raise IntegrityError("a table of the image is used twice", file=file.path, offset=place)
         seen.add(place)
         words = _numbers(file, place, header.per_table * step)
-        for slot, entry in enumerate(words[::step]):
-            bitmap = words[slot * step + 1] if header.extended else 0
-            start = (number * header.per_table + slot) << header.cluster_bits
+        first = number * header.per_table << header.cluster_bits
+        slot = 0
+        while slot < len(words):
+            start = first + (slot // step << header.cluster_bits)
+            entry, bitmap = words[slot], words[slot + 1] if header.extended else 0
+            count = 1
             if entry | bitmap and start < header.size:
+                count = 1 if header.extended else _alike(words, slot, start, header.cluster)
+                length = min(header.cluster * count, header.size - start)
                 try:
-                    yield from _cluster(header, start, entry, bitmap, file.size)
+                    yield from _clusters(header, start, length, entry, bitmap, end=file.size)
                 except FormatError as err:
                     err.fields |= {"file": file.path, "guest": start}
                     raise
+            slot += count * step
+
+
+def _alike(words: Sequence[int], slot: int, start: int, cluster: int) -> int:
+    """How many entries say together what the first one says: for a block, or a run of zeroes."""
+    wanted, grows, end = words[slot], cluster, len(words)
+    if wanted == ZERO:
+        grows = 0
+    elif wanted & (PACKED | ZERO) or not wanted & PLACE:
+        return 1
+    else:
+        end = min(end, slot + max((MAX_BLOCK - start % MAX_BLOCK) // cluster, 1))
+    place = slot + 1
+    while place < end and words[place] == wanted + grows:
+        wanted += grows
+        place += 1
+    return place - slot
 
 
 def _tables(file: File, header: Header) -> Iterator[tuple[int, int]]:
@@ -228,9 +250,10 @@ def _numbers(file: File, place: int, count: int) -> tuple[int, ...]:
     return struct.unpack(f">{count}Q", raw)
 
 
-def _cluster(header: Header, start: int, entry: int, bitmap: int, end: int) -> Iterator[Record]:
-    """The blocks of a cluster whose guest bytes begin at ``start``; the file ends at ``end``."""
-    length = min(header.cluster, header.size - start)
+def _clusters(
+    header: Header, start: int, length: int, entry: int, bitmap: int, *, end: int
+) -> Iterator[Record]:
+    """The blocks of the clusters of a range of the guest; the file ends at ``end``."""
     if entry & PACKED:
         yield from _packed(header, start, length, entry, end)
         return
