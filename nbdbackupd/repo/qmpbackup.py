@@ -86,10 +86,11 @@ class _File:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Config:
-    """What is told of an image; ``size`` is that of the file that tells it."""
+    """What is told of an image; ``size`` is that of the file that tells it, both in bytes."""
 
     format: str
     source: str
+    virtual_size: int
     size: int
 
 
@@ -204,10 +205,16 @@ def _config(path: Path, image: str) -> _Config | None:
     except ValueError as err:
         raise FormatError(f"no JSON: {err}") from err
     form = document.get("format") if isinstance(document, dict) else None
-    if not isinstance(form, str) or "virtual-size" not in document:
+    virtual_size = document.get("virtual-size") if isinstance(document, dict) else None
+    if not isinstance(form, str) or type(virtual_size) is not int:
         raise FormatError("does not tell of an image")
     source = document.get("filename")
-    return _Config(format=form, source=source if isinstance(source, str) else "", size=len(data))
+    return _Config(
+        format=form,
+        source=source if isinstance(source, str) else "",
+        virtual_size=virtual_size,
+        size=len(data),
+    )
 
 
 def _targets(files: list[_File]) -> dict[tuple[str, str], str]:
@@ -376,6 +383,10 @@ class _Points:
         if not told and layout is Layout.QCOW2:
             self.warnings.append(f"{file.name}: only its first bytes tell that it is a qcow2 image")
         config = self.configs.get(file.image)
+        if config is not None and layout is Layout.RAW and size != config.virtual_size:
+            self.warnings.append(
+                f"{file.name} has {size} bytes, its disk had {config.virtual_size} at the last run"
+            )
         whole = level is not Level.INC
         again = level is Level.FULL and self.base is not None
         return DiskPoint(

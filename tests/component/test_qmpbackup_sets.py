@@ -66,7 +66,7 @@ def test_points_are_what_qemu_reads(ctl: Ctl, made: QmpbackupSet, tmp_path: Path
     # as after "qmprestore rebase", or made to harm
     qemu_img("rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", "/etc/shadow",
              made.layers["d1.qcow2"][1])  # fmt: skip
-    made.config("d3.raw", "raw")
+    made.config("d3.raw", "raw", **{"virtual-size": MIB})
     (made.path / "d3.raw").mkdir()
     raw = random.Random(1).randbytes(MIB)
     for point in made.references:
@@ -85,6 +85,10 @@ def test_points_are_what_qemu_reads(ctl: Ctl, made: QmpbackupSet, tmp_path: Path
     skipped = [[each.target for each in point.skipped] for point in found.known.points]
     assert skipped == [[], ["d3.raw"], ["d3.raw"], [], ["d3.raw"], [], ["d3.raw"]]
     assert sum("raw increment" in each for each in found.hints) == 4
+    assert not any("has 1048576 bytes" in each for each in found.hints)
+    made.config("d3.raw", "raw")
+    hints = opened.open_set(made.path).hints
+    assert sum("has 1048576 bytes, its disk had 4194304" in each for each in hints) == 3
     check(ctl, made.path, made.references)
     told = ctl("verify", made.path, code=3).stdout
     assert "sound: 7 point(s)" in told
