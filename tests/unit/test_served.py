@@ -172,5 +172,5 @@ def test_the_cache_keeps_to_its_limit(tmp_path: Path, files: list[int]) -> None:
         disk = ServedDisk(replace(given, cache_bytes=limit), pytest.fail)
         for number in (*range(10), 3, 3, 9):
             assert read(disk, number * MIB + 5, 100) == parts[number][5:105]
-            assert len(disk._cache._blocks) <= most
-        assert disk._cache._held == sum(map(len, disk._cache._blocks.values()))
+            assert len(disk._cache._frames) <= most
+        assert disk._cache._bytes == sum(map(len, disk._cache._frames.values()))

@@ -9,7 +9,6 @@ to be damaged is never given out, in part or whole.
 import dataclasses
 import struct
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,9 @@ from nbdbackupd.format import blocks, qcow2
 from nbdbackupd.format.index import NO_DIGEST, Index, Kind, Record
 from nbdbackupd.model.chain import Codec
 from nbdbackupd.model.view import ZERO, BlockPlace, View
+from nbdbackupd.ops.sets.frames import FrameCache
 
 ZEROES: Final = memoryview(bytes(1 << 20))
-FLIGHT_SECONDS: Final = 60.0
-"""How long a thread waits for another one's read of the same block before it reads itself."""
-
 PART: Final = struct.Struct("<QQ16x")
 """Of a block that is a part of a frame: the guest bytes before it, and all of the frame."""
 
@@ -115,7 +112,7 @@ class ServedDisk:
         self._layers = [_Layer(each, prove=plan.prove) for each in plan.layers]
         self._view = View(self._layers, whole=plan.whole)
         self._lock = threading.Lock()
-        self._cache = _Cache(plan.cache_bytes)
+        self._cache = FrameCache(plan.cache_bytes)
         self._told = told
         self._damaged: dict[tuple[int, int], str] = {}
         self.size = self._view.size
@@ -167,7 +164,8 @@ class ServedDisk:
                 record = files.record(number)
                 # blocks that are parts of one frame share it
                 place = (layer, record.position)
-                block = self._cache.get(place, lambda: files.unpacked(record))
+                length = record.whole or record.length
+                block = self._cache.get(place, length, lambda: files.unpacked(number, record))
                 if record.whole:
                     files.check_part(number, record, block)
                 start = record.skip + at - record.offset
@@ -237,8 +235,8 @@ class _Layer:
             return False
         return record.stored == record.length
 
-    def unpacked(self, record: Record) -> bytes:
-        """The guest bytes of a compressed block's frame; proven, if the block is all of it."""
+    def unpacked(self, number: int, record: Record) -> bytes:
+        """The guest bytes of a compressed block's frame; proven once, if the block is all of it."""
         stored = bytearray(record.stored)
         self._read_at(memoryview(stored), record.position)
         try:
@@ -248,13 +246,18 @@ class _Layer:
         except IntegrityError as err:
             raise self._damage(err.message, record) from err
         if not record.whole:
-            self._check(record, block)
+            self._prove_once(number, record, block)
         return block
 
     def check_part(self, number: int, record: Record, frame: bytes) -> None:
         """Prove a block that is a part of a frame, once."""
-        if record.digest != NO_DIGEST and not self._is_proven(number):
-            self._check(record, memoryview(frame)[record.skip : record.skip + record.length])
+        self._prove_once(
+            number, record, memoryview(frame)[record.skip : record.skip + record.length]
+        )
+
+    def _prove_once(self, number: int, record: Record, block: bytes | memoryview) -> None:
+        if not self._is_proven(number):
+            self._check(record, block)
             self._note_proven(number)
 
     def read_plain(self, number: int, at: int, part: memoryview) -> None:
@@ -306,57 +309,6 @@ class _Layer:
             view = view[count:]
             position += count
             count = self._file.preadv(view, position)
-
-
-class _Flight:
-    """A block that one thread is reading."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.block: bytes | None = None
-
-
-class _Cache:
-    """The blocks that were used last, at most so many bytes; each is read by one thread."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._held = 0
-        self._blocks: OrderedDict[tuple[int, int], bytes] = OrderedDict()
-        self._flights: dict[tuple[int, int], _Flight] = {}
-        self._lock = threading.Lock()
-
-    def get(self, key: tuple[int, int], load: Callable[[], bytes]) -> bytes:
-        """The block, from the cache or by ``load``. Raises what that raises."""
-        with self._lock:
-            block = self._blocks.get(key)
-            if block is not None:
-                self._blocks.move_to_end(key)
-                return block
-            flight = self._flights.get(key)
-            is_mine = flight is None
-            if flight is None:
-                flight = self._flights[key] = _Flight()
-        if not is_mine:
-            flight.done.wait(FLIGHT_SECONDS)
-            # if the other one failed, this thread finds out by itself
-            return flight.block if flight.block is not None else load()
-        try:
-            flight.block = load()
-            self._keep(key, flight.block)
-            return flight.block
-        finally:
-            with self._lock:
-                del self._flights[key]
-            flight.done.set()
-
-    def _keep(self, key: tuple[int, int], block: bytes) -> None:
-        with self._lock:
-            self._blocks[key] = block
-            self._held += len(block)
-            while self._held > self._limit and len(self._blocks) > 1:
-                _, old = self._blocks.popitem(last=False)
-                self._held -= len(old)
 
 
 def _clear(part: memoryview) -> None:

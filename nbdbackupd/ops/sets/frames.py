@@ -29,6 +29,17 @@ def max_stored(length: int) -> int:
     return length + length // 4096 + (64 << 10)
 
 
+class _Loading:
+    """A frame that one thread loads; others wait until it is ``done``."""
+
+    __slots__ = ("done", "frame", "length")
+
+    def __init__(self, length: int) -> None:
+        self.done = threading.Event()
+        self.frame: bytes | None = None
+        self.length = length
+
+
 class FrameCache:
     """Decompressed frames, the last used ones, up to a number of bytes; shared by threads.
 
@@ -38,39 +49,48 @@ class FrameCache:
 
     def __init__(self, capacity: int = CACHE_BYTES) -> None:
         self._capacity = capacity
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._frames: OrderedDict[Hashable, bytes] = OrderedDict()
-        self._loading: dict[Hashable, int] = {}
+        self._loading: dict[Hashable, _Loading] = {}
         self._bytes = 0
 
     def get(self, key: Hashable, length: int, load: Callable[[], bytes]) -> bytes:
         """The frame of that key, of ``length`` bytes; by ``load`` if need be. Raises as that."""
-        with self._changed:
-            while key not in self._frames:
-                loading = sum(self._loading.values())
-                fits = not loading or loading + length <= self._capacity
-                if key not in self._loading and fits:
-                    break
-                self._changed.wait()
-            else:
-                self._frames.move_to_end(key)
-                return self._frames[key]
-            self._loading[key] = length
-            while self._frames and self._bytes + loading + length > self._capacity:
-                _, dropped = self._frames.popitem(last=False)
-                self._bytes -= len(dropped)
-                del dropped  # or it would live as long as the next one is loaded
-        frame = None
-        try:
-            frame = load()
-            return frame
-        finally:
-            with self._changed:
-                del self._loading[key]
+        while True:
+            with self._lock:
+                frame = self._frames.get(key)
                 if frame is not None:
-                    self._frames[key] = frame
-                    self._bytes += len(frame)
-                self._changed.notify_all()
+                    self._frames.move_to_end(key)
+                    return frame
+                other = self._loading.get(key)
+                # the one that is loaded elsewhere, else the one that takes the room
+                awaited = other or self._in_the_way(length)
+                if awaited is None:
+                    mine = self._loading[key] = _Loading(length)
+                    break
+            awaited.done.wait()
+            if awaited is other and other.frame is not None:
+                return other.frame
+        try:
+            mine.frame = load()
+            return mine.frame
+        finally:
+            with self._lock:
+                del self._loading[key]
+                if mine.frame is not None:
+                    self._frames[key] = mine.frame
+                    self._bytes += len(mine.frame)
+            mine.done.set()
+
+    def _in_the_way(self, length: int) -> _Loading | None:
+        """Make room for a frame, or tell what must be loaded before."""
+        loading = sum(each.length for each in self._loading.values())
+        if loading and loading + length > self._capacity:
+            return next(iter(self._loading.values()))
+        while self._frames and self._bytes + loading + length > self._capacity:
+            _, dropped = self._frames.popitem(last=False)
+            self._bytes -= len(dropped)
+        return None
 
 
 def records(frame: Frame, read: Callable[[int, int], bytes]) -> Iterator[Record]:
