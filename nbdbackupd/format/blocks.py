@@ -1,6 +1,7 @@
 """Blocks as they are stored: plain or one lz4 or zstd frame each, and their digests."""
 
 import hashlib
+from functools import partial
 from typing import Final
 
 from nbdbackupd.errors import ConfigError, IntegrityError
@@ -54,6 +55,31 @@ def decompress(stored: Buffer, length: int, codec: Codec) -> bytes:
     Raises IntegrityError if it is no sound frame or holds another number of bytes.
     """
     return _unzstd(stored, length) if codec is Codec.ZSTD else _unlz4(stored, length)
+
+
+def decompress_head(stored: Buffer, length: int, codec: Codec) -> bytes:
+    """The first ``length`` guest bytes of a frame, which is not looked at any further.
+
+    Raises IntegrityError if they can't be had.
+    """
+    if codec is Codec.ZSTD:
+        import zstandard
+
+        fault: type[Exception] = zstandard.ZstdError
+        reader = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).stream_reader(stored)
+        unpack = reader.read
+    else:
+        import lz4.frame
+
+        fault = RuntimeError
+        unpack = partial(lz4.frame.LZ4FrameDecompressor().decompress, stored)
+    try:
+        head: bytes = unpack(length)
+    except fault as err:
+        raise IntegrityError(f"block can't be decompressed: {err}") from err
+    if len(head) != length:
+        raise IntegrityError("block has the wrong length", expected=length, found=len(head))
+    return head
 
 
 def _unzstd(stored: Buffer, length: int) -> bytes:

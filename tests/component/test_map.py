@@ -63,7 +63,7 @@ def built(path: Path, kind: str, seed: int = 5, of: type[SetBuilder] = SetBuilde
         "plain": {},
         "lz4": {"level": 2},
         "zstd": {"level": 1, "codec": Codec.ZSTD},
-        "blocks": {"block": MIB, "level": 1},
+        "blocks": {"block": MIB, "level": 1, "codec": Codec.ZSTD},
         "plain-blocks": {"block": MIB},
     }
     size = 6 * MIB + 512

@@ -15,7 +15,7 @@ import pytest
 from nbdbackupd.errors import IntegrityError
 from nbdbackupd.format import blocks
 from nbdbackupd.format.index import MAX_BLOCK, RECORD, IndexHeader
-from nbdbackupd.model.chain import Codec, Compression
+from nbdbackupd.model.chain import Codec, Compression, DigestKind
 from nbdbackupd.ops.map.reader import ServedDisk, ServedFile, ServedLayer, ServedPlan
 
 MIB = 1 << 20
@@ -155,6 +155,62 @@ def test_a_block_is_unpacked_by_one_thread(
         found = list(pool.map(lambda n: read(disk, n * 4096, 4096), range(64)))
     assert b"".join(found) == data[: 64 * 4096]
     assert len(loads) == 1
+
+
+def test_a_proven_frame_is_neither_hashed_nor_unpacked_in_vain(
+    tmp_path: Path, files: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first small read of a frame unpacks its head, the next one all of it; both are right."""
+    hashed: list[int] = []
+    unpacked: list[int] = []
+    digest, whole = blocks.digest, blocks.decompress
+
+    def noted(block: bytes, kind: DigestKind) -> bytes:
+        hashed.append(len(block))
+        return digest(block, kind)
+
+    def noted_too(stored: bytes, length: int, codec: Codec) -> bytes:
+        unpacked.append(length)
+        return whole(stored, length, codec)
+
+    for codec in (Codec.LZ4, Codec.ZSTD):
+        parts = [random.Random(n).randbytes(MIB // 4) * 4 for n in range(3)]
+        payload, records = bytearray(), []
+        for number, part in enumerate(parts):
+            frame = blocks.compress(part, Compression(codec, 1))
+            proof = hashlib.sha256(part).digest()
+            records.append((number * MIB, MIB, len(payload), len(frame), 0, proof))
+            payload += frame
+        header = IndexHeader(3 * MIB, 3, codec=codec, raw=False)
+        (tmp_path / codec).mkdir()
+        given = plan(tmp_path / codec, files, bytes(payload), header, records)
+        with monkeypatch.context() as patch:
+            patch.setattr(blocks, "digest", noted)
+            patch.setattr(blocks, "decompress", noted_too)
+            told: list[str] = []
+            disk = ServedDisk(replace(given, cache_bytes=MIB), told.append)
+            hashed.clear()
+            unpacked.clear()
+            for round_ in range(3):
+                for number in range(3):
+                    for at in (MIB - 4096, 4096):
+                        found = read(disk, number * MIB + at, 4096)
+                        assert found == parts[number][at : at + 4096]
+                assert hashed == [MIB] * 3
+                assert unpacked == [MIB] * 3 * (round_ + 1)
+        assert told == []
+        os.truncate(tmp_path / codec / "stream", 100)
+        with pytest.raises(IntegrityError, match="ends too early"):
+            read(disk, 0, 4096)
+
+
+def test_heads_of_frames_that_are_not_sound() -> None:
+    for codec in (Codec.LZ4, Codec.ZSTD):
+        frame = blocks.compress(bytes(4096), Compression(codec, 1))
+        assert blocks.decompress_head(frame, 100, codec) == bytes(100)
+        for wrong, length in ((frame, 4097), (frame[:9], 100), (b"x" + frame[1:], 100), (b"", 1)):
+            with pytest.raises(IntegrityError, match="block "):
+                blocks.decompress_head(wrong, length, codec)
 
 
 def test_the_cache_keeps_to_its_limit(tmp_path: Path, files: list[int]) -> None:

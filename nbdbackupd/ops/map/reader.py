@@ -9,6 +9,7 @@ to be damaged is never given out, in part or whole.
 import dataclasses
 import struct
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from nbdbackupd import files
 from nbdbackupd.errors import IntegrityError
 from nbdbackupd.files import File, HeldFile
 from nbdbackupd.format import blocks, qcow2
-from nbdbackupd.format.index import NO_DIGEST, Index, Kind, Record
+from nbdbackupd.format.index import MAX_BLOCK, NO_DIGEST, Index, Kind, Record
 from nbdbackupd.model.chain import Codec
 from nbdbackupd.model.view import ZERO, BlockPlace, View
 from nbdbackupd.ops.sets.frames import FrameCache
@@ -26,6 +27,9 @@ from nbdbackupd.ops.sets.frames import FrameCache
 ZEROES: Final = memoryview(bytes(1 << 20))
 PART: Final = struct.Struct("<QQ16x")
 """Of a block that is a part of a frame: the guest bytes before it, and all of the frame."""
+
+SMALL: Final = 16 << 10
+"""Bytes of a read for which the rest of a frame may not be worth its unpacking."""
 
 STEP: Final = 64 << 20
 """Guest bytes whose pieces are looked up at a time for extents: of a few bytes each at worst."""
@@ -113,6 +117,8 @@ class ServedDisk:
         self._view = View(self._layers, whole=plan.whole)
         self._lock = threading.Lock()
         self._cache = FrameCache(plan.cache_bytes)
+        self._looks: OrderedDict[tuple[int, int], None] = OrderedDict()
+        self._most_looks = plan.cache_bytes // MAX_BLOCK + 1
         self._told = told
         self._damaged: dict[tuple[int, int], str] = {}
         self.size = self._view.size
@@ -164,11 +170,15 @@ class ServedDisk:
                 record = files.record(number)
                 # blocks that are parts of one frame share it
                 place = (layer, record.position)
+                start = record.skip + at - record.offset
+                is_small = len(part) <= SMALL
+                if is_small and files.is_proven(number) and self._is_first_look(place):
+                    part[:] = memoryview(files.head(record, start + len(part)))[start:]
+                    return
                 length = record.whole or record.length
                 block = self._cache.get(place, length, lambda: files.unpacked(number, record))
                 if record.whole:
                     files.check_part(number, record, block)
-                start = record.skip + at - record.offset
                 part[:] = memoryview(block)[start : start + len(part)]
             else:
                 files.read_plain(number, at, part)
@@ -179,6 +189,22 @@ class ServedDisk:
             if is_new:
                 self._told(str(err))
             raise
+
+    def _is_first_look(self, place: tuple[int, int]) -> bool:
+        """Whether a frame is neither unpacked nor was looked at while the cache was filled anew.
+
+        A frame of which one part is read is not worth the cache, and only that is unpacked.
+        """
+        if place in self._cache:
+            return False
+        with self._lock:
+            if place in self._looks:
+                self._looks.move_to_end(place)
+                return False
+            self._looks[place] = None
+            if len(self._looks) > self._most_looks:
+                self._looks.popitem(last=False)
+        return True
 
 
 class _Layer:
@@ -249,6 +275,15 @@ class _Layer:
             self._prove_once(number, record, block)
         return block
 
+    def head(self, record: Record, length: int) -> bytes:
+        """The first guest bytes of a compressed block's frame, which was proven before."""
+        stored = bytearray(record.stored)
+        self._read_at(memoryview(stored), record.position)
+        try:
+            return blocks.decompress_head(stored, length, self.codec)
+        except IntegrityError as err:
+            raise self._damage(err.message, record) from err
+
     def check_part(self, number: int, record: Record, frame: bytes) -> None:
         """Prove a block that is a part of a frame, once."""
         self._prove_once(
@@ -256,7 +291,7 @@ class _Layer:
         )
 
     def _prove_once(self, number: int, record: Record, block: bytes | memoryview) -> None:
-        if not self._is_proven(number):
+        if not self.is_proven(number):
             self._check(record, block)
             self._note_proven(number)
 
@@ -264,7 +299,7 @@ class _Layer:
         """A part of a plain block, from guest offset ``at`` on."""
         offset, length, position = self.index.place(number)
         whole = len(part) == length
-        if not (whole or self._prove) or self._is_proven(number):
+        if not (whole or self._prove) or self.is_proven(number):
             self._read_at(part, position + at - offset)
             return
         record = self.record(number)
@@ -282,7 +317,8 @@ class _Layer:
         if not whole:
             part[:] = block[at - record.offset : at - record.offset + len(part)]
 
-    def _is_proven(self, number: int) -> bool:
+    def is_proven(self, number: int) -> bool:
+        """Whether a block was proven before, or has nothing that could prove it."""
         return bool(self._proven[number >> 3] >> (number & 7) & 1)
 
     def _note_proven(self, number: int) -> None:

@@ -54,6 +54,9 @@ class FrameCache:
         self._loading: dict[Hashable, _Loading] = {}
         self._bytes = 0
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._frames
+
     def get(self, key: Hashable, length: int, load: Callable[[], bytes]) -> bytes:
         """The frame of that key, of ``length`` bytes; by ``load`` if need be. Raises as that."""
         while True:
