@@ -149,11 +149,19 @@ class Process:
         """Whether the guest's processors run."""
         return bool(self.monitor.execute("query-status")["running"])
 
+    def exports(self) -> set[str]:
+        """The ids of all exports; a run that was killed may have left its own."""
+        return {str(each["id"]) for each in self.monitor.execute("query-block-exports")}
+
     @property
     def has_exports(self) -> bool:
         """Whether a run reads: what its last disk held is offered."""
-        found = {each["id"][-3:] for each in self.monitor.execute("query-block-exports")}
-        return f"-e{len(self.images) - 1}" in found
+        return self.is_read_since(set())
+
+    def is_read_since(self, before: set[str]) -> bool:
+        """Whether a run reads that has made other exports than these."""
+        last = f"-e{len(self.images) - 1}"
+        return any(each.endswith(last) for each in self.exports() - before)
 
     def wait_clean(self) -> None:
         """Wait until nothing of a run is left."""

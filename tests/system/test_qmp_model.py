@@ -52,10 +52,13 @@ class World:
         level = self.rng.choice(["auto"] * 6 + ["diff", "copy"]) if self.has_base else "auto"
         before, was_running = self.qemu.contents(), self.qemu.guest_runs
         words = ("--qmp", self.qemu.socket, "vm7", "-o", self.into, "--raw", "-l", level)
+        dead = self.qemu.exports()
         self.ctl.faults = (*faults, *(("SLOW1@disk-copied#1",) if is_busy else ()))
         with self.ctl.start("backup", *words) as run:
             if is_busy:
-                wait_until(lambda: self.qemu.has_exports or run.poll() is not None, "export", 60)
+                wait_until(
+                    lambda: self.qemu.is_read_since(dead) or run.poll() is not None, "export", 60
+                )
                 # after the instant
                 self.qemu.scribble(self.rng, 20)
             _, said = run.communicate(timeout=110)
@@ -115,9 +118,11 @@ class World:
         value = self.rng.randrange(1, 256)
         self.ctl.faults = ("SLOW4@disk-copied#1",)
         words = ("--qmp", self.qemu.socket, "vm7", "-o", self.into, "--raw")
-        before = len(self._points())
+        before, dead = len(self._points()), self.qemu.exports()
         with self.ctl.start("backup", *words) as run:
-            wait_until(lambda: self.qemu.has_exports or run.poll() is not None, "export", 60)
+            wait_until(
+                lambda: self.qemu.is_read_since(dead) or run.poll() is not None, "export", 60
+            )
             for place in range(0, 8 * MIB, MIB // 2):
                 for disk in self.qemu.writers:
                     self.qemu.io(disk, f"write -P {value} {place} {MIB // 2}")
