@@ -24,7 +24,13 @@ from tests.lab import disks as disk_images
 from tests.lab.command import LabError, run
 from tests.lab.disks import MIB, DiskSpec
 from tests.lab.domain_xml import BootFiles, DomainSpec, disk_element, domain_xml, iothread_of
-from tests.lab.process import KILL_TIMEOUT_SECONDS, ProcessHandle, open_pid_file, wait_until
+from tests.lab.process import (
+    KILL_TIMEOUT_SECONDS,
+    NOTICE_TIMEOUT_SECONDS,
+    ProcessHandle,
+    open_pid_file,
+    wait_until,
+)
 from tests.lab.qmp import Monitor
 from tests.lab.virsh import Virsh
 from tests.lab.virtio import HALT, Hardware, VirtioDevice
@@ -177,7 +183,7 @@ class Guest:
         def is_shut_off() -> bool:
             return self.virsh("domstate", "--domain", self.name).strip() == "shut off"
 
-        wait_until(is_shut_off, f"end of {self.name} in libvirt", KILL_TIMEOUT_SECONDS)
+        wait_until(is_shut_off, f"end of {self.name} in libvirt", NOTICE_TIMEOUT_SECONDS)
 
     def close(self) -> None:
         """Kill what runs and let go of everything; for the lab's own clean-up."""

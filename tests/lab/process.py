@@ -17,6 +17,7 @@ from tests.lab.command import LabError
 
 POLL_SECONDS = 0.02
 KILL_TIMEOUT_SECONDS = 20.0
+NOTICE_TIMEOUT_SECONDS = 60.0  # until libvirt sees an end: it waits 30 s for a call in its way
 
 
 class ProcessHandle:

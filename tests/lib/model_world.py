@@ -17,7 +17,7 @@ from typing import Any
 from tests.lab.command import LabError, run
 from tests.lab.daemon import DaemonLab
 from tests.lab.guest import Guest
-from tests.lab.process import KILL_TIMEOUT_SECONDS, wait_until
+from tests.lab.process import NOTICE_TIMEOUT_SECONDS, wait_until
 from tests.lab.virtio_agent import Agent
 from tests.lib.rigged import RiggedCtl
 
@@ -214,7 +214,7 @@ class World:
 
     def ended(self) -> None:
         """QEMU is gone: see libvirt notice; a transient domain is defined anew."""
-        wait_until(self._is_over, "end of the domain", KILL_TIMEOUT_SECONDS)
+        wait_until(self._is_over, "end of the domain", NOTICE_TIMEOUT_SECONDS)
         for target in self.guest.unplug():
             del self.sizes[target], self.chains[target]
             for each in self.sets.values():
