@@ -108,7 +108,7 @@ def test_options_exist() -> None:
         for option in setting.options
         for flag in option.flags
     }
-    assert len(flags) == 28
+    assert len(flags) == 30
     assert flags <= known
 
 
