@@ -5,6 +5,7 @@ import os
 import random
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,7 +17,7 @@ from nbdbackupd.errors import IntegrityError
 from nbdbackupd.format import blocks
 from nbdbackupd.format.index import MAX_BLOCK, RECORD, IndexHeader
 from nbdbackupd.model.chain import Codec, Compression, DigestKind
-from nbdbackupd.ops.map.reader import ServedDisk, ServedFile, ServedLayer, ServedPlan
+from nbdbackupd.ops.map.reader import PART, ServedDisk, ServedFile, ServedLayer, ServedPlan
 
 MIB = 1 << 20
 
@@ -202,6 +203,26 @@ def test_a_proven_frame_is_neither_hashed_nor_unpacked_in_vain(
         os.truncate(tmp_path / codec / "stream", 100)
         with pytest.raises(IntegrityError, match="ends too early"):
             read(disk, 0, 4096)
+
+
+def test_clusters_of_a_qcow2_image(tmp_path: Path, files: list[int]) -> None:
+    """They are no frames of ours, and each is unpacked whole, however small the read."""
+    cluster = 64 << 10
+    parts = [random.Random(n).randbytes(cluster // 4) * 4 for n in range(40)]
+    payload, records = bytearray(), []
+    for number, part in enumerate(parts):
+        packer = zlib.compressobj(wbits=-12)
+        frame = packer.compress(part) + packer.flush()
+        proof = PART.pack(0, cluster)
+        records.append((number * cluster, cluster, len(payload), len(frame), 0, proof))
+        payload += frame
+    header = IndexHeader(len(parts) * cluster, len(parts), codec=Codec.NONE, raw=False)
+    given = plan(tmp_path, files, bytes(payload), header, records)
+    layer = replace(given.layers[0], is_made=True, deflated=True)
+    disk = ServedDisk(replace(given, layers=(layer,), cache_bytes=MIB), pytest.fail)
+    for _ in range(3):
+        for number, part in enumerate(parts):
+            assert read(disk, number * cluster + 4096, 4096) == part[4096:8192]
 
 
 def test_heads_of_frames_that_are_not_sound() -> None:

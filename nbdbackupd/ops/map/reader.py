@@ -171,7 +171,8 @@ class ServedDisk:
                 # blocks that are parts of one frame share it
                 place = (layer, record.position)
                 start = record.skip + at - record.offset
-                is_small = len(part) <= SMALL
+                # a cluster of a qcow2 image has no such head
+                is_small = len(part) <= SMALL and files.codec is not Codec.NONE
                 if is_small and files.is_proven(number) and self._is_first_look(place):
                     part[:] = memoryview(files.head(record, start + len(part)))[start:]
                     return
