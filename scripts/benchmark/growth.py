@@ -9,7 +9,6 @@ import math
 import os
 import statistics
 import subprocess
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from scripts.benchmark.setting import Setting
 from tests.lab.command import run
 from tests.lab.disks import MIB, DiskSpec
 from tests.lab.guest import Guest
+from tests.lab.process import wait_until
 from tests.lib import points
 
 POINTS = (2, 10, 100, 1_000, 10_000)
@@ -37,6 +37,7 @@ RULES = "retention: {last: 30, daily: 7, weekly: 5, monthly: 12}"
 CLUSTER = 4096
 IN_FLIGHT = 64
 READY_SECONDS = 20.0
+END_SECONDS = 120.0  # until it has written what it holds of a million clusters
 STATUS_GOAL_SECONDS = 1.5
 LEAST_SECONDS = 0.03
 """What is less above the smallest tells nothing of an exponent."""
@@ -157,25 +158,31 @@ def _write_each_other(image: Path, number: int, socket: Path) -> None:
     QEMU notes it in the bitmaps of the image.
     """
     argv = ["qemu-nbd", "-f", "qcow2", "-k", str(socket), str(image)]
+    failed: list[int] = []
+
+    def written(error: "nbd.CInt") -> int:
+        if error.value:
+            failed.append(error.value)
+        return 1
+
     with subprocess.Popen(argv) as server:
-        handle = nbd.NBD()
-        deadline = time.monotonic() + READY_SECONDS
-        while not socket.exists():
-            if time.monotonic() > deadline:
-                server.kill()
-            time.sleep(0.1)
-        handle.connect_unix(os.fspath(socket))
-        block = nbd.Buffer.from_buffer(bytearray(b"\x5a" * CLUSTER))
-        for each in range(number):
-            while handle.aio_in_flight() >= IN_FLIGHT:
+        try:
+            wait_until(socket.exists, "socket of qemu-nbd", READY_SECONDS)
+            handle = nbd.NBD()
+            handle.connect_unix(os.fspath(socket))
+            block = nbd.Buffer.from_buffer(bytearray(b"\x5a" * CLUSTER))
+            for each in range(number):
+                while handle.aio_in_flight() >= IN_FLIGHT:
+                    handle.poll(-1)
+                handle.aio_pwrite(block, 2 * CLUSTER * each, completion=written)
+            while handle.aio_in_flight():
                 handle.poll(-1)
-            handle.aio_pwrite(block, 2 * CLUSTER * each, completion=lambda _: 1)
-        while handle.aio_in_flight():
-            handle.poll(-1)
-        handle.flush()
-        handle.shutdown()
-        if server.wait() != 0:
-            raise RuntimeError(f"qemu-nbd ended with {server.returncode}")
+            handle.flush()
+            handle.shutdown()
+            if failed or server.wait(END_SECONDS):
+                raise RuntimeError(f"qemu-nbd failed: {len(failed)} writes, {server.returncode}")
+        finally:
+            server.kill()
 
 
 def _lengthen(path: Path, number: int) -> None:
