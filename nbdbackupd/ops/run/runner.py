@@ -2,6 +2,7 @@
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -275,7 +276,7 @@ def _record_host(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Run:
+class _Run(ABC):
     """One run of a domain that was found; of which kind, its subclass knows."""
 
     request: RunRequest
@@ -420,11 +421,13 @@ class _Run:
             backup=made,
         )
 
+    @abstractmethod
     def _save(self, order: BackupRequest) -> BackupReport:
-        raise NotImplementedError
+        """Make the point. Raises as ``backup``."""
 
+    @abstractmethod
     def _drop(self, dropped: RetireRequest) -> tuple[str, ...]:
-        raise NotImplementedError
+        """Let go of older sets' checkpoints; returns what went wrong."""
 
     def _order(self, planned: PlannedRun) -> BackupRequest:
         """Level auto: should another run have begun the set meanwhile, this one goes on with it."""

@@ -233,8 +233,12 @@ class _Import:
         self._stage = stage
         self._progress = progress
         self._cancelled = cancelled
-        self._from = request.source if request.output is None else stage.path
-        self._files = self._from
+        self._from, self._files = self._places()
+
+    def _places(self) -> tuple[Path, Path]:
+        """Where the set is read, and where the files of the points made of it lie."""
+        there = self._request.source if self._request.output is None else self._stage.path
+        return there, there
 
     def points(self) -> tuple[list[RestorePoint], tuple[str, ...]]:
         """The points as manifests tell them, their indexes written, and warnings."""
@@ -370,15 +374,8 @@ class _Rewriting(_Import):
 
     program = foreign.QMPBACKUP
 
-    def __init__(
-        self,
-        request: ImportRequest,
-        stage: Stage,
-        progress: Progress,
-        cancelled: Callable[[], None],
-    ) -> None:
-        super().__init__(request, stage, progress, cancelled)
-        self._from, self._files = request.source, stage.path
+    def _places(self) -> tuple[Path, Path]:
+        return self._request.source, self._stage.path
 
     def _leave_out(self, source: OpenedSet) -> None:
         """Nothing is in the stage that no point holds."""
