@@ -442,10 +442,23 @@ class _JobEnd:
         except NbdbackupError as err:
             if error is None:
                 raise
-            LOG.warning("domain %s: %s", domain.name, err)
-            return
+            if not self._has_ended(error):
+                LOG.warning("domain %s: %s", domain.name, err)
+                return
         is_held = quiesce.is_held(marker(request.runtime_dir))
         self._guard.is_settled = self._guard.kept.wait_closed(CLOSE_SECONDS) and not is_held
+
+    def _has_ended(self, error: BaseException) -> bool:
+        """Whether the domain is about to end, told as the cause of what the copy saw of it.
+
+        libvirt can't read the job of a QEMU that has just gone.
+        """
+        domain = self._request.domain
+        with contextlib.suppress(NbdbackupError):
+            if isinstance(error, SourceError) and scratch.is_ending(domain):
+                self._request.on_trouble(scratch.why_gone(domain))
+                return True
+        return False
 
 
 def _end_job(domain: Domain, guard: Guard) -> None:

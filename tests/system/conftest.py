@@ -5,7 +5,7 @@ class, where that is not ``DaemonLab``; ``SMALL_MIB`` is the size of a small fil
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +36,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before any fixture: one of a module makes the guests of all of its tests."""
     Lab.iothreads = matrix.iothreads_of(item.path.stem, item.config.getoption("--iothreads"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With a failure, the last that libvirtd and the QEMUs of the lab have said."""
+    report = yield
+    lab = getattr(item, "funcargs", {}).get("lab")
+    if report.failed and isinstance(lab, Lab):
+        for path in sorted(lab.directory.glob("l/log/**/*.log")):
+            lines = path.read_text("utf-8", "backslashreplace").splitlines()
+            report.sections.append((str(path), "\n".join(line[:300] for line in lines[-12:])))
+    return report
 
 
 @pytest.fixture(scope="module")
