@@ -28,6 +28,9 @@ DIRTY_PREFIX: Final = "qemu:dirty-bitmap:"
 POLL_MS: Final = 200
 """Longest sleep between two looks at the cancel callback, in milliseconds."""
 
+HANDSHAKE_SECONDS: Final = 10.0
+"""QEMU drops a client that negotiates for longer (since CVE-2024-7409, also in Debian's 7.2)."""
+
 
 class Keeper(Protocol):
     """Knows the connections of a server that minds how they end; for any thread.
@@ -136,6 +139,18 @@ class Connection:
         return {"export": self.endpoint.export, "socket": self.endpoint.socket}
 
     def _connect(self, contexts: Sequence[str]) -> None:
+        begun = time.monotonic()
+        try:
+            self._negotiate(contexts)
+        except NbdError:
+            if not self.is_gone() or time.monotonic() - begun < HANDSHAKE_SECONDS:
+                raise
+            # we stood still meanwhile, as after a terminal's Ctrl-Z
+            self.close()
+            self.handle = nbd.NBD()
+            self._negotiate(contexts)
+
+    def _negotiate(self, contexts: Sequence[str]) -> None:
         self.handle.set_handle_name(f"{self.endpoint.export}")
         self.handle.set_export_name(self.endpoint.export)
         self.handle.set_pread_initialize(False)

@@ -2,11 +2,13 @@
 
 import contextlib
 import functools
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from nbdbackupd.format import manifest
 from scripts.benchmark import data, growth, maps
 from scripts.benchmark.measure import (
     Sample,
@@ -18,6 +20,7 @@ from scripts.benchmark.measure import (
     verdict,
 )
 from scripts.benchmark.setting import DOMAIN, TARGET, Setting
+from tests.lab.command import run
 from tests.lab.disks import DiskSpec
 
 INCREMENTS = 10
@@ -32,6 +35,8 @@ FULL_GOAL_CPU_SECONDS = 1.8
 
 DISKS = 6
 SEED = 7
+MERGED = 30
+MERGE_GOAL_MIB = 64
 
 
 def full(setting: Setting) -> None:
@@ -68,6 +73,25 @@ def restore(setting: Setting) -> None:
                 print_series(who, series)
             goal = 0.4 if place == "tmpfs" else None
             print_ratio("ours / peer", found["ours"], found["peer"], goal)
+
+
+def merge(setting: Setting) -> None:
+    """Merge of thirty increments into a full, plain and with lz4: against cp of the new full."""
+    for name, options in (("plain", []), ("lz4", ["-z"])):
+        with setting.new_directory("disk") as directory:
+            kept = directory / "kept"
+            point = _points_to_merge(setting, kept, options)
+            found = setting.repeat(
+                "disk",
+                ours=lambda into, kept=kept, point=point: _merged(setting, kept, into, point),
+                cp=lambda into, kept=kept, point=point: _copied(setting, kept, into, point),
+            )
+        print(f"  {name}")
+        for who, series in found.items():
+            print_series(who, series)
+        print_ratio("ours / cp", found["ours"], found["cp"], None)
+        peak = found["ours"].peak_bytes / MIB
+        print(f"    {'peak memory':<24}{verdict(peak, MERGE_GOAL_MIB)}", flush=True)
 
 
 def empty(setting: Setting) -> None:
@@ -133,7 +157,20 @@ def version(setting: Setting) -> None:
 
 
 CASES = {
-    **{case.__name__: case for case in (full, lz4, restore, empty, memory, disks, start, version)},
+    **{
+        case.__name__: case
+        for case in (
+            full,
+            lz4,
+            restore,
+            merge,
+            empty,
+            memory,
+            disks,
+            start,
+            version,
+        )
+    },
     "map": maps.measure,
     "growth": growth.measure,
 }
@@ -182,6 +219,35 @@ def _chain(setting: Setting, tool: Callable[..., Sample], words: list[str]) -> I
             tool(*words, "inc", "-o", target)
         setting.forget_checkpoints()
         yield target
+
+
+def _points_to_merge(setting: Setting, target: Path, options: list[str]) -> str:
+    """Make a full and thirty increments of a GiB in all; gives the newest point's id."""
+    rng = random.Random(SEED)
+    setting.forget_checkpoints()
+    setting.ours("backup", DOMAIN, "-l", "full", "-o", target, *options)
+    for _ in range(MERGED):
+        setting.change_disk(rng, changes=1024 // MERGED)
+        setting.ours("backup", DOMAIN, "-l", "inc", "-o", target, *options)
+    setting.forget_checkpoints()
+    return manifest.parse(max((target / "points").iterdir()).read_bytes()).id
+
+
+def _merged(setting: Setting, kept: Path, into: Path, point: str) -> Sample:
+    """Merge a copy of the set that shares its files: a merge writes new ones."""
+    run(["cp", "-al", kept, into / "set"])
+    state = ("--checkpoint-dir", into / "state")
+    return setting.ours("merge", into / "set", "--point", point, *state)
+
+
+def _copied(setting: Setting, kept: Path, into: Path, point: str) -> Sample:
+    """Copy what a merge makes, and bring it to the disk as a merge does."""
+    _merged(setting, kept, into, point)
+    stream = max((into / "set").glob("*.data"), key=lambda path: path.stat().st_size)
+    os.sync()
+    return timed(
+        ["dd", f"if={stream}", f"of={into / 'copy'}", "bs=1M", "conv=fsync", "status=none"]
+    )
 
 
 def _bare_job(setting: Setting) -> Sample:

@@ -23,6 +23,8 @@ from nbdbackupd.errors import (
     ProcessError,
     SourceError,
 )
+from nbdbackupd.nbdio import client
+from nbdbackupd.nbdio.client import Connection, Endpoint
 from nbdbackupd.qemu import bitmaps, storage_daemon
 from nbdbackupd.qemu.qmp import Monitor
 from nbdbackupd.qemu.storage_daemon import Image, Server
@@ -97,6 +99,48 @@ def test_three_layers(tmp_path: Path, folder: Path, server: Server, seed: int) -
     full = images.copied(export(tmp_path, "whole"))
     assert (full.onto(b"", SIZE), full.total) == (after, SIZE)
     assert digest(top, middle, base) == sums
+
+
+class Sleeper:
+    """A keeper that stands still, once, while a connection is negotiated."""
+
+    is_holding = is_thrifty = False
+
+    def __init__(self) -> None:
+        self.met: list[str] = []
+
+    def keep(self, descriptor: int) -> int:
+        return descriptor
+
+    def going(self, _number: int) -> None:
+        self.met.append("going")
+        if len(self.met) == 1:
+            time.sleep(client.HANDSHAKE_SECONDS + 0.5)
+
+    def ready(self, _number: int) -> None:
+        self.met.append("ready")
+
+    def take(self, _key: object) -> None:
+        return None
+
+    def give(self, _key: object, _idle: object) -> None:
+        raise AssertionError
+
+    abandon = going
+
+
+def test_a_run_that_stood_still_while_it_connected(
+    tmp_path: Path, folder: Path, server: Server
+) -> None:
+    """QEMU has dropped it meanwhile: seen as a run that was stopped and failed when it went on."""
+    path = images.make(folder / "x", SIZE, format="raw")
+    (name,) = server.open_chain([Image(os.fspath(path), "raw")])
+    server.export(name, "vda")
+    sleeper = Sleeper()
+    endpoint = Endpoint(socket=tmp_path / "s", export="vda", keeper=sleeper)
+    with Connection(endpoint) as connection:
+        assert connection.size == SIZE
+    assert sleeper.met == ["going", "going", "ready"]
 
 
 @pytest.mark.parametrize("format_", ["raw", "vmdk", "vdi", "qcow2"])

@@ -174,11 +174,14 @@ class Scene:
 
     @contextmanager
     def held(self, *options: str) -> Iterator[subprocess.Popen[str]]:
-        """A run that stands still within its job, before the first disk: SIGCONT lets it go on."""
+        """A run that stands still within its job, before the first disk: SIGCONT lets it go on.
+
+        No other disk is being opened then: QEMU drops who stands still in the middle of that.
+        """
         with (
             self.ctl.rigged("STOP@disk-copied#1"),
             self.ctl.start(
-                "backup", self.guest.name, "-o", self.set, "--json", *options
+                "backup", self.guest.name, "-o", self.set, "--json", "--workers", "1", *options
             ) as process,
         ):
             self.ctl.faults = ()
