@@ -83,8 +83,8 @@ def merge(setting: Setting) -> None:
             point = _points_to_merge(setting, kept, options)
             found = setting.repeat(
                 "disk",
-                ours=lambda into, kept=kept, point=point: _merged(setting, kept, into, point),
-                cp=lambda into, kept=kept, point=point: _copied(setting, kept, into, point),
+                ours=functools.partial(_merged, setting, kept, point),
+                cp=functools.partial(_copied, setting, kept, point),
             )
         print(f"  {name}")
         for who, series in found.items():
@@ -233,16 +233,16 @@ def _points_to_merge(setting: Setting, target: Path, options: list[str]) -> str:
     return manifest.parse(max((target / "points").iterdir()).read_bytes()).id
 
 
-def _merged(setting: Setting, kept: Path, into: Path, point: str) -> Sample:
+def _merged(setting: Setting, kept: Path, point: str, into: Path) -> Sample:
     """Merge a copy of the set that shares its files: a merge writes new ones."""
     run(["cp", "-al", kept, into / "set"])
     state = ("--checkpoint-dir", into / "state")
     return setting.ours("merge", into / "set", "--point", point, *state)
 
 
-def _copied(setting: Setting, kept: Path, into: Path, point: str) -> Sample:
+def _copied(setting: Setting, kept: Path, point: str, into: Path) -> Sample:
     """Copy what a merge makes, and bring it to the disk as a merge does."""
-    _merged(setting, kept, into, point)
+    _merged(setting, kept, point, into)
     stream = max((into / "set").glob("*.data"), key=lambda path: path.stat().st_size)
     os.sync()
     return timed(
