@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, Self
@@ -27,7 +28,7 @@ MAX_STORED: Final = MAX_BLOCK + (64 << 10)
 """A frame of incompressible data is larger than the data by some headers, no more."""
 
 
-class Layer:
+class Layer(ABC):
     """One file of a disk's path; a context manager that owns it.
 
     ``size`` is the disk's at that point, ``whole`` whether every byte of it must be covered.
@@ -67,12 +68,12 @@ class Layer:
         """Close the file. Safe to call twice."""
         self.file.close()
 
+    @abstractmethod
     def records(self) -> Iterator[Record]:
         """All blocks, ascending, each possible within the file.
 
         Raises IntegrityError.
         """
-        raise NotImplementedError
 
     def _checked(self, records: Iterator[Record]) -> Iterator[Record]:
         for record in records:
