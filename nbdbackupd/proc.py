@@ -65,6 +65,7 @@ PACKAGES: Final = {
     "qemu-nbd": "qemu-utils (Debian) or qemu-img (Fedora, EL)",
     "qemu-storage-daemon": "qemu-system-common (Debian) or qemu-img (Fedora, EL)",
     "sendmail": "postfix, exim4 or msmtp-mta (Debian)",
+    "ssh": "openssh-client (Debian) or openssh-clients (Fedora, EL)",
     "systemctl": "systemd",
     "tar": "tar",
 }

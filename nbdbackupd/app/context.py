@@ -173,6 +173,7 @@ def _host(args: Arguments) -> Host:
     runtime = getattr(args, "runtime_dir", None) or default_runtime_dir(os.environ)
     scratch = getattr(args, "scratch_dir", None) or default_scratch_dir(os.environ)
     credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+    config = getattr(args, "ssh_config", None)
     return Host(
         uri=getattr(args, "connect", "") or DEFAULT_URI,
         user=getattr(args, "user", "") or "",
@@ -185,6 +186,7 @@ def _host(args: Arguments) -> Host:
         is_state_given=given is not None,
         config_dir=getattr(args, "config_dir", None),
         credentials=Path(credentials) if credentials else None,
+        ssh_config=os.fspath(config.absolute()) if config else "",
     )
 
 

@@ -103,7 +103,7 @@ class StoredFile:
     """A file of the set that is not a stream: name relative to the set, bytes, SHA-256 (hex).
 
     ``role`` is one of: domain-xml, domain-xml-live, machine, checkpoint-xml, image-info, loader,
-    nvram, kernel, initrd, tpm-state, guest-info, disk-index.
+    nvram, kernel, initrd, tpm-state, host, guest-info, disk-index.
     ``origin`` is the path on the hypervisor that it was copied from, or empty.
     """
 

@@ -17,7 +17,8 @@ class Host:
     ``state_dir`` is where the bases of chains are noted, which other hosts may share, and
     ``is_state_given`` whether the command line says so; ``own_state_dir`` is where this host keeps
     what is about itself. ``config_dir`` None means the usual one; ``credentials`` is where systemd
-    has put secrets of the unit, if it has. ``clock`` tells the time in UTC.
+    has put secrets of the unit, if it has. ``clock`` tells the time in UTC. ``ssh_config`` is a
+    file for ssh in place of the usual ones.
     """
 
     uri: str
@@ -31,6 +32,7 @@ class Host:
     is_state_given: bool = False
     config_dir: Path | None = None
     credentials: Path | None = None
+    ssh_config: str = ""
 
     def now(self) -> datetime:
         """The time, UTC."""

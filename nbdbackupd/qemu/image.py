@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 
 from nbdbackupd import documents, proc
 from nbdbackupd.errors import FormatError, NoSpaceError, ProcessError
+from nbdbackupd.where import HERE, Where
 
 INFO_SECONDS: Final = 60.0
 LOCKED: Final = ('" lock', "Is another process using the image")
@@ -115,8 +116,8 @@ def parse_chain(text: str | bytes) -> tuple[ImageInfo, ...]:
     return tuple(ImageInfo.from_dict(each) for each in images)
 
 
-def info_json(path: Path, *, format: str = "", chain: bool = False) -> str:
-    """What qemu-img says about an image, as JSON text. Works beside a running guest.
+def info_json(path: Path, *, format: str = "", chain: bool = False, where: Where = HERE) -> str:
+    """What qemu-img of a host says about an image there, as JSON text, also beside a guest.
 
     ``format`` keeps qemu-img from guessing: the content of a raw image must not choose.
 
@@ -127,7 +128,7 @@ def info_json(path: Path, *, format: str = "", chain: bool = False) -> str:
         argv += ["-f", format]
     if chain:
         argv.append("--backing-chain")
-    return proc.output([*argv, "--", os.fspath(path.absolute())], timeout=INFO_SECONDS)
+    return where.output([*argv, "--", os.fspath(path.absolute())], timeout=INFO_SECONDS)
 
 
 def why_locked(path: Path, *, format: str) -> ProcessError | None:

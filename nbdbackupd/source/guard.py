@@ -81,6 +81,8 @@ class Charge:
     told from that of another run. The run itself keeps ``scratch_reserve`` bytes free beside them.
     ``is_reachable``: libvirt, or QEMU, can be asked by another process than the run. ``monitor``
     is the path of QEMU's own where there is no libvirt, and ``agent`` that of its guest's agent.
+    ``host`` is the id of another host, whose are scratch files and directory; with what leads
+    there, see source/ssh.py.
     """
 
     uri: str
@@ -97,6 +99,9 @@ class Charge:
     is_reachable: bool
     monitor: str = ""
     agent: str = ""
+    host: str = ""
+    ssh_config: str = ""
+    ssh_dir: str = ""
 
     def pack(self) -> bytes:
         """The message."""

@@ -13,19 +13,19 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd import events
+from nbdbackupd import events, rundir
 from nbdbackupd import log as runlog
-from nbdbackupd.errors import DomainNotFoundError
-from nbdbackupd.source import quiesce, running, standalone
+from nbdbackupd.errors import DomainNotFoundError, ElsewhereError
+from nbdbackupd.source import quiesce, running, ssh, standalone
 from nbdbackupd.source.guard import BEGUN, DISCARD_SECONDS, THAW, Charge, Post, turn
 from nbdbackupd.source.qemu_guest import QemuGuest
 from nbdbackupd.source.silence import Silence
 from nbdbackupd.virt import jobs
-from nbdbackupd.virt.connection import open_connection
+from nbdbackupd.virt.connection import Connection, open_connection
 from nbdbackupd.virt.domain import Domain
 
 LOG = logging.getLogger(__name__)
@@ -149,8 +149,18 @@ class Watch:
     @contextmanager
     def _domain(self) -> Iterator[Domain]:
         charge = self.charge
-        with open_connection(charge.uri, user=charge.user, password=charge.password) as connection:
+        with self._connection() as connection:
+            if connection.where.id != charge.host:
+                raise ElsewhereError(f"{charge.uri} leads to another host than before")
             yield Domain.find(connection, charge.uuid)
+
+    def _connection(self) -> AbstractContextManager[Connection]:
+        charge = self.charge
+        user, password = charge.user, charge.password
+        if not charge.host:
+            return open_connection(charge.uri, user=user, password=password)
+        directory = Path(charge.ssh_dir)
+        return ssh.connected(charge.uri, directory, charge.ssh_config, user=user, password=password)
 
     def _thaw(self, domain: Domain | QemuGuest) -> bool:
         marker = running.marker(Path(self.charge.runtime_dir))
@@ -171,14 +181,17 @@ class Watch:
         job = jobs.active_job(domain)
         backup = job.backup if job is not None else None
         own = set(self.charge.scratch)
+        where = domain.connection.where
         if job is not None and backup is not None and own & set(backup.scratch.values()):
+            where.cut(Path(self.charge.runtime_dir) / rundir.NBD_SOCKET)
             jobs.abort(domain)
             events.emit(LOG, events.DEAD_RUN_SWEPT, reason=job)
-        elif BEGUN not in self._post.words:
-            return time.monotonic() - self._begun > BEGINNING_SECONDS
+        elif BEGUN not in self._post.words and time.monotonic() - self._begun <= BEGINNING_SECONDS:
+            return False
         for file in own:
             with contextlib.suppress(OSError):
-                Path(file).unlink(missing_ok=True)
+                where.remove(Path(file))
+        where.leave(Path(self.charge.runtime_dir) / rundir.NBD_SOCKET)
         return True
 
     def _is_late(self) -> bool:
@@ -189,6 +202,9 @@ class Watch:
         """Wait a while; the server's end of its connections cuts it short."""
         if self._is_job_gone and not self._is_thawed:
             time.sleep(self.thaw_pause)
+        elif self.charge.host:
+            # a login each time, and no connection whose end could be seen
+            time.sleep(self._pause)
         elif self._post.kept.wait_closed(self._pause):
             time.sleep(PAUSE_SECONDS)
         self._pause = min(self._pause * 2, LONGEST_PAUSE_SECONDS)

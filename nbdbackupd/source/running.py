@@ -38,10 +38,15 @@ from nbdbackupd.source.guard import (
 from nbdbackupd.source.quiesce import Moment, Quiet
 from nbdbackupd.virt import checkpoints, instance, jobs
 from nbdbackupd.virt.domain import Domain
+from nbdbackupd.where import HERE, Where
 
 LOG = logging.getLogger(__name__)
 CLOSE_SECONDS: Final = 30.0
 """How long QEMU may take to close the connections after the job's end; 10 ms were measured."""
+
+
+FORGIVING: Final = (10, 0)
+"""A QEMU that survives clients that leave first, of a disk with an iothread (10.0.13: measured)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +61,8 @@ class RunningDisk:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunningRequest:
     """What ``open_running`` needs; sizes in bytes, times in seconds.
+
+    All paths are of this host, but for those of ``scratch_dir``, which is of the domain's.
 
     ``base_xml`` is the stored XML of ``base_checkpoint``, in case libvirt has lost it. An empty
     ``new_checkpoint`` makes none. ``scratch_reserve``: the job is ended when less is free in
@@ -87,8 +94,13 @@ class RunningRequest:
 
     @property
     def socket(self) -> Path:
-        """The NBD server's socket."""
+        """The NBD server's socket, or what leads there."""
         return self.runtime_dir / rundir.NBD_SOCKET
+
+    @property
+    def where(self) -> Where:
+        """The domain's host."""
+        return self.domain.connection.where
 
 
 @contextlib.contextmanager
@@ -103,7 +115,7 @@ def open_running(request: RunningRequest) -> Iterator[Snapshot]:
     SourceError if it was ended by another.
     """
     _check(request)
-    scratch.prepare(request.scratch_dir, request.scratch_reserve)
+    free = scratch.prepare(request.scratch_dir, request.scratch_reserve, request.where)
     _prepare_runtime_dir(request)
     with contextlib.ExitStack() as stack:
         has_iothreads = _has_iothreads(request)
@@ -122,6 +134,7 @@ def open_running(request: RunningRequest) -> Iterator[Snapshot]:
                     directory=request.scratch_dir,
                     reserve=request.scratch_reserve,
                     on_trouble=request.on_trouble,
+                    look=scratch.looker(request.domain, request.scratch_dir, free),
                     end_job=lambda: _end_job(request.domain, guard),
                     seen_by_guest=functools.partial(scratch.seen_by_guest, request.domain),
                     watch_job=functools.partial(
@@ -142,7 +155,7 @@ def _check_job(request: RunningRequest) -> None:
     """
     domain = request.domain
     job = jobs.active_job(domain)
-    if job is None or not is_own_job(job, request.runtime_dir):
+    if job is None or not is_own_job(job, request.runtime_dir, request.where):
         raise scratch.why_gone(domain)
 
 
@@ -156,6 +169,15 @@ def _has_iothreads(request: RunningRequest) -> bool:
             f"'backup --include'",
             domain=request.domain.name,
         )
+    if has_any and not request.where.is_here:
+        version = instance.qemu_version(request.domain)
+        if version < FORGIVING:
+            raise NotSupportedError(
+                f"domain {request.domain.name} has iothreads, and its QEMU {version[0]}."
+                f"{version[1]} would end with its guest if the connection by ssh were lost: run "
+                f"nbdbackupctl on {request.where.name}, or give it QEMU {FORGIVING[0]} or later",
+                domain=request.domain.name,
+            )
     return has_any
 
 
@@ -180,6 +202,9 @@ def _charge(request: RunningRequest) -> Charge:
         scratch_reserve=request.scratch_reserve,
         scratch=tuple(os.fspath(_scratch_file(request, disk.target)) for disk in request.disks),
         is_reachable=not connection.is_embedded,
+        host=request.where.id,
+        ssh_config=request.where.config,
+        ssh_dir=os.fspath(request.where.runtime_dir),
     )
 
 
@@ -224,12 +249,13 @@ def _prepare_runtime_dir(request: RunningRequest) -> None:
         if directory.stat().st_mode & stat.S_IWOTH:
             raise ConfigError(f"runtime directory {directory} is writable for everybody")
         directory.chmod(rundir.CLOSED)
-        if owner is not None and os.geteuid() == 0:
+        if owner is not None and os.geteuid() == 0 and request.where.is_here:
             durable.admit(directory, *owner)
         # QEMU replaces a dead socket, but a file of another kind would stop it
         request.socket.unlink(missing_ok=True)
     except OSError as err:
         raise ConfigError(f"runtime directory {directory} can't be used: {err.strerror}") from err
+    request.where.lead(request.socket, owner)
 
 
 def _plan(request: RunningRequest) -> tuple[tuple[JobDisk, ...], dict[str, str]]:
@@ -352,7 +378,9 @@ def _begin_job(request: RunningRequest, plan: tuple[JobDisk, ...]) -> None:
     known = [disk.target for disk in request.domain.definition().disks]
     chosen = [disk.target for disk in plan]
     backup = jobxml.backup_xml(
-        os.fspath(request.socket), plan, [target for target in known if target not in chosen]
+        os.fspath(request.where.server_socket(request.socket)),
+        plan,
+        [target for target in known if target not in chosen],
     )
     checkpoint = ""
     tracked = [disk.target for disk in request.disks if disk.tracked]
@@ -368,14 +396,15 @@ def _begin_job(request: RunningRequest, plan: tuple[JobDisk, ...]) -> None:
             _check_block_jobs(request)
         if "Permission denied" in err.message or "No such file" in err.message:
             raise DomainError(
-                f"{err.message}; QEMU must reach {request.scratch_dir} and {request.runtime_dir}: "
+                f"{err.message}; QEMU must reach {request.scratch_dir} and "
+                f"{request.where.server_socket(request.socket).parent} on {request.where.name}: "
                 f"check permissions, confinement, and that no file system was mounted there "
                 f"after the guest's start",
                 **err.fields,
             ) from err
         raise
     # a libvirt on another host, or in another mount namespace, has another directory of that name
-    unseen = [disk.scratch for disk in plan if not Path(disk.scratch).exists()]
+    unseen = [disk.scratch for disk in plan if request.where.facts(disk.scratch) is None]
     if unseen:
         raise ConfigError(
             f"QEMU's scratch file {unseen[0]} is not to be seen here, so that its space can't be "
@@ -434,7 +463,7 @@ class _JobEnd:
             if isinstance(error, SourceError) and (job is None or scratch.is_ending(domain)):
                 # what was seen of it is only the consequence
                 request.on_trouble(scratch.why_gone(domain))
-            if job is not None and is_own_job(job, request.runtime_dir):
+            if job is not None and is_own_job(job, request.runtime_dir, request.where):
                 _end_job(domain, self._guard)
             if domain.connection.is_embedded:
                 # the guard can't reach the guest
@@ -472,8 +501,14 @@ def _end_job(domain: Domain, guard: Guard) -> None:
     jobs.abort(domain)
 
 
-def is_own_job(job: jobs.ActiveJob, runtime_dir: Path) -> bool:
-    """Tell whether a job is one of ours: its NBD socket is the one in our runtime directory."""
+def is_own_job(job: jobs.ActiveJob, runtime_dir: Path, where: Where = HERE) -> bool:
+    """Tell whether a job is one of ours: its NBD socket is the one in our runtime directory.
+
+    On another host: the one that is named after us.
+    """
+    if not where.is_here:
+        server = where.server_socket(runtime_dir / rundir.NBD_SOCKET)
+        return job.backup is not None and job.backup.socket == os.fspath(server)
     # a job may outlive an upgrade from a version that had another place
     older = rundir.beside(runtime_dir) / "nbd"
     own = {os.fspath(each / rundir.NBD_SOCKET) for each in (runtime_dir, older)}
@@ -481,6 +516,10 @@ def is_own_job(job: jobs.ActiveJob, runtime_dir: Path) -> bool:
 
 
 def _remove_files(request: RunningRequest) -> None:
-    for disk in request.disks:
-        _scratch_file(request, disk.target).unlink(missing_ok=True)
+    where = request.where
     request.socket.unlink(missing_ok=True)
+    # what a way that is lost has left is for the guard
+    with contextlib.nullcontext() if where.is_here else contextlib.suppress(NbdbackupError):
+        for disk in request.disks:
+            where.remove(_scratch_file(request, disk.target))
+        where.leave(request.socket)

@@ -7,7 +7,6 @@ space is checked before and watched during the job: the more often, the less is 
 import contextlib
 import functools
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd import durable, events
+from nbdbackupd import events
 from nbdbackupd import log as runlog
 from nbdbackupd.errors import (
     ConfigError,
@@ -25,6 +24,7 @@ from nbdbackupd.errors import (
 )
 from nbdbackupd.virt import jobs
 from nbdbackupd.virt.domain import Domain
+from nbdbackupd.where import HERE, Where
 
 LOG = logging.getLogger(__name__)
 SPACE_POLL_SECONDS: Final = 0.1
@@ -38,6 +38,9 @@ REACTION_SECONDS: Final = 0.5
 """From the look at the space to the end of the job; 0.1 s were measured."""
 
 FADING: Final = 0.95
+FAR_SECONDS: Final = 2.0
+"""How often another host is asked what is free: others write there, too."""
+
 ENOUGH: Final = 1 << 20
 """Bytes; with less, a cluster of a scratch file may not have found its place."""
 
@@ -62,30 +65,24 @@ def is_ours(file: Path, uuid: str) -> bool:
     return file.name.startswith(f"{PREFIX}{uuid}-") and file.name.endswith(SUFFIX)
 
 
-def leftovers(directory: Path, uuid: str) -> list[Path]:
+def leftovers(directory: Path, uuid: str, where: Where = HERE) -> list[Path]:
     """Return the scratch files of the domain's earlier runs."""
-    if not directory.is_dir():
-        return []
-    return sorted(file for file in directory.iterdir() if is_ours(file, uuid))
+    files = (directory / name for name in where.names(directory))
+    return sorted(file for file in files if is_ours(file, uuid))
 
 
-def free_bytes(directory: Path) -> int:
-    """Return what is free for unprivileged writers, as QEMU may be one. Raises OSError."""
-    found = os.statvfs(directory)
-    return found.f_bavail * found.f_frsize
-
-
-def prepare(directory: Path, reserve: int) -> None:
+def prepare(directory: Path, reserve: int, where: Where = HERE) -> int:
     """Make the directory if missing and check that it has twice the reserve free.
 
-    Raises ConfigError for an unusable directory, ScratchSpaceError.
+    Returns what is free for unprivileged writers, as QEMU may be one. Raises ConfigError for
+    an unusable directory, ScratchSpaceError, SourceError of another host.
     """
     if not directory.is_absolute():
         raise ConfigError(f"scratch directory {directory} must be an absolute path")
     try:
         # with modes that no umask changes, since QEMU must get through
-        durable.make_directory(directory, DIRECTORY_MODE)
-        free = free_bytes(directory)
+        where.make_directory(directory, DIRECTORY_MODE)
+        free = where.free_bytes(directory)
     except OSError as err:
         raise ConfigError(f"scratch directory {directory} can't be used: {err.strerror}") from err
     if free < 2 * reserve:
@@ -95,12 +92,38 @@ def prepare(directory: Path, reserve: int) -> None:
             free=free,
             needed=2 * reserve,
         )
+    return free
+
+
+def looker(domain: Domain, directory: Path, free: int) -> Callable[[], int]:
+    """What tells how many bytes are free; on another host there were ``free`` just now.
+
+    There libvirt says what the job has taken, and only now and then the host what is left.
+    """
+    where = domain.connection.where
+    if where.is_here:
+        return functools.partial(where.free_bytes, directory)
+    known, asked, before = free, time.monotonic(), 0
+
+    def look() -> int:
+        nonlocal known, asked, before
+        # a way that is lost ends the copy, and libvirt's daemon may be away for a while
+        with contextlib.suppress(NbdbackupError):
+            used = jobs.stats(domain).temp_used
+            if time.monotonic() - asked > FAR_SECONDS:
+                # the less of the two: what is taken meanwhile counts twice
+                known, before, asked = where.free_bytes(directory), used, time.monotonic()
+            return known - max(0, used - before)
+        return known
+
+    return look
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Watched:
     """A running job; all of its functions are called from other threads.
 
+    ``look`` tells how many bytes are free in ``directory``, or raises OSError.
     ``on_trouble`` gets an error whose message may yet say more, until the watch is over.
     ``seen_by_guest`` says, after the job's end, what the guest has seen of a lack of space, and
     lets one go that was held by that. ``watch_job`` looks on until the event is set.
@@ -109,6 +132,7 @@ class Watched:
     directory: Path
     reserve: int
     on_trouble: Callable[[NbdbackupError], None]
+    look: Callable[[], int]
     end_job: Callable[[], None]
     seen_by_guest: "Callable[[Space], str]"
     watch_job: Callable[[threading.Event], None]
@@ -144,8 +168,9 @@ def watch(job: Watched) -> Iterator[None]:
 class Space:
     """Free space in a directory, and how fast it goes."""
 
-    def __init__(self, directory: Path, reserve: int) -> None:
+    def __init__(self, directory: Path, reserve: int, look: Callable[[], int]) -> None:
         self._directory = directory
+        self._ask = look
         self._reserve = reserve
         self._seen = time.monotonic()
         self._rate = 0.0
@@ -170,14 +195,14 @@ class Space:
 
     def _look(self) -> int:
         try:
-            return free_bytes(self._directory)
+            return self._ask()
         except OSError as err:
             LOG.warning("scratch directory %s: %s", self._directory, err)
             return 0
 
 
 def _watch_space(job: Watched, stop: threading.Event) -> None:
-    space = Space(job.directory, job.reserve)
+    space = Space(job.directory, job.reserve, job.look)
     while not space.is_low():
         if stop.wait(space.pause()):
             return

@@ -12,7 +12,8 @@ A run says twice a second that it lives. Two things keep one from that:
 
 A run that is slow, or waits for its target in a thread of its own, is none of these: it reads its
 answers, and says that it lives. A stopped one is left alone, too, as long as QEMU answers, scratch
-space is left and it does not hold its guest: somebody may have stopped it on purpose.
+space is left and it does not hold its guest: somebody may have stopped it on purpose. Of a guest
+on another host nothing of that can be seen from here: its run is killed after ten seconds.
 """
 
 import logging
@@ -32,6 +33,7 @@ from nbdbackupd.source.running import marker
 from nbdbackupd.source.scratch import Space
 from nbdbackupd.virt.connection import open_connection
 from nbdbackupd.virt.domain import Domain
+from nbdbackupd.where import HERE
 
 LOG = logging.getLogger(__name__)
 LOOK_SECONDS: Final = 1.0
@@ -85,7 +87,11 @@ class Silence:
             self._space = self._probe = None
             return
         charge = self._charge
-        self._space = self._space or Space(Path(charge.scratch_dir), charge.scratch_reserve)
+        if charge.host:
+            if seconds > LONG_SECONDS:
+                self._kill(seconds, f"nobody sees what its guest on {charge.uri} needs")
+            return
+        self._space = self._space or _space(charge)
         if self._space.is_low():
             self._kill(seconds, f"{self._space.free} bytes of scratch space are left")
         elif charge.monitor:
@@ -106,6 +112,11 @@ class Silence:
         os.kill(self._charge.pid, signal.SIGKILL)
         what = f"process {self._charge.pid} has not moved for {seconds:.0f} s, and {why}"
         events.emit(LOG, events.HUNG_RUN_KILLED, reason=what)
+
+
+def _space(charge: Charge) -> Space:
+    directory = Path(charge.scratch_dir)
+    return Space(directory, charge.scratch_reserve, lambda: HERE.free_bytes(directory))
 
 
 class _Probe:

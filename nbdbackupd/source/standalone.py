@@ -50,6 +50,7 @@ from nbdbackupd.source.guard import (
 )
 from nbdbackupd.source.qemu_guest import QemuGuest
 from nbdbackupd.source.quiesce import Moment, Quiet
+from nbdbackupd.where import HERE
 
 LOG = logging.getLogger(__name__)
 JOB_POLL_SECONDS: Final = 0.5
@@ -508,6 +509,7 @@ def _watched(scheme: _Jobs, guard: Guard) -> scratch.Watched:
         directory=request.scratch_dir,
         reserve=request.scratch_reserve,
         on_trouble=request.on_trouble,
+        look=functools.partial(HERE.free_bytes, request.scratch_dir),
         end_job=lambda: _end(request, guard),
         seen_by_guest=scheme.seen_by_guest,
         watch_job=functools.partial(_watch, scheme),

@@ -50,29 +50,25 @@ def sweep(domain: Domain, runtime_dir: Path, scratch_dir: Path) -> Swept:
 
 def _sweep(domain: Domain, runtime_dir: Path, scratch_dir: Path) -> Swept:
     guest = quiesce.release(domain, running.marker(runtime_dir))
+    where = domain.connection.where
+    socket = runtime_dir / rundir.NBD_SOCKET
     job = jobs.active_job(domain)
-    is_own = job is not None and running.is_own_job(job, runtime_dir)
-    files = set(scratch.leftovers(scratch_dir, domain.uuid))
+    is_own = job is not None and running.is_own_job(job, runtime_dir, where)
+    files = set(scratch.leftovers(scratch_dir, domain.uuid, where))
     if job is not None and is_own:
         # an earlier run may have had another scratch directory
         named = job.backup.scratch.values() if job.backup is not None else ()
         files |= {Path(name) for name in named if scratch.is_ours(Path(name), domain.uuid)}
         guard.wait_for_guards(runtime_dir)
+        where.cut(socket)
         jobs.abort(domain)
-    files.add(runtime_dir / rundir.NBD_SOCKET)
-    files.add(rundir.beside(runtime_dir) / rundir.EXPORT_SOCKET)
+    files.add(where.server_socket(socket))
+    if where.is_here:
+        files.add(rundir.beside(runtime_dir) / rundir.EXPORT_SOCKET)
     return Swept(
         job=str(job) if is_own else "",
         foreign=str(job) if job is not None and not is_own else "",
         guest=guest.done,
         held=guest.problem,
-        files=tuple(file for file in sorted(files) if _remove(file)),
+        files=tuple(file for file in sorted(files) if where.remove(file)),
     )
-
-
-def _remove(file: Path) -> bool:
-    try:
-        file.unlink()
-    except FileNotFoundError:
-        return False
-    return True

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
+from xml.etree import ElementTree as ET
 
 import libvirt
 
@@ -22,6 +23,7 @@ from nbdbackupd import documents
 from nbdbackupd.errors import BusyError, DomainError, DomainNotFoundError, NbdbackupError
 from nbdbackupd.model.domain import parse_dac_label
 from nbdbackupd.virt import fault, same_host
+from nbdbackupd.where import HERE, Where
 
 STOP_TIMEOUT_SECONDS: Final = 5.0
 ERROR_PAUSE_SECONDS: Final = 0.1
@@ -102,9 +104,13 @@ SECRET_CREDENTIALS: Final = (libvirt.VIR_CRED_PASSPHRASE, libvirt.VIR_CRED_NOECH
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Address:
-    """Where libvirt is and who we are there; an empty user means: what the URI says."""
+    """Where libvirt is and who we are there; an empty user means: what the URI says.
+
+    ``via`` is what is opened in place of the URI, if that names a way that we have made.
+    """
 
     uri: str
+    via: str = ""
     user: str = ""
     password: str = field(default="", repr=False)
 
@@ -116,8 +122,11 @@ class Connection:
     and its NBD server live in QEMU and go on.
     """
 
-    def __init__(self, address: Address, runtime_dir: Path | None = None) -> None:
+    def __init__(
+        self, address: Address, runtime_dir: Path | None = None, where: Where = HERE
+    ) -> None:
         self.address = address
+        self.where = where
         self._runtime_dir = runtime_dir
         self._lock = threading.Lock()
         self._generation = 0
@@ -140,15 +149,20 @@ class Connection:
         """
         with self._lock:
             if not self._handle.isAlive():
+                if self.where.is_lost():
+                    raise DomainError(f"the connection to {self.uri} is lost", uri=self.uri)
                 self._handle = self._proven(_reopen(self.address))
                 self._generation += 1
             return self._generation, self._handle
 
     def _proven(self, handle: libvirt.virConnect) -> libvirt.virConnect:
         # the embedded libvirt is part of our own process
-        if self._runtime_dir is not None and not self.is_embedded:
+        if not self.is_embedded:
             try:
-                same_host.prove(handle, self.uri, self._runtime_dir)
+                if not self.where.is_here:
+                    same_host.prove_there(handle, self.uri, self.where)
+                elif self._runtime_dir is not None:
+                    same_host.prove(handle, self.uri, self._runtime_dir)
             except NbdbackupError:
                 handle.close()
                 raise
@@ -195,9 +209,7 @@ class Connection:
 
         From the capabilities' ``dac`` security model.
         """
-        _, handle = self.current()
-        with fault.translate("can't read libvirt's capabilities"):
-            root = documents.parse_xml(handle.getCapabilities(), "capabilities", DomainError)
+        root = self._capabilities()
         for model in root.findall("./host/secmodel"):
             if model.findtext("model") == "dac":
                 for label in model.findall("baselabel"):
@@ -205,6 +217,15 @@ class Connection:
                     if owner is not None:
                         return owner
         return None
+
+    def host_uuid(self) -> str:
+        """Return the UUID by which libvirt tells its host from others; empty if it has none."""
+        return self._capabilities().findtext("./host/uuid") or ""
+
+    def _capabilities(self) -> ET.Element:
+        _, handle = self.current()
+        with fault.translate("can't read libvirt's capabilities"):
+            return documents.parse_xml(handle.getCapabilities(), "capabilities", DomainError)
 
     def close(self) -> None:
         """Close the connection; a libvirt that is gone already is fine."""
@@ -217,20 +238,28 @@ class Connection:
 
 @contextmanager
 def open_connection(
-    uri: str, *, user: str = "", password: str = "", runtime_dir: Path | None = None
+    uri: str,
+    *,
+    user: str = "",
+    password: str = "",
+    runtime_dir: Path | None = None,
+    via: str = "",
+    where: Where = HERE,
 ) -> Iterator[Connection]:
     """Open ``uri`` for the body.
 
     ``user`` and ``password`` answer libvirt's questions; ``?authfile=FILE`` in the URI works,
     too. With ``runtime_dir``, ours, libvirt has to be that of this host: needed by all who mean
-    the guests' files. Raises DomainError if libvirt can't be reached or refuses us,
+    the guests' files. With ``where``, another host, it has to be that one's, and is reached by
+    ``via``. Raises DomainError if libvirt can't be reached or refuses us,
     NotSupportedError if it is another host's, BusyError if another process holds an embedded
     libvirt's root.
     """
     # otherwise the library prints each error to stderr, on top of raising it
     libvirt.registerErrorHandler(_ignore_error, None)
     with _LOOP:
-        connection = Connection(Address(uri=uri, user=user, password=password), runtime_dir)
+        address = Address(uri=uri, via=via, user=user, password=password)
+        connection = Connection(address, runtime_dir, where)
         try:
             yield connection
         finally:
@@ -256,7 +285,7 @@ def _open(address: Address) -> libvirt.virConnect:
 
     kinds = [*USER_CREDENTIALS, *SECRET_CREDENTIALS]
     try:
-        handle = libvirt.openAuth(address.uri, [kinds, answer, None], 0)
+        handle = libvirt.openAuth(address.via or address.uri, [kinds, answer, None], 0)
     except libvirt.libvirtError as err:
         raise _open_error(address, err) from err
     _keep_alive(handle)

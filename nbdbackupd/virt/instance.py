@@ -74,6 +74,22 @@ def never_ran(domain: Domain) -> bool:
     return status == NEVER_RAN
 
 
+def qemu_version(domain: Domain) -> tuple[int, int]:
+    """The version of the QEMU that runs a domain, which may have been replaced on disk since.
+
+    Raises DomainError if QEMU can't be asked.
+    """
+    answer = domain.call(
+        "can't ask QEMU for its version",
+        lambda each: libvirt_qemu.qemuMonitorCommand(each, VERSION, 0),
+    )
+    try:
+        found = documents.parse_json(answer)["return"]["qemu"]
+        return int(found["major"]), int(found["minor"])
+    except (ValueError, KeyError, TypeError) as err:
+        raise DomainError(f"domain {domain.name}: QEMU does not tell its version") from err
+
+
 def end(domain: Domain) -> None:
     """End an instance in order (SIGTERM): QEMU closes its images and stores their bitmaps.
 
@@ -85,3 +101,4 @@ def end(domain: Domain) -> None:
 
 
 QUERY: Final = json.dumps({"execute": "query-status"})
+VERSION: Final = json.dumps({"execute": "query-version"})

@@ -17,14 +17,16 @@ from typing import Final
 
 import libvirt
 
-from nbdbackupd import durable
+from nbdbackupd import durable, rundir
 from nbdbackupd.errors import DomainError, NotSupportedError
 from nbdbackupd.virt import fault
+from nbdbackupd.where import HERE, Where
 
 PREFIX: Final = ".same-host-"
 SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - a name that nobody can guess
 DAEMONS: Final = frozenset({"libvirtd", "virtqemud"})
 PROC: Final = Path("/proc")
+SAME: Final = (errno.ENOENT, errno.EACCES)
 
 
 def prove(handle: libvirt.virConnect, uri: str, directory: Path) -> None:
@@ -34,16 +36,9 @@ def prove(handle: libvirt.virConnect, uri: str, directory: Path) -> None:
     not write there uses the host's shared memory. Raises NotSupportedError if it is another
     host, or another container of this one; DomainError if libvirt does not tell.
     """
-    name = f"{PREFIX}{os.urandom(16).hex()}"
     with _place(directory) as folder:
-        path = folder / name
-        before = _look(handle, path)
-        try:
-            os.close(durable.create_exclusive(path))
-            after = _look(handle, path)
-        finally:
-            path.unlink(missing_ok=True)
-    if (before, after) == (errno.ENOENT, errno.EACCES):
+        before, after = _answers(handle, folder, HERE)
+    if (before, after) == SAME:
         return
     if before == after == errno.ENOENT:
         raise NotSupportedError(
@@ -56,6 +51,33 @@ def prove(handle: libvirt.virConnect, uri: str, directory: Path) -> None:
         f"{_said(before)} before it is there and {_said(after)} afterwards",
         uri=uri,
     )
+
+
+def prove_there(handle: libvirt.virConnect, uri: str, where: Where) -> None:
+    """Prove that libvirt sees the files of another host as we do, who look at them by ssh.
+
+    Raises NotSupportedError if the two end at different hosts, or containers of one.
+    """
+    before, after = _answers(handle, rundir.DEFAULT, where)
+    if (before, after) != SAME:
+        raise NotSupportedError(
+            f"{uri}: ssh and libvirt do not end at the same host: of a file that ssh made there, "
+            f"in {rundir.DEFAULT}, libvirt says {_said(before)} before it is there and "
+            f"{_said(after)} afterwards",
+            uri=uri,
+        )
+
+
+def _answers(handle: libvirt.virConnect, folder: Path, where: Where) -> tuple[int, int]:
+    """What libvirt meets at the path of a new file before that is there, and while it is."""
+    path = folder / f"{PREFIX}{os.urandom(16).hex()}"
+    before = _look(handle, path)
+    try:
+        where.touch(path)
+        after = _look(handle, path)
+    finally:
+        where.remove(path)
+    return before, after
 
 
 def daemon_of(handle: libvirt.virConnect) -> tuple[int, str] | None:

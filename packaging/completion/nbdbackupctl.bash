@@ -61,7 +61,8 @@ _nbdbackupctl_options() {
         --runtime-dir -v --verbose -q --quiet -l --level -o --output -i --include -x --exclude
         --raw -z --compress --no-compress --digest -t --type --extents --freeze -F
         --freeze-mountpoint --scratch-dir --scratch-reserve --qmp --agent -S --start-paused
-        --pause --checkpoint-dir --threshold --strict --limit-rate -w --workers --wait --timeout'
+        --pause --checkpoint-dir --threshold --strict --limit-rate -w --workers --wait --timeout
+        --ssh-config'
         ;;
     run)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -226,7 +227,7 @@ _nbdbackupctl_kind() {
     *:--reason | *:--warning | *:--critical | *:--lines | *:--run)
         echo 'other'
         ;;
-    *:--password-file | *:--sequence | *:--tls-psk | files:-f | *:--file)
+    *:--password-file | *:--ssh-config | *:--sequence | *:--tls-psk | files:-f | *:--file)
         echo 'file'
         ;;
     *:--config-dir | *:--runtime-dir | *:-o | *:--output | *:--scratch-dir | \

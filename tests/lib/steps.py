@@ -45,7 +45,7 @@ STEPS: Final = {
     "base-advanced": "nbdbackupd.ops.checkpoints.reconcile:advance",
     "chains-retired": "nbdbackupd.ops.run.retire:checkpoints.run",
     # a running domain
-    "scratch-measured": "nbdbackupd.source.scratch:free_bytes",
+    "scratch-measured": "nbdbackupd.where:Here.free_bytes",
     "space-measured": "nbdbackupd.source.scratch:Space.is_low",
     "scratch-prepared": "nbdbackupd.source.scratch:prepare",
     "job-begun": "nbdbackupd.virt.jobs:begin",

@@ -139,6 +139,7 @@ def test_file_names_are_those_of_the_layout() -> None:
         layout.protection("P"),
         *copied,
         layout.copy("tpm-state", "P", "N"),
+        layout.copy("host", "P", "N"),
         layout.checkpoint_list("D"),
         f"{layout.SPARE}/",
         layout.run_log("R"),

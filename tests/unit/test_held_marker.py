@@ -144,7 +144,7 @@ def test_a_guest_that_is_no_more_is_held_by_nobody(
     socket_dir = rundir.socket_dir(tmp_path, "u")
     charge: Any = SimpleNamespace(
         domain="vm1", runtime_dir=str(socket_dir), run_id="r1", uri="", user="", password="",
-        monitor="",
+        monitor="", host="",
     )  # fmt: skip
     post: Any = None
     assert Watch(post, charge)._try(is_settled=True)

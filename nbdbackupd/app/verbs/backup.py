@@ -1,8 +1,10 @@
 """``nbdbackupctl backup``."""
 
+import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdbackupd import log as runlog
@@ -20,6 +22,7 @@ from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
 from nbdbackupd.ops.domain import configured, domains, qemu
 from nbdbackupd.ops.domain.images import ALONE
 from nbdbackupd.ops.status import record as run_record
+from nbdbackupd.source import ssh
 from nbdbackupd.systemd import notify
 from nbdbackupd.units import human_size, human_time
 from nbdbackupd.virt.connection import Connection
@@ -75,8 +78,19 @@ def register(verbs: Registry) -> None:
     guest.add_argument(
         "--pause", action="store_true", help="pause the domain at the instant instead of freezing"
     )
-    add_settings(parser.add_argument_group("run"), "run")
+    how = parser.add_argument_group("run")
+    add_settings(how, "run")
+    _add_ssh(how)
     parser.set_defaults(run=run)
+
+
+def _add_ssh(how: argparse._ArgumentGroup) -> None:
+    how.add_argument(
+        "--ssh-config",
+        metavar="FILE",
+        type=Path,
+        help="ssh's configuration for '-c qemu+ssh://' (default: as ssh has it)",
+    )
 
 
 def run(args: Arguments, context: Context) -> int:
@@ -124,10 +138,41 @@ def _backup(
     if found is not None:
         settings = with_options(args, found)
         return _standalone(args, context, settings, progress=moved, cancelled=cancelled)
+    if ssh.leads(context.host.uri):
+        return _by_ssh(args, context, moved, cancelled)
     if configuration is not None:
         context = replace(context, host=configured.connected(configuration, context.host))
     with context.connection() as connection:
         request = _request(args, context, connection, configuration)
+        return request, backup.run(request, connection, progress=moved, cancelled=cancelled)
+
+
+def _by_ssh(
+    args: Arguments,
+    context: Context,
+    moved: Callable[[str, int, int, int], None],
+    cancelled: Callable[[], None],
+) -> tuple[BackupRequest, BackupReport]:
+    """Raises UsageError for what is not done by ssh."""
+    if args.output is None:
+        raise UsageError("a domain of another host needs a set: give its directory with -o")
+    settings = with_options(args, schema.defaults())
+    if not settings.is_default("checkpoint_directory"):
+        context = replace(
+            context, host=replace(context.host, state_dir=settings.checkpoint_directory)
+        )
+    with domains.connect_by_ssh(context.host) as (connection, host):
+        scratch = connection.where.scratch_dir(settings.scratch_directory)
+        request = prepare.request(
+            args.domain,
+            args.output,
+            host,
+            settings.given(scratch_directory=scratch, checkpoint_directory=host.state_dir),
+            ALONE,
+            level=Level(args.level),
+            layout=Layout(args.type),
+            by_nbdinfo=args.extents == "nbdinfo",
+        )
         return request, backup.run(request, connection, progress=moved, cancelled=cancelled)
 
 

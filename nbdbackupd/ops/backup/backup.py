@@ -19,6 +19,7 @@ from nbdbackupd.errors import (
     CheckpointError,
     DomainError,
     IntegrityError,
+    NotSupportedError,
     RepositoryError,
 )
 from nbdbackupd.format import blocks
@@ -31,7 +32,7 @@ from nbdbackupd.model.chain import (
     effective_level,
 )
 from nbdbackupd.model.space import own_bytes
-from nbdbackupd.ops.backup import outcome, recording, room
+from nbdbackupd.ops.backup import metadata, outcome, recording, room
 from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
 from nbdbackupd.ops.backup.run import BackupRun
 from nbdbackupd.ops.backup.sources import LibvirtDomain, changed_bytes
@@ -49,6 +50,7 @@ from nbdbackupd.source.paused_start import started_paused
 from nbdbackupd.virt import checkpoints
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain
+from nbdbackupd.where import Where
 
 log = logging.getLogger(__name__)
 notice = functools.partial(log.log, runlog.NOTICE, "%s")
@@ -128,6 +130,12 @@ def begun(
 def _find(request: BackupRequest, connection: Connection) -> Domain:
     """The domain, unless a migration is under way, or it is to be started and may run elsewhere."""
     domain = domains.find_at_rest(connection, request.domain, request.runtime_dir)
+    if request.settings.start_paused and not connection.where.is_here:
+        raise NotSupportedError(
+            f"no domain of another host is started for a run: start {domain.name} yourself, or "
+            f"run nbdbackupctl on {connection.where.name}",
+            domain=domain.name,
+        )
     if request.settings.start_paused and not domain.is_active():
         prove_start(domain, request.sharing)
     return domain
@@ -136,6 +144,13 @@ def _find(request: BackupRequest, connection: Connection) -> Domain:
 def _images(
     request: BackupRequest, domain: Domain, cancelled: Cancelled
 ) -> AbstractContextManager[Lease | None]:
+    where = domain.connection.where
+    if not where.is_here and not domain.is_active():
+        raise NotSupportedError(
+            f"domain {domain.name} of {where.name} is off, and its images can't be read by ssh: "
+            f"start it, or run nbdbackupctl on that host",
+            domain=domain.name,
+        )
     sharing = replace(request.sharing, disks=disk_filter(request))
     return images_of(domain, request.runtime_dir, request.run_id, cancelled, sharing)
 
@@ -175,6 +190,7 @@ def _run_locked(run: _Run) -> BackupReport:
     state = StateDirectory(request.settings.checkpoint_directory)
     known = set_dir.load()
     check_binding(domain.name, domain.uuid, known)
+    check_host(domain.connection.where, known)
     looked = look(domain)
     records = state.records(domain.uuid)
     chain = reconcile.of_set(set_dir, known, records)
@@ -287,6 +303,19 @@ def check_binding(name: str, uuid: str, known: BackupSet) -> None:
             raise RepositoryError(
                 f"the set belongs to domain {point.domain} with UUID {point.uuid}, "
                 f"not to {name} with UUID {uuid}: give another directory with -o"
+            )
+
+
+def check_host(where: Where, known: BackupSet) -> None:
+    """A chain belongs to one host: another one may have the same UUIDs. Raises RepositoryError."""
+    own = "" if where.is_here else metadata.host_item(where).digest
+    for point in known.points:
+        found = next((each.sha256 for each in point.files if each.role == metadata.HOST), "")
+        if found != own:
+            held = "another host, which was saved by ssh" if found else "a host by its own run"
+            raise RepositoryError(
+                f"the set holds point {point.id} of {held}, not of {where.name}: give another "
+                f"directory with -o"
             )
 
 

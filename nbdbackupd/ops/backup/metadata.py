@@ -1,12 +1,14 @@
 """What a point holds beside the disks: definition, firmware, TPM state, what the guest tells.
 
-Collecting reads libvirt only; saving copies files of this host. A component that the domain
+Collecting reads libvirt only; saving copies files of the domain's host. A component that the domain
 declares and that can't be read costs a warning, never the backup (F-92).
 """
 
+import hashlib
 import json
 import logging
 import os
+import stat
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from nbdbackupd.repo import layout
 from nbdbackupd.repo.draft import Draft
 from nbdbackupd.virt import guest
 from nbdbackupd.virt.domain import Domain, GuestState
+from nbdbackupd.where import HERE, Where
 
 log = logging.getLogger(__name__)
 GUEST_INFO_SECONDS: Final = 10.0
@@ -28,6 +31,9 @@ DOMAIN_XML: Final = "domain-xml"
 DOMAIN_XML_LIVE: Final = "domain-xml-live"
 GUEST_INFO: Final = "guest-info"
 MACHINE: Final = "machine"
+HOST: Final = "host"
+"""The id of another host than ours that the domain was saved on, as the file's content."""
+
 TPM_STATE: Final = "tpm-state"
 BOOT_ROLES: Final = frozenset({"loader", "nvram", "kernel", "initrd"})
 """Stored once in a set as long as they don't change; a vTPM's files are small and tell a path."""
@@ -46,14 +52,23 @@ class Item:
     source: Path | None = None
     inner: str = ""
 
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of ``data``, hexadecimal."""
+        return hashlib.sha256(self.data).hexdigest()
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Collected:
-    """All items of a domain, what could not be found, and libvirt's autostart flag."""
+    """All items of a domain, what could not be found, and libvirt's autostart flag.
+
+    ``where``: the host that the files are of.
+    """
 
     items: tuple[Item, ...]
     warnings: tuple[str, ...]
     autostart: bool
+    where: Where = HERE
 
 
 def collect(domain: Domain, definition: domain_model.Domain) -> Collected:
@@ -68,9 +83,22 @@ def collect(domain: Domain, definition: domain_model.Domain) -> Collected:
     nvram = definition.nvram or _chosen_nvram(domain, definition)
     items += boot_files(replace(definition, nvram=nvram), warnings)
     items += _guest_info(domain, definition)
+    where = domain.connection.where
     if definition.has_tpm:
-        items += _tpm_items(_tpm_directories(domain, definition), warnings)
-    return Collected(items=tuple(items), warnings=tuple(warnings), autostart=domain.has_autostart())
+        items += _tpm_items(_tpm_directories(domain, definition), warnings, where)
+    if not where.is_here:
+        items.append(host_item(where))
+    return Collected(
+        items=tuple(items),
+        warnings=tuple(warnings),
+        autostart=domain.has_autostart(),
+        where=where,
+    )
+
+
+def host_item(where: Where) -> Item:
+    """What binds a set to another host than ours: the same bytes in each of its points."""
+    return Item(role=HOST, data=f"{where.id}\n".encode(), inner=where.id)
 
 
 def boot_files(definition: domain_model.Domain, warnings: list[str]) -> list[Item]:
@@ -83,7 +111,7 @@ def boot_files(definition: domain_model.Domain, warnings: list[str]) -> list[Ite
         ("initrd", definition.initrd),
     ):
         if path and not Path(path).is_absolute():
-            warnings.append(f"the {role} is not saved: {path} is no file of this host")
+            warnings.append(f"the {role} is not saved: {path} is no file of its host")
         elif path:
             items.append(Item(role=role, source=Path(path), inner=Path(path).name))
     return items
@@ -109,8 +137,10 @@ def save(
             warnings.append(f"the {item.role} is not saved: {item.source} has too long a path")
             continue
         try:
-            shared = draft.share(item.source, item.role, held) if item.role in BOOT_ROLES else None
-            files.append(shared or draft.copy_file(name, item.source, item.role))
+            with collected.where.near(item.source) as file:
+                shared = draft.share(file, item.role, held) if item.role in BOOT_ROLES else None
+                stored = shared or draft.copy_file(name, file, item.role)
+            files.append(replace(stored, origin=os.fspath(item.source.absolute())))
         except SourceError as err:
             draft.discard(name)
             warnings.append(f"the {item.role} is not saved: {err.message}")
@@ -151,31 +181,31 @@ def _chosen_nvram(domain: Domain, definition: domain_model.Domain) -> str:
         return ""
     name = f"{domain.name}_VARS.fd"
     places = [each / "qemu/nvram" / name for each in vtpm.state_directories(domain.connection.uri)]
-    return next((os.fspath(place) for place in places if place.is_file()), "")
+    where = domain.connection.where
+    return next((path for path in map(os.fspath, places) if where.facts(path) is not None), "")
 
 
-def _tpm_items(candidates: list[Path], warnings: list[str]) -> list[Item]:
+def _tpm_items(candidates: list[Path], warnings: list[str], where: Where) -> list[Item]:
     """List the files of the first of ``candidates`` that is there."""
-    found = next((path for path in candidates if path.exists()), None)
-    if found is None:
+    kinds = {path: where.facts(os.fspath(path)) for path in candidates}
+    found, facts = next(((path, each) for path, each in kinds.items() if each), (None, None))
+    if found is None or facts is None:
         looked = " or ".join(str(path) for path in candidates)
         warnings.append(f"the TPM's state is not saved: it is not at {looked}")
         return []
-    if found.is_file():
+    if stat.S_ISREG(facts.mode):
         return [Item(role=TPM_STATE, source=found, inner=found.name)]
-    items: list[Item] = []
-
-    def refuse(err: OSError) -> None:
-        warnings.append(f"the TPM's state is not saved completely: {err.filename}: {err.strerror}")
-
-    for directory, below, names in os.walk(found, onerror=refuse):
-        below.sort()
-        for name in sorted(names):
-            path = Path(directory, name)
-            # swtpm's lock file and what is written at the moment come and go
-            if name != ".lock" and path.is_file() and not path.is_symlink():
-                inner = os.fspath(path.relative_to(found))
-                items.append(Item(role=TPM_STATE, source=path, inner=inner))
+    try:
+        paths = where.tree(found)
+    except (OSError, SourceError) as err:
+        warnings.append(f"the TPM's state is not saved: {err}")
+        return []
+    items = [
+        Item(role=TPM_STATE, source=path, inner=os.fspath(path.relative_to(found)))
+        for path in paths
+        # swtpm's lock file and what is written at the moment come and go
+        if path.name != ".lock"
+    ]
     if not items:
         warnings.append(f"the TPM's state is not saved: {found} holds no file")
     return items

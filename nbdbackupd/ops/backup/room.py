@@ -71,9 +71,8 @@ def shortage(
 
 
 def _beside(looked: Looked) -> int:
-    """Bytes of the files of this host that a set has a copy of (``metadata.py``)."""
-    found, total = looked.definition, 0
-    for path in (found.loader, found.nvram, found.kernel, found.initrd):
-        with contextlib.suppress(OSError):
-            total += Path(path).stat().st_size if path else 0
-    return total
+    """Bytes of the files of the domain's host that a set has a copy of (``metadata.py``)."""
+    found = looked.definition
+    paths = (found.loader, found.nvram, found.kernel, found.initrd)
+    facts = [looked.where.facts(path) for path in paths if path]
+    return sum(each.size for each in facts if each is not None)

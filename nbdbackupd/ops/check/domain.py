@@ -21,10 +21,10 @@ from nbdbackupd.ops.domain import accounts, domains
 from nbdbackupd.ops.domain.survey import LOCAL_TYPES
 from nbdbackupd.qemu import image
 from nbdbackupd.repo.state import StateDirectory
-from nbdbackupd.source import scratch
 from nbdbackupd.units import human_size
 from nbdbackupd.virt import features, guest
 from nbdbackupd.virt.domain import GuestState
+from nbdbackupd.where import HERE
 
 AGENT_SECONDS = 3.0
 QCOW2 = "qcow2"
@@ -266,7 +266,7 @@ def scratch_space(patient: Patient, notes: Notes) -> None:
         advice = "give another one: scratch.directory, or --scratch-dir"
         notes.fail(f"{directory} is no directory", advice)
         return
-    free = scratch.free_bytes(directory)
+    free = HERE.free_bytes(directory)
     where = f"{request.scratch_dir} has {human_size(free)} free"
     if directory != request.scratch_dir:
         where = f"{request.scratch_dir} will be made; {directory} has {human_size(free)} free"

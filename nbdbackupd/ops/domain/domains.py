@@ -6,6 +6,7 @@ Also a transient one that has ended and that libvirt has forgotten.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -13,13 +14,34 @@ from nbdbackupd import log
 from nbdbackupd.errors import BusyError, ConfigError, DomainNotFoundError, NbdbackupError
 from nbdbackupd.model.host import Host
 from nbdbackupd.repo.runs import boot_id
-from nbdbackupd.source import kept
+from nbdbackupd.source import kept, ssh
 from nbdbackupd.virt import connection, instance, jobs
 from nbdbackupd.virt.connection import Connection
 from nbdbackupd.virt.domain import Domain, EndedDomain, Ending
 
 SETTLE_SECONDS: Final = 10.0
+HOSTS: Final = "hosts"
+ID_LENGTH: Final = 16
 POLL_SECONDS: Final = 0.1
+
+
+@contextmanager
+def connect_by_ssh(host: Host) -> Iterator[tuple[Connection, Host]]:
+    """Open the connection to the libvirt of another host, whose files are reached as well.
+
+    What we keep of that host's domains lies apart from what is of this one's, and of others.
+    Raises ConfigError, DomainError, SourceError.
+    """
+    password = _password(host.password_file)
+    with (
+        log.hidden(password),
+        ssh.connected(
+            host.uri, host.runtime_dir, host.ssh_config, user=host.user, password=password
+        ) as opened,
+    ):
+        own = Path(HOSTS, opened.where.id[:ID_LENGTH])
+        runtime_dir, state_dir = host.runtime_dir / own, host.state_dir / own
+        yield opened, replace(host, runtime_dir=runtime_dir, state_dir=state_dir)
 
 
 @contextmanager
@@ -99,7 +121,8 @@ def instance_of(domain: Domain) -> str:
 
     libvirt's numbers begin anew with the host.
     """
-    boot = boot_id()
+    where = domain.connection.where
+    boot = boot_id() if where.is_here else where.boot
     try:
         number = instance.number(domain)
     except NbdbackupError:

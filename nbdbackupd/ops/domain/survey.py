@@ -1,7 +1,6 @@
 """A look at the domain before a run: its disks, their images, and how each is to be read."""
 
 import logging
-import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from nbdbackupd.model.plan import DiskPlan, DiskState, lost_disks, plan_disks
 from nbdbackupd.model.selection import ImageFacts, Selection, select_disks
 from nbdbackupd.qemu import image
 from nbdbackupd.virt.domain import Domain
+from nbdbackupd.where import HERE, Where
 
 log = logging.getLogger(__name__)
 LOCAL_TYPES = ("file", "block")
@@ -59,7 +59,7 @@ class Looked:
 
     ``infos`` is qemu-img's JSON, ``chains`` the same parsed. ``states`` lacks disks that have no
     image, or one that can't be looked at: ``problems`` says why. ``is_active``: a QEMU had the
-    images open.
+    images open. ``where``: the host that they lie on.
     """
 
     definition: domain_model.Domain
@@ -68,6 +68,7 @@ class Looked:
     chains: Mapping[str, tuple[image.ImageInfo, ...]]
     states: Mapping[str, DiskState]
     problems: Mapping[str, str] = field(default_factory=dict)
+    where: Where = HERE
 
     @property
     def encrypted(self) -> tuple[str, ...]:
@@ -99,7 +100,8 @@ def look(domain: Domain) -> Looked:
     definition = _with_paths(domain, domain.definition())
     problems: dict[str, str] = {}
     disks = [disk for disk in definition.disks if disk.device == "disk"]
-    infos = {disk.target: _info(disk, problems) for disk in disks}
+    where = domain.connection.where
+    infos = {disk.target: _info(disk, problems, where) for disk in disks}
     chains = {target: image.parse_chain(text) for target, text in infos.items() if text}
     states = {}
     for disk in disks:
@@ -117,6 +119,7 @@ def look(domain: Domain) -> Looked:
         chains=chains,
         states=states,
         problems=problems,
+        where=where,
     )
 
 
@@ -131,7 +134,7 @@ def _state(
     return DiskState(
         size=size,
         serial=disk.serial,
-        layers=_layers(disk, chain),
+        layers=_layers(disk, chain, domain.connection.where),
         bitmaps={
             each.filename: {bitmap.name: _is_sound(bitmap) for bitmap in each.bitmaps}
             for each in chain
@@ -190,25 +193,26 @@ def _with_path(domain: Domain, disk: domain_model.Disk) -> domain_model.Disk:
         return disk
     pool, _, volume = disk.source.partition("/")
     try:
-        path = Path(domain.volume_path(pool, volume))
+        path = domain.volume_path(pool, volume)
     except DomainError as err:
         log.warning("disk %s: %s", disk.target, err)
         return disk
-    if not path.exists():
-        # of a pool that is no directory of this host: libvirt's notation tells more
+    facts = domain.connection.where.facts(path)
+    if facts is None:
+        # of a pool that is no directory of the host: libvirt's notation tells more
         return disk
     return replace(
         disk,
-        type="block" if path.is_block_device() else "file",
-        source=os.fspath(path),
-        layers=(ImageLayer(os.fspath(path), disk.format), *disk.layers[1:]),
+        type="block" if stat.S_ISBLK(facts.mode) else "file",
+        source=path,
+        layers=(ImageLayer(path, disk.format), *disk.layers[1:]),
     )
 
 
 def _state_of_drive(domain: Domain, looked: Looked, target: str) -> DiskState:
     """A CD or floppy that is to be saved; of a disk it raises why it can't be looked at."""
     disk = looked.definition.disk(target)
-    text = _info(disk, {})
+    text = _info(disk, {}, looked.where)
     chain = image.parse_chain(text) if text else ()
     return _state(domain, disk, chain, is_active=looked.is_active)
 
@@ -218,7 +222,7 @@ def _missing(looked: Looked) -> dict[str, str]:
     return {target: why for target, why in looked.problems.items() if target not in looked.states}
 
 
-def _info(disk: domain_model.Disk, problems: dict[str, str]) -> str:
+def _info(disk: domain_model.Disk, problems: dict[str, str], where: Where) -> str:
     """qemu-img's JSON of the backing chain, or nothing where there is no image to look at.
 
     Why one can't be looked at is added to ``problems``.
@@ -226,7 +230,7 @@ def _info(disk: domain_model.Disk, problems: dict[str, str]) -> str:
     if disk.type not in LOCAL_TYPES or not disk.source:
         return ""
     try:
-        text = image.info_json(Path(disk.source), format=disk.format, chain=True)
+        text = image.info_json(Path(disk.source), format=disk.format, chain=True, where=where)
         image.parse_chain(text)
     except (ProcessError, FormatError) as err:
         problems[disk.target] = err.message
@@ -234,20 +238,19 @@ def _info(disk: domain_model.Disk, problems: dict[str, str]) -> str:
     return text
 
 
-def _layers(disk: domain_model.Disk, chain: tuple[image.ImageInfo, ...]) -> tuple[ImageLayer, ...]:
+def _layers(
+    disk: domain_model.Disk, chain: tuple[image.ImageInfo, ...], where: Where
+) -> tuple[ImageLayer, ...]:
     """What tells the disk's images from others; from the XML where the files can't be seen."""
     if not chain:
         return disk.layers
-    return tuple(image_layer(each.filename, each.format) for each in chain)
+    return tuple(image_layer(each.filename, each.format, where) for each in chain)
 
 
-def image_layer(path: str, image_format: str) -> ImageLayer:
-    """An image with what tells its file from others, where it is one of this host."""
-    try:
-        status = os.stat(path)  # noqa: PTH116 - a name that may be no path at all
-    except (OSError, ValueError):
-        return ImageLayer(path, image_format)
-    if stat.S_ISREG(status.st_mode):
-        return ImageLayer(path, image_format, status.st_dev, status.st_ino)
+def image_layer(path: str, image_format: str, where: Where = HERE) -> ImageLayer:
+    """An image with what tells its file from others, where it is one of the host."""
+    facts = where.facts(path)
+    if facts is not None and stat.S_ISREG(facts.mode):
+        return ImageLayer(path, image_format, facts.device, facts.inode)
     # a block device's node is made anew at each boot: its path is what stays
     return ImageLayer(path, image_format)
