@@ -88,7 +88,9 @@ class Watch:
             # first, also for others who want to end the job
             is_settled = self._post.settle()
             is_done = self._try(is_settled=is_settled) if self.charge.is_reachable else True
-            self._is_job_gone = self._is_job_gone or self._post.kept.has_ended()
+            # what leads to another host ends with its ssh, and the job does not
+            if not self.charge.host and self._post.kept.has_ended():
+                self._is_job_gone = True
             is_done = is_done or (self._is_job_gone and self._is_thawed)
             is_closed = self._post.kept.wait_closed()
             if is_done and is_closed:
