@@ -8,6 +8,8 @@ from collections.abc import Generator
 
 import pytest
 
+from tests.lib import ctl
+
 pytest_plugins = ["tests.lib.fresh"]
 
 
@@ -28,9 +30,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="chosen",
         help="which system tests are run on the other release of Debian, too: chosen, or all",
     )
+    parser.addoption(
+        "--programs",
+        action="store_true",
+        help="start each command line as a program of its own, not from one with its modules",
+    )
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    ctl.are_programs = config.getoption("--programs")
     # under nohup SIGHUP is ignored, and so it would be by all that the tests start
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     # and SIGINT in the background of a shell

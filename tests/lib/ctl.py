@@ -1,4 +1,4 @@
-"""Driving ``nbdbackupctl`` as other programs do: a subprocess from the checkout."""
+"""Driving ``nbdbackupctl`` as other programs do: a process from the checkout."""
 
 import json
 import os
@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-PYTHON = "/usr/bin/python3"
+from tests.lib import ready
+
+ROOT = ready.ROOT
+PYTHON = ready.PYTHON
 SECONDS = 110.0
+are_programs = False
+"""Whether even what runs to its end in a plain environment is started as a program of its own."""
 WARNING = re.compile(r"^warning\b", re.MULTILINE)
 WITH_STATE = (
     "backup",
@@ -25,6 +29,8 @@ WITH_STATE = (
     "verify",
 )
 WITH_SCRATCH = ("backup", "boot", "export")
+PROGRAMS = ("map", "mount", "unmap", "unmount")
+"""Verbs that are always programs of their own: what they start goes on after them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +93,15 @@ class Ctl:
 
         Raises AssertionError with both outputs if it is another one.
         """
-        done = subprocess.run(
-            self.argv(verb, *arguments), cwd=ROOT, env=self.environment, text=True,
-            stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False,
-        )  # fmt: skip
-        result = Result(done.returncode, done.stdout, done.stderr)
+        argv = self.argv(verb, *arguments)
+        if self._is_forked(argv, verb):
+            result = Result(*ready.ready().run(argv[2:], self.environment, SECONDS))
+        else:
+            done = subprocess.run(
+                argv, cwd=ROOT, env=self.environment, text=True,
+                stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False,
+            )  # fmt: skip
+            result = Result(done.returncode, done.stdout, done.stderr)
         assert code is None or result.code == code, (
             f"{verb} {arguments}: exit code {result.code}, expected {code}\n"
             f"{result.stdout}\n{result.stderr}"
@@ -102,6 +112,10 @@ class Ctl:
             f"{verb} {arguments}: a warning with exit code 0\n{result.stdout}\n{result.stderr}"
         )
         return result
+
+    def _is_forked(self, argv: list[str], verb: str) -> bool:
+        is_plain = self.environment.keys() <= ready.VARIABLES and argv[:2] == [PYTHON, "-m"]
+        return is_plain and verb not in PROGRAMS and not are_programs
 
     @contextmanager
     def start(
