@@ -5,10 +5,14 @@ so that two chains of one domain can be told apart, and a name is used for one p
 a bitmap of a point's name was made for that point and nothing else.
 """
 
+import re
 import uuid
 from typing import Final
 
 PREFIX: Final = "nbdbackup"
+CHAIN_NAME: Final = re.compile("[a-z0-9_]{1,32}", re.ASCII)
+"""What people may call a chain."""
+
 NAMESPACE: Final = uuid.UUID("5a0b8d3e-6c5c-4d4f-9a0e-8b1f6f1c7a52")
 """For a QEMU that was given no UUID: its set goes by the name that the user gives it."""
 
@@ -16,6 +20,11 @@ NAMESPACE: Final = uuid.UUID("5a0b8d3e-6c5c-4d4f-9a0e-8b1f6f1c7a52")
 def tag_of_chain(chain: str) -> str:
     """What tells a chain's names from those of others: what follows the last dash of its id."""
     return chain.rpartition("-")[2]
+
+
+def named_chain(run_id: str, name: str) -> str:
+    """The id of the chain that a run begins; ``name`` takes the place of the run's own mark."""
+    return f"{run_id.rpartition('-')[0]}-{name}" if name else run_id
 
 
 def checkpoint_prefix(chain: str) -> str:

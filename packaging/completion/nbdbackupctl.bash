@@ -58,8 +58,8 @@ _nbdbackupctl_options() {
         ;;
     backup)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet -l --level -o --output -i --include -x --exclude
-        --raw -z --compress --no-compress --digest -t --type --extents --freeze -F
+        --runtime-dir -v --verbose -q --quiet -l --level -o --output --chain -i --include -x
+        --exclude --raw -z --compress --no-compress --digest -t --type --extents --freeze -F
         --freeze-mountpoint --scratch-dir --scratch-reserve --qmp --agent -S --start-paused
         --pause --checkpoint-dir --threshold --strict --limit-rate -w --workers --wait --timeout
         --ssh-config'
@@ -217,14 +217,14 @@ _nbdbackupctl_positional() {
 # $1: the verb, $2: an option; what its value is, nothing if it takes none
 _nbdbackupctl_kind() {
     case "$1:$2" in
-    *:-c | *:--connect | *:--user | *:-i | *:--include | *:-x | *:--exclude | backup:-z | \
-    backup:--compress | *:-F | *:--freeze-mountpoint | *:--scratch-reserve | *:--qmp | \
-    *:--agent | *:--threshold | *:--limit-rate | *:-w | *:--workers | *:--wait | *:--timeout | \
-    log:-n | *:--point | *:--until | *:--at | *:-d | *:--disk | *:--pool | *:--since | *:-j | \
-    *:--jobs | *:--bandwidth-limit | *:--name | *:--socket | *:--tcp | *:--device | *:--cache \
-    | *:--memory | *:-p | *:--partition | *:--older-than | *:--limit | *:--boot-wait | \
-    *:--boot-timeout | *:--boot-memory | *:--boot-name | *:--note | *:--uuid | *:--drop | \
-    *:--reason | *:--warning | *:--critical | *:--lines | *:--run)
+    *:-c | *:--connect | *:--user | *:--chain | *:-i | *:--include | *:-x | *:--exclude | \
+    backup:-z | backup:--compress | *:-F | *:--freeze-mountpoint | *:--scratch-reserve | \
+    *:--qmp | *:--agent | *:--threshold | *:--limit-rate | *:-w | *:--workers | *:--wait | \
+    *:--timeout | log:-n | *:--point | *:--until | *:--at | *:-d | *:--disk | *:--pool | \
+    *:--since | *:-j | *:--jobs | *:--bandwidth-limit | *:--name | *:--socket | *:--tcp | \
+    *:--device | *:--cache | *:--memory | *:-p | *:--partition | *:--older-than | *:--limit | \
+    *:--boot-wait | *:--boot-timeout | *:--boot-memory | *:--boot-name | *:--note | *:--uuid | \
+    *:--drop | *:--reason | *:--warning | *:--critical | *:--lines | *:--run)
         echo 'other'
         ;;
     *:--password-file | *:--ssh-config | *:--sequence | *:--tls-psk | files:-f | *:--file)

@@ -13,7 +13,7 @@ from tests.lib.scene import WARNED, Saved, Scene, assert_same, scene, scene_of
 
 pytestmark = pytest.mark.system
 KIB = 1024
-USAGE, DOMAIN, REPOSITORY = 2, 20, 50
+USAGE, CONFIG, DOMAIN, REPOSITORY = 2, 10, 20, 50
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,10 @@ def test_levels_make_one_chain(here: Scene) -> None:
     assert (copy.point["level"], copy.point["checkpoint"]) == ("copy", "")
     # a copy is no base
     assert "needs a full first" in here.refuse("-l", "inc", code=REPOSITORY)
-    full = here.save()
+    full = here.save("--chain", "mine_1")
     assert full.point["level"] == "full"
-    assert here.checkpoints() == [full.point["checkpoint"]]
+    assert here.checkpoints() == [full.point["checkpoint"]] == [f"nbdbackup.mine_1.{full.id}"]
+    assert "of this set is mine_1, not weekly" in here.refuse("--chain", "weekly", code=CONFIG)
     assert "already holds a full" in here.refuse("-l", "full", code=REPOSITORY)
 
     here.guest.write("vda", 5 * MIB, 64 * KIB, 1)

@@ -63,6 +63,27 @@ def test_each_point_of_a_chain(qemu: Process, ctl: RiggedCtl, tmp_path: Path, se
         assert raw.read_bytes() == qemu.contents()[disk]
 
 
+def test_a_chain_by_name(qemu: Process, ctl: RiggedCtl, tmp_path: Path, seed: int) -> None:
+    """The first run names it; no other chain of the machine gets that name."""
+    rng, into, other = random.Random(seed), tmp_path / "set", tmp_path / "other"
+    qemu.scribble(rng)
+    full = qemu.backup(ctl, into, "--raw", "--chain", "nightly")["point"]
+    assert full["chain"].endswith("-nightly")
+    assert qemu.bitmaps() == {f"nbdbackup.nightly.{full['id']}"}
+    for options in ((), ("--chain", "nightly")):
+        qemu.scribble(rng)
+        assert qemu.backup(ctl, into, "--raw", *options)["point"]["chain"] == full["chain"]
+    words = ("backup", "--qmp", qemu.socket, "vm7", "-o")
+    said = ctl(*words, into, "--chain", "weekly", code=10).stderr
+    assert "the chain of this set is nightly, not weekly" in said
+    said = ctl(*words, other, "--chain", "nightly", code=10).stderr
+    assert "has a chain nightly already" in said
+    assert "a-z, 0-9 and _" in ctl(*words, other, "--chain", "a.b", code=2).stderr
+    assert "begins no chain" in ctl(*words, other, "--chain", "a", "-l", "copy", code=2).stderr
+    ctl("checkpoints", "--qmp", qemu.socket, "vm7", "--drop", "nightly", code=None)
+    assert qemu.bitmaps() == set()
+
+
 def test_as_proxmox_starts_it(ctl: RiggedCtl, tmp_path: Path, seed: int) -> None:
     """Eight disks at one instant, by filters: QEMU's are gone afterwards, whatever ends a run."""
     rng, into, expected = random.Random(seed), tmp_path / "set", {}

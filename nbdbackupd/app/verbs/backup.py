@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from nbdbackupd import log as runlog
 from nbdbackupd.app import held, signals
-from nbdbackupd.app.arguments import Arguments, add_settings, directory, given
+from nbdbackupd.app.arguments import Arguments, add_settings, argument, directory, given
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
 from nbdbackupd.config import schema
 from nbdbackupd.config.schema import DomainSettings
 from nbdbackupd.errors import WARNED, UsageError
 from nbdbackupd.model.chain import Layout, Level
+from nbdbackupd.model.naming import CHAIN_NAME
 from nbdbackupd.model.policy import FreezePolicy
 from nbdbackupd.ops.backup import backup, prepare, standalone
 from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
@@ -58,21 +59,14 @@ def register(verbs: Registry) -> None:
         type=directory,
         help="directory of the set (default: as the configuration says)",
     )
-    disks = parser.add_argument_group("disks")
-    add_settings(disks, "disks")
-    disks.add_argument(
-        "-t",
-        "--type",
-        choices=("stream", "raw"),
-        default="stream",
-        help="stream (default), or raw: one full raw image for each disk, level copy only",
+    parser.add_argument(
+        "--chain",
+        metavar="NAME",
+        type=chain_name,
+        help="what a chain that begins is called in the names of its checkpoints and bitmaps; one "
+        "that goes on has to be called so (default: a mark of its first run)",
     )
-    disks.add_argument(
-        "--extents",
-        choices=("own", "nbdinfo"),
-        default="own",
-        help="who asks for extents: we (default) or the nbdinfo tool, to cross-check",
-    )
+    _add_disks(parser.add_argument_group("disks"))
     guest = parser.add_argument_group("guest")
     add_settings(guest, "guest")
     guest.add_argument(
@@ -91,6 +85,31 @@ def _add_ssh(how: argparse._ArgumentGroup) -> None:
         type=Path,
         help="ssh's configuration for '-c qemu+ssh://' (default: as ssh has it)",
     )
+
+
+def _add_disks(disks: argparse._ArgumentGroup) -> None:
+    add_settings(disks, "disks")
+    disks.add_argument(
+        "-t",
+        "--type",
+        choices=("stream", "raw"),
+        default="stream",
+        help="stream (default), or raw: one full raw image for each disk, level copy only",
+    )
+    disks.add_argument(
+        "--extents",
+        choices=("own", "nbdinfo"),
+        default="own",
+        help="who asks for extents: we (default) or the nbdinfo tool, to cross-check",
+    )
+
+
+@argument
+def chain_name(text: str) -> str:
+    """A name for a chain."""
+    if not CHAIN_NAME.fullmatch(text):
+        raise ValueError("up to 32 of a-z, 0-9 and _ are a chain's name")
+    return text
 
 
 def run(args: Arguments, context: Context) -> int:
@@ -172,6 +191,7 @@ def _by_ssh(
             level=Level(args.level),
             layout=Layout(args.type),
             by_nbdinfo=args.extents == "nbdinfo",
+            chain_name=args.chain or "",
         )
         return request, backup.run(request, connection, progress=moved, cancelled=cancelled)
 
@@ -203,6 +223,7 @@ def _standalone(
         level=level,
         layout=Layout(args.type),
         by_nbdinfo=args.extents == "nbdinfo",
+        chain_name=args.chain or "",
     )
     report = standalone.run(request, progress=progress, cancelled=cancelled)
     return request, report
@@ -232,6 +253,7 @@ def _request(
         level=level,
         layout=Layout(args.type),
         by_nbdinfo=args.extents == "nbdinfo",
+        chain_name=args.chain or "",
     )
 
 
@@ -245,6 +267,8 @@ def with_options(args: Arguments, settings: DomainSettings) -> DomainSettings:
         if args.level != "copy" or found.get("compression") is not None:
             raise UsageError("--type raw needs '-l copy' and goes without --compress")
         found["compression"] = None
+    if args.chain and args.level == "copy":
+        raise UsageError("--chain and '-l copy' exclude one another: a copy begins no chain")
     if settings.qmp is None and "qmp" not in found and "agent" in found:
         raise UsageError("--agent needs --qmp: libvirt speaks to the agents of its domains")
     policy, is_some = found.get("freeze_policy"), "freeze_mountpoints" in found

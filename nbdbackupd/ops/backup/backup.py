@@ -38,7 +38,7 @@ from nbdbackupd.ops.backup.run import BackupRun
 from nbdbackupd.ops.backup.sources import LibvirtDomain, changed_bytes
 from nbdbackupd.ops.checkpoints import foreign, leftovers, reconcile
 from nbdbackupd.ops.checkpoints.checkpoints import OWNER as CHECKPOINTS
-from nbdbackupd.ops.checkpoints.others import OtherChain, other_chains
+from nbdbackupd.ops.checkpoints.others import OtherChain, check_name, other_chains
 from nbdbackupd.ops.domain import domains, endings, locks
 from nbdbackupd.ops.domain.images import images_of, note_saved, prove_start
 from nbdbackupd.ops.domain.survey import DiskFilter, Looked, Survey, look, survey_domain
@@ -334,9 +334,11 @@ def _others(
 ) -> tuple[OtherChain, ...]:
     """Other chains whose bitmaps the domain carries (L-1)."""
     carried = reconcile.carried(run.domain, looked)
+    names = carried.union(checkpoints.names(run.domain)).difference(dead)
+    check_name(run.domain.name, run.request.chain_name, known, names, records)
     return other_chains(
         run.domain.name,
-        carried.union(checkpoints.names(run.domain)).difference(dead),
+        names,
         records,
         [point.chain for point in known.points],
         carried=carried,

@@ -22,7 +22,9 @@ class BackupRequest:
     have decided. ``sharing`` is what is known of other hosts. ``only_off``: save nothing if the
     domain runs. ``ending``: how its guest ended before the host was booted, if that is known.
     ``retired``: the caller removes the checkpoints of the other sets in that directory.
-    ``may_make_room``: make no point if it may not fit; the caller sees to that, and asks again.
+    ``chain_name``: what tells the chain's checkpoints from others', if this run begins it; empty:
+    the run's own mark. ``may_make_room``: make no point if it may not fit; the caller sees to that,
+    and asks again.
     """
 
     domain: str
@@ -39,6 +41,7 @@ class BackupRequest:
     only_off: bool = False
     ending: Ending = Ending.UNKNOWN
     retired: Path | None = None
+    chain_name: str = ""
     may_make_room: bool = False
 
 

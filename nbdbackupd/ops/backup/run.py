@@ -7,7 +7,7 @@ from typing import Protocol
 
 from nbdbackupd.errors import NbdbackupError
 from nbdbackupd.model.chain import BackupSet, Level, RestorePoint
-from nbdbackupd.model.naming import checkpoint_prefix
+from nbdbackupd.model.naming import checkpoint_prefix, named_chain
 from nbdbackupd.ops.backup.metadata import Collected
 from nbdbackupd.ops.backup.request import BackupRequest
 from nbdbackupd.ops.domain.survey import Survey
@@ -74,8 +74,10 @@ class BackupRun:
     @property
     def chain(self) -> str:
         """The chain's id: that of the full that began it, or of a copy that stands alone."""
-        full = self.known.full
-        return full.chain if full is not None else self.request.run_id
+        full, request = self.known.full, self.request
+        if full is not None:
+            return full.chain
+        return named_chain(request.run_id, request.chain_name)
 
     @property
     def checkpoint(self) -> str:

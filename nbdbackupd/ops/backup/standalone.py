@@ -25,7 +25,7 @@ from nbdbackupd.ops.backup.request import BackupReport, BackupRequest
 from nbdbackupd.ops.backup.run import BackupRun
 from nbdbackupd.ops.backup.sources import quiet_of
 from nbdbackupd.ops.checkpoints import bitmaps, leftovers, reconcile
-from nbdbackupd.ops.checkpoints.others import OtherChain, other_chains
+from nbdbackupd.ops.checkpoints.others import OtherChain, check_name, other_chains
 from nbdbackupd.ops.domain import endings
 from nbdbackupd.ops.domain import qemu as qemus
 from nbdbackupd.ops.domain.qemu import Qemu
@@ -211,10 +211,12 @@ def _others(
     known: BackupSet,
 ) -> tuple[OtherChain, ...]:
     """As of a domain of libvirt: chains whose bitmaps the disks carry beside this one's."""
+    records = state.records(qemu.uuid)
+    check_name(qemu.name, request.chain_name, known, names, records)
     return other_chains(
         qemu.name,
         names,
-        state.records(qemu.uuid),
+        records,
         [point.chain for point in known.points],
         carried=names,
         retired=request.retired,

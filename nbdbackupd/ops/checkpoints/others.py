@@ -6,6 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdbackupd.errors import ConfigError
+from nbdbackupd.model.chain import BackupSet
 from nbdbackupd.model.naming import tag_of, tag_of_chain
 from nbdbackupd.repo.state import Record
 
@@ -71,6 +73,30 @@ def other_chains(
                 continue
             found.append(OtherChain(domain=domain, tag=tag, set=os.fspath(path), is_gone=gone))
     return tuple(found)
+
+
+def check_name(
+    domain: str, name: str, known: BackupSet, names: Iterable[str], records: Collection[Record]
+) -> None:
+    """See that a chain may have the name that its user gives it; empty is fine.
+
+    ``names``: the checkpoints and bitmaps that there are. Raises ConfigError if the set's chain has
+    another one, or another chain of the domain has this one.
+    """
+    if not name:
+        return
+    if known.full is not None:
+        own = tag_of_chain(known.full.chain)
+        if own != name:
+            raise ConfigError(
+                f"the chain of this set is {own}, not {name}: leave --chain out, or begin another "
+                f"set with another -o"
+            )
+    elif name in {tag_of(each) for each in names} | {tag_of_chain(each.chain) for each in records}:
+        raise ConfigError(
+            f"domain {domain} has a chain {name} already: give another --chain, or if no backup "
+            f"goes there any more, remove it with 'nbdbackupctl checkpoints {domain} --drop {name}'"
+        )
 
 
 def _is_gone(path: Path) -> bool:
