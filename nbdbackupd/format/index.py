@@ -2,10 +2,11 @@
 
 Layout, little endian:
 
-* header, 32 bytes: magic ``NBDXIDX1``, u32 version (1, or 2 with zstd or other digests than
-  SHA-256), u32 flags (bit 0: blocks are lz4 frames, bit 1: raw image instead of a stream, bit 2:
-  frames of the stream hold several blocks, as in imported sets, bit 3: blocks are zstd frames, bits
-  8 to 15: kind of the digests, 0 SHA-256, 1 BLAKE3, 2 XXH128), u64 disk size, u64 record count;
+* header, 32 bytes: magic ``NBDXIDX1``, u32 version (1, or 2 with zstd, a qcow2 image, or other
+  digests than SHA-256), u32 flags (bit 0: blocks are lz4 frames, bit 1: raw image instead of a
+  stream, bit 2: frames of the stream hold several blocks, as in imported sets, bit 3: blocks are
+  zstd frames, bit 4: qcow2 image instead of a stream, bits 8 to 15: kind of the digests, 0 SHA-256,
+  1 BLAKE3, 2 XXH128), u64 disk size, u64 record count;
 * records, 64 bytes each: u64 guest offset, u64 length, u64 position of the payload in the
   stream file, u32 stored length, u32 kind (0 data, 1 zero), 32 bytes digest of the guest bytes,
   a shorter one followed by zero bytes (nothing else for kind zero, whose position and stored
@@ -26,17 +27,18 @@ from typing import NamedTuple, Self
 
 from nbdbackupd.errors import IntegrityError, UnsupportedVersionError
 from nbdbackupd.files import File
-from nbdbackupd.model.chain import Codec, DigestKind
+from nbdbackupd.model.chain import Codec, DigestKind, Layout
 
 MAGIC = b"NBDXIDX1"
 VERSION = 1
 NEWER_VERSION = 2
-"""Of an index with blocks in zstd, or digests that are no SHA-256."""
+"""Of an index with blocks in zstd or a qcow2 image, or digests that are no SHA-256."""
 
 FLAG_LZ4 = 1
 FLAG_RAW = 2
 FLAG_FRAMES = 4
 FLAG_ZSTD = 8
+FLAG_QCOW2 = 16
 CODECS = {Codec.NONE: 0, Codec.LZ4: FLAG_LZ4, Codec.ZSTD: FLAG_ZSTD}
 OLD_FLAGS = FLAG_LZ4 | FLAG_RAW | FLAG_FRAMES
 """All that version 1 has."""
@@ -102,10 +104,19 @@ class IndexHeader:
     raw: bool
     frames: bool = False
     digest: DigestKind = DigestKind.SHA256
+    qcow2: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        """What the index describes."""
+        if self.qcow2:
+            return Layout.QCOW2
+        return Layout.RAW if self.raw else Layout.STREAM
 
     def pack(self) -> bytes:
         """The 32 bytes of the header."""
         flags = CODECS[self.codec] + FLAG_RAW * self.raw + FLAG_FRAMES * self.frames
+        flags += FLAG_QCOW2 * self.qcow2
         flags |= DIGESTS.index(self.digest) << DIGEST_BIT
         version = NEWER_VERSION if flags & ~OLD_FLAGS else VERSION
         return HEADER.pack(MAGIC, version, flags, self.disk_size, self.count)
@@ -143,7 +154,9 @@ class Index:
         kind = flags >> DIGEST_BIT
         codecs = [each for each, bits in CODECS.items() if bits == flags & (FLAG_LZ4 | FLAG_ZSTD)]
         wanted = NEWER_VERSION if flags & ~OLD_FLAGS else VERSION
-        known = OLD_FLAGS | FLAG_ZSTD | kind << DIGEST_BIT
+        # a qcow2 image has no other form
+        alone = flags & FLAG_QCOW2
+        known = (alone or OLD_FLAGS | FLAG_ZSTD) | kind << DIGEST_BIT
         if version != wanted or kind >= len(DIGESTS) or flags & ~known or not codecs:
             raise UnsupportedVersionError(
                 "index was written by a newer program", file=self.path, version=version
@@ -159,6 +172,7 @@ class Index:
             bool(flags & FLAG_RAW),
             bool(flags & FLAG_FRAMES),
             DIGESTS[kind],
+            bool(alone),
         )
 
     def __enter__(self) -> Self:

@@ -1,6 +1,7 @@
 """The manifest: one restore point as a JSON file, version 1, or 2 if others were merged into it.
 
-Version 3 is of points with other digests of blocks than SHA-256, version 4 of those with zstd.
+Version 3 is of points with other digests of blocks than SHA-256, version 4 of those with zstd,
+version 5 of those in qcow2 images.
 
 The bytes are canonical: keys sorted, indented by one, ASCII with JSON escapes, a final line feed.
 The member ``digest`` is the SHA-256 (hex) of the same document without that member, in the same
@@ -48,6 +49,9 @@ DIGEST_VERSION: Final = 3
 
 CODEC_VERSION: Final = 4
 """Of a point with a disk in zstd: each disk has ``digest``, and ``codec`` for ``compressed``."""
+
+IMAGE_VERSION: Final = 5
+"""Of a point in qcow2 images that QEMU wrote: each disk has ``sha256``, too."""
 
 MAX_SIZE: Final = 16 << 20
 """A manifest of more bytes is refused unread."""
@@ -175,6 +179,11 @@ _known: Final = _Known()
 def _document(point: RestorePoint) -> dict[str, Any]:
     document: dict[str, Any] = _plain(point)
     del document["digest"]
+    if any(disk.layout is Layout.QCOW2 for disk in point.disks):
+        document["version"] = IMAGE_VERSION
+        return document
+    for disk in document["disks"]:
+        del disk["sha256"]
     if any(disk.codec is Codec.ZSTD for disk in point.disks):
         document["version"] = CODEC_VERSION
         return document
@@ -245,9 +254,9 @@ def _load(data: bytes) -> dict[str, Any]:
     version = document.get("version")
     if type(version) is not int or version < 1:
         raise FormatError("version: missing or no positive number")
-    if version > CODEC_VERSION:
+    if version > IMAGE_VERSION:
         raise UnsupportedVersionError(
-            f"manifest has version {_short(version)}, this program reads {CODEC_VERSION}: "
+            f"manifest has version {_short(version)}, this program reads {IMAGE_VERSION}: "
             f"use a newer program"
         )
     # Other bytes of the same meaning (a key that comes twice, spaces) are damage, too.
@@ -416,6 +425,8 @@ def _parse_point(node: _Node, digest: str) -> RestorePoint:
         raise node.wrong("version", "3 is of points with other digests than SHA-256")
     if version == CODEC_VERSION and all(each.codec is not Codec.ZSTD for each in point.disks):
         raise node.wrong("version", "4 is of points with zstd")
+    if version == IMAGE_VERSION and not point.disks:
+        raise node.wrong("version", "5 is of points in qcow2 images")
     targets = [disk.target for disk in point.disks]
     if len(set(targets)) != len(targets):
         raise node.wrong("disks", "one target comes twice")
@@ -459,6 +470,13 @@ def _codec(node: _Node, version: int) -> Codec:
     return Codec.LZ4 if node.get("compressed", bool) else Codec.NONE
 
 
+def _layout(node: _Node, version: int) -> Layout:
+    """All disks of a point are images that QEMU wrote, or none."""
+    if version >= IMAGE_VERSION:
+        return node.choice("layout", Layout, Layout.STREAM, Layout.RAW)
+    return node.choice("layout", Layout, Layout.QCOW2)
+
+
 def _digest_kind(node: _Node, version: int) -> DigestKind:
     return node.choice("digest", DigestKind) if version >= DIGEST_VERSION else DigestKind.SHA256
 
@@ -477,14 +495,17 @@ def _parse_disk(node: _Node, version: int) -> DiskPoint:
         data_bytes=node.number("data_bytes"),
         zero_bytes=node.number("zero_bytes"),
         codec=_codec(node, version),
-        layout=node.choice("layout", Layout, Layout.QCOW2),
+        layout=_layout(node, version),
         reason=node.text("reason"),
         serial=node.text("serial"),
         layers=node.each("layers", _parse_layer),
         bitmap=node.text("bitmap"),
         digest=_digest_kind(node, version),
+        sha256=node.digest("sha256") if version >= IMAGE_VERSION else "",
     )
     node.done()
+    if version >= IMAGE_VERSION and disk.codec is not Codec.NONE:
+        raise node.wrong("codec", "an image that QEMU wrote is not packed")
     if disk.data_bytes + disk.zero_bytes > disk.size:
         raise node.wrong("data_bytes", "more bytes than the disk has")
     return disk

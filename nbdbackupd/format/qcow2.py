@@ -7,6 +7,7 @@ is used twice would let a small file stand for endless blocks: it is refused.
 Source of the format: QEMU, docs/interop/qcow2.txt.
 """
 
+import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,9 @@ EXTENDED_L2: Final = 1 << 4
 CLUSTER_BITS: Final = range(9, 22)
 MAX_L1: Final = 4 << 20
 """Entries of an L1 table: QEMU's limit of 32 MiB."""
+
+MAX_BACKING: Final = 1023
+"""Bytes of the name of a backing file: QEMU's limit."""
 
 SOME_L1: Final = 8192
 PLACE: Final = 0x00FF_FFFF_FFFF_FE00
@@ -124,6 +128,18 @@ def read_header(file: File) -> Header:
     _check_features(features, kind, file)
     _check_header(found, file)
     return found
+
+
+def backing_name(file: File) -> str:
+    """The name of the backing file that the header tells, without ``./`` before it; or nothing.
+
+    Raises IntegrityError, OSError.
+    """
+    place, size = struct.unpack_from(">QI", file.pread(HEADER.size, 0), len(MAGIC) + 4)
+    name = file.pread(size, place) if place and size <= MAX_BACKING else b""
+    if place and (not size or len(name) != size):
+        raise IntegrityError("qcow2 image with a header that can't be", file=file.path)
+    return os.fsdecode(name).removeprefix("./")
 
 
 def _check_features(features: int, kind: int, file: File) -> None:

@@ -9,17 +9,20 @@ strictly in guest order, without a second look at any byte:
 """
 
 import array
+import hashlib
 import io
 import itertools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from nbdbackupd.format import adler, blocks
-from nbdbackupd.format.index import HEADER, NO_DIGEST, RECORD, IndexHeader, Kind
+from nbdbackupd.errors import IntegrityError
+from nbdbackupd.files import HeldFile
+from nbdbackupd.format import adler, blocks, qcow2
+from nbdbackupd.format.index import HEADER, NO_DIGEST, RECORD, IndexHeader, Kind, Record
 from nbdbackupd.format.stream import (
     COMP,
     DATA,
@@ -37,6 +40,7 @@ META_ROOM: Final = 1024
 """The meta frame's payload is padded to a multiple of this, so that it can be written last."""
 
 PROBE: Final = bytes(64)
+CHUNK: Final = 1 << 20
 MAX_PARTS: Final = 900
 """Pieces of one write; Linux takes 1024 (IOV_MAX)."""
 
@@ -84,6 +88,7 @@ class _BlockWriter:
         disk_size: int,
         compression: Compression | None,
         digest: DigestKind,
+        is_there: bool = False,
     ) -> None:
         self._compression = compression
         self._digest = digest
@@ -92,7 +97,8 @@ class _BlockWriter:
         self._data_bytes = 0
         self._zero_bytes = 0
         self._dropped = 0
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        kind = os.O_NOFOLLOW | os.O_NONBLOCK if is_there else os.O_CREAT | os.O_EXCL
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | kind, 0o600)
         try:
             fd = os.open(index, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except BaseException:
@@ -137,9 +143,11 @@ class _BlockWriter:
         self._records.write(RECORD.pack(*record))
         self._count += 1
 
-    def _finish_index(self, *, raw: bool) -> int:
+    def _finish_index(self, *, raw: bool = False, qcow2: bool = False) -> int:
         codec = self._compression.codec if self._compression is not None else Codec.NONE
-        header = IndexHeader(self._disk_size, self._count, codec, raw, digest=self._digest)
+        header = IndexHeader(
+            self._disk_size, self._count, codec, raw, digest=self._digest, qcow2=qcow2
+        )
         self._records.seek(0)
         self._records.write(header.pack())
         self._records.flush()
@@ -258,7 +266,7 @@ class StreamWriter(_BlockWriter):
         _write_all(self._fd, [meta], 0)
         total = adler.combine(adler.adler32(meta), self._adler, self._end - self._first)
         total = adler.adler32(tail, total)
-        index_size = self._finish_index(raw=False)
+        index_size = self._finish_index()
         self._sync()
         return Written(self._end + len(tail), total, index_size, self._data_bytes, self._zero_bytes)
 
@@ -307,6 +315,69 @@ class RawWriter(_BlockWriter):
         index_size = self._finish_index(raw=True)
         self._sync()
         return Written(self._disk_size, 0, index_size, self._data_bytes, self._zero_bytes)
+
+
+class ImageIndexer(_BlockWriter):
+    """Makes the index of a qcow2 image that QEMU has written, which stays as it is.
+
+    From then on nobody asks the image's own tables any more. What they say now is not trusted:
+    the guest may have got hold of its QEMU.
+    """
+
+    def __init__(
+        self, path: Path, index: Path, *, disk_size: int, digest: DigestKind = DigestKind.SHA256
+    ) -> None:
+        """Open the image, and create the index, which must not exist."""
+        super().__init__(
+            path, index, disk_size=disk_size, compression=None, digest=digest, is_there=True
+        )
+        self._path = path
+
+    def describe(self, *, backing: str, check: Callable[[], None]) -> tuple[Written, str]:
+        """Index each block, prove the header, fsync both files; returns the image's SHA-256, too.
+
+        ``backing`` is the name that the image must have below it; without one it must hold the
+        whole disk, and what it does not hold is zero. ``check`` is called now and then and may
+        raise. Raises IntegrityError, FormatError for an image that no backup job writes, OSError.
+        """
+        file = HeldFile(self._fd, self._path)
+        header = qcow2.read_header(file)
+        if header.size != self._disk_size or qcow2.backing_name(file) != backing:
+            raise IntegrityError("image is not the one that QEMU was given", file=self._path)
+        end = 0
+        for record in qcow2.records(file, header):
+            check()
+            if not backing and record.offset > end:
+                self._note(self.zero(end, record.offset - end))
+            self._note(self._block(file, record))
+            end = record.end
+        if not backing and end < self._disk_size:
+            self._note(self.zero(end, self._disk_size - end))
+        digest = hashlib.sha256()
+        for place in range(0, file.size, CHUNK):
+            check()
+            digest.update(file.pread(min(CHUNK, file.size - place), place))
+        index_size = self._finish_index(qcow2=True)
+        self._sync()
+        written = Written(file.size, 0, index_size, self._data_bytes, self._zero_bytes)
+        return written, digest.hexdigest()
+
+    def _block(self, file: HeldFile, record: Record) -> Block:
+        if record.kind == Kind.ZERO:
+            return self.zero(record.offset, record.length)
+        data = file.pread(record.length, record.position)
+        if record.whole or len(data) != record.length:
+            raise IntegrityError(
+                "image holds a cluster that no backup job writes", file=self._path,
+                guest=record.offset,
+            )  # fmt: skip
+        block = self.prepare(record.offset, memoryview(data))
+        block.position = record.position
+        return block
+
+    def _sum(self, _payload: adler.Buffer) -> int:
+        """None: an image carries no sum."""
+        return 0
 
 
 def _write_all(fd: int, parts: Iterable[adler.Buffer], position: int) -> None:

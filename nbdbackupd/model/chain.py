@@ -122,7 +122,7 @@ class DiskPoint:
     ``size`` is the virtual size at that instant; ``file_size`` and ``adler32`` describe the
     stream file; ``data_bytes`` and ``zero_bytes`` are guest bytes that it holds as data and as
     explicit zeroes. ``reason`` says why a disk was read in full within an increment, ``digest`` how
-    the index proves the blocks.
+    the index proves the blocks. ``sha256`` (hex) is that of a whole qcow2 image, else empty.
     """
 
     target: str
@@ -143,6 +143,7 @@ class DiskPoint:
     layers: tuple[ImageLayer, ...] = ()
     bitmap: str = ""
     digest: DigestKind = DigestKind.SHA256
+    sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)

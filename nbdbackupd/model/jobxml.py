@@ -18,7 +18,8 @@ TRACKED = "bitmap"
 class JobDisk:
     """A disk of a job to begin; an empty ``base`` reads it in full, else what changed since.
 
-    ``bitmap`` is the name that the NBD export gives to the changes.
+    ``bitmap`` is the name that the NBD export gives to the changes. ``scratch`` is the image that
+    QEMU writes in push mode.
     """
 
     target: str
@@ -62,6 +63,22 @@ def backup_xml(socket: str, disks: Sequence[JobDisk], others: Collection[str]) -
         else:
             element.set("backupmode", "full")
         ET.SubElement(element, "scratch", file=disk.scratch)
+    for target in others:
+        ET.SubElement(parent, "disk", name=target, backup="no")
+    return ET.tostring(root, encoding="unicode")
+
+
+def push_xml(disks: Sequence[JobDisk], others: Collection[str]) -> str:
+    """Return the XML of a push job into qcow2 images that are there; ``others`` as above."""
+    root = ET.Element("domainbackup", mode="push")
+    parent = ET.SubElement(root, "disks")
+    for disk in disks:
+        element = ET.SubElement(parent, "disk", name=disk.target, backup="yes", type="file")
+        element.set("backupmode", "incremental" if disk.base else "full")
+        if disk.base:
+            element.set("incremental", disk.base)
+        ET.SubElement(element, "driver", type="qcow2")
+        ET.SubElement(element, "target", file=disk.scratch)
     for target in others:
         ET.SubElement(parent, "disk", name=target, backup="no")
     return ET.tostring(root, encoding="unicode")

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from nbdbackupd.errors import RepositoryError
-from nbdbackupd.model.chain import BackupSet, DiskMode, RestorePoint
+from nbdbackupd.model.chain import BackupSet, DiskMode, Layout, RestorePoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,8 @@ def _reason(
         return f"damaged, and needed by {hanging[0].id}"
     if hanging and hanging[0].id in damaged:
         return f"needed by {hanging[0].id}, which is damaged"
+    if hanging and any(disk.layout is Layout.QCOW2 for disk in point.disks):
+        return f"needed by {hanging[0].id}: images that QEMU wrote are not merged"
     return ""
 
 

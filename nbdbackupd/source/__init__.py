@@ -1,11 +1,17 @@
 """Where blocks come from: a source is a context manager that yields a ``Snapshot``."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nbdbackupd.model.chain import Consistency
 from nbdbackupd.source.guard import Guard
+
+Finish = Callable[[Callable[[int, int], None], Callable[[], None]], None]
+"""Gets who is told of bytes done and in all, and who may raise to end it.
+
+Raises NoSpaceError, RepositoryError if QEMU could not write, SourceError if the job is gone.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +22,7 @@ class Export:
     the disk is to be read in full. ``size`` is the virtual size in bytes at that instant. With a
     ``keeper`` connections are the server's to close. ``proof`` names an export that fails once
     this one is no snapshot any more: it is to be asked when all has been read.
+    With a ``file`` there is no server: QEMU writes the disk, or its changes, into that qcow2 image.
     """
 
     target: str
@@ -25,6 +32,7 @@ class Export:
     bitmap: str = ""
     keeper: Guard | None = None
     proof: str = ""
+    file: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +40,8 @@ class Snapshot:
     """The exports of one instant, by disk target.
 
     ``demoted`` gives, for each disk that was to be read incrementally and can't be, the reason.
-    ``checkpoint_xml`` is libvirt's XML of the checkpoint that was made, or empty.
+    ``checkpoint_xml`` is libvirt's XML of the checkpoint that was made, or empty. ``finish`` waits
+    until QEMU has written the images of all exports: see ``Finish``.
     """
 
     exports: Mapping[str, Export]
@@ -40,3 +49,4 @@ class Snapshot:
     checkpoint_xml: str = ""
     demoted: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    finish: Finish | None = None

@@ -1,4 +1,9 @@
-"""A running domain as a source: libvirt's pull-mode backup job on a Unix socket."""
+"""A running domain as a source: libvirt's backup job.
+
+In pull mode QEMU serves the disks on a Unix socket. In push mode it writes them, or what changed,
+into qcow2 images that are made here: the source's names are those of scratch files, so that who
+finds a job or a file knows whose it is.
+"""
 
 import contextlib
 import functools
@@ -26,7 +31,7 @@ from nbdbackupd.model import jobxml
 from nbdbackupd.model.chain import Consistency
 from nbdbackupd.model.jobxml import JobDisk
 from nbdbackupd.model.policy import FreezePolicy
-from nbdbackupd.source import Export, Snapshot, quiesce, scratch
+from nbdbackupd.source import Export, Snapshot, push, quiesce, scratch
 from nbdbackupd.source.guard import (
     BEGUN,
     MOST_DISKS,
@@ -38,7 +43,7 @@ from nbdbackupd.source.guard import (
 from nbdbackupd.source.quiesce import Moment, Quiet
 from nbdbackupd.virt import checkpoints, instance, jobs
 from nbdbackupd.virt.domain import Domain
-from nbdbackupd.where import HERE, Where
+from nbdbackupd.where import Where
 
 LOG = logging.getLogger(__name__)
 CLOSE_SECONDS: Final = 30.0
@@ -51,11 +56,15 @@ FORGIVING: Final = (10, 0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunningDisk:
-    """A disk to read. ``delta``: since the base; ``tracked``: the new checkpoint covers it."""
+    """A disk to read. ``delta``: since the base; ``tracked``: the new checkpoint covers it.
+
+    ``backing`` is the file name that the image of a delta in push mode has below it.
+    """
 
     target: str
     delta: bool = False
     tracked: bool = True
+    backing: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +80,8 @@ class RunningRequest:
     ``at_rest``: the domain was started paused for this run (source/paused_start.py), and this is
     what its disks are as long as the guest has not run; nothing is frozen then.
     ``freeze_obstacle`` is why it had better not be frozen; ``on_freeze`` is called after a freeze
-    was tried: whether the agent has let a deadline pass.
+    was tried: whether the agent has let a deadline pass. ``is_push``: QEMU writes images into
+    ``scratch_dir``, which is there and is not watched: a job that finds no space ends alone.
     """
 
     domain: Domain
@@ -91,6 +101,7 @@ class RunningRequest:
     was_frozen: bool = False
     at_rest: Consistency | None = None
     on_freeze: Callable[[bool], None] = lambda _is_unanswered: None
+    is_push: bool = False
 
     @property
     def socket(self) -> Path:
@@ -115,7 +126,9 @@ def open_running(request: RunningRequest) -> Iterator[Snapshot]:
     SourceError if it was ended by another.
     """
     _check(request)
-    free = scratch.prepare(request.scratch_dir, request.scratch_reserve, request.where)
+    free = 0
+    if not request.is_push:
+        free = scratch.prepare(request.scratch_dir, request.scratch_reserve, request.where)
     _prepare_runtime_dir(request)
     with contextlib.ExitStack() as stack:
         has_iothreads = _has_iothreads(request)
@@ -128,23 +141,26 @@ def open_running(request: RunningRequest) -> Iterator[Snapshot]:
         moment, plan, lost = _begin(request, plan, guard)
         guard.note(BEGUN)
         snapshot = _snapshot(request, plan, {**demoted, **lost}, moment, guard)
-        stack.enter_context(
-            scratch.watch(
-                scratch.Watched(
-                    directory=request.scratch_dir,
-                    reserve=request.scratch_reserve,
-                    on_trouble=request.on_trouble,
-                    look=scratch.looker(request.domain, request.scratch_dir, free),
-                    end_job=lambda: _end_job(request.domain, guard),
-                    seen_by_guest=functools.partial(scratch.seen_by_guest, request.domain),
-                    watch_job=functools.partial(
-                        scratch.watch_job, request.domain, request.on_trouble
-                    ),
-                )
+        if request.is_push:
+            yield replace(
+                snapshot, finish=functools.partial(push.finish, request.domain, request.scratch_dir)
             )
-        )
+            return
+        stack.enter_context(scratch.watch(_watched(request, guard, free)))
         yield snapshot
         _check_job(request)
+
+
+def _watched(request: RunningRequest, guard: Guard, free: int) -> scratch.Watched:
+    return scratch.Watched(
+        directory=request.scratch_dir,
+        reserve=request.scratch_reserve,
+        on_trouble=request.on_trouble,
+        look=scratch.looker(request.domain, request.scratch_dir, free),
+        end_job=lambda: _end_job(request.domain, guard),
+        seen_by_guest=functools.partial(scratch.seen_by_guest, request.domain),
+        watch_job=functools.partial(scratch.watch_job, request.domain, request.on_trouble),
+    )
 
 
 def _check_job(request: RunningRequest) -> None:
@@ -155,7 +171,7 @@ def _check_job(request: RunningRequest) -> None:
     """
     domain = request.domain
     job = jobs.active_job(domain)
-    if job is None or not is_own_job(job, request.runtime_dir, request.where):
+    if job is None or not is_own_job(job, request.runtime_dir, domain):
         raise scratch.why_gone(domain)
 
 
@@ -332,6 +348,7 @@ def _begin(
 ) -> tuple[Moment, tuple[JobDisk, ...], dict[str, str]]:
     """Begin at a quiet moment; once more in full if libvirt takes offence at the base."""
     lost: dict[str, str] = {}
+    _make_images(request, plan)
     with _still(request, guard) as moment:
         try:
             _begin_job(request, plan)
@@ -340,6 +357,7 @@ def _begin(
             if not lost:
                 raise
             plan = tuple(replace(disk, base="") for disk in plan)
+            _make_images(request, plan)
             _begin_job(request, plan)
     return moment, plan, lost
 
@@ -373,14 +391,21 @@ def _still(request: RunningRequest, guard: Guard) -> Iterator[Moment]:
         moment.warnings.append(f"not frozen: {text}")
 
 
+def _make_images(request: RunningRequest, plan: tuple[JobDisk, ...]) -> None:
+    """In push mode, for what libvirt is asked to do now."""
+    if request.is_push:
+        backings = {disk.target: disk.backing for disk in request.disks}
+        push.make_images(request.domain, plan, backings)
+
+
 def _begin_job(request: RunningRequest, plan: tuple[JobDisk, ...]) -> None:
     """Begin the job; raises CheckpointError, DomainError, ConfigError."""
     known = [disk.target for disk in request.domain.definition().disks]
     chosen = [disk.target for disk in plan]
-    backup = jobxml.backup_xml(
-        os.fspath(request.where.server_socket(request.socket)),
-        plan,
-        [target for target in known if target not in chosen],
+    others = [target for target in known if target not in chosen]
+    server = os.fspath(request.where.server_socket(request.socket))
+    backup = (jobxml.push_xml if request.is_push else functools.partial(jobxml.backup_xml, server))(
+        plan, others
     )
     checkpoint = ""
     tracked = [disk.target for disk in request.disks if disk.tracked]
@@ -389,7 +414,7 @@ def _begin_job(request: RunningRequest, plan: tuple[JobDisk, ...]) -> None:
             request.new_checkpoint, tracked, [each for each in known if each not in tracked]
         )
     try:
-        jobs.begin(request.domain, backup, checkpoint)
+        jobs.begin(request.domain, backup, checkpoint, is_push=request.is_push)
     except DomainError as err:
         # one that began just now; if libvirt can't say, the first error is the better one
         with contextlib.suppress(DomainError):
@@ -430,6 +455,7 @@ def _snapshot(
                 size=domain.disk_size(disk.target),
                 bitmap=disk.bitmap if disk.base else "",
                 keeper=guard,
+                file=Path(disk.scratch) if request.is_push else None,
             )
             for disk in plan
         },
@@ -463,7 +489,7 @@ class _JobEnd:
             if isinstance(error, SourceError) and (job is None or scratch.is_ending(domain)):
                 # what was seen of it is only the consequence
                 request.on_trouble(scratch.why_gone(domain))
-            if job is not None and is_own_job(job, request.runtime_dir, request.where):
+            if job is not None and is_own_job(job, request.runtime_dir, domain):
                 _end_job(domain, self._guard)
             if domain.connection.is_embedded:
                 # the guard can't reach the guest
@@ -501,11 +527,16 @@ def _end_job(domain: Domain, guard: Guard) -> None:
     jobs.abort(domain)
 
 
-def is_own_job(job: jobs.ActiveJob, runtime_dir: Path, where: Where = HERE) -> bool:
+def is_own_job(job: jobs.ActiveJob, runtime_dir: Path, domain: Domain) -> bool:
     """Tell whether a job is one of ours: its NBD socket is the one in our runtime directory.
 
-    On another host: the one that is named after us.
+    On another host: the one that is named after us. One in push mode has none; it writes into files
+    that are called as our scratch files are.
     """
+    where = domain.connection.where
+    if job.backup is not None and job.backup.mode == "push":
+        found = job.backup.scratch.values()
+        return where.is_here and any(scratch.is_ours(Path(each), domain.uuid) for each in found)
     if not where.is_here:
         server = where.server_socket(runtime_dir / rundir.NBD_SOCKET)
         return job.backup is not None and job.backup.socket == os.fspath(server)

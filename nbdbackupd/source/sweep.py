@@ -53,7 +53,7 @@ def _sweep(domain: Domain, runtime_dir: Path, scratch_dir: Path) -> Swept:
     where = domain.connection.where
     socket = runtime_dir / rundir.NBD_SOCKET
     job = jobs.active_job(domain)
-    is_own = job is not None and running.is_own_job(job, runtime_dir, where)
+    is_own = job is not None and running.is_own_job(job, runtime_dir, domain)
     files = set(scratch.leftovers(scratch_dir, domain.uuid, where))
     if job is not None and is_own:
         # an earlier run may have had another scratch directory

@@ -69,10 +69,20 @@ class ActiveJob:
 
 @dataclass(frozen=True, slots=True)
 class JobStats:
-    """``temp_used``: bytes of scratch space that are written."""
+    """``temp_used``: bytes of scratch space that are written; ``done`` of ``total`` are copied."""
 
     is_active: bool
     temp_used: int = 0
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a backup job has ended: with all copied, or with the ``error`` that libvirt tells."""
+
+    is_whole: bool
+    error: str
 
 
 def active_job(domain: Domain) -> ActiveJob | None:
@@ -175,27 +185,34 @@ def _is_code(err: DomainError, code: int) -> bool:
 
 
 def begin(
-    domain: Domain, backup_xml: str, checkpoint_xml: str, *, flag: int = PRESERVE_GUEST
+    domain: Domain,
+    backup_xml: str,
+    checkpoint_xml: str,
+    *,
+    flag: int = PRESERVE_GUEST,
+    is_push: bool = False,
 ) -> bool:
-    """Begin a pull-mode job; an empty ``checkpoint_xml`` makes no checkpoint.
+    """Begin a job; an empty ``checkpoint_xml`` makes no checkpoint.
 
-    ``flag`` is one that libvirt may refuse: then the job begins without it. By default that
-    is to keep QEMU alive if the guest shuts down during the job (libvirt 11.10, both ends).
+    ``is_push``: QEMU writes into images that are there. ``flag`` is one that libvirt may refuse:
+    then the job begins without it. By default that is to keep QEMU alive if the guest shuts down
+    during the job (libvirt 11.10, both ends).
     Returns whether it was granted. Raises CheckpointError (the base or a bitmap of it is
     missing or broken), BusyError, or another DomainError.
     """
     what = "can't begin the backup"
+    base = libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL if is_push else 0
     if flag and domain.connection not in _REFUSED:
         try:
             domain.call(
-                what, lambda each: each.backupBegin(backup_xml, checkpoint_xml or None, flag)
+                what, lambda each: each.backupBegin(backup_xml, checkpoint_xml or None, base | flag)
             )
         except DomainError as err:
             if not _is_code(err, libvirt.VIR_ERR_INVALID_ARG):
                 raise
         else:
             return True
-    domain.call(what, lambda each: each.backupBegin(backup_xml, checkpoint_xml or None))
+    domain.call(what, lambda each: each.backupBegin(backup_xml, checkpoint_xml or None, base))
     if flag:
         # the same request without the flag was fine: it was the flag that this libvirt minds
         _REFUSED.add(domain.connection)
@@ -210,7 +227,29 @@ def stats(domain: Domain) -> JobStats:
     return JobStats(
         is_active=found.get("type", _NONE) != _NONE,
         temp_used=found.get(libvirt.VIR_DOMAIN_JOB_DISK_TEMP_USED, 0),
+        done=found.get(libvirt.VIR_DOMAIN_JOB_DISK_PROCESSED, 0),
+        total=found.get(libvirt.VIR_DOMAIN_JOB_DISK_TOTAL, 0),
     )
+
+
+def outcome(domain: Domain) -> Outcome | None:
+    """How the last job has ended, told once; None if libvirt knows of none any more.
+
+    It keeps that in memory alone, and forgets it when it is asked (measured with libvirt 9.0).
+    Raises DomainError.
+    """
+    found = domain.call(
+        "can't read how its job ended",
+        lambda each: each.jobStats(libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED),
+    )
+    kind = found.get("type", _NONE)
+    if kind == _NONE or found.get(libvirt.VIR_DOMAIN_JOB_OPERATION) != (
+        libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
+    ):
+        return None
+    is_whole = kind == libvirt.VIR_DOMAIN_JOB_COMPLETED
+    is_whole = is_whole and bool(found.get(libvirt.VIR_DOMAIN_JOB_SUCCESS, False))
+    return Outcome(is_whole, str(found.get(libvirt.VIR_DOMAIN_JOB_ERRMSG, "")))
 
 
 def abort(domain: Domain) -> None:

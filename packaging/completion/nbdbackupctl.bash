@@ -59,8 +59,8 @@ _nbdbackupctl_options() {
     backup)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet -l --level -o --output --chain -i --include -x
-        --exclude --raw -z --compress --no-compress --digest -t --type --extents --freeze -F
-        --freeze-mountpoint --scratch-dir --scratch-reserve --qmp --agent -S --start-paused
+        --exclude --raw -z --compress --no-compress --digest -t --type --push --extents --freeze
+        -F --freeze-mountpoint --scratch-dir --scratch-reserve --qmp --agent -S --start-paused
         --pause --checkpoint-dir --threshold --strict --limit-rate -w --workers --wait --timeout
         --ssh-config'
         ;;

@@ -25,6 +25,7 @@ STEPS: Final = {
     "backup-made": "nbdbackupd.ops.backup.backup:_run_locked",
     "metadata-collected": "nbdbackupd.ops.backup.metadata:collect",
     "disk-copied": "nbdbackupd.ops.backup.recording:copy_disk",
+    "image-taken": "nbdbackupd.ops.backup.recording:take_image",
     "blocks-copied": "nbdbackupd.nbdio.copy:copy",
     "request-begun": "nbdbackupd.nbdio.requests:Requests.begin",
     "requests-moved": "nbdbackupd.nbdio.requests:Requests.step",

@@ -122,10 +122,16 @@ def test_file_names_are_those_of_the_layout() -> None:
         layout.stream("T", Level.COPY, point_id="P"),
     }
     raw = layout.stream("T", Level.COPY, point_id="P", layout=Layout.RAW)
+    images = {
+        layout.stream("T", level, checkpoint="C", point_id="P", layout=Layout.QCOW2)
+        for level in (Level.FULL, Level.INC, Level.DIFF, Level.COPY)
+    }
     copied = {layout.copy(role, "P", "N") for role in ("loader", "nvram", "kernel", "initrd")}
     assert listed == {
         *streams,
         raw,
+        *images,
+        f"….qcow2{layout.INDEX_SUFFIX}",
         f"….data{layout.INDEX_SUFFIX}",
         f"….raw{layout.INDEX_SUFFIX}",
         f"….data{layout.CHECKSUM_SUFFIX}",
@@ -157,7 +163,17 @@ def test_file_names_are_those_of_the_layout() -> None:
 
 
 def test_roles_are_those_of_the_model() -> None:
-    beside = {"stream", "raw image", "derived", "manifest", "log", "boot test", "lock", "draft"}
+    beside = {
+        "stream",
+        "raw image",
+        "qcow2 image",
+        "derived",
+        "manifest",
+        "log",
+        "boot test",
+        "lock",
+        "draft",
+    }
     beside |= {"temporary", "protection", "verification", "generation"}
     listed = {row[1] for row in tables(FORMAT, "name")[0]} - beside
     told = re.search(r"``role`` is one of: (.*?)\.", chain.StoredFile.__doc__ or "", re.DOTALL)

@@ -26,6 +26,21 @@ STORED = """
 """
 
 
+def test_push_xml() -> None:
+    disks = [JobDisk(target="vda", scratch=HOSTILE, base="c"), JobDisk(target="vdb", scratch="b")]
+    text = jobxml.push_xml(disks, ["vdc"])
+    root = ET.fromstring(text)
+    assert root.attrib == {"mode": "push"}
+    assert root.find("server") is None
+    first, second, third = root.findall("./disks/disk")
+    assert (first.get("backupmode"), first.get("incremental")) == ("incremental", "c")
+    assert (second.get("backupmode"), second.get("incremental")) == ("full", None)
+    assert third.attrib == {"name": "vdc", "backup": "no"}
+    assert [each.get("type") for each in root.iter("driver")] == ["qcow2", "qcow2"]
+    job = jobxml.parse_backup_job(text)
+    assert (job.mode, job.scratch) == ("push", {"vda": HOSTILE, "vdb": "b"})
+
+
 def test_backup_xml() -> None:
     text = jobxml.backup_xml(
         HOSTILE,

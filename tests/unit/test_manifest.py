@@ -122,11 +122,30 @@ def test_round_trip(point: RestorePoint) -> None:
     assert manifest.pack(read) == data
 
 
-def test_a_layout_of_foreign_sets_is_in_no_manifest() -> None:
+def test_images_that_qemu_wrote() -> None:
     point = points.full_point()
-    disks = tuple(replace(each, layout=Layout.QCOW2) for each in point.disks)
+    known: dict[str, Any] = {"layout": Layout.QCOW2, "sha256": "0" * 64}
+    disks = tuple(replace(each, **known) for each in point.disks)
+    made = replace(point, disks=disks)
+    data = manifest.pack(made)
+    assert replace(manifest.parse(data), digest="") == made
+    loaded = json.loads(data)
+    assert loaded["version"] == 5
+    other = points.disk_point("vdb", "vdb.full.data", b"full", b"index")
+    for wrong, message in (
+        ({**known, "sha256": ""}, "not a SHA-256"),
+        ({**known, "codec": Codec.LZ4}, "not packed"),
+    ):
+        with pytest.raises(FormatError, match=message):
+            manifest.pack(replace(point, disks=(replace(point.disks[0], **wrong),)))
+    # all disks or none
+    with pytest.raises(FormatError, match="'stream' is none of qcow2"):
+        manifest.pack(replace(point, disks=(*disks, other)))
+    loaded["version"] = 4
     with pytest.raises(FormatError, match="'qcow2' is none of stream, raw"):
-        manifest.pack(replace(point, disks=disks))
+        manifest.parse(sealed(loaded))
+    # no manifest of older versions has grown
+    assert "sha256" not in json.loads(manifest.pack(point))["disks"][0]
 
 
 def test_equal_bytes_are_taken_apart_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,8 +329,8 @@ def test_two_disks_of_one_target_are_refused() -> None:
 
 
 def test_newer_version_is_told_apart() -> None:
-    with pytest.raises(UnsupportedVersionError, match="version 5"):
-        manifest.parse(change("version", 5))
+    with pytest.raises(UnsupportedVersionError, match="version 6"):
+        manifest.parse(change("version", 6))
     with pytest.raises(FormatError, match="version: missing"):
         manifest.parse(change("version", "1"))
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from nbdbackupd.errors import RepositoryError
-from nbdbackupd.model.chain import BackupSet, DiskMode, Level, RestorePoint
+from nbdbackupd.model.chain import BackupSet, DiskMode, Layout, Level, RestorePoint
 from nbdbackupd.model.removal import Merge, disk_merges, plan_removal
 from tests.lib import points
 
@@ -75,6 +75,16 @@ def test_what_is_damaged_is_not_merged() -> None:
     }  # fmt: skip
     found = plan_removal(chain("fii"), ["p1", "p2", "p3"], live=False, damaged=["p2"])
     assert (found.dropped, found.needed) == (("p1", "p2", "p3"), {})
+
+
+def test_images_that_qemu_wrote_are_not_merged() -> None:
+    disks = (replace(points.full_point().disks[0], layout=Layout.QCOW2),)
+    full = points.full_point(disks=disks)
+    inc = points.child_of(full)
+    known = BackupSet.from_points([full, replace(inc, disks=disks)])
+    found = plan_removal(known, [full.id], live=False)
+    assert found.needed == {full.id: "needed by p2: images that QEMU wrote are not merged"}
+    assert plan_removal(known, [inc.id, full.id], live=False).gone == {full.id, inc.id}
 
 
 def test_an_unknown_point() -> None:

@@ -97,6 +97,11 @@ def _add_disks(disks: argparse._ArgumentGroup) -> None:
         help="stream (default), or raw: one full raw image for each disk, level copy only",
     )
     disks.add_argument(
+        "--push",
+        action="store_true",
+        help="let QEMU write plain qcow2 images, each on the one before; needs -o",
+    )
+    disks.add_argument(
         "--extents",
         choices=("own", "nbdinfo"),
         default="own",
@@ -205,6 +210,8 @@ def _standalone(
     cancelled: Callable[[], None],
 ) -> tuple[BackupRequest, BackupReport]:
     """Raises UsageError for what a QEMU without libvirt can't do."""
+    if args.push:
+        raise UsageError("--push needs libvirt")
     if settings.start_paused:
         raise UsageError("a QEMU without libvirt and --start-paused exclude one another: it runs")
     level, host = Level(args.level), context.host
@@ -251,7 +258,7 @@ def _request(
         with_options(args, settings),
         configured.sharing_of(name, host) if is_told else configured.sharing(settings),
         level=level,
-        layout=Layout(args.type),
+        layout=Layout.QCOW2 if args.push else Layout(args.type),
         by_nbdinfo=args.extents == "nbdinfo",
         chain_name=args.chain or "",
     )
@@ -269,6 +276,13 @@ def with_options(args: Arguments, settings: DomainSettings) -> DomainSettings:
         found["compression"] = None
     if args.chain and args.level == "copy":
         raise UsageError("--chain and '-l copy' exclude one another: a copy begins no chain")
+    if args.push:
+        # what QEMU can't do is refused, not left out
+        unlike = args.type == "raw" or args.extents == "nbdinfo" or args.output is None
+        if unlike or not {found.get("compression"), found.get("limits_bandwidth")} <= {None}:
+            raise UsageError(
+                "--push needs -o, and goes without --type, --extents, --compress and --limit-rate"
+            )
     if settings.qmp is None and "qmp" not in found and "agent" in found:
         raise UsageError("--agent needs --qmp: libvirt speaks to the agents of its domains")
     policy, is_some = found.get("freeze_policy"), "freeze_mountpoints" in found

@@ -27,6 +27,7 @@ from nbdbackupd.model.chain import (
     BackupSet,
     Codec,
     Consistency,
+    Layout,
     Level,
     RestorePoint,
     effective_level,
@@ -191,6 +192,7 @@ def _run_locked(run: _Run) -> BackupReport:
     known = set_dir.load()
     check_binding(domain.name, domain.uuid, known)
     check_host(domain.connection.where, known)
+    check_layout(request, known, domain, is_off=run.lease is not None)
     looked = look(domain)
     records = state.records(domain.uuid)
     chain = reconcile.of_set(set_dir, known, records)
@@ -317,6 +319,29 @@ def check_host(where: Where, known: BackupSet) -> None:
                 f"the set holds point {point.id} of {held}, not of {where.name}: give another "
                 f"directory with -o"
             )
+
+
+def check_layout(request: BackupRequest, known: BackupSet, domain: Domain, *, is_off: bool) -> None:
+    """A set holds images that QEMU writes, or what we do. Raises RepositoryError, DomainError."""
+    is_push = request.layout is Layout.QCOW2
+    held = {disk.layout is Layout.QCOW2 for point in known.points for disk in point.disks}
+    if held - {is_push}:
+        found, cure = ("with", "give that, too") if not is_push else ("without", "leave it out")
+        raise RepositoryError(
+            f"{request.directory} was begun {found} --push: {cure}, or another directory with -o"
+        )
+    if is_push and not domain.connection.where.is_here:
+        raise NotSupportedError(
+            f"domain {domain.name} runs on another host, whose QEMU can't write here: leave --push "
+            f"out",
+            domain=domain.name,
+        )
+    if is_push and is_off:
+        raise NotSupportedError(
+            f"domain {request.domain} is off, and only the QEMU of a running one writes images: "
+            f"start it, or leave --push out",
+            domain=request.domain,
+        )
 
 
 def check_undamaged(set_dir: SetDirectory, known: BackupSet, parent: RestorePoint) -> None:

@@ -24,7 +24,7 @@ from nbdbackupd.nbdio.client import Patience
 from nbdbackupd.nbdio.throttle import Throttle
 from nbdbackupd.ops.backup import metadata
 from nbdbackupd.ops.backup.run import BackupRun
-from nbdbackupd.ops.backup.transfer import Copied, Transfer, copy_disk
+from nbdbackupd.ops.backup.transfer import Copied, Transfer, copy_disk, take_image
 from nbdbackupd.ops.checkpoints import leftovers, origin
 from nbdbackupd.qemu import image
 from nbdbackupd.repo import layout
@@ -124,7 +124,7 @@ def _fill(run: BackupRun, draft: Draft, notes: _Notes) -> RestorePoint:
 
 def _proven(run: BackupRun, snapshot: Snapshot, notes: _Notes) -> Snapshot:
     """Without the changes of images that may not be those of their disks."""
-    if run.parent is None:
+    if run.parent is None or snapshot.finish is not None:
         return snapshot
     snapshot = run.subject.prove(run, run.parent, snapshot)
     patience = _patience(run, notes)
@@ -235,6 +235,8 @@ def _copy_disks(
 ) -> list[DiskPoint]:
     """As many disks at a time as there are workers: their waits for the target overlap."""
     exports = list(snapshot.exports.values())
+    if snapshot.finish is not None:
+        return _take_images(run, draft, snapshot, reasons, notes)
     tuning = copy.Tuning(workers=run.request.settings.limits_workers or copy.default_workers())
     count = min(tuning.workers, MOST_AT_A_TIME)
     transfer = _transfer(run, tuning, _patience(run, notes))
@@ -258,6 +260,42 @@ def _copy_disks(
         return _disk_point(run, export, paths[1], done, reason=reasons.get(target, ""))
 
     return side_by_side(exports, count, copied, transfer.patience.cancelled)
+
+
+def _take_images(
+    run: BackupRun, draft: Draft, snapshot: Snapshot, reasons: Mapping[str, str], notes: _Notes
+) -> list[DiskPoint]:
+    """Wait for QEMU, then take over what it has written."""
+    exports = list(snapshot.exports.values())
+    patience = _patience(run, notes)
+    label = exports[0].target if len(exports) == 1 else f"{len(exports)} disks"
+    if snapshot.finish is not None:
+        snapshot.finish(
+            lambda done, total: run.progress(label, done, total, done), patience.cancelled
+        )
+    found = []
+    for export in exports:
+        target = export.target
+        name = layout.stream(
+            target,
+            run.level,
+            checkpoint=run.checkpoint or run.point_id,
+            point_id=run.point_id,
+            layout=run.request.layout,
+        )
+        paths = draft.create(name), draft.create(layout.index(name))
+        is_delta = bool(export.bitmap) and run.parent is not None
+        backing = run.parent.disk(target).file if is_delta and run.parent is not None else ""
+        done = take_image(
+            export,
+            *paths,
+            backing=backing,
+            digest=run.request.settings.digest,
+            check=patience.cancelled,
+        )
+        notes.seconds[target] = done.seconds
+        found.append(_disk_point(run, export, paths[1], done, reason=reasons.get(target, "")))
+    return found
 
 
 def _transfer(run: BackupRun, tuning: copy.Tuning, patience: Patience) -> Transfer:
@@ -340,6 +378,7 @@ def _disk_point(
         layers=state.layers,
         bitmap=run.checkpoint if run.survey.plan(export.target).tracked else "",
         digest=run.request.settings.digest,
+        sha256=copied.sha256,
     )
 
 

@@ -1,20 +1,25 @@
 """The source of a run: the domain's running QEMU, or its images while it is off."""
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
-from nbdbackupd import rundir
+from nbdbackupd import durable, rundir
 from nbdbackupd.errors import NbdbackupError, NotSupportedError, RepositoryError
-from nbdbackupd.model.chain import Consistency, RestorePoint
+from nbdbackupd.model.chain import Consistency, Layout, RestorePoint
 from nbdbackupd.model.freeze_memory import FreezeMemory, after
+from nbdbackupd.model.policy import FreezePolicy
+from nbdbackupd.nbdio.client import Patience
 from nbdbackupd.ops.backup import metadata
 from nbdbackupd.ops.backup.run import BackupRun
-from nbdbackupd.ops.checkpoints import foreign, reconcile
+from nbdbackupd.ops.checkpoints import foreign, origin, reconcile
 from nbdbackupd.ops.domain import domains
 from nbdbackupd.ops.domain.survey import Survey
+from nbdbackupd.repo import layout
 from nbdbackupd.repo.set_directory import SetDirectory
 from nbdbackupd.repo.state import StateDirectory
 from nbdbackupd.source import Snapshot, kept, offline, running
@@ -24,6 +29,8 @@ from nbdbackupd.source.quiesce import Quiet
 from nbdbackupd.virt.domain import Domain, Ending
 
 log = logging.getLogger(__name__)
+PASSING: Final = 0o011
+"""What QEMU's account needs of a directory to reach its image there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +59,8 @@ class LibvirtDomain:
         self, run: BackupRun, on_trouble: Callable[[NbdbackupError], None]
     ) -> AbstractContextManager[Snapshot]:
         """Its QEMU's job, or a server that reads its images."""
+        if self.lease is None and run.request.layout is Layout.QCOW2:
+            return self._open_push(run, on_trouble)
         if self.lease is None:
             return running.open_running(self._running_request(run, on_trouble))
         return offline.open_offline(
@@ -68,6 +77,47 @@ class LibvirtDomain:
                 ending=self._ending(run),
             )
         )
+
+    @contextmanager
+    def _open_push(
+        self, run: BackupRun, on_trouble: Callable[[NbdbackupError], None]
+    ) -> Iterator[Snapshot]:
+        """Its QEMU writes images into the draft, where its account can't do anything else."""
+        request, parent = self._running_request(run, on_trouble), run.parent
+        demoted = self._swapped(run, request)
+        disks = tuple(
+            replace(disk, delta=True, backing=parent.disk(disk.target).file)
+            if parent is not None and disk.delta and disk.target not in demoted
+            else replace(disk, delta=False)
+            for disk in request.disks
+        )
+        place = run.set_dir.path / layout.draft(run.request.run_id)
+        for each in (run.set_dir.path, place):
+            with durable.translate_os_errors("let QEMU into", each):
+                durable.set_mode(each, stat.S_IMODE(each.stat().st_mode) | PASSING)
+        request = replace(request, disks=disks, scratch_dir=place, scratch_reserve=0, is_push=True)
+        with running.open_running(request) as snapshot:
+            yield replace(snapshot, demoted={**snapshot.demoted, **demoted})
+
+    def _swapped(self, run: BackupRun, request: running.RunningRequest) -> dict[str, str]:
+        """Why changes of disks can't be relied on, see ``origin``.
+
+        A push job offers nothing to look at, so a short pull job comes before it. While QEMU runs
+        no image is put in the place of another.
+        """
+        parent = run.parent
+        if parent is None:
+            return {}
+        doubtful = tuple(
+            disk for disk in request.disks if disk.delta and origin.candidates(parent, disk.target)
+        )
+        if not doubtful:
+            return {}
+        request = replace(request, disks=doubtful, new_checkpoint="", freeze=FreezePolicy.NEVER)
+        patience = Patience(run.request.settings.limits_timeout, run.cancelled)
+        with running.open_running(request) as snapshot:
+            proven = origin.prove(snapshot, run.set_dir.path, run.known, parent, patience)
+        return dict(proven.demoted)
 
     def prove(self, run: BackupRun, parent: RestorePoint, snapshot: Snapshot) -> Snapshot:
         """Another program's checkpoint may be of another chain."""

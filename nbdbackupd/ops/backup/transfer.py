@@ -1,5 +1,6 @@
 """Copying one disk of a snapshot into the files of a draft."""
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -9,7 +10,7 @@ from pathlib import Path
 from nbdbackupd import durable
 from nbdbackupd.errors import NbdError, SourceError
 from nbdbackupd.format.stream import StreamMeta
-from nbdbackupd.format.writer import RawWriter, StreamWriter, Written
+from nbdbackupd.format.writer import ImageIndexer, RawWriter, StreamWriter, Written
 from nbdbackupd.model.chain import DigestKind, Layout
 from nbdbackupd.model.extents import Segment
 from nbdbackupd.nbdio import copy, extents, nbdinfo
@@ -35,10 +36,11 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """A disk that was copied: what the files hold, seconds that it took."""
+    """A disk that was copied: what the files hold, seconds that it took; an image's SHA-256."""
 
     written: Written
     seconds: float
+    sha256: str = ""
 
 
 def copy_disk(
@@ -90,6 +92,33 @@ def copy_disk(
         written = writer.finish()
     transfer.progress(export.target, size, size, data)
     return Copied(written, time.monotonic() - begun)
+
+
+def take_image(
+    export: Export,
+    file: Path,
+    index: Path,
+    *,
+    backing: str,
+    digest: DigestKind,
+    check: Callable[[], None],
+) -> Copied:
+    """Make the image that QEMU has written ours, call it ``file``, and make its ``index``.
+
+    Raises IntegrityError if it is not what a backup job writes onto ``backing``, NoSpaceError or
+    RepositoryError of the target, and what ``check`` raises.
+    """
+    begun = time.monotonic()
+    written_by_qemu = export.file or file
+    with durable.translate_os_errors("take over", written_by_qemu), ExitStack() as stack:
+        if os.geteuid() == 0:
+            os.chown(written_by_qemu, 0, 0, follow_symlinks=False)
+        durable.rename(written_by_qemu, file)
+        indexer = ImageIndexer(file, index, disk_size=export.size, digest=digest)
+        stack.callback(indexer.close)
+        durable.set_mode(file, 0o600)
+        written, sha256 = indexer.describe(backing=backing, check=check)
+    return Copied(written, time.monotonic() - begun, sha256)
 
 
 def _prove(export: Export, patience: Patience) -> None:

@@ -23,7 +23,7 @@ def job(patient: OfLibvirt, notes: Notes) -> None:
         notes.ok("no job runs on the domain")
         return
     busy = patient.domain_holder()
-    if not running.is_own_job(found, patient.socket_dir):
+    if not running.is_own_job(found, patient.socket_dir, patient.domain):
         notes.warn(
             f"the domain is busy with {found}: a backup would be refused",
             f"wait, or end a backup job with 'nbdbackupctl abort --any {name}'",

@@ -45,7 +45,7 @@ def prove(
     exports = dict(snapshot.exports)
     demoted = dict(snapshot.demoted)
     for target, export in snapshot.exports.items():
-        others = _candidates(parent, target) if export.bitmap else ()
+        others = candidates(parent, target) if export.bitmap else ()
         for other in others:
             with ExitStack() as stack:
                 own, alien = (
@@ -60,7 +60,7 @@ def prove(
     return replace(snapshot, exports=exports, demoted=demoted)
 
 
-def _candidates(parent: RestorePoint, target: str) -> tuple[DiskPoint, ...]:
+def candidates(parent: RestorePoint, target: str) -> tuple[DiskPoint, ...]:
     """The other disks whose images carried a bitmap of the same name, and have the same size."""
     own = parent.disk(target)
     return tuple(

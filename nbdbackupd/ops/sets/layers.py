@@ -19,7 +19,7 @@ from nbdbackupd.files import File, open_regular, open_sized
 from nbdbackupd.format import adler, blocks, qcow2, stream
 from nbdbackupd.format.index import MAX_BLOCK, NO_DIGEST, Index, Kind, Record
 from nbdbackupd.format.stream import StreamMeta, StreamReader, Window
-from nbdbackupd.model.chain import Codec, DigestKind, DiskPoint, Layout, RestorePoint, StoredFile
+from nbdbackupd.model.chain import Codec, DigestKind, DiskPoint, RestorePoint, StoredFile
 from nbdbackupd.ops.sets import frames
 from nbdbackupd.ops.sets.frames import FrameCache, max_stored
 
@@ -368,8 +368,8 @@ def open_proven(
         )
     layer = IndexedLayer(stream_path, index_path, whole=disk.mode == "full", **where)
     header = layer.index.header
-    wanted = (disk.size, disk.codec, disk.layout is Layout.RAW, disk.digest)
-    if (header.disk_size, header.codec, header.raw, header.digest) != wanted:
+    wanted = (disk.size, disk.codec, disk.layout, disk.digest)
+    if (header.disk_size, header.codec, header.layout, header.digest) != wanted:
         layer.close()
         raise IntegrityError("index and manifest disagree", file=index_path, **where)
     return layer

@@ -103,6 +103,9 @@ class DiskCheck:
                 self.prover.prove(layer, blocks.raw_runs(layer), report, self.progress)
                 blocks.prove_raw_zeroes(layer, report, self.cancelled)
                 return None
+            if layer.index.header.layout is Layout.QCOW2:
+                self._check_image(layer)
+                return None
             if layer.index.header.frames:
                 return self._check_imported(layer)
             first = self._check_meta(layer)
@@ -115,6 +118,17 @@ class DiskCheck:
         with ScannedLayer(path, stream.read_meta(path)) as scanned:
             if not peer_index.fits(layer, scanned, self.cancelled):
                 self._problem("frames of the stream are not what the index says", name)
+        self._check_blocks(layer)
+        return layers.adler32_file(path, self.cancelled)
+
+    def _check_image(self, layer: IndexedLayer) -> None:
+        """An image that QEMU wrote: all of it, tables as well, and each block."""
+        if layers.sha256_file(layer.path, self.cancelled) != self.disk.sha256:
+            self._problem("SHA-256 of the file is not the manifest's", self.disk.file)
+        self._check_blocks(layer)
+
+    def _check_blocks(self, layer: IndexedLayer) -> None:
+        name = self.disk.file
         view = memoryview(mmap.mmap(-1, MAX_BLOCK))
         scratch = memoryview(mmap.mmap(-1, layers.MAX_STORED))
         for record in layer.records():
@@ -126,13 +140,12 @@ class DiskCheck:
             except IntegrityError as err:
                 self._error(err, name)
             self.progress(record.position)
-        return layers.adler32_file(path, self.cancelled)
 
     def _check_records(self, layer: IndexedLayer) -> None:
         """The index against the manifest: size, flags, sums, coverage."""
         disk, header, name = self.disk, layer.index.header, self.disk.index.name
-        said = (header.disk_size, header.codec, header.raw, header.digest)
-        if said != (disk.size, disk.codec, disk.layout is Layout.RAW, disk.digest):
+        said = (header.disk_size, header.codec, header.layout, header.digest)
+        if said != (disk.size, disk.codec, disk.layout, disk.digest):
             self._problem("header of the index does not fit the manifest", name, 0)
         end = data = zero = 0
         for record in layer.records():
@@ -191,6 +204,10 @@ class DiskCheck:
         """Without an index: the frames as they are, and the Adler-32."""
         path = self.directory / self.disk.file
         if self.disk.layout is Layout.RAW:
+            return None
+        if self.disk.layout is Layout.QCOW2:
+            if layers.sha256_file(path, self.cancelled) != self.disk.sha256:
+                self._problem("SHA-256 of the file is not the manifest's", self.disk.file)
             return None
         try:
             with StreamReader(path) as reader:
