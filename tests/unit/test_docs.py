@@ -105,7 +105,7 @@ def test_limits_and_numbers() -> None:
     assert versions == {
         "stream": str(stream.VERSION),
         "index": f"{index.VERSION}, {index.NEWER_VERSION}",
-        "manifest": ", ".join(map(str, range(manifest.VERSION, manifest.CODEC_VERSION + 1))),
+        "manifest": ", ".join(map(str, range(manifest.VERSION, manifest.IMAGE_VERSION + 1))),
     }
     maxima = {row[0]: int(row[1]) for row in tables(FORMAT, "name")[1]}
     assert list(maxima.values()) == [
