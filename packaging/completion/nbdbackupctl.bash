@@ -108,11 +108,11 @@ _nbdbackupctl_options() {
         ;;
     list)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet --sizes'
+        --runtime-dir -v --verbose -q --quiet --sizes --watch --interval'
         ;;
     show)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet --point'
+        --runtime-dir -v --verbose -q --quiet --point --tree'
         ;;
     verify)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -178,7 +178,8 @@ _nbdbackupctl_options() {
         ;;
     status)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
-        --runtime-dir -v --verbose -q --quiet --nagios --warning --critical --metrics'
+        --runtime-dir -v --verbose -q --quiet --nagios --warning --critical --metrics --watch
+        --interval'
         ;;
     notify)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
@@ -222,9 +223,10 @@ _nbdbackupctl_kind() {
     *:--qmp | *:--agent | *:--threshold | *:--limit-rate | *:-w | *:--workers | *:--wait | \
     *:--timeout | log:-n | *:--point | *:--until | *:--at | *:-d | *:--disk | *:--pool | \
     *:--since | *:-j | *:--jobs | *:--bandwidth-limit | *:--name | *:--socket | *:--tcp | \
-    *:--device | *:--cache | *:--memory | *:-p | *:--partition | *:--older-than | *:--limit | \
-    *:--boot-wait | *:--boot-timeout | *:--boot-memory | *:--boot-name | *:--note | *:--uuid | \
-    *:--drop | *:--reason | *:--warning | *:--critical | *:--lines | *:--run)
+    *:--device | *:--cache | *:--memory | *:-p | *:--partition | *:--interval | *:--older-than \
+    | *:--limit | *:--boot-wait | *:--boot-timeout | *:--boot-memory | *:--boot-name | \
+    *:--note | *:--uuid | *:--drop | *:--reason | *:--warning | *:--critical | *:--lines | \
+    *:--run)
         echo 'other'
         ;;
     *:--password-file | *:--ssh-config | *:--sequence | *:--tls-psk | files:-f | *:--file)

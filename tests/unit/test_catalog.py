@@ -8,8 +8,10 @@ import pytest
 
 from nbdbackupd.errors import ChainBrokenError, FormatError, IntegrityError, RepositoryError
 from nbdbackupd.model.chain import DiskMode, Layout, Level
+from nbdbackupd.model.proof import Proof, content_of
 from nbdbackupd.model.space import own_bytes
 from nbdbackupd.ops.sets import catalog, sizes
+from nbdbackupd.repo import verified
 from nbdbackupd.units import human_size
 from tests.lib import chains, points
 
@@ -56,6 +58,44 @@ def test_list_as_text(path: Path) -> None:
     assert len(disks) == 6
     assert len({line.index("data ") for line in disks}) == 1
     assert not any(line.endswith(" ") for line in lines)
+
+
+def test_a_time_line(tmp_path: Path) -> None:
+    """What bases on what, whatever lies between; a copy bases on nothing."""
+    levels = (Level.FULL, Level.DIFF, Level.INC, Level.COPY, Level.DIFF, Level.INC, Level.DIFF)
+    for number, level in enumerate(levels, 1):
+        chains.add_point(tmp_path, number, level)
+    report = catalog.list_points(tmp_path, proofs=True)
+    known = {point.id: point for point in report.points}
+    verified.write(
+        tmp_path,
+        Proof(point="p1", content=content_of(known["p1"]), verified="2026-02-01T00:00:00Z", size=9),
+    )
+    bad = Proof(
+        point="p3", content=content_of(known["p3"]), verified="2026-02-01T00:00:00Z", size=9,
+        damage=("a block of vda\x1b[2J",),
+    )  # fmt: skip
+    verified.write(tmp_path, bad)
+    report = catalog.list_points(tmp_path, proofs=True)
+    report = replace(report, retention={"p1": "last 7", "p4": "removed"})
+    lines = catalog.render_tree(report).splitlines()
+    assert "vm1, 7 restore points" in lines[0]
+    cells = [line.split() for line in lines[3:10]]
+    assert [line[:4].strip() for line in lines[3:10]] == ["*", "|-*", "*", "| *", "|-*", "*", "`-*"]
+    assert [each[2] for each in cells if each[0] == "*"] == ["p1", "p3", "p6"]
+    bases = [line[lines[2].index("BASE") :].split()[0] for line in lines[3:10]]
+    assert bases == ["-", "1", "1", "-", "3", "3", "6"]
+    assert [line.rsplit("  ", 1)[1] for line in lines[3:7]] == ["last 7", "-", "-", "removed"]
+    column = lines[2].index("VERIFIED")
+    states = [line[column:].split()[0] for line in lines[3:10]]
+    # a copy hangs on nothing, and was never looked at
+    assert states == ["2026-02-01", "-", "damaged", "-", "damaged", "damaged", "damaged"]
+    assert lines[10:] == [r"! point p3 is damaged: a block of vda\x1b[2J"]
+    document = report.to_json()
+    assert document["verified"] == {"p1": "2026-02-01T00:00:00Z"}
+    assert list(document["damage"]) == ["p3", "p5", "p6", "p7"]
+    empty = catalog.ListReport(path=Path("/b"), points=())
+    assert catalog.render_tree(empty).endswith("no restore points yet")
 
 
 def test_a_reason_that_a_warning_tells_is_listed_once() -> None:

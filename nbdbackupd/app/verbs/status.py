@@ -4,7 +4,7 @@ import os
 import sys
 
 from nbdbackupd import plain
-from nbdbackupd.app import tables
+from nbdbackupd.app import tables, watching
 from nbdbackupd.app.arguments import Arguments, duration
 from nbdbackupd.app.context import Context
 from nbdbackupd.app.verbs import Registry
@@ -50,11 +50,16 @@ def register(verbs: Registry) -> None:
         action="store_true",
         help="also write the host's metrics into monitoring.metrics_directory",
     )
+    watching.add(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: Arguments, context: Context) -> int:
-    """Carry the verb out; 3 if a domain is not well."""
+    """Carry the verb out; 3 if a domain is not well, but for ``--watch``."""
+    if watching.is_wanted(args, context):
+        if args.nagios or args.metrics:
+            raise UsageError("--watch goes neither with --nagios nor with --metrics")
+        return watching.watch(lambda: render(_gather(args, context)), args)
     if not args.nagios:
         return _show(args, context)
     if context.json:

@@ -10,13 +10,14 @@ from nbdbackupd import durable, plain
 from nbdbackupd.errors import RepositoryError
 from nbdbackupd.format import stream
 from nbdbackupd.format.stream import StreamMeta
-from nbdbackupd.model.chain import Codec, DigestKind, DiskPoint, Layout, RestorePoint
+from nbdbackupd.model.chain import Codec, DigestKind, DiskPoint, Layout, Level, RestorePoint
 from nbdbackupd.model.choice import Choice
+from nbdbackupd.model.proof import Soundness, soundness
 from nbdbackupd.model.space import disk_bytes, own_bytes
 from nbdbackupd.ops.sets import opened
 from nbdbackupd.ops.sets.opened import OpenedSet
 from nbdbackupd.plain import versioned
-from nbdbackupd.repo import boot_tests, layout, protected
+from nbdbackupd.repo import boot_tests, layout, protected, verified
 from nbdbackupd.repo.boot_tests import BootTest
 from nbdbackupd.repo.protected import Protection
 from nbdbackupd.repo.set_directory import SetDirectory
@@ -32,8 +33,8 @@ class ListReport:
     """The sound points of a set, oldest first, and a line for each that is damaged.
 
     ``written_by`` is empty for our own sets; ``warnings`` tell what of others nobody vouches for.
-    ``tests`` are the boot tests, ``protections`` the notes that keep points, ``retention`` what the
-    rules want, all by point.
+    ``tests`` are the boot tests, ``protections`` the notes that keep points, ``states`` what
+    verifications found, ``retention`` what the rules want, all by point.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class ListReport:
     written_by: str = ""
     tests: Mapping[str, BootTest] = field(default_factory=dict)
     protections: Mapping[str, Protection] = field(default_factory=dict)
+    states: Mapping[str, Soundness] = field(default_factory=dict)
     retention: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -58,6 +60,8 @@ class ListReport:
             warnings=list(self.warnings),
             written_by=self.written_by,
             protections=[each.to_json() for each in self.protections.values()],
+            verified={key: each.verified for key, each in self.states.items() if each.verified},
+            damage={key: each.damage for key, each in self.states.items() if each.damage},
             retention=dict(self.retention),
         )
 
@@ -94,9 +98,10 @@ class ShowReport:
         return document
 
 
-def list_points(path: Path) -> ListReport:
+def list_points(path: Path, *, proofs: bool = False) -> ListReport:
     """Read all manifests of the set and prove their links; damaged ones are named.
 
+    ``proofs``: also what verifications have noted, but for archives, which have no notes.
     Raises RepositoryError if there is no set or it can't be read.
     """
     given = _open(path, sound=True)
@@ -108,6 +113,7 @@ def list_points(path: Path) -> ListReport:
         written_by=given.written_by,
         tests=boot_tests.read(path),
         protections=_protections(given),
+        states=_states(given) if proofs and not is_archive(path) else {},
     )
 
 
@@ -139,6 +145,10 @@ def _protections(given: OpenedSet) -> dict[str, Protection]:
     except RepositoryError as err:
         log.warning("which points are protected is not known: %s", err.message)
         return {}
+
+
+def _states(given: OpenedSet) -> dict[str, Soundness]:
+    return soundness(given.known, verified.read(given.path, given.known))
 
 
 def _test(test: BootTest | None) -> dict[str, Any] | None:
@@ -202,17 +212,10 @@ def _open(path: Path, *, sound: bool = False) -> opened.OpenedSet:
 
 def render_list(report: ListReport) -> str:
     """A table: a line for each point, below it one for each disk, then its warnings."""
-    if not report.points:
-        none = "no sound restore points" if report.problems else "no restore points yet"
-        return f"{plain.line(str(report.path))}: {none}"
-    names = sorted({point.domain for point in report.points})
     sizes = own_bytes(report.points)
-    total = human_size(sum(sizes.values()))
-    count = len(report.points)
-    points = "1 restore point" if count == 1 else f"{count} restore points"
-    whose = f"{', '.join(names)}, " if any(names) else ""
-    head = f"{plain.line(str(report.path))}: {whose}{points}, {total} stored"
-    head += f", written by {report.written_by}" if report.written_by else ""
+    head = _head(report, sizes)
+    if not report.points:
+        return head
     rows: list[tuple[str, ...]] = [
         ("#", "POINT", "LEVEL", "CREATED", "STATE", "STORED", "CHECKPOINT")
     ]
@@ -223,7 +226,7 @@ def render_list(report: ListReport) -> str:
     disks = [_disk_row(disk, point.warnings) for point in report.points for disk in point.disks]
     point_lines = _table(rows, right={0, 5})
     disk_lines = iter(_table(disks, right={1, 3, 4, 5}))
-    lines = [plain.line(head), "", point_lines[0]]
+    lines = [head, "", point_lines[0]]
     for point, line in zip(report.points, point_lines[1:], strict=True):
         lines.append(line)
         indent = " " * (len(rows[-1][0]) + len(GAP))
@@ -236,6 +239,75 @@ def render_list(report: ListReport) -> str:
             lines.append(f"{indent}protected {plain.line(protection.text)}")
     lines += [f"! {plain.line(warning)}" for warning in report.warnings]
     return "\n".join(lines)
+
+
+def _head(report: ListReport, sizes: Mapping[str, int]) -> str:
+    if not report.points:
+        none = "no sound restore points" if report.problems else "no restore points yet"
+        return f"{plain.line(str(report.path))}: {none}"
+    names = sorted({point.domain for point in report.points})
+    total = human_size(sum(sizes.values()))
+    count = len(report.points)
+    points = "1 restore point" if count == 1 else f"{count} restore points"
+    whose = f"{', '.join(names)}, " if any(names) else ""
+    head = f"{report.path}: {whose}{points}, {total} stored"
+    return plain.line(f"{head}, written by {report.written_by}" if report.written_by else head)
+
+
+def render_tree(report: ListReport) -> str:
+    """A time line: a point each, what it bases on, when it was verified, what keeps it.
+
+    The chain that the next increment goes on from is the line ``*``; what else bases on a point of
+    it, or on none, stands beside it.
+    """
+    sizes = own_bytes(report.points)
+    if not report.points:
+        return _head(report, sizes)
+    numbers = {point.id: str(point.sequence) for point in report.points}
+    rows: list[tuple[str, ...]] = [
+        ("", "#", "POINT", "LEVEL", "BASE", "CREATED", "STATE", "STORED", "VERIFIED", "KEPT BY")
+    ]
+    for mark, point in zip(_marks(report.points), report.points, strict=True):
+        state = report.states.get(point.id, Soundness())
+        protection = report.protections.get(point.id)
+        kept = f"protected {protection.text}" if protection else "-"
+        rows.append(
+            (
+                mark,
+                str(point.sequence),
+                point.id,
+                point.level.value,
+                numbers.get(point.parent, "missing") if point.parent else "-",
+                local_time(point.created),
+                point.consistency.value,
+                human_size(sizes[point.id]),
+                "damaged" if state.damage else local_time(state.verified or "-"),
+                report.retention.get(point.id, kept),
+            )
+        )
+    lines = [_head(report, sizes), "", *_table(rows, right={1, 4, 7})]
+    damage = dict.fromkeys(each.damage for each in report.states.values() if each.damage)
+    return "\n".join([*lines, *(f"! {plain.line(each)}" for each in damage)])
+
+
+def _marks(points: Sequence[RestorePoint]) -> list[str]:
+    """For each point ``*`` in the line of the newest base, or beside it where it hangs."""
+    parents = {point.id: point.parent for point in points}
+    last = next((each.id for each in reversed(points) if each.level in (Level.FULL, Level.INC)), "")
+    line: list[str] = []
+    while last in parents and last not in line:
+        line.append(last)
+        last = parents[last]
+    marks, above = [], ""
+    for point in points:
+        if point.id in line:
+            marks.append("*")
+            above = point.id
+            continue
+        goes_on = bool(line) and above != line[0]
+        joint = ("|-" if goes_on else "`-") if above and point.parent == above else ""
+        marks.append(f"{joint or ('| ' if above and goes_on else '  ')}*")
+    return marks
 
 
 def _point_row(point: RestorePoint, size: int) -> tuple[str, ...]:
