@@ -33,8 +33,8 @@ ALLOWED: Final = {
 """For each layer the parts of the package that it may import."""
 
 ROOMS: Final = (
-    "sets", "removal", "domain", "retention", "checkpoints", "backup", "notify", "status", "run",
-    "restore", "define", "verify", "map", "files", "boot", "check",
+    "sets", "removal", "domain", "retention", "checkpoints", "backup", "notify", "status", "report",
+    "run", "restore", "define", "verify", "map", "files", "boot", "check",
 )  # fmt: skip
 """The folders of ops: each may use those before it, also for types only."""
 

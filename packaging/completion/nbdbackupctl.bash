@@ -46,7 +46,7 @@ _nbdbackupctl_value() {
 }
 
 _nbdbackupctl_verbs() {
-    echo 'backup run restore map unmap boot mount unmount files list show verify prune protect unprotect merge remove import export estimate check checkpoints abort yield config status timers notify log'
+    echo 'backup run restore map unmap boot mount unmount files list show verify prune protect unprotect merge remove import export estimate check checkpoints abort yield config status report timers notify log'
 }
 
 # $1: the verb, empty before it
@@ -181,6 +181,10 @@ _nbdbackupctl_options() {
         --runtime-dir -v --verbose -q --quiet --nagios --warning --critical --metrics --watch
         --interval'
         ;;
+    report)
+        echo '-h --help -c --connect --user --password-file --config-dir --json --progress
+        --runtime-dir -v --verbose -q --quiet --since --html --mail'
+        ;;
     notify)
         echo '-h --help -c --connect --user --password-file --config-dir --json --progress
         --runtime-dir -v --verbose -q --quiet --print'
@@ -196,7 +200,7 @@ _nbdbackupctl_options() {
 _nbdbackupctl_positional() {
     case "$1:$2" in
     backup:0 | run:0 | export:0 | estimate:0 | check:0 | checkpoints:0 | abort:0 | yield:0 | \
-    config:1 | status:0 | timers:0 | log:0)
+    config:1 | status:0 | report:0 | timers:0 | log:0)
         echo 'domain'
         ;;
     restore:0 | map:0 | boot:0 | mount:0 | files:0 | list:0 | show:0 | verify:0 | prune:0 | \
@@ -229,7 +233,8 @@ _nbdbackupctl_kind() {
     *:--run)
         echo 'other'
         ;;
-    *:--password-file | *:--ssh-config | *:--sequence | *:--tls-psk | files:-f | *:--file)
+    *:--password-file | *:--ssh-config | *:--sequence | *:--tls-psk | files:-f | *:--file | \
+    *:--html)
         echo 'file'
         ;;
     *:--config-dir | *:--runtime-dir | *:-o | *:--output | *:--scratch-dir | \

@@ -183,8 +183,8 @@ def test_completion_offers_what_fits(tmp_path: Path) -> None:
     verbs = list(gen_completion.read_parser()[1])
     for words, wanted in (
         ([""], verbs),
-        (["re"], ["restore", "remove"]),
-        (["-c", "qemu", ":", "///system", "re"], ["restore", "remove"]),
+        (["re"], ["restore", "remove", "report"]),
+        (["-c", "qemu", ":", "///system", "re"], ["restore", "remove", "report"]),
         (["--progress", "p"], ["plain"]),
         (["backup", "-l", ""], ["auto", "full", "inc", "diff", "copy"]),
         (["backup", "--level", "=", "i"], ["inc"]),

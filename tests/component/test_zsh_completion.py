@@ -64,7 +64,7 @@ def test_completion_offers_what_fits(tmp_path: Path) -> None:
     (domains / "vm-of-test.xml").write_text("<domain/>")
     cases = {
         "": set(gen_completion.read_parser()[1]),
-        "re": {"remove", "restore"},
+        "re": {"remove", "report", "restore"},
         "-c qemu:///system res": {"restore"},
         "--progress p": {"plain"},
         "backup -l ": {"auto", "full", "inc", "diff", "copy"},

@@ -285,9 +285,11 @@ def test_debian_package_lives_and_dies(share: Path) -> None:
         assert not re.search(r"\b(stop|restart|try-restart|disable)\b", asked), asked
     asked = (share / "removed").read_text()
     all_timers = "nbdbackup-boot-test@*.timer nbdbackup-prune@*.timer nbdbackup-verify-all.timer"
+    all_timers += " nbdbackup-report.timer"
     assert f"stop nbdbackup@*.timer nbdbackup-verify@*.timer {all_timers}\n" in asked
     assert re.search(r"^stop nbdbackup@\*\.service ", asked, re.MULTILINE)
     off = "nbdbackup-boot-test@.timer nbdbackup-prune@.timer nbdbackup-verify-all.timer"
+    off += " nbdbackup-report.timer"
     assert f"disable nbdbackup@.timer nbdbackup-verify@.timer {off}\n" in asked
     assert "backups and what belongs to them stay in /var/lib/nbdbackup" in purged
     assert "your files stay in /etc/nbdbackup/domains.d" in purged
@@ -337,6 +339,7 @@ def test_rpm_package_lives_and_dies(share: Path) -> None:
     assert not re.search(r"\b(stop|restart|try-restart|disable)\b", asked), asked
     asked = (share / "systemctl").read_text()
     off = "nbdbackup-boot-test@.timer nbdbackup-prune@.timer nbdbackup-verify-all.timer"
+    off += " nbdbackup-report.timer"
     assert f"disable nbdbackup@.timer nbdbackup-verify@.timer {off}\n" in asked
     assert removed.count("No such file") == 3
     assert "/var/lib/nbdbackup/repository/vm1\n" in removed

@@ -4,6 +4,7 @@ A file of tests has one lab. Constants of the file say what is special about it:
 class, where that is not ``DaemonLab``; ``SMALL_MIB`` is the size of a small file system.
 """
 
+import itertools
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -42,11 +43,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """With a failure, the last that libvirtd and the QEMUs of the lab have said."""
+    """With a failure, the last that libvirtd, the QEMUs and the sshd of the lab have said."""
     report = yield
     lab = getattr(item, "funcargs", {}).get("lab")
     if report.failed and isinstance(lab, Lab):
-        for path in sorted(lab.directory.glob("l/log/**/*.log")):
+        logs = (lab.directory.glob(each) for each in ("l/log/**/*.log", "sshd/log"))
+        for path in sorted(itertools.chain(*logs)):
             lines = path.read_text("utf-8", "backslashreplace").splitlines()
             report.sections.append((str(path), "\n".join(line[:300] for line in lines[-12:])))
     return report

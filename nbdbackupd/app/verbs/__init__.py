@@ -38,6 +38,7 @@ ALL: Final = {
     "yield": ("give_way", "let a domain start that is being read"),
     "config": ("config", "check, show or begin the configuration"),
     "status": ("status", "show how well domains are protected"),
+    "report": ("report", "tell of the last days: as text, as a page, by mail"),
     "timers": ("timers", "show what runs when, and how it ended"),
     "notify": ("notify", "tell how a unit ended"),
     "log": ("log", "show what was logged"),

@@ -180,6 +180,7 @@ def _kind(unit: str) -> str:
         "nbdbackup-boot-test": "boot test",
         "nbdbackup-verify-all.timer": "verify all",
         "nbdbackup-prune": "prune",
+        "nbdbackup-report.timer": "report",
     }
     template = unit.partition("@")[0]
     return kinds.get(template, template)

@@ -181,8 +181,11 @@ def sendmail() -> str | None:
     return next(filter(None, map(shutil.which, ("sendmail", *SENDMAIL))), None)
 
 
-def send_mail(text: Text, addresses: tuple[str, ...], moment: datetime) -> None:
-    """Give a mail to the host's sendmail. Raises ConfigError, ProcessError."""
+def send_mail(text: Text, addresses: tuple[str, ...], moment: datetime, *, html: str = "") -> None:
+    """Give a mail to the host's sendmail, ``html`` beside its text.
+
+    Raises ConfigError, ProcessError.
+    """
     for address in addresses:
         if address.startswith("-") or not address.isprintable():
             raise ConfigError(f"not a mail address: {address!r}; fix notification.mail")
@@ -197,6 +200,8 @@ def send_mail(text: Text, addresses: tuple[str, ...], moment: datetime) -> None:
     message["Message-ID"] = make_msgid(domain="nbdbackup.invalid")
     message["Auto-Submitted"] = "auto-generated"
     message.set_content(text.body)
+    if html:
+        message.add_alternative(html, subtype="html")
     proc.output(
         [sendmail() or "sendmail", "-i", "--", *addresses],
         input=message.as_bytes(),
