@@ -1,6 +1,7 @@
 """Runs that are asked to end, and runs that meet: nothing is left, nobody waits for ever."""
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -11,6 +12,7 @@ import pytest
 from tests.lab.daemon import DaemonLab
 from tests.lab.disks import MIB, DiskSpec
 from tests.lab.guest import Guest
+from tests.lab.process import wait_until
 from tests.lib.rigged import RiggedCtl
 from tests.lib.witness import Witness, wait_for_job
 
@@ -126,6 +128,12 @@ def test_second_run_is_refused_at_once(
     witness.check_all()
 
 
+def catches(pid: int, signum: int) -> bool:
+    """Whether a process has a handler of a signal by now: on a busy machine that takes seconds."""
+    found = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return found is not None and bool(int(found[1], 16) >> (signum - 1) & 1)
+
+
 def test_second_run_waits_if_asked_to(witness: Witness, guest: Guest, ctl: RiggedCtl) -> None:
     references = witness.take()
     with ctl.rigged(SLOW):
@@ -139,7 +147,8 @@ def test_second_run_waits_if_asked_to(witness: Witness, guest: Guest, ctl: Rigge
             # a run that waits can be told to end, too
             options = ("-o", witness.path, "--wait", "50")
             with ctl.start("backup", guest.name, *options) as waiting:
-                time.sleep(1.0)
+                wait_until(lambda: catches(waiting.pid, signal.SIGTERM), "a listener", 60)
+                time.sleep(0.5)
                 assert waiting.poll() is None
                 waiting.send_signal(signal.SIGTERM)
                 waiting.communicate(timeout=SOON)
