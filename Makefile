@@ -1,7 +1,7 @@
 # install - what a package consists of, for all packagings:
 #   make install DESTDIR=... [PREFIX=/usr] [UNITDIR=...] [ZSHDIR=...] [APPARMOR=no]
 # install-restore: the programs, all that a restore needs. install-appliance: what lets systemd and
-# libvirt call them. There is nothing to build.
+# libvirt call them. install-cockpit: the page of Cockpit. There is nothing to build.
 DESTDIR =
 PREFIX = /usr
 SYSCONFDIR = /etc
@@ -24,7 +24,7 @@ fill = sed 's|@libdir@|$(LIBDIR)|' $(1) > $(2) && chmod 755 $(2)
 all:
 	@echo "nothing to build: see 'install'"
 
-install: install-restore install-appliance
+install: install-restore install-appliance install-cockpit
 
 install-restore:
 	set -e; for module in $(modules); do \
@@ -73,4 +73,9 @@ ifneq ($(wildcard packaging/common/nbdbackup.catalog),)
 	$(INSTALL_DATA) packaging/common/nbdbackup.catalog $(DESTDIR)$(PREFIX)/lib/systemd/catalog/
 endif
 
-.PHONY: all install install-restore install-appliance
+install-cockpit:
+	$(INSTALL_DIR) $(DESTDIR)$(SHARE)/cockpit/nbdbackup
+	$(INSTALL_DATA) cockpit/manifest.json cockpit/index.html cockpit/*.css cockpit/*.js \
+	    $(DESTDIR)$(SHARE)/cockpit/nbdbackup/
+
+.PHONY: all install install-restore install-appliance install-cockpit

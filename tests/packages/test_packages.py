@@ -36,7 +36,7 @@ chmod +x /usr/bin/systemctl
 def built(tree: Path, script: str, directory: Path) -> dict[str, Path]:
     told = run([tree / "scripts" / script, directory], timeout_seconds=120).split()
     found = {re.split(r"[-_]\d", Path(each).name)[0]: Path(each) for each in told}
-    assert sorted(found) == ["nbdbackup-restore", "nbdbackupd"]
+    assert sorted(found) == ["cockpit-nbdbackup", "nbdbackup-restore", "nbdbackupd"]
     return found
 
 
@@ -132,7 +132,7 @@ def test_rpmlint(tree: Path, rpms: dict[str, Path]) -> None:
     assert re.search(r"\b0 errors, 0 warnings\b", told), told
 
 
-@pytest.mark.parametrize("package", ["nbdbackup-restore", "nbdbackupd"])
+@pytest.mark.parametrize("package", ["nbdbackup-restore", "nbdbackupd", "cockpit-nbdbackup"])
 def test_both_packagings_hold_the_same(
     package: str, debs: dict[str, Path], rpms: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -147,6 +147,7 @@ def test_both_packagings_hold_the_same(
 def test_nothing_is_forgotten(tree: Path, debs: dict[str, Path], tmp_path: Path) -> None:
     restore = unpacked(debs["nbdbackup-restore"], tmp_path / "restore")
     appliance = unpacked(debs["nbdbackupd"], tmp_path / "appliance")
+    page = unpacked(debs["cockpit-nbdbackup"], tmp_path / "page")
     tracked = [os.fspath(each.relative_to(tree)) for each in tree.rglob("*") if each.is_file()]
     assert "nbdbackupd/app/ctl.py" in tracked
     for path in tracked:
@@ -160,6 +161,8 @@ def test_nothing_is_forgotten(tree: Path, debs: dict[str, Path], tmp_path: Path)
             assert restore["usr/share/zsh/site-functions/_nbdbackupctl"] == ("100644", content)
         elif path.startswith("units/"):
             assert appliance[f"usr/lib/systemd/system/{path[6:]}"] == ("100644", content)
+        elif path.startswith("cockpit/") and not path.startswith("cockpit/po/"):
+            assert page[f"usr/share/cockpit/nbdbackup/{path[8:]}"] == ("100644", content)
         elif path.startswith("etc/"):
             assert appliance[path] == ("100644", content)
     assert appliance[HOOK] == ("100755", (tree / "hooks/qemu.d/nbdbackup").read_bytes())
@@ -311,7 +314,7 @@ def test_rpm_package_lives_and_dies(share: Path) -> None:
         {SYSTEMD}
         rm -rf /var/lib/nbdbackup /etc/nbdbackup # of this host
         rpm -i --nodeps /tmp/share/*.rpm
-        rpm -V --nodeps nbdbackupd nbdbackup-restore
+        rpm -V --nodeps nbdbackupd nbdbackup-restore cockpit-nbdbackup
         nbdbackupctl --version
         stat -c '%a %U %n' /run/nbdbackup/xml /var/lib/nbdbackup/state /{HOOK}
         echo == upgrade
@@ -322,7 +325,7 @@ def test_rpm_package_lives_and_dies(share: Path) -> None:
         echo == remove
         mv /tmp/share/systemctl /tmp/share/upgraded
         mkdir -p /var/lib/nbdbackup/repository/vm1
-        rpm -e --nodeps nbdbackupd nbdbackup-restore
+        rpm -e --nodeps nbdbackupd nbdbackup-restore cockpit-nbdbackup
         ls -d /usr/lib/nbdbackup /{HOOK} /usr/bin/nbdbackupctl 2>&1 || :
         ls -d /var/lib/nbdbackup/repository/vm1
         """,
