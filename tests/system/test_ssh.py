@@ -91,7 +91,8 @@ def await_guard(witness: Witness, sshd: Sshd, lab: DaemonLab) -> None:
     """The guest lives, and nothing is left on its host but the checkpoint of a dead run."""
     places = ("/run/nbdbackup", lab.directory / "c/scratch")
     wait_until(lambda: witness.guest.block_jobs() == [], "end of the job", 60)
-    deadline = time.monotonic() + 30
+    # each attempt of a guard is a login, with pauses of up to 15 s between them
+    deadline = time.monotonic() + 120
     while found := sshd.run("find", *places, "!", "-type", "d").split():
         assert time.monotonic() < deadline, found
         time.sleep(0.2)
