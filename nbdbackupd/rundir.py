@@ -102,3 +102,13 @@ def socket_fault(path: Path) -> str:
     if len(os.fsencode(path)) <= SOCKET_PATH_MAX:
         return ""
     return f"the path of socket {path} is longer than {SOCKET_PATH_MAX} bytes"
+
+
+def uri_fault(path: Path) -> str:
+    """The same of a socket that others are given the URI of.
+
+    QEMU 10 takes a query apart after it has decoded it: an ampersand ends the path there.
+    """
+    if any(char in os.fspath(path) for char in "&;%"):
+        return f"the path of socket {path} has &, ; or %, which QEMU misreads in a URI"
+    return socket_fault(path)

@@ -369,6 +369,7 @@ def test_tls_with_keys(ctl: Ctl, made: SetBuilder, tmp_path: Path) -> None:
         (("SET", "-d", "vdz"), 50, "holds no disk vdz"),
         (("SET", "--point", "nothing"), 50, "no restore point"),
         (("SET", "-d", "vda", "--socket", f"/tmp/{'x' * 120}"), 10, "longer than 107 bytes"),
+        (("SET", "-d", "vda", "--socket", "/tmp/a&b"), 10, "which QEMU misreads in a URI"),
         (("SET", "-d", "vda", "--socket", "/dev/null"), 50, "exists"),
         (("/nowhere/at/all",), 50, "/nowhere/at/all"),
     ],

@@ -123,8 +123,8 @@ def exported(
     with runlog.context(DOMAIN=domain.name, UUID=domain.uuid, RUN=request.run_id):
         directory = rundir.make_domain_dir(request.runtime_dir, domain.uuid)
         socket = request.socket or directory / rundir.EXPORT_SOCKET
-        if fault := rundir.socket_fault(socket):
-            raise ConfigError(f"{fault}: give a shorter --socket")
+        if fault := rundir.uri_fault(socket):
+            raise ConfigError(f"{fault}: give another --socket")
         wait = durable.Wait(brief=CHECKPOINTS)
         with durable.Lock(directory / rundir.LOCK, owner=f"export of {domain.name}", wait=wait):
             own = rundir.socket_dir(request.runtime_dir, domain.uuid)

@@ -222,8 +222,8 @@ def _places(request: MapRequest, found: Found, home: Home) -> list[_Place]:
 
 
 def _check_socket(socket: Path) -> None:
-    if fault := rundir.socket_fault(socket):
-        raise ConfigError(f"{fault}: give a shorter one with --socket, or a shorter --runtime-dir")
+    if fault := rundir.uri_fault(socket):
+        raise ConfigError(f"{fault}: give another with --socket, or another --runtime-dir")
     if os.path.lexists(socket):
         raise RepositoryError(f"{socket} exists: remove it, or give another --socket")
 
