@@ -12,8 +12,9 @@ from typing import Final, Self
 
 from tests.lab.command import LabError, run
 from tests.lab.process import wait_until
+from tests.lab.taken_out import taken_out
 
-ROOT: Final = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nbdbackupd/sshd")
+ROOT: Final = taken_out("sshd")
 SCRIPT: Final = """\
 mkdir -p /run/nbdbackup /run/sshd
 mount -t tmpfs none /run/nbdbackup
