@@ -56,6 +56,7 @@ def remarks(
         chosen: Sequence[Known] = domains
         if file.match is not None:
             found += _of_match(file, file.match, domains)
+            found += _of_machines(file, file.match, domains)
             match = file.match
             chosen = [each for each in domains if match.fits(each.name, each.uuid, each.labels)]
         found += _of_disks(file, chosen)
@@ -123,6 +124,19 @@ def _of_match(file: ConfigFile, match: Match, domains: Sequence[Known]) -> Itera
         line = min(file.places.values(), default=0)
         message = "all conditions together fit no domain that libvirt knows"
         yield Problem(str(file.path), line, MATCH, message)
+
+
+def _of_machines(file: ConfigFile, match: Match, domains: Sequence[Known]) -> Iterator[Problem]:
+    """A QEMU without libvirt that has a domain's name, which nothing saves then."""
+    if _value(file, "qmp") is None:
+        return
+    # machines without libvirt have no UUID here
+    for each in domains:
+        if each.uuid and each.name == match.sole_name:
+            yield _problem(
+                file, "qmp", f"libvirt has a domain {each.name!r}, too, which is not saved because "
+                "of this file; give the machine without libvirt another name",
+            )  # fmt: skip
 
 
 def _of_disks(file: ConfigFile, domains: Sequence[Known]) -> Iterator[Problem]:

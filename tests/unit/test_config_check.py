@@ -129,6 +129,17 @@ def test_w5_domains_that_are_not_there(host: Host) -> None:
     ]
 
 
+def test_w5_a_machine_without_libvirt_that_has_a_domains_name(host: Host) -> None:
+    code, told = host.check(
+        a="match: {name: db}\nqmp: /run/db/qmp", b="match: {name: vm7}\nqmp: /run/vm7/qmp"
+    )
+    assert (code, told) == (
+        3,
+        ["domains.d/a.yaml:2: qmp: libvirt has a domain 'db', too, which is not saved because of "
+         "this file; give the machine without libvirt another name"],
+    )  # fmt: skip
+
+
 def test_w5_a_template_that_is_of_no_use(host: Host) -> None:
     template = host.root / "notify.txt.j2"
     template.write_text("{{ what }}\n{% for each in lines %}{{ each }}{% endfor %}{{ reason }}")
