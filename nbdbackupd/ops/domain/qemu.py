@@ -157,21 +157,27 @@ class _Places:
     """
 
     def __init__(self, pid: int) -> None:
-        self._directory = _link(Path(f"/proc/{pid}/cwd"))
+        self._link = f"/proc/{pid}/cwd"
+        self._directory = _link(Path(self._link))
         try:
             self._held = {_link(each) for each in Path(f"/proc/{pid}/fd").iterdir()}
         except OSError:
             self._held = set()
 
     def absolute(self, path: str) -> str:
-        """The path, if it can be told; what is none (``nbd://…``, ``json:…``) stays."""
+        """The path; what is none (``nbd://…``, ``json:…``) stays.
+
+        One that can't be told, as of a QEMU with rights that we lack, is given by way of the
+        process: in our own directory there may be another file of that name.
+        """
         if not path or path.startswith("/") or ":" in path.partition("/")[0]:
             return path
         held = [each for each in self._held if each.endswith(os.path.normpath(f"/{path}"))]
         if len(held) == 1:
             return held[0]
         beside = os.path.normpath(f"{self._directory}/{path}")
-        return beside if self._directory and Path(beside).exists() else path
+        is_there = self._directory and Path(beside).exists()
+        return beside if is_there else f"{self._link}/{path}"
 
 
 def describe(qemu: Qemu) -> dict[str, Any]:
