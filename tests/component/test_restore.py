@@ -21,6 +21,7 @@ from nbdbackupd.errors import (
     IntegrityError,
     Interrupted,
     NbdbackupError,
+    NoSpaceError,
     RepositoryError,
     UsageError,
 )
@@ -472,22 +473,27 @@ def test_second_restore_to_one_directory(tmp_path: Path) -> None:
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("output", ["qcow2", "raw"])
-def test_kill_leaves_only_incomplete_files(tmp_path: Path, output: str) -> None:
+@pytest.mark.parametrize(
+    ("output", "compress"), [("qcow2", False), ("raw", False), ("qcow2", True)]
+)
+def test_kill_leaves_only_incomplete_files(tmp_path: Path, output: str, compress: bool) -> None:
     made = built(tmp_path / "set", size=32 * MIB)
     out = tmp_path / "out"
     program = (
         "import sys, time\n"
         "from pathlib import Path\n"
         "from nbdbackupd.ops.restore import restore\n"
-        "source, out, form = sys.argv[1:]\n"
-        "request = restore.RestoreRequest(source=Path(source), output=Path(out), format=form)\n"
+        "source, out, form, compress = sys.argv[1:]\n"
+        "request = restore.RestoreRequest(\n"
+        "    source=Path(source), output=Path(out), format=form, compress=compress == 'True'\n"
+        ")\n"
         "def progress(*_):\n"
         "    print('.', flush=True)\n"
         "    time.sleep(0.05)\n"
         "restore.run(request, progress=progress, cancelled=lambda: None)\n"
     )
-    argv = [sys.executable, "-c", program, os.fspath(made.path), os.fspath(out), output]
+    words = (os.fspath(made.path), os.fspath(out), output, str(compress))
+    argv = [sys.executable, "-c", program, *words]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=TOP) as child:
         assert child.stdout is not None
         for _ in range(5):
@@ -496,8 +502,32 @@ def test_kill_leaves_only_incomplete_files(tmp_path: Path, output: str) -> None:
     left = [path.name for path in out.rglob("*") if path.is_file()]
     assert sorted(left) == [".nbdbackup-restore", f"vda.{output}.incomplete"]
     # what the dead run left is in nobody's way; its qemu-nbd may hold the old image for a moment
-    report = run(RestoreRequest(source=made.path, output=out, format=output))
+    report = run(RestoreRequest(source=made.path, output=out, format=output, compress=compress))
     assert sets.read_image(report.disks[0].path, output) == made.images[-1]["vda"]
+
+
+@pytest.mark.parametrize("options", [(), ("--compress",)], ids=["plain", "compressed"])
+def test_a_full_target(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """One line, no image under its name; nothing of the set is touched."""
+    made = built(tmp_path / "set", size=32 * MIB)
+    before = {path.name: path.stat().st_mtime_ns for path in made.path.iterdir()}
+    out = tmp_path / "out"
+    out.mkdir()
+    mount = 'mount -t tmpfs -o size=1m none "$1" && out=$1 && shift && "$@"'
+    shell = f'{mount}; code=$?; ls "$out"; exit $code'
+    argv = [
+        *("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", shell, "sh"),
+        *(os.fspath(out), sys.executable, "-m", "nbdbackupd", "restore", os.fspath(made.path)),
+        *("-o", os.fspath(out), "--checkpoint-dir", os.fspath(tmp_path / "state"), *options),
+    ]
+    done = subprocess.run(argv, cwd=TOP, capture_output=True, text=True, check=False)
+    assert done.returncode == NoSpaceError.exit_code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [name for name in done.stdout.split() if not name.endswith(".incomplete")]
+    after = {path.name: path.stat().st_mtime_ns for path in made.path.iterdir()}
+    # the lock of those who read
+    assert after.keys() - before.keys() <= {".reading"}
+    assert before.items() <= after.items()
 
 
 def test_restore_needs_no_libvirt(tmp_path: Path) -> None:
