@@ -126,12 +126,12 @@ def open_running(request: RunningRequest) -> Iterator[Snapshot]:
     SourceError if it was ended by another.
     """
     _check(request)
+    has_iothreads = _has_iothreads(request)
     free = 0
     if not request.is_push:
         free = scratch.prepare(request.scratch_dir, request.scratch_reserve, request.where)
     _prepare_runtime_dir(request)
     with contextlib.ExitStack() as stack:
-        has_iothreads = _has_iothreads(request)
         # it starts beside what comes next
         guard = stack.enter_context(guarded(_charge(request), is_holding=has_iothreads))
         # before the job begins, so that no interruption can come between
@@ -271,7 +271,12 @@ def _prepare_runtime_dir(request: RunningRequest) -> None:
         request.socket.unlink(missing_ok=True)
     except OSError as err:
         raise ConfigError(f"runtime directory {directory} can't be used: {err.strerror}") from err
-    request.where.lead(request.socket, owner)
+    try:
+        request.where.lead(request.socket, owner)
+    except NbdbackupError:
+        with contextlib.suppress(NbdbackupError):
+            request.where.leave(request.socket)
+        raise
 
 
 def _plan(request: RunningRequest) -> tuple[tuple[JobDisk, ...], dict[str, str]]:

@@ -65,10 +65,12 @@ def _sweep(domain: Domain, runtime_dir: Path, scratch_dir: Path) -> Swept:
     files.add(where.server_socket(socket))
     if where.is_here:
         files.add(rundir.beside(runtime_dir) / rundir.EXPORT_SOCKET)
+    gone = tuple(file for file in sorted(files) if where.remove(file))
+    where.leave(socket)
     return Swept(
         job=str(job) if is_own else "",
         foreign=str(job) if job is not None and not is_own else "",
         guest=guest.done,
         held=guest.problem,
-        files=tuple(file for file in sorted(files) if where.remove(file)),
+        files=gone,
     )

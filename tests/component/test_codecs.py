@@ -214,7 +214,7 @@ def test_memory_does_not_depend_on_a_frame() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * KIB
 
 
-@pytest.mark.parametrize("flags", [8 | 1, 16, 8 | 16])
+@pytest.mark.parametrize("flags", [8 | 1, 32, 8 | 16, 16 | 1, 16 | 2, 16 | 4])
 @pytest.mark.parametrize("version", [1, 2])
 def test_headers_that_nobody_writes(tmp_path: Path, version: int, flags: int) -> None:
     path = tmp_path / "index"

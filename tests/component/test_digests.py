@@ -169,7 +169,7 @@ def say_of_disk(made: SetBuilder, **changes: Any) -> None:
 
 @pytest.mark.parametrize(
     ("version", "flags"),
-    [(1, 1 << 8), (2, 0), (2, 3 << 8), (2, 255 << 8), (2, 1 << 8 | 16), (2, 1 << 16), (3, 1 << 8)],
+    [(1, 1 << 8), (2, 0), (2, 3 << 8), (2, 255 << 8), (2, 1 << 8 | 32), (2, 1 << 16), (3, 1 << 8)],
 )
 def test_headers_that_nobody_writes(tmp_path: Path, version: int, flags: int) -> None:
     path = tmp_path / "index"
