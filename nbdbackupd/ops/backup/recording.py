@@ -246,20 +246,25 @@ def _copy_disks(
     def copied(export: Export, check: Callable[[], None]) -> DiskPoint:
         target = export.target
         log.info("disk %s: reading %s", target, "changes" if export.bitmap else "all of it")
-        name = layout.stream(
-            target,
-            run.level,
-            checkpoint=run.checkpoint or run.point_id,
-            point_id=run.point_id,
-            layout=run.request.layout,
-        )
-        paths = draft.create(name), draft.create(layout.index(name))
+        paths = _files(run, draft, target)
         mine = replace(transfer, patience=replace(transfer.patience, cancelled=check))
         done = copy_disk(mine, export, _meta(run, export), *paths)
         notes.seconds[target] = done.seconds
         return _disk_point(run, export, paths[1], done, reason=reasons.get(target, ""))
 
     return side_by_side(exports, count, copied, transfer.patience.cancelled)
+
+
+def _files(run: BackupRun, draft: Draft, target: str) -> tuple[Path, Path]:
+    """Where a disk's data and its index go."""
+    name = layout.stream(
+        target,
+        run.level,
+        checkpoint=run.checkpoint or run.point_id,
+        point_id=run.point_id,
+        layout=run.request.layout,
+    )
+    return draft.create(name), draft.create(layout.index(name))
 
 
 def _take_images(
@@ -276,14 +281,7 @@ def _take_images(
     found = []
     for export in exports:
         target = export.target
-        name = layout.stream(
-            target,
-            run.level,
-            checkpoint=run.checkpoint or run.point_id,
-            point_id=run.point_id,
-            layout=run.request.layout,
-        )
-        paths = draft.create(name), draft.create(layout.index(name))
+        paths = _files(run, draft, target)
         is_delta = bool(export.bitmap) and run.parent is not None
         backing = run.parent.disk(target).file if is_delta and run.parent is not None else ""
         done = take_image(
